@@ -1,0 +1,46 @@
+"""Small real files that several tests need."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
+
+
+def jpeg(seed: int, *, size: tuple[int, int] = (48, 40), mode: str = "RGB", **save: object) -> bytes:
+    """A JPEG of soft random patches: every seed another picture, width x height as `size`."""
+    cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, **save)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def trashnet_zip() -> Path:
+    path = TRASHNET / "trashnet.zip"
+    if not path.exists():
+        pytest.skip("the real TrashNet images are not on this machine")
+    return path
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes `tmp_path/images/CLASS/CLASS<n>.jpg`, so many of each class; every image is another."""
+
+    def make(counts: Mapping[str, int] | None = None, name: str = "images") -> Path:
+        seed = 0
+        for class_name, count in (counts or {"glass": 12, "metal": 10, "paper": 11}).items():
+            (tmp_path / name / class_name).mkdir(parents=True)
+            for number in range(1, count + 1):
+                seed += 1
+                (tmp_path / name / class_name / f"{Path(class_name).name}{number}.jpg").write_bytes(jpeg(seed))
+        return tmp_path / name
+
+    return make

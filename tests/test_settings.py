@@ -1,0 +1,70 @@
+"""Settings: what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from wasteddp import settings
+from wasteddp.errors import SettingsError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_printing_a_config_back_is_the_identity(config: Path) -> None:
+    loaded = settings.load(config)
+    assert settings.parse(loaded.to_yaml()) == loaded
+    assert settings.parse(loaded.to_yaml()).to_yaml() == loaded.to_yaml()
+
+
+def test_the_schema_for_editors_is_the_one_of_the_code() -> None:
+    stored = json.loads((ROOT / "configs" / "settings.schema.json").read_text())
+    assert stored == settings.json_schema(), "wasteddp settings --schema > configs/settings.schema.json"
+
+
+def test_an_override_wins_over_the_file() -> None:
+    assert settings.parse("optimizer: {lr: 0.1}", ["optimizer.lr=2e-3"]).optimizer.lr == 0.002
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("optimzer: {lr: 1}", [], ["unknown key 'optimzer'", "did you mean 'optimizer'?"]),
+        ("train: {batchsize: 3}", [], ["unknown key 'train.batchsize'", "did you mean 'train.batch_size'?"]),
+        ("lr: 3", [], ["unknown key 'lr'", "did you mean 'optimizer.lr'?"]),
+        ("", ["train.epoch=3"], ["unknown key 'train.epoch'", "did you mean 'train.epochs'?"]),
+        ("optimizer: {lr: -0.1}", [], ["optimizer.lr: found -0.1", "greater than 0"]),
+        ("optimizer: {lr: .nan}", [], ["optimizer.lr: found nan"]),
+        ("precision: fp8", [], ["precision: found 'fp8'", "'auto', 'fp32', 'bf16' or 'fp16'"]),
+        ("track: {wandb: off}", [], ["track.wandb: found False", "truth value"]),
+        ("train: {epochs: yes}", [], ["train.epochs: found True", "truth value"]),
+        ("train: {epochs: 2.5}", [], ["train.epochs: found 2.5", "integer"]),
+        ("run: 3", [], ["run: found 3"]),
+        ("augment: {crop_scale: [0.9, 0.1]}", [], ["augment.crop_scale: found [0.9, 0.1]", "smaller first"]),
+        ("data: {image_size: 64, eval_resize: 32}", [], ["eval_resize 32 is smaller than image_size 64"]),
+        ("train: {epochs: 2}\nschedule: {warmup_epochs: 2}", [], ["warmup_epochs 2 is not below train.epochs 2"]),
+        ("data: {lanes: 7}", [], ["data.lanes 7 does not divide train.batch_size 256"]),
+        ("- 1", [], ["is a list, not sections"]),
+        ("a: [", [], ["is not YAML"]),
+        ("", ["lr"], ["--set 'lr' has no '='"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_allowed(text: str, overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        settings.parse(text, overrides)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        settings.parse("optimizer: {lr: -1, momentum: 2}\nrunn: {}")
+    assert all(part in caught.value.found for part in ("optimizer.lr", "optimizer.momentum", "'runn'"))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="reading the settings: No such file or directory"):
+        settings.load(tmp_path / "none.yaml")

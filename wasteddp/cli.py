@@ -1,0 +1,342 @@
+"""The command `wasteddp`: everything but training itself, which is `accelerate launch wasteddp/train.py`.
+
+Each command is a parser and a function; the function imports what it needs, so that help is instant and torch-free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from wasteddp import __version__
+from wasteddp.errors import EXIT_FINISHED, SourceError, WastedError, exit_with, storage
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+# --- images to shards -------------------------------------------------------------------------------------------------
+
+
+def _add_shard(commands: Commands) -> None:
+    command = commands.add_parser(
+        "shard",
+        help="turn images into a shard set",
+        description="Turns a folder of class folders, a zip or tar of it, a CSV (path,label[,split]) or a recipe "
+        "(.yaml) into WebDataset tars with a manifest. Stopped and started again, it goes on where it was.",
+    )
+    command.add_argument("source", metavar="SOURCE", type=Path, help="folder, zip, tar, CSV or recipe")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="shard set to make (a recipe knows its own)")
+    command.add_argument(
+        "--from", dest="local", type=Path, metavar="PATH", help="local copy of a recipe's images, instead of a download"
+    )
+    split = command.add_argument_group("splits")
+    split.add_argument("--fractions", type=_numbers, metavar="TRAIN,VAL,TEST", help="default: 0.7,0.15,0.15")
+    split.add_argument("--split-seed", type=int, default=0, metavar="S", help="another seed, another split")
+    split.add_argument(
+        "--split-files", nargs="+", default=(), metavar="FILE", help="folder of list files, or train=F val=F test=F"
+    )
+    split.add_argument("--group-near-duplicates", action="store_true", help="keep near-duplicates in one split")
+    split.add_argument("--near-duplicate-distance", type=int, metavar="BITS", help="of 64 (default: 8; 0 to 11)")
+    split.add_argument("--keep-conflicts", action="store_true", help="keep one of equal images with different labels")
+    images = command.add_argument_group("images")
+    images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side than this")
+    images.add_argument("--quality", type=int, metavar="Q", help="of JPEGs that must be written anew (default: 95)")
+    images.add_argument("--shard-mb", type=float, metavar="MB", help="size at which a tar ends (default: 256)")
+    images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin each class goes into")
+    images.add_argument(
+        "--max-left-out",
+        type=float,
+        metavar="LIMIT",
+        help="stop if more images cannot be used: a fraction below 1 or a number (default: a tenth, but at least 10)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a set made of other images or options")
+    _add_workers(command)
+    command.set_defaults(run=_shard)
+
+
+def _shard(arguments: argparse.Namespace) -> None:
+    from wasteddp.data import recipes, sharding, splits
+    from wasteddp.data.parallel import num_usable_cores
+    from wasteddp.data.summary import summarise
+
+    names = {
+        "fractions": arguments.fractions,
+        "split_seed": arguments.split_seed,
+        "max_side_px": arguments.max_side,
+        "quality": arguments.quality,
+        "shard_mb": arguments.shard_mb,
+        "keep_conflicts": arguments.keep_conflicts,
+        "group_near_duplicates": arguments.group_near_duplicates,
+        "near_duplicate_distance": arguments.near_duplicate_distance,
+        "max_left_out": arguments.max_left_out,
+    }
+    options = sharding.Options(**{name: value for name, value in names.items() if value is not None})
+    source: Path = arguments.source
+    if source.suffix.lower() in (".yaml", ".yml"):
+        if arguments.split_files or arguments.bins:
+            raise SourceError(
+                "--split-files and --bins were given with a recipe",
+                "it has its own",
+                "change them in a copy of the recipe",
+            )
+        manifest = recipes.make_recipe(
+            source,
+            out=arguments.out,
+            local=arguments.local,
+            options=options,
+            workers=arguments.workers or num_usable_cores(),
+            overwrite=arguments.overwrite,
+        )
+    else:
+        if arguments.out is None or arguments.local is not None:
+            raise SourceError(
+                "--out is missing, or --from was given without a recipe",
+                "where the set goes is not known",
+                f"wasteddp shard {source} --out shards/NAME",
+            )
+        job = sharding.Job(
+            source=source,
+            out=arguments.out,
+            options=options,
+            bins=recipes.load_bins(arguments.bins) if arguments.bins else {},
+            split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
+        )
+        manifest = sharding.make_shards(
+            job, workers=arguments.workers or num_usable_cores(), overwrite=arguments.overwrite
+        )
+    print(summarise(manifest))
+
+
+def _add_draw(commands: Commands) -> None:
+    command = commands.add_parser(
+        "draw",
+        help="draw synthetic waste into a folder of class folders",
+        description="Draws images such as those of shards/sample.yaml; another seed draws new ones.",
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path)
+    command.add_argument("--images-per-class", type=int, default=10, metavar="N", help="default: %(default)s")
+    command.add_argument("--size", type=int, default=144, metavar="PX", help="default: %(default)s")
+    command.add_argument("--seed", type=int, default=1, metavar="S", help="default: %(default)s; the sample set has 0")
+    command.set_defaults(run=_draw)
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    from wasteddp.data import drawing
+
+    count = drawing.draw_folder(
+        arguments.folder,
+        kinds=drawing.KINDS,
+        images_per_class=arguments.images_per_class,
+        size_px=arguments.size,
+        seed=arguments.seed,
+    )
+    print(f"{count} images of {len(drawing.KINDS)} classes in {arguments.folder}")
+
+
+def _add_verify(commands: Commands) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="re-read a shard set and name what is damaged",
+        description="Re-reads every byte of a shard set against its manifest. Exit code 2 if anything is damaged.",
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="a shard set")
+    _add_workers(command)
+    command.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from wasteddp.data.parallel import num_usable_cores
+    from wasteddp.data.verifying import require_whole, verify
+
+    verified = verify(arguments.folder, workers=arguments.workers or num_usable_cores())
+    require_whole(arguments.folder, verified)
+    print(
+        f"{arguments.folder} is whole: {verified.num_samples:,} samples in {verified.num_shards} shard(s), "
+        f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes, and label counts are the manifest's"
+    )
+
+
+def _add_index(commands: Commands) -> None:
+    command = commands.add_parser(
+        "index",
+        help="make a manifest for tars that another tool wrote",
+        description="Reads WebDataset or img2dataset tars once and writes an index beside each, and a manifest. The "
+        "split is the start of a tar's name (train, val, test), otherwise train.",
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of .tar files")
+    command.add_argument("--classes", type=_words, default=(), metavar="A,B,C", help="class names in their order")
+    command.add_argument("--classes-from", type=Path, metavar="FILE", help="the same, one a line")
+    command.add_argument("--label-key", metavar="KEY", help="field of the .json that is the label")
+    command.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    _add_workers(command)
+    command.set_defaults(run=_index)
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from wasteddp.data import indexing
+    from wasteddp.data.parallel import num_usable_cores
+    from wasteddp.data.summary import summarise
+
+    classes: tuple[str, ...] = arguments.classes
+    if arguments.classes_from:
+        with storage("reading the class names", arguments.classes_from):
+            lines = arguments.classes_from.read_text(encoding="utf-8").splitlines()
+        classes = tuple(line.strip() for line in lines if line.strip())
+    manifest = indexing.index_folder(
+        arguments.folder,
+        workers=arguments.workers or num_usable_cores(),
+        classes=classes,
+        label_keys=(arguments.label_key,) if arguments.label_key else indexing.DEFAULT_LABEL_KEYS,
+        overwrite=arguments.overwrite,
+    )
+    print(summarise(manifest))
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a core)")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+# --- after training ---------------------------------------------------------------------------------------------------
+
+
+def _add_evaluate(commands: Commands) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="measure a run's model on a split of its shards",
+        description="Accuracy with its 95 % interval, per-class figures and the confusion matrix; all of it is also "
+        "saved in RUN/evaluations/SPLIT/.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument("--split", default="test", help="split to measure on (default: %(default)s)")
+    command.add_argument("--shards", type=Path, metavar="FOLDER", help="shard set (default: the one trained on)")
+    _add_compute(command)
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from wasteddp.inference.evaluate import EvaluateOptions, run
+
+    run(
+        EvaluateOptions(
+            run=arguments.run_folder,
+            split=arguments.split,
+            shards=arguments.shards,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+        )
+    )
+
+
+def _add_predict(commands: Commands) -> None:
+    command = commands.add_parser(
+        "predict",
+        help="classify images with a trained model",
+        description="Classifies images; files that cannot be read are listed at the end. The exit code is 0 if at "
+        "least one image was classified, 2 if none.",
+    )
+    command.add_argument("model", metavar="MODEL", type=Path, help="folder of a run or of its model")
+    command.add_argument("paths", metavar="PATH", nargs="+", help="image files, folders, or globs in quotes (** too)")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write the probabilities of all classes as CSV")
+    command.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON")
+    command.add_argument(
+        "--top", type=_positive, default=3, metavar="N", help="classes to print (default: %(default)s)"
+    )
+    _add_compute(command)
+    command.set_defaults(run=_predict)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from wasteddp.inference.predict import PredictOptions, run
+
+    run(
+        PredictOptions(
+            model=arguments.model,
+            paths=tuple(arguments.paths),
+            csv=arguments.csv,
+            json=arguments.json,
+            top=arguments.top,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+        )
+    )
+
+
+def _add_compute(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="images computed at once (default: 8 on a CPU, 64 on a GPU; another number may change the last digits "
+        "of a probability)",
+    )
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _add_settings(commands: Commands) -> None:
+    add = commands.add_parser("settings", help="print all settings of a config, or their JSON Schema")
+    add.add_argument("config", nargs="?", metavar="YAML", help="defaults alone, if left out")
+    add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add.add_argument("--schema", action="store_true", help="print the JSON Schema, for editors")
+    add.set_defaults(run=_settings)
+
+
+def _settings(arguments: argparse.Namespace) -> None:
+    import json
+
+    from wasteddp import settings
+
+    if arguments.schema:
+        print(json.dumps(settings.json_schema(), indent=1))
+    elif arguments.config:
+        print(settings.load(arguments.config, arguments.set).to_yaml(), end="")
+    else:
+        print(settings.parse("", arguments.set).to_yaml(), end="")
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="wasteddp", description=__doc__.splitlines()[0])
+    top.add_argument("--version", action="version", version=f"wasteddp {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_shard, _add_verify, _add_index, _add_draw, _add_evaluate, _add_predict, _add_settings):
+        add(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; a `WastedError` becomes its message and exit code 2."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except WastedError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,99 @@
+"""What training does to a batch on the device: flips, colour, erasing, normalisation. CPU and GPU give the same.
+
+Legend: B images of a batch, C = 3, H W pixels.
+
+The random numbers come from `draws`, keyed by (seed, epoch, sample), so a sample looks the same whichever rank, worker
+or batch it is in. The random crop happens earlier, while decoding (`images.training_view`), by the same rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from wasteddp.data.draws import COLOUR, ERASE, FLIP, I64, uniform
+from wasteddp.data.images import normalise
+
+# Source: Zhong et al. 2017 (random erasing); torchvision.transforms.RandomErasing's defaults
+_ERASE_SCALE = (0.02, 0.33)
+_ERASE_RATIO = (0.3, 3.3)
+# Source: ITU-R BT.601 luma, as in torchvision.transforms.functional.rgb_to_grayscale
+_LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """Settings of the device part; see `settings.Augment` for their meaning."""
+
+    seed: int
+    horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    erase: float = 0.0
+
+    def __call__(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
+        """uint8 [B, 3, H, W] -> normalised float32 of the same shape and memory format.
+
+        Args:
+            images_BCHW: on the device that is to do the work.
+            samples: sample numbers, int64 [B].
+            epoch: of the batch.
+        """
+        device = images_BCHW.device
+        flips = uniform(FLIP, self.seed, epoch, samples, num=2)
+        for probability, draw, axis in ((self.horizontal_flip, flips[:, 0], 3), (self.vertical_flip, flips[:, 1], 2)):
+            if probability > 0:
+                chosen = _column(draw < probability, device)
+                images_BCHW = torch.where(chosen, images_BCHW.flip(axis), images_BCHW)
+        if self.brightness or self.contrast or self.saturation:
+            images_BCHW = self._colour(images_BCHW.float(), samples, epoch)
+        normalised = normalise(images_BCHW)
+        if self.erase:
+            keep = ~_erased(samples, epoch, self.seed, self.erase, images_BCHW.shape[2], images_BCHW.shape[3])
+            normalised = normalised * torch.from_numpy(keep[:, None]).to(device)  # 0 is the mean colour
+        return normalised
+
+    def _colour(self, pixels_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
+        """Brightness, contrast, saturation in this order, each a blend by a factor in [1 - x, 1 + x], clamped.
+
+        Source: torchvision.transforms.ColorJitter, without its random order.
+        """
+        device = pixels_BCHW.device
+        draws = 2 * uniform(COLOUR, self.seed, epoch, samples, num=3) - 1
+        brightness, contrast, saturation = (
+            _column((1 + size * draws[:, i]).astype(np.float32), device)
+            for i, size in enumerate((self.brightness, self.contrast, self.saturation))
+        )
+        luma = torch.tensor(_LUMA, device=device).view(1, 3, 1, 1)
+        pixels_BCHW = (pixels_BCHW * brightness).clamp_(0, 255)
+        mean = (pixels_BCHW * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        pixels_BCHW = torch.lerp(mean.expand_as(pixels_BCHW), pixels_BCHW, contrast).clamp_(0, 255)
+        grey = (pixels_BCHW * luma).sum(1, keepdim=True)
+        return torch.lerp(grey.expand_as(pixels_BCHW), pixels_BCHW, saturation).clamp_(0, 255)
+
+
+def _column(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """One number an image, [B] -> [B, 1, 1, 1] on the device."""
+    return torch.from_numpy(values).to(device, non_blocking=True).view(-1, 1, 1, 1)
+
+
+def _erased(samples: I64, epoch: int, seed: int, probability: float, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """Which pixels are erased: bool [B, H, W]."""
+    chance, area, ratio, top, left = uniform(ERASE, seed, epoch, samples, num=5).T
+    area = height * width * (_ERASE_SCALE[0] + (_ERASE_SCALE[1] - _ERASE_SCALE[0]) * area)
+    ratio = np.exp(np.log(_ERASE_RATIO[0]) + np.log(_ERASE_RATIO[1] / _ERASE_RATIO[0]) * ratio)
+    box_height = np.minimum(height, np.round(np.sqrt(area * ratio)))
+    box_width = np.minimum(width, np.round(np.sqrt(area / ratio)))
+    first_row = np.floor((height - box_height + 1) * top)[:, None]
+    first_column = np.floor((width - box_width + 1) * left)[:, None]
+    rows, columns = np.arange(height)[None, :], np.arange(width)[None, :]
+    in_rows = (rows >= first_row) & (rows < first_row + box_height[:, None])  # [B, H]
+    in_columns = (columns >= first_column) & (columns < first_column + box_width[:, None])  # [B, W]
+    erased: npt.NDArray[np.bool_] = in_rows[:, :, None] & in_columns[:, None, :]
+    erased &= (chance < probability)[:, None, None]
+    return erased

@@ -1,0 +1,118 @@
+"""The two views of an image: what training sees and what evaluation sees, both uint8 and square.
+
+Legend: H W of the upright image, S the side of the view, B images in a batch, C = 3.
+
+Both decode no more pixels than they need (JPEG DCT scaling) and resize with antialiasing through torch's uint8 kernel:
+200 us for 512x384 to 224, against 730 us in Pillow. Normalising belongs on the device: uint8 is a quarter of the bytes.
+"""
+
+from __future__ import annotations
+
+from math import ceil, exp, log, sqrt
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from wasteddp.data.decoding import ImageHWC, decode_rgb, size_px
+
+# Source: ImageNet statistics, torchvision.transforms._presets.ImageClassification
+MEAN_RGB = (0.485, 0.456, 0.406)
+STD_RGB = (0.229, 0.224, 0.225)
+
+Box = tuple[int, int, int, int]  # top, left, height, width, px
+
+
+def training_view(
+    data: bytes,
+    *,
+    image_size_px: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    uniform: npt.NDArray[np.float64],
+) -> ImageHWC:
+    """A random crop of random area and aspect ratio, resized to uint8 [S, S, 3].
+
+    Args:
+        uniform: four numbers in [0, 1): area, ratio, top, left. The crop is a function of them and the image alone.
+
+    Raises:
+        UndecodableError: see `decode_rgb`.
+    """
+    height, width = size_px(data)
+    box = crop_box(height, width, scale=scale, ratio=ratio, uniform=uniform)
+    return crop_resize(data, (height, width), box, image_size_px)
+
+
+def evaluation_view(data: bytes, *, image_size_px: int, resize_px: int) -> ImageHWC:
+    """The shorter side resized to `resize_px`, the central square of it: uint8 [S, S, 3].
+
+    It is computed as one crop of the original and one resize, so no pixel outside the crop is resized.
+
+    Raises:
+        UndecodableError: see `decode_rgb`.
+    """
+    height, width = size_px(data)
+    side = min(min(height, width), max(1, round(min(height, width) * image_size_px / resize_px)))
+    box = ((height - side) // 2, (width - side) // 2, side, side)
+    return crop_resize(data, (height, width), box, image_size_px)
+
+
+def crop_box(
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    uniform: npt.NDArray[np.float64],
+) -> Box:
+    """Where the random crop lies. Area uniform in `scale` of the image, log of width/height uniform in `ratio`.
+
+    Source: Szegedy et al. 2015 (Inception); torchvision's RandomResizedCrop draws up to ten times until the crop fits
+    and then takes the centre; here the first draw is trimmed to the image, so the cost and the draws are fixed.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * float(uniform[0]))
+    aspect = exp(log(ratio[0]) + (log(ratio[1]) - log(ratio[0])) * float(uniform[1]))
+    crop_height = min(height, max(1, round(sqrt(area / aspect))))
+    crop_width = min(width, max(1, round(sqrt(area * aspect))))
+    top = int((height - crop_height + 1) * float(uniform[2]))
+    left = int((width - crop_width + 1) * float(uniform[3]))
+    return top, left, crop_height, crop_width
+
+
+def crop_resize(data: bytes, size: tuple[int, int], box: Box, image_size_px: int) -> ImageHWC:
+    """Decodes, crops `box` (in pixels of the full image of `size` H, W) and resizes it to uint8 [S, S, 3].
+
+    The JPEG is decoded at the smallest DCT scale at which the crop still has S pixels on each side.
+    """
+    height, width = size
+    top, left, crop_height, crop_width = box
+    pixels = decode_rgb(
+        data,
+        min_height_px=min(height, ceil(height * image_size_px / crop_height)),
+        min_width_px=min(width, ceil(width * image_size_px / crop_width)),
+    )
+    vertical, horizontal = pixels.shape[0] / height, pixels.shape[1] / width  # 1, or the DCT scale
+    rows = slice(round(top * vertical), max(round((top + crop_height) * vertical), round(top * vertical) + 1))
+    columns = slice(
+        round(left * horizontal), max(round((left + crop_width) * horizontal), round(left * horizontal) + 1)
+    )
+    crop = np.ascontiguousarray(pixels[rows, columns])
+    # [H, W, C] -> [1, C, H, W] as a view: channels-last is the layout the fast uint8 kernel wants
+    view = torch.from_numpy(crop).permute(2, 0, 1).unsqueeze(0)
+    resized = torch.nn.functional.interpolate(
+        view, size=(image_size_px, image_size_px), mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def normalise(
+    images_BCHW: torch.Tensor,
+    mean: tuple[float, float, float] = MEAN_RGB,
+    std: tuple[float, float, float] = STD_RGB,
+) -> torch.Tensor:
+    """uint8 [B, 3, H, W] in 0..255 -> float32 of zero mean and unit variance: (x / 255 - mean) / std."""
+    device = images_BCHW.device
+    shift = torch.tensor([255.0 * m for m in mean], device=device).view(1, 3, 1, 1)
+    factor = torch.tensor([1.0 / (255.0 * s) for s in std], device=device).view(1, 3, 1, 1)
+    return (images_BCHW.float() - shift) * factor

@@ -1,0 +1,246 @@
+"""Plan + reader -> batches of uint8 images, decoded ahead by threads.
+
+Legend: B images of one rank's batch, C = 3, S the side.
+
+Threads, not processes: libjpeg-turbo, torch's resize and hashlib release the GIL, so threads decode in parallel,
+need no copy through shared memory, and die with the process.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from wasteddp.data.decoding import ImageHWC, UndecodableError
+from wasteddp.data.draws import CROP, I64, uniform
+from wasteddp.data.images import evaluation_view, training_view
+from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
+from wasteddp.data.reading import SplitReader
+from wasteddp.errors import DamagedSampleError
+
+_MAX_REPLACEMENTS = 100
+_TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker
+
+View = Callable[[bytes, int, int], ImageHWC]  # bytes, sample, epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A training sample that could not be read; another stands in its place."""
+
+    sample: int
+    where: str
+    reason: str
+    replaced_by: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's part of a step."""
+
+    epoch: int
+    step_in_epoch: int
+    images_BCHW: torch.Tensor  # uint8, channels-last in memory
+    labels_B: torch.Tensor  # int64; of no meaning where `samples` is PADDING
+    samples: I64  # [B]
+    damage: tuple[Damage, ...]
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Micro-batches of `size` samples, views of this one."""
+        for at in range(0, len(self.samples), size):
+            part = slice(at, at + size)
+            yield Batch(
+                self.epoch, self.step_in_epoch, self.images_BCHW[part], self.labels_B[part], self.samples[part], ()
+            )
+
+
+@dataclass(slots=True)
+class _Pending:
+    epoch: int
+    step_in_epoch: int
+    images: torch.Tensor  # [B, S, S, C]
+    labels: torch.Tensor
+    samples: I64
+    tasks: list[Future[list[Damage]]]
+
+
+class Loader:
+    """Decodes batches ahead of their use.
+
+    Memory: (prefetch + 1) batches of B * 3 * S^2 bytes and one decoded image a worker.
+
+    Args:
+        reader: of the split.
+        view: what a sample's bytes become.
+        image_size_px: S.
+        workers: decoding threads.
+        prefetch: batches decoded ahead.
+        replace: whether a sample that cannot be decoded is replaced (training) or raises (evaluation).
+        pin_memory: page-locked batches, for copies that run beside a GPU's work.
+    """
+
+    def __init__(
+        self,
+        reader: SplitReader,
+        view: View,
+        *,
+        image_size_px: int,
+        workers: int,
+        prefetch: int = 2,
+        replace: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        self._reader, self._view, self._size = reader, view, image_size_px
+        self._labels = reader.labels
+        self._workers, self._prefetch = workers, prefetch
+        self._replace, self._pin = replace, pin_memory
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def batches(self, steps: Iterable[tuple[int, int, I64]]) -> Iterator[Batch]:
+        """A batch for each (epoch, step in epoch, sample numbers), in order."""
+        pending: deque[_Pending] = deque()
+        steps = iter(steps)
+        try:
+            while True:
+                while len(pending) <= self._prefetch and (step := next(steps, None)):
+                    pending.append(self._start(*step))
+                if not pending:
+                    return
+                yield self._finish(pending.popleft())
+        finally:
+            for batch in pending:
+                for task in batch.tasks:
+                    task.cancel()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
+        images = torch.empty((len(samples), self._size, self._size, 3), dtype=torch.uint8, pin_memory=self._pin)
+        labels = torch.zeros(len(samples), dtype=torch.int64, pin_memory=self._pin)
+        pending = _Pending(epoch, step_in_epoch, images, labels, samples, [])
+        chunk = max(1, -(-len(samples) // (self._workers * _TASKS_PER_WORKER)))
+        for at in range(0, len(samples), chunk):
+            pending.tasks.append(self._pool.submit(self._fill, pending, range(at, min(at + chunk, len(samples)))))
+        return pending
+
+    def _finish(self, pending: _Pending) -> Batch:
+        damage = tuple(item for task in pending.tasks for item in task.result())
+        return Batch(
+            pending.epoch,
+            pending.step_in_epoch,
+            pending.images.permute(0, 3, 1, 2),  # [B, S, S, C] -> [B, C, S, S], channels-last without a copy
+            pending.labels,
+            pending.samples,
+            damage,
+        )
+
+    def _fill(self, pending: _Pending, rows: range) -> list[Damage]:
+        # numpy views: torch's copy would start an OpenMP team in this thread for every image
+        images, labels = pending.images.numpy(), pending.labels.numpy()
+        damage: list[Damage] = []
+        for row in rows:
+            sample = int(pending.samples[row])
+            if sample == PADDING:
+                images[row] = 0
+                continue
+            used = self._fill_row(images[row], sample, pending.epoch, damage)
+            labels[row] = self._labels[used]
+        return damage
+
+    def _fill_row(self, out: ImageHWC, sample: int, epoch: int, damage: list[Damage]) -> int:
+        """Writes the view of `sample`, or of the next sample that can be read; returns the one that was used."""
+        failure: Damage | None = None
+        for attempt in range(_MAX_REPLACEMENTS):
+            used = (sample + attempt) % self._reader.num_samples
+            try:
+                out[:] = self._view(self._reader.read(used), used, epoch)
+            except (UndecodableError, DamagedSampleError) as error:
+                reason = error.found if isinstance(error, DamagedSampleError) else str(error)
+                failure = failure or Damage(sample, self._reader.describe(sample), reason, used)
+                if not self._replace:
+                    break
+                continue
+            if failure:
+                damage.append(Damage(failure.sample, failure.where, failure.reason, used))
+            return used
+        assert failure is not None  # the loop ran at least once and did not return
+        raise DamagedSampleError(
+            f"{failure.where} cannot be used: {failure.reason}"
+            + (f"; nor can the {_MAX_REPLACEMENTS - 1} samples behind it" if self._replace else ""),
+            "an evaluation with a hole is no evaluation, and a run on damaged shards is no run",
+            "find all that is damaged with `wasteddp verify`, then copy or make the set again",
+        )
+
+
+def training_loader(
+    reader: SplitReader,
+    *,
+    seed: int,
+    image_size_px: int,
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+) -> Loader:
+    """Loader of random crops, each a function of (seed, epoch, sample)."""
+
+    def view(data: bytes, sample: int, epoch: int) -> ImageHWC:
+        draws = uniform(CROP, seed, epoch, sample, num=4)
+        return training_view(data, image_size_px=image_size_px, scale=crop_scale, ratio=crop_ratio, uniform=draws)
+
+    return Loader(
+        reader,
+        view,
+        image_size_px=image_size_px,
+        workers=workers,
+        prefetch=prefetch,
+        replace=True,
+        pin_memory=pin_memory,
+    )
+
+
+def evaluation_loader(
+    reader: SplitReader,
+    *,
+    image_size_px: int,
+    resize_px: int,
+    workers: int,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> Loader:
+    """Loader of the centre views that evaluation and prediction use."""
+
+    def view(data: bytes, sample: int, epoch: int) -> ImageHWC:
+        return evaluation_view(data, image_size_px=image_size_px, resize_px=resize_px)
+
+    return Loader(reader, view, image_size_px=image_size_px, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+
+
+def training_steps(
+    plan: TrainPlan, first: int, last: int, *, rank: int, world_size: int
+) -> Iterator[tuple[int, int, I64]]:
+    """(epoch, step in epoch, samples of the rank) for the optimizer steps `first` .. `last` - 1 of a run."""
+    for step in range(first, last):
+        epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
+        yield epoch, step_in_epoch, plan.step_samples(epoch, step_in_epoch, rank=rank, world_size=world_size)
+
+
+def evaluation_steps(plan: EvaluationPlan, *, rank: int, world_size: int) -> Iterator[tuple[int, int, I64]]:
+    """(0, number, samples of the rank) for each batch of an evaluation."""
+    for number in range(plan.num_batches(world_size)):
+        yield 0, number, plan.batch_samples(number, rank=rank, world_size=world_size)

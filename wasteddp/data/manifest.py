@@ -1,0 +1,250 @@
+"""What a shard set contains: `manifest.json` and one binary index a shard, read, written and checked.
+
+Legend: N samples of a split, K classes. Pure files and numpy; nothing here opens a tar or decodes an image.
+
+    shards/trashnet/manifest.json       everything below, hashes of all other files, what was left out and why
+    shards/trashnet/train-000000.tar    members <key>.jpg, <key>.json
+    shards/trashnet/train-000000.idx    one record of INDEX_DTYPE a sample, in the tar's order
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wasteddp.errors import ShardError, storage
+
+FORMAT = "wasteddp-shards"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+# Little-endian and packed: 48 bytes a sample, the same file on every machine.
+INDEX_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the image's first byte in the tar
+        ("length", "<u4"),  # of the image, bytes
+        ("label", "<i4"),  # 0 .. K-1
+        ("sha256", "u1", (32,)),  # of the image's bytes as stored
+    ]
+)
+Index = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar and its index: file names relative to the set's folder."""
+
+    tar: str
+    index: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    name: str
+    shards: tuple[Shard, ...]
+    samples_per_class: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An image of the source that is in no shard. `reason` is one of `REASONS`."""
+
+    source: str
+    reason: str
+    detail: str
+
+
+REASONS = (
+    "unreadable",  # no decoder takes it, or the file cannot be read
+    "truncated",  # the decoder ran out of bytes
+    "empty",  # zero bytes
+    "too_large",  # more pixels or bytes than the limit: a decompression bomb or a mistake
+    "duplicate",  # the same bytes as another image of the same class, which is kept
+    "conflicting_label",  # the same bytes stand under two classes: none of them is kept
+    "not_listed",  # list files were given and none names it
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A shard set. `sha256` is that of `manifest.json` itself: it names the whole set, bytes and all."""
+
+    folder: Path
+    name: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, Split]
+    bins: Mapping[str, str] = field(default_factory=dict)  # class -> bin it is thrown into; may be empty
+    left_out: tuple[LeftOut, ...] = ()
+    near_duplicates: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # source, licence, citation, options: how it was made
+    tool: str = ""
+    sha256: str = ""
+
+    def split(self, name: str) -> Split:
+        """The split called `name`, or an error that lists those there are."""
+        if name not in self.splits or self.splits[name].num_samples == 0:
+            there = ", ".join(f"{s.name} ({s.num_samples})" for s in self.splits.values()) or "none"
+            raise ShardError(
+                f"{self.folder} has no samples in a split called {name!r}; splits there: {there}",
+                "there would be nothing to read",
+                "name another split, or shard the images again with a split of that name",
+            )
+        return self.splits[name]
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`: sorted nowhere, so that its order is the order written here."""
+        return (
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    "format_version": FORMAT_VERSION,
+                    "tool": self.tool,
+                    "name": self.name,
+                    "classes": list(self.classes),
+                    "bins": dict(self.bins),
+                    "splits": {
+                        split.name: {
+                            "num_samples": split.num_samples,
+                            "samples_per_class": list(split.samples_per_class),
+                            "shards": [asdict(shard) for shard in split.shards],
+                        }
+                        for split in self.splits.values()
+                    },
+                    "near_duplicates": dict(self.near_duplicates),
+                    "recipe": dict(self.recipe),
+                    "left_out": [asdict(left) for left in self.left_out],
+                },
+                indent=1,
+                ensure_ascii=False,
+            )
+            + "\n"
+        )
+
+    def save(self) -> None:
+        """Writes `manifest.json` atomically. Call it last: a set with a manifest is a whole set."""
+        write_atomically(self.folder / MANIFEST_NAME, self.to_json().encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """Reads and checks a manifest; the tars themselves are checked when they are opened, or by `wasteddp verify`.
+
+        Raises:
+            ShardError: no such folder, no manifest in it, another format, or counts that contradict each other.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        if not folder.is_dir():
+            raise ShardError(
+                f"there is no folder {folder}",
+                "there is nothing to read",
+                f"make the shards first (wasteddp shard SOURCE --out {folder}), or set data.shards to where they are",
+            )
+        if not path.exists():
+            tars = len(list(folder.glob("*.tar")))
+            raise ShardError(
+                f"{folder} holds {tars} tar file(s) but no {MANIFEST_NAME}",
+                "without it nobody knows how many samples there are, so no epoch could be proved whole",
+                f"if another tool made these tars: wasteddp index {folder}; if `wasteddp shard` was stopped: run it again",
+            )
+        with storage("reading the manifest", path):
+            text = path.read_bytes()
+        try:
+            return cls._parse(folder, text)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ShardError(
+                f"{path} is not a manifest of this format: {type(error).__name__}: {error}",
+                "what it says of the shards cannot be trusted",
+                "make the set again with `wasteddp shard` or `wasteddp index`",
+            ) from error
+
+    @classmethod
+    def _parse(cls, folder: Path, text: bytes) -> Manifest:
+        raw = json.loads(text)
+        if raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format {raw.get('format')!r} version {raw.get('format_version')!r}, wanted {FORMAT!r} 1")
+        splits = {}
+        for name, part in raw["splits"].items():
+            split = Split(name, tuple(Shard(**shard) for shard in part["shards"]), tuple(part["samples_per_class"]))
+            if not split.num_samples == part["num_samples"] == sum(split.samples_per_class):
+                raise ValueError(f"split {name!r} does not add up")
+            if len(split.samples_per_class) != len(raw["classes"]):
+                raise ValueError(f"split {name!r} counts {len(split.samples_per_class)} classes")
+            for file in (f for shard in split.shards for f in (shard.tar, shard.index)):
+                if Path(file).name != file:
+                    raise ValueError(f"{file!r} is not a plain file name")
+            splits[name] = split
+        return cls(
+            folder=folder,
+            name=raw["name"],
+            classes=tuple(raw["classes"]),
+            splits=splits,
+            bins=raw["bins"],
+            left_out=tuple(LeftOut(**left) for left in raw["left_out"]),
+            near_duplicates=raw["near_duplicates"],
+            recipe=raw["recipe"],
+            tool=raw["tool"],
+            sha256=hashlib.sha256(text).hexdigest(),
+        )
+
+
+def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:
+    """The index of one shard: array of `num_samples` records, read-only.
+
+    Raises:
+        ShardError: missing, of another length, or with another sha256 than the manifest says.
+    """
+    path = folder / shard.index
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ShardError(
+            f"the index {path} cannot be read: {error.strerror}",
+            f"{shard.num_samples} samples of {shard.tar} cannot be found",
+            "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",
+        ) from error
+    found = hashlib.sha256(text).hexdigest() if check else shard.index_sha256
+    if len(text) != shard.num_samples * INDEX_DTYPE.itemsize or found != shard.index_sha256:
+        raise ShardError(
+            f"the index {path} has {len(text)} bytes and sha256 {found[:12]}; the manifest says "
+            f"{shard.num_samples * INDEX_DTYPE.itemsize} bytes and {shard.index_sha256[:12]}",
+            "samples would be read from wrong places",
+            "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",
+        )
+    return np.frombuffer(text, dtype=INDEX_DTYPE)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or the next start after a kill, sees all of it or the file that was there before."""
+    temporary = path.with_name(path.name + ".tmp")
+    with storage("writing", path):
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

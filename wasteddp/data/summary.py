@@ -1,0 +1,65 @@
+"""A shard set in words: what is in it, what was left out, and what its owner should look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from wasteddp.data.manifest import LeftOut, Manifest
+
+_MAX_NAMED = 10
+
+
+def summarise(manifest: Manifest) -> str:
+    """Lines for a terminal or a log; no colours."""
+    return "\n".join(_lines(manifest))
+
+
+def _lines(manifest: Manifest) -> Iterator[str]:
+    splits = list(manifest.splits.values())
+    num_shards, num_bytes = sum(len(s.shards) for s in splits), sum(t.num_bytes for s in splits for t in s.shards)
+    total = sum(split.num_samples for split in splits)
+    yield f"{manifest.folder}: {total:,} samples in {num_shards} shard(s), {num_bytes / 1e6:,.1f} MB"
+    rows = [["", *(split.name for split in splits)]]
+    for number, name in enumerate(manifest.classes):
+        rows.append([name, *(f"{split.samples_per_class[number]:,}" for split in splits)])
+    rows.append(["all", *(f"{split.num_samples:,}" for split in splits)])
+    yield from _table(rows)
+    for split in splits:
+        none = [name for name, count in zip(manifest.classes, split.samples_per_class, strict=True) if not count]
+        if none:
+            yield f"warning: {split.name} has no sample of {', '.join(none)}"
+    missing = [name for name in ("train", "val", "test") if name not in manifest.splits]
+    if missing:
+        yield f"warning: no samples in {', '.join(missing)}"
+    yield from _left_out(manifest.left_out)
+    yield from _near_duplicates(manifest)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        yield "  ".join(["", first.ljust(widths[0]), *cells])
+
+
+def _left_out(left_out: Sequence[LeftOut]) -> Iterator[str]:
+    for reason, count in Counter(left.reason for left in left_out).most_common():
+        yield f"left out, {reason}: {count:,}"
+        if reason in ("duplicate", "not_listed"):
+            continue
+        named = [left for left in left_out if left.reason == reason][:_MAX_NAMED]
+        yield from (f"    {left.source}: {left.detail}" for left in named)
+        if count > len(named):
+            yield f"    ... and {count - len(named):,} more, all of them in manifest.json"
+
+
+def _near_duplicates(manifest: Manifest) -> Iterator[str]:
+    for where, counts in manifest.near_duplicates.get("across_splits", {}).items():
+        if counts["pairs"]:
+            one, _, other = where.partition("-")
+            share = counts[f"{other}_images"] / manifest.splits[other].num_samples
+            yield (
+                f"near-duplicates: {counts[f'{other}_images']} images of {other} ({share:.1%}) also show in {one} "
+                f"({counts['pairs']} pairs); --group-near-duplicates keeps such images in one split"
+            )

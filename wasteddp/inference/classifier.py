@@ -1,0 +1,132 @@
+"""A model bundle at work: image bytes -> view -> probabilities. Evaluation and prediction both come through here.
+
+Legend: B images in a batch, C = 3, S side of the view, K classes.
+
+The same image gets the same probabilities, bit for bit, whichever program asks and whatever else is in its batch. For
+that every batch has one shape, filled up with black images whose answers are dropped: libraries choose their kernels by
+shape, and with 1 instead of 8 images ResNet50's logits differ by up to 1e-5. Across devices, numbers of threads and
+batch sizes equality is not bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from wasteddp.data.decoding import ImageHWC
+from wasteddp.data.images import evaluation_view, normalise
+from wasteddp.errors import BundleError, LaunchError
+from wasteddp.inference.bundle import BundleCard, load_bundle
+from wasteddp.model.resnet import build
+
+# On two cores ResNet50 at 224 px answers 15-20 images/s at any batch size from 1 to 64, and one image alone costs
+# a whole batch: 0.5 s at 8, 4 s at 64. A GPU needs many images to be busy.
+BATCH_SIZE_CPU = 8
+BATCH_SIZE_GPU = 64
+
+Item = TypeVar("Item")
+
+
+class Classifier:
+    """A model in evaluation mode, fp32, on one device."""
+
+    def __init__(self, card: BundleCard, model: torch.nn.Module, device: torch.device, batch_size: int) -> None:
+        self.card, self.device, self.batch_size = card, device, batch_size
+        self._model = model
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto", batch_size: int | None = None) -> Classifier:
+        """The classifier of a bundle's or a run's folder.
+
+        Args:
+            device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
+            batch_size: images computed at once; None takes what suits the device.
+
+        Raises:
+            BundleError: see `load_bundle`; or the weights are not those of the card's architecture.
+            LaunchError: no such device.
+        """
+        where = _device(device)
+        card, state_dict = load_bundle(path)
+        model = build(card.arch, len(card.classes))
+        try:
+            model.load_state_dict(state_dict)
+        except RuntimeError as error:
+            raise BundleError(
+                f"the weights in {path} are not those of a {card.arch}: {str(error).splitlines()[-1].strip()}",
+                "the model cannot be put together",
+                "copy the whole model folder again, or let the run write it anew (start its training again)",
+            ) from error
+        # .float() and eval() are contracts of this class, whatever precision the run trained in
+        model = model.float().eval().requires_grad_(False).to(where).to(memory_format=torch.channels_last)
+        default = BATCH_SIZE_CPU if where.type == "cpu" else BATCH_SIZE_GPU
+        return cls(card, model, where, batch_size or default)
+
+    def view(self, data: bytes) -> ImageHWC:
+        """An image file's bytes as the model sees them: uint8 [S, S, 3]. Safe to call from many threads.
+
+        Raises:
+            UndecodableError: see `decode_rgb`.
+        """
+        size = self.card.preprocessing
+        return evaluation_view(data, image_size_px=size.image_size_px, resize_px=size.resize_px)
+
+    def batches(self, items: Iterable[Item]) -> Iterator[list[Item]]:
+        """Lists of `batch_size` items, the last one shorter."""
+        iterator = iter(items)
+        while batch := list(islice(iterator, self.batch_size)):
+            yield batch
+
+    def probabilities(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.float32]:
+        """Softmax of logits / temperature for any number of views: float32 [B, K], each row a sum of 1.
+
+        Raises:
+            BundleError: the model answers with numbers that are not finite.
+        """
+        answers = [
+            self._one_batch(views[begin : begin + self.batch_size]) for begin in range(0, len(views), self.batch_size)
+        ]
+        probabilities_BK = np.concatenate([np.zeros((0, len(self.card.classes)), np.float32), *answers])
+        if not np.isfinite(probabilities_BK).all():
+            raise BundleError(
+                f"the model answers with numbers that are not finite ({self.card.arch}, trained until step "
+                f"{self.card.trained.step})",
+                "any class that it seems to name would be meaningless",
+                "its training diverged: train again with a lower learning rate",
+            )
+        return probabilities_BK
+
+    def _one_batch(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.float32]:
+        """Up to `batch_size` views, computed as exactly `batch_size`."""
+        side = self.card.preprocessing.image_size_px
+        images_BHWC = np.zeros((self.batch_size, side, side, 3), np.uint8)
+        images_BHWC[: len(views)] = views
+        # [B, H, W, C] -> [B, C, H, W] as a view: the bytes stay, and are what channels_last means
+        images_BCHW = torch.from_numpy(images_BHWC).to(self.device).permute(0, 3, 1, 2)
+        preprocessing = self.card.preprocessing
+        # fp32 means fp32 (no TF32), and the same kernel each time, on any GPU; no effect on a CPU
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), exact:
+            logits_BK = self._model(normalise(images_BCHW, preprocessing.mean, preprocessing.std))
+            answers_BK: npt.NDArray[np.float32] = (logits_BK / self.card.temperature).softmax(dim=1).cpu().numpy()
+        return answers_BK[: len(views)]
+
+
+def _device(name: str) -> torch.device:
+    """The device called `name`, tried out: torch believes in cuda:7 until the first tensor goes there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        raise LaunchError(
+            f"the device {name!r} cannot be used: {(str(error).splitlines() or ['no reason given'])[0]}",
+            "the model has no place to run",
+            f"leave --device out, or use cpu{''.join(f', cuda:{n}' for n in range(torch.cuda.device_count()))}",
+        ) from error
+    return device

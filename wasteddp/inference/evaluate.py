@@ -1,0 +1,166 @@
+"""`wasteddp evaluate`: a run's model on one split of its shard set, each sample counted exactly once, and proved so.
+
+Legend: N samples of the split, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from rich.console import Console
+
+from wasteddp.data.decoding import ImageHWC, UndecodableError
+from wasteddp.data.manifest import Manifest, Split
+from wasteddp.data.parallel import in_order, num_usable_cores
+from wasteddp.data.progress import progress
+from wasteddp.data.reading import SplitReader
+from wasteddp.errors import BundleError, DamagedSampleError, SettingsError, ShardError, storage
+from wasteddp.inference.classifier import Classifier
+from wasteddp.inference.evaluation_record import Evaluation, print_evaluation, save_evaluation
+from wasteddp.inference.metrics import confusion_matrix, summarise
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """The command line of `wasteddp evaluate`. None is the default that depends on the run or the device."""
+
+    run: Path
+    split: str = "test"
+    shards: Path | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+
+
+def run(options: EvaluateOptions) -> None:
+    """Evaluates, prints, and saves under `RUN/evaluations/<split>/`."""
+    classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size)
+    shards = options.shards or trained_shards(options.run)
+    manifest = Manifest.load(shards)
+    check_classes(manifest, classifier.card.classes)
+    console = Console()
+    if manifest.sha256 != classifier.card.hashes.manifest:
+        console.print(
+            f"warning: {shards} is not the shard set that this model was trained on (manifest {manifest.sha256[:12]}, "
+            f"trained on {classifier.card.hashes.manifest[:12]}): its images may be among those trained on",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    with SplitReader(manifest, options.split) as reader, progress("evaluating", reader.num_samples) as advance:
+        evaluation = evaluate(classifier, reader, manifest.split(options.split), advance=advance)
+    folder = options.run / "evaluations" / options.split
+    save_evaluation(
+        folder,
+        evaluation,
+        classifier.card,
+        manifest_sha256=manifest.sha256,
+        options={
+            "split": options.split,
+            "shards": str(shards),
+            "batch_size": classifier.batch_size,
+            "device": str(classifier.device),
+        },
+    )
+    print_evaluation(
+        console, evaluation, title=f"{options.run}, {options.split}: {evaluation.metrics.num_samples} images"
+    )
+    console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def evaluate(classifier: Classifier, reader: SplitReader, split: Split, *, advance: Callable[[], None]) -> Evaluation:
+    """Every sample of a split through the model, once.
+
+    Args:
+        advance: called once for each sample that is done.
+
+    Raises:
+        DamagedSampleError: a sample cannot be read or decoded; an evaluation with a hole is no evaluation.
+        ShardError: the samples are not those that the manifest counts.
+    """
+    num_classes = len(classifier.card.classes)
+    labels = reader.labels
+    _check_counts(np.bincount(labels, minlength=num_classes), split, "its index holds")
+
+    def view_of(sample: int) -> tuple[int, str, ImageHWC]:
+        data = reader.read(sample)
+        try:
+            return sample, reader.source(sample), classifier.view(data)
+        except UndecodableError as error:
+            raise DamagedSampleError(
+                f"{reader.describe(sample)} ({reader.source(sample)}) cannot be decoded: {error}",
+                "an evaluation without it would not be one of this split",
+                "find all that is damaged with `wasteddp verify`, then make the set again without it",
+            ) from error
+
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    probabilities_NK = np.full((reader.num_samples, num_classes), np.nan, np.float32)
+    sources: list[str] = []
+    views = in_order(view_of, range(reader.num_samples), workers=num_usable_cores())
+    for batch in classifier.batches(views):
+        samples = [sample for sample, _, _ in batch]
+        answers_BK = classifier.probabilities([view for _, _, view in batch])
+        probabilities_NK[samples] = answers_BK
+        confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
+        sources += [source for _, source, _ in batch]
+        for _ in batch:
+            advance()
+    # The proof: what went through the model, batch by batch, is what the manifest says there is.
+    _check_counts(confusion.sum(axis=1), split, "the model answered for")
+    return Evaluation(
+        split=split.name,
+        classes=classifier.card.classes,
+        sources=tuple(sources),
+        labels=labels,
+        probabilities_NK=probabilities_NK,
+        confusion=confusion,
+        metrics=summarise(confusion),
+    )
+
+
+def trained_shards(run: Path) -> Path:
+    """The shard set of a run: `data.shards` of its settings.yaml, relative to the current directory."""
+    path = run / "settings.yaml"
+    if not path.is_file():
+        raise SettingsError(
+            f"there is no {path}",
+            "it would say on which shard set this model was trained",
+            "name the set with --shards FOLDER",
+        )
+    with storage("reading the run's settings", path):
+        text = path.read_bytes()
+    try:
+        return Path(yaml.safe_load(text)["data"]["shards"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"{path} does not say where its shards are (data.shards): {str(error).splitlines()[0]}",
+            "there is nothing to evaluate on",
+            "name the set with --shards FOLDER",
+        ) from error
+
+
+def check_classes(manifest: Manifest, classes: tuple[str, ...]) -> None:
+    """Refuses a shard set whose classes, in their order, are not the model's."""
+    if manifest.classes != classes:
+        raise BundleError(
+            f"the model's {len(classes)} classes are not those of {manifest.folder}\n"
+            f"  model:  {', '.join(classes)}\n"
+            f"  shards: {', '.join(manifest.classes)} ({len(manifest.classes)})",
+            "the same number would mean different classes, and every figure would be wrong",
+            "name the set that the model was trained on with --shards, or shard these images with the model's classes",
+        )
+
+
+def _check_counts(counts: npt.NDArray[np.int64], split: Split, who: str) -> None:
+    if counts.tolist() != list(split.samples_per_class):
+        raise ShardError(
+            f"the manifest counts {split.num_samples} samples in {split.name!r}, "
+            f"by class {list(split.samples_per_class)}; {who} {int(counts.sum())}, by class {counts.tolist()}",
+            "the figures would be those of another set of images",
+            "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",
+        )

@@ -1,0 +1,132 @@
+"""Confusion matrix -> accuracy with its interval, precision, recall, F1. Pure numpy.
+
+Legend: K classes, N samples. A confusion matrix is int64 [K, K]: rows are true classes, columns are predicted ones.
+
+What is 0 / 0 (the precision of a class that was never predicted, the recall of one that never occurred) is NaN here and
+null in JSON: it is unknown, neither 0 nor 1, and no average takes it in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import isnan, nan, sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+_Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+
+
+@dataclass(frozen=True, slots=True)
+class ClassMetrics:
+    """One class against the rest. All but `support` are in 0..1, or NaN where undefined."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int  # samples whose true class this is
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What a confusion matrix says. All but counts are in 0..1, or NaN where undefined."""
+
+    num_samples: int
+    num_correct: int
+    accuracy: float
+    accuracy_low: float  # 95 % interval
+    accuracy_high: float
+    macro_f1: float
+    macro_recall: float  # also called balanced accuracy
+    per_class: tuple[ClassMetrics, ...]  # [K]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values; NaN is None, since JSON has no NaN."""
+        return {key: _jsonable(value) for key, value in asdict(self).items()}
+
+
+def confusion_matrix(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_classes: int) -> I64:
+    """Counts of (true, predicted) pairs: int64 [K, K]."""
+    pairs = np.asarray(labels, dtype=np.int64) * num_classes + np.asarray(predictions, dtype=np.int64)
+    # [N] numbers below K * K -> counts [K * K] -> rows true, columns predicted
+    return np.bincount(pairs, minlength=num_classes * num_classes).reshape(num_classes, num_classes)
+
+
+def summarise(confusion: npt.ArrayLike) -> Metrics:
+    """All metrics of a confusion matrix [K, K].
+
+    Source: macro averages are means over the classes with support of each class's F1 and recall; of two definitions of
+    macro F1 it is the one that Opitz and Burst 2019 (arXiv:1911.03347) recommend. Balanced accuracy: Brodersen et al.
+    2010.
+    """
+    matrix = np.asarray(confusion, dtype=np.int64)
+    hits, true, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+    per_class = tuple(
+        # F1, the harmonic mean of precision and recall, is 2 TP / (2 TP + FP + FN)
+        ClassMetrics(_ratio(h, p), _ratio(h, t), _ratio(2 * h, t + p), t)
+        for h, t, p in zip(hits.tolist(), true.tolist(), predicted.tolist(), strict=True)
+    )
+    occurring = [one for one in per_class if one.support]
+    num_samples, num_correct = int(matrix.sum()), int(hits.sum())
+    low, high = wilson_interval(num_correct, num_samples)
+    return Metrics(
+        num_samples=num_samples,
+        num_correct=num_correct,
+        accuracy=_ratio(num_correct, num_samples),
+        accuracy_low=low,
+        accuracy_high=high,
+        macro_f1=_ratio(sum(one.f1 for one in occurring), len(occurring)),
+        macro_recall=_ratio(sum(one.recall for one in occurring), len(occurring)),
+        per_class=per_class,
+    )
+
+
+def wilson_interval(num_correct: int, num_samples: int, *, z: float = _Z_95) -> tuple[float, float]:
+    """The score interval of a proportion; of 95 % as given. (NaN, NaN) for no samples.
+
+    It stays inside 0..1 and is right for few samples and for proportions near 1, where p +- z sqrt(p (1 - p) / n) is
+    too narrow: 10 of 10 gives 0.72 to 1, not 1 to 1.
+
+    Source: Wilson 1927, JASA 22:209; recommended over the usual one by Brown, Cai and DasGupta 2001, Stat. Sci. 16:101.
+    """
+    if num_samples == 0:
+        return nan, nan
+    share, n = num_correct / num_samples, num_samples
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # At 0 and n the bound is 0 or 1 exactly; floating point would say -1e-17.
+    return (0.0 if num_correct == 0 else centre - half), (1.0 if num_correct == n else centre + half)
+
+
+def worst_mistakes(labels: npt.ArrayLike, probabilities_NK: F32, count: int) -> I64:
+    """The sample numbers of up to `count` wrong answers, the surest first: wrong labels gather at the top."""
+    predicted = probabilities_NK.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != np.asarray(labels))
+    # stable: the same order on every machine where two are equally sure
+    return wrong[np.argsort(-probabilities_NK[wrong, predicted[wrong]], kind="stable")][:count]
+
+
+def percent(share: float) -> str:
+    """0.9312 -> "93.1 %"; what is undefined is a dash."""
+    return "-" if share != share else f"{100 * share:.1f} %"
+
+
+def as_float(probability: np.float32) -> float:
+    """The shortest decimal number that is this float32: 0.1, not 0.10000000149011612."""
+    return float(str(probability))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else nan
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return None if isnan(value) else value
+    if isinstance(value, dict):
+        return {key: _jsonable(inner) for key, inner in value.items()}
+    return [_jsonable(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,190 @@
+"""Where predictions go, one after another: the terminal, a CSV file, a JSON file. Memory does not grow with them.
+
+The files are written beside their place and renamed at the end, so that a kill leaves no half a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from wasteddp.data.manifest import sync_folder
+from wasteddp.errors import storage
+from wasteddp.inference.bundle import BundleCard
+from wasteddp.inference.metrics import as_float, percent
+
+_FAILURES_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model says of one file."""
+
+    path: str
+    probabilities: npt.NDArray[np.float32]  # [K]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the model could not be asked about one file."""
+
+    path: str
+    reason: str
+
+
+Prediction = Answer | Failure
+
+
+class Record(Protocol):
+    def add(self, prediction: Prediction) -> None: ...
+
+
+class Terminal:
+    """A line an image as soon as it is known; what could not be read is listed at the end.
+
+    The file's name comes last: it is the one column whose width cannot be known before the last image.
+    """
+
+    def __init__(self, card: BundleCard, *, top: int) -> None:
+        self._card, self._top = card, min(top, len(card.classes))
+        self._class_width = max(len("class"), *map(len, card.classes))
+        self._bin_width = max([len("bin"), *map(len, card.bins.values())]) if card.bins else 0
+        self.num_classified, self.num_failed = 0, 0
+        self._failures: list[Failure] = []  # the first few
+
+    def add(self, prediction: Prediction) -> None:
+        if isinstance(prediction, Failure):
+            self.num_failed += 1
+            if len(self._failures) < _FAILURES_LISTED:
+                self._failures.append(prediction)
+            return
+        if self.num_classified == 0:
+            self._print("class", "bin", "sure", ["next"] + [""] * (self._top - 2) if self._top > 1 else [], "file")
+        self.num_classified += 1
+        best, *others = np.argsort(-prediction.probabilities, kind="stable")[: self._top]
+        name = self._card.classes[best]
+        following = [f"{self._card.classes[k]} {percent(prediction.probabilities[k])}" for k in others]
+        sure = percent(prediction.probabilities[best])
+        self._print(name, self._card.bins.get(name, "-"), sure, following, _printable(prediction.path))
+
+    def finish(self, written: list[Path]) -> None:
+        """The unreadable files, and the totals."""
+        if self.num_failed:
+            print(f"\n{self.num_failed} could not be read:")
+            for failure in self._failures:
+                print(f"  {_printable(failure.path)}: {failure.reason}")
+            if self.num_failed > len(self._failures):
+                rest = self.num_failed - len(self._failures)
+                print(f"  and {rest} more" + ("" if written else "; --csv FILE or --json FILE lists them all"))
+        print(f"\n{self.num_classified} classified, {self.num_failed} unreadable")
+        for path in written:
+            print(f"written: {path}")
+
+    def _print(self, name: str, bin_name: str, sure: str, following: list[str], path: str) -> None:
+        columns = [f"{name:<{self._class_width}}"]
+        if self._card.bins:
+            columns.append(f"{bin_name:<{self._bin_width}}")
+        columns.append(f"{sure:>7}")
+        columns += [f"{one:<{self._class_width + 8}}" for one in following]
+        print("  ".join([*columns, path]))
+
+
+class CsvRecord:
+    """path, class, bin, probability, that of every class, error. The last is empty where all went well."""
+
+    def __init__(self, file: TextIO, card: BundleCard) -> None:
+        self._file, self._card = file, card
+        self._writer = csv.writer(file, lineterminator="\n")
+        names = (f"p_{name}" for name in card.classes)
+        self._writer.writerow(["path", "class", "bin", "probability", *names, "error"])
+
+    def add(self, prediction: Prediction) -> None:
+        if isinstance(prediction, Failure):
+            row: list[Any] = [prediction.path, *[""] * (3 + len(self._card.classes)), prediction.reason]
+        else:
+            best = int(prediction.probabilities.argmax())
+            name = self._card.classes[best]
+            probabilities = prediction.probabilities  # float32: as many digits as it takes to read it back exactly
+            row = [prediction.path, name, self._card.bins.get(name, ""), probabilities[best], *probabilities, ""]
+        with storage("writing the predictions", self._file.name):
+            self._writer.writerow(row)
+
+
+class JsonRecord:
+    """One object: the model, and a list with a line an image."""
+
+    def __init__(self, file: TextIO, card: BundleCard) -> None:
+        self._file, self._card, self._num_added = file, card, 0
+        model = {"arch": card.arch, "weights": card.hashes.weights, "classes": list(card.classes)}
+        file.write(f'{{"model": {json.dumps(model, ensure_ascii=False)},\n"predictions": [')
+
+    def add(self, prediction: Prediction) -> None:
+        entry: dict[str, Any]
+        if isinstance(prediction, Failure):
+            entry = {"path": prediction.path, "error": prediction.reason}
+        else:
+            shares = dict(zip(self._card.classes, map(as_float, prediction.probabilities), strict=True))
+            name = self._card.classes[int(prediction.probabilities.argmax())]
+            entry = {
+                "path": prediction.path,
+                "class": name,
+                "bin": self._card.bins.get(name),
+                "probability": shares[name],
+                "probabilities": shares,
+                "error": None,
+            }
+        with storage("writing the predictions", self._file.name):
+            self._file.write(("," if self._num_added else "") + "\n" + json.dumps(entry, ensure_ascii=False))
+        self._num_added += 1
+
+    def finish(self) -> None:
+        self._file.write("\n]}\n")
+
+
+@contextmanager
+def csv_record(path: Path, card: BundleCard) -> Iterator[CsvRecord]:
+    # Names that are not UTF-8 keep their bytes, so that the row still finds its file.
+    with _file_in_place(path, errors="surrogateescape") as file:
+        yield CsvRecord(file, card)
+
+
+@contextmanager
+def json_record(path: Path, card: BundleCard) -> Iterator[JsonRecord]:
+    # JSON must be UTF-8: such bytes become \\udcXX, which json.loads turns into the name that Python knows.
+    with _file_in_place(path, errors="backslashreplace") as file:
+        record = JsonRecord(file, card)
+        yield record
+        record.finish()
+
+
+@contextmanager
+def _file_in_place(path: Path, *, errors: str) -> Iterator[TextIO]:
+    """A text file that takes its name when the block ends well, and is gone if it does not."""
+    temporary = path.with_name(path.name + ".tmp")
+    with storage("writing", path):
+        file = temporary.open("w", encoding="utf-8", errors=errors, newline="")
+    try:
+        yield file
+        with storage("writing", path):
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        with suppress(OSError):  # closing writes what is left, which fails again on a full disk
+            file.close()
+        temporary.unlink(missing_ok=True)
+
+
+def _printable(path: str) -> str:
+    """The path, or with escapes if it holds what a terminal would act on or cannot show."""
+    return path if path.isprintable() else ascii(path)

@@ -1,0 +1,70 @@
+"""torchvision's ResNets by name, with a head for our classes, and what freezing a part of one means."""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import nn
+
+from wasteddp.errors import SettingsError
+
+# In the order of the forward pass; freezing up to a stage freezes those before it too.
+STAGES = {
+    "stem": ("conv1", "bn1"),
+    "layer1": ("layer1",),
+    "layer2": ("layer2",),
+    "layer3": ("layer3",),
+    "backbone": ("layer4",),
+}
+
+
+def architectures() -> list[str]:
+    """Names that `build` takes."""
+    return list(torchvision.models.list_models(module=torchvision.models, include="*resne*"))  # resnet and resnext
+
+
+def build(arch: str, num_classes: int) -> nn.Module:
+    """A ResNet with random weights and a linear head of `num_classes`.
+
+    The last BatchNorm of each block starts at zero, so that each block starts as the identity: without it the first
+    epochs from random weights are unstable at useful learning rates (Source: Goyal et al. 2017, section 5.1).
+
+    Raises:
+        SettingsError: no ResNet of that name.
+    """
+    if arch not in architectures():
+        raise SettingsError(
+            f"model.arch {arch!r} is no ResNet of torchvision {torchvision.__version__}",
+            "there is no network to train",
+            f"take one of {', '.join(architectures())}",
+        )
+    model: nn.Module = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, zero_init_residual=True)
+    return model
+
+
+def freeze(model: nn.Module, upto: str) -> None:
+    """Stops gradients for every stage up to and with `upto`; "none" leaves all trainable."""
+    for module in frozen_stages(model, upto):
+        module.requires_grad_(False)
+
+
+def train_mode(model: nn.Module, upto: str) -> None:
+    """Training mode, except for the frozen stages: their BatchNorm must use, and keep, its running statistics.
+
+    Without it a frozen network still drifts: the statistics move with every batch although no weight does.
+    """
+    model.train()
+    for module in frozen_stages(model, upto):
+        module.eval()
+
+
+def frozen_stages(model: nn.Module, upto: str) -> list[nn.Module]:
+    if upto == "none":
+        return []
+    names = list(STAGES)
+    return [getattr(model, part) for stage in names[: names.index(upto) + 1] for part in STAGES[stage]]
+
+
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """BatchNorm's running means and variances, which each rank gathers from its own micro-batches."""
+    return [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]

@@ -1,0 +1,105 @@
+"""Initial weights: ImageNet's, a local file's, or none; never a silent random start."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from wasteddp.errors import WeightsError
+
+_DOWNLOAD_TIMEOUT_S = 20.0
+_HEAD = "fc."
+
+
+def initialise(model: nn.Module, arch: str, weights: str) -> str:
+    """Loads the backbone's initial weights; the head stays fresh. Returns where they came from, for the log.
+
+    Args:
+        model: from `resnet.build`.
+        arch: its name.
+        weights: "imagenet", "none" or a path.
+
+    Raises:
+        WeightsError: they cannot be had, or are those of another network.
+    """
+    if weights == "none":
+        return "random weights"
+    if weights == "imagenet":
+        state, source = _imagenet(arch)
+    else:
+        state, source = _local(Path(weights)), weights
+    backbone = {key: value for key, value in state.items() if not key.startswith(_HEAD)}
+    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(_HEAD)}
+    wrong = sorted(
+        key for key in wanted.keys() | backbone.keys()
+        if key not in wanted or key not in backbone or wanted[key].shape != backbone[key].shape
+    )  # fmt: skip
+    if wrong:
+        raise WeightsError(
+            f"{source}: {len(wrong)} of {len(wanted)} tensors are missing, unknown or of another shape than "
+            f"{arch} has, {wrong[0]!r} first",
+            "the network would start from a mixture of learned and random weights",
+            f"give weights of torchvision's {arch}, or set model.arch to the network that they belong to",
+        )
+    model.load_state_dict(backbone, strict=False)
+    return f"weights from {source}, fresh head"
+
+
+def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        with _socket_timeout(_DOWNLOAD_TIMEOUT_S):
+            return weights.get_state_dict(progress=False, check_hash=True), f"{weights} ({cached})"
+    except (OSError, RuntimeError) as error:  # URLError, timeout, a hash that differs
+        raise WeightsError(
+            f"the ImageNet weights of {arch} are neither at {cached} nor to be had from {weights.url}: {error}",
+            "a random start in their place would cost many points of accuracy without a word",
+            "three ways: run once where there is a network; or copy that file to that path, or anywhere and set "
+            "model.weights to its path; or set model.weights to none for a random start",
+        ) from error
+
+
+def _local(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_dir():  # a model bundle, or a checkpoint
+        path = next((p for p in sorted(path.glob("model*.safetensors"))), path / "model.safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"model.weights is {str(path)!r} and there is no such file",
+            "there is nothing to start from",
+            "mend the path, or set model.weights to imagenet (needs a network or the cached file) or none (random)",
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise WeightsError(
+            f"{path} holds no weights that can be loaded safely: {str(error).splitlines()[0][:200]}",
+            "loading it another way could run code that lies in the file",
+            "save it again as .safetensors, or as a state_dict of tensors only",
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    return {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """A compute node without internet answers nothing: without a limit the download hangs for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,308 @@
+"""The settings of a run: one YAML file, one frozen model of it, refused before anything starts if it is wrong.
+
+Every default, range and meaning is written here once; `wasteddp settings --schema` gives them to editors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from wasteddp.errors import SettingsError, storage
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: Any) -> Any:
+        """YAML's yes, no, on and off are truth values; pydantic would take them for 1 and 0."""
+        field = cls.model_fields[info.field_name]
+        if isinstance(value, bool) and field.annotation is not bool and not _is_section(field.annotation):
+            raise ValueError(
+                "a truth value (YAML reads yes, no, on, off as one); put the word in quotes if you meant it"
+            )
+        return value
+
+
+class Run(_Section):
+    out: str = "runs/resnet50"
+    """Folder of the run: settings, log, metrics, checkpoints and the model."""
+    seed: Count = 0
+    """Order, augmentation and initial weights are functions of it."""
+    threads: Count = 0
+    """CPU threads of each process; 0: the cores this process may use, divided among the processes of the machine."""
+
+
+class Data(_Section):
+    shards: str = "shards/trashnet"
+    """Folder of the shard set."""
+    train_split: str = "train"
+    eval_split: str = "val"
+    image_size: Annotated[int, Field(ge=16, le=2048)] = 224
+    """Side of the square that the network sees, px."""
+    eval_resize: Count = 0
+    """Shorter side before the centre crop at evaluation, px; 0: image_size * 8 / 7, as ImageNet's 256 to 224."""
+    workers: Count = 0
+    """Decoding threads of each process; 0: one for each of its CPU threads, 8 at most."""
+    prefetch: PositiveInt = 2
+    """Batches decoded ahead."""
+    lanes: Count = 0
+    """Lanes of the order, a divisor of the global batch; 0: the global batch."""
+    block: PositiveInt = 1
+    """Neighbouring samples read one after another; 1 is a uniform permutation, right for local disks."""
+    window: Count = 0
+    """Samples of a lane that are shuffled among each other; needed only where block is larger than 1."""
+    max_damaged: Count = 0
+    """Training samples that may be unreadable, and are replaced, before the run stops."""
+
+    @property
+    def eval_resize_px(self) -> int:
+        return self.eval_resize or round(self.image_size * 8 / 7)
+
+    @model_validator(mode="after")
+    def _resize_covers_crop(self) -> Self:
+        if self.eval_resize and self.eval_resize < self.image_size:
+            raise ValueError(f"eval_resize {self.eval_resize} is smaller than image_size {self.image_size}")
+        return self
+
+
+class Augment(_Section):
+    crop_scale: tuple[Fraction, Fraction] = (0.35, 1.0)
+    """Smallest and largest part of the image's area that a random crop takes."""
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Smallest and largest width / height of a random crop."""
+    horizontal_flip: Fraction = 0.5
+    vertical_flip: Fraction = 0.0
+    brightness: Fraction = 0.0
+    """Largest relative change; likewise contrast and saturation."""
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    erase: Fraction = 0.0
+    """Probability that a random rectangle is replaced by the mean colour."""
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1] or value[0] <= 0:
+            raise ValueError(f"{list(value)} must be two positive numbers, the smaller first")
+        return value
+
+
+class Model(_Section):
+    arch: str = "resnet50"
+    """Any ResNet of torchvision by its name there: resnet18, resnet50, resnext50_32x4d, wide_resnet50_2, ..."""
+    weights: str = "imagenet"
+    """imagenet: torchvision's default weights; none: random; or the path of a .safetensors or .pth file."""
+    freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "backbone"] = "none"
+    """What is not trained: everything up to and with that stage. Frozen BatchNorm keeps its statistics."""
+    channels_last: bool = True
+
+
+class Optimizer(_Section):
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    """Peak learning rate, for the global batch."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD only."""
+    nesterov: bool = True
+    """SGD only."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam and AdamW only."""
+    weight_decay: NotNegative = 5e-5
+    """Not on biases and norms."""
+    clip_norm: NotNegative = 0.0
+    """Largest norm of the gradient; 0 is no clipping."""
+
+
+class Schedule(_Section):
+    name: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: NotNegative = 0.0
+    """Linear from 1 % of the peak."""
+    final_fraction: Fraction = 0.0
+    """Cosine only: where it ends, as a part of the peak."""
+    step_epochs: PositiveInt = 30
+    """Step only: epochs between two drops."""
+    step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Step only: what a drop multiplies by."""
+
+
+class Train(_Section):
+    epochs: PositiveInt = 90
+    batch_size: PositiveInt = 256
+    """The global batch: all processes, all micro-batches."""
+    max_micro_batch: PositiveInt = 64
+    """Most images that one process takes through the network at once; accumulation follows."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weighting: Literal["none", "inverse_frequency", "effective_number"] = "none"
+    early_stop_epochs: Count = 0
+    """Stop after so many evaluations without a better one; 0: never."""
+    log_every_steps: PositiveInt = 10
+
+
+class Evaluate(_Section):
+    every_steps: Count = 0
+    """Optimizer steps between evaluations; 0: after every epoch."""
+    batch_size: PositiveInt = 64
+    """Images that one process evaluates at once."""
+    metric: Literal["accuracy", "macro_recall", "macro_f1"] = "accuracy"
+    """What the best checkpoint is best at."""
+
+
+class Checkpoint(_Section):
+    every_steps: Count = 0
+    """Optimizer steps between checkpoints, besides the one at each evaluation; 0: only those."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept, besides the best."""
+
+
+class Track(_Section):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with a key that answers, else offline. Never a prompt."""
+    project: str = "wasteddp"
+
+
+class Settings(_Section):
+    """All of a run. Sections may be left out; what is written must be known."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device computes it, else fp32."""
+    run: Run = Run()
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    track: Track = Track()
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> Self:
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs:g} is not below train.epochs {self.train.epochs}"
+            )
+        if self.data.lanes and self.train.batch_size % self.data.lanes:
+            raise ValueError(f"data.lanes {self.data.lanes} does not divide train.batch_size {self.train.batch_size}")
+        return self
+
+    @property
+    def num_lanes(self) -> int:
+        return self.data.lanes or self.train.batch_size
+
+    def to_yaml(self) -> str:
+        """Every setting, defaults too. `parse` of it gives these settings again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of a YAML file, with `section.key=value` overrides on top.
+
+    Raises:
+        SettingsError: unreadable, not YAML, an unknown key, a wrong type, an impossible value or combination.
+    """
+    with storage("reading the settings", path):
+        text = Path(path).read_text(encoding="utf-8")
+    return parse(text, overrides, name=str(path))
+
+
+def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings") -> Settings:
+    """As `load`, from a text."""
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{name} is not YAML: {error}", "no setting can be read", "mend the line named") from error
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{name} is a {type(tree).__name__}, not sections of settings", "nothing can be set", "")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise _explained(error, name) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the YAML file, for editors."""
+    return Settings.model_json_schema()
+
+
+def known_keys() -> list[str]:
+    """Every dotted key, in the order of the file."""
+    return list(_walk(Settings, ""))
+
+
+def _walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            yield from _walk(field.annotation, f"{prefix}{key}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + key
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise SettingsError(
+            f"--set {override!r} has no '='", "it is not clear what to set", "write --set section.key=value"
+        )
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise SettingsError(f"--set {override!r}: {section!r} is a value, not a section", "", _nearest(key))
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        tree[last] = value
+
+
+def _explained(error: ValidationError, name: str) -> SettingsError:
+    """All that is wrong, a line each: key, what was found, what is allowed."""
+    lines, remedies = [], []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "the settings together"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}")
+            remedies.append(_nearest(key))
+        elif _is_section(problem.get("input").__class__) or (problem["type"] == "value_error" and not problem["loc"]):
+            lines.append(problem["msg"].removeprefix("Value error, "))
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message.replace("Input should be", "allowed:")
+            lines.append(f"{key}: found {problem['input']!r}; {message}")
+    return SettingsError(
+        f"{name}: " + "; ".join(lines),
+        "the run would not be the one that was meant, so nothing was started",
+        " ".join(remedies) or "mend the value, or leave the key out to get the default",
+    )
+
+
+def _nearest(key: str) -> str:
+    """The known key or section that was probably meant."""
+    if "." not in key and (section := difflib.get_close_matches(key, list(Settings.model_fields), n=1)):
+        return f"did you mean {section[0]!r}?"
+    keys = known_keys()
+    by_last = {known.rsplit(".", 1)[-1]: known for known in keys}
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    close = close or [by_last[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last), n=1)]
+    there = [known for known in keys if known.startswith(f"{key.split('.')[0]}.")] or keys
+    return f"did you mean {close[0]!r}?" if close else f"keys there are: {', '.join(there)}"

@@ -1,0 +1,231 @@
+"""Trains a ResNet on a shard set: the program, to be read from top to bottom.
+
+    accelerate launch wasteddp/train.py --config configs/resnet50.yaml                              a CPU or one GPU
+    accelerate launch --multi_gpu wasteddp/train.py --config configs/resnet50.yaml                  the GPUs of a node
+    accelerate launch --config_file launch/accelerate/cpu2.yaml wasteddp/train.py --config ...      two CPU processes
+    sbatch slurm/train.sh --config configs/resnet50.yaml                                            a cluster
+
+    --set section.key=value    any setting, as often as wanted
+    --resume auto|never|PATH   auto, the default: the newest whole checkpoint of run.out, else from the beginning
+    --check                    everything up to and with one step; writes nothing
+
+Written to run.out: settings.yaml, environment.json, metrics.jsonl, log.txt, checkpoints/, model/ (the bundle).
+Exit codes: 0 finished; 2 something to mend, the message says what; 75 stopped by a signal and saved: start it again.
+
+"All ranks" marks what every rank must do in the same order; a rank that left it out would let the others wait.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Run as a file, Python looks for modules in this folder first: put the checkout in its place.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from wasteddp.training import signals
+
+if __name__ == "__main__":
+    signals.install()  # before torch is imported: that takes seconds in which a signal would kill
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from wasteddp import settings as settings_file
+from wasteddp.data.augment import Augment
+from wasteddp.data.manifest import write_atomically
+from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, EXIT_USER_ERROR, WastedError
+from wasteddp.model import resnet, weights
+from wasteddp.settings import Settings
+from wasteddp.training import checkpoints, environment, inputs, messages, optim, runtime
+from wasteddp.training.checkpoints import Lineage, Progress
+from wasteddp.training.evaluation import evaluate
+from wasteddp.training.keeper import Keeper
+from wasteddp.training.meter import Meter
+from wasteddp.training.tracking import NoTracker, RunTracker, Tracker, TrackerScope
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        settings = settings_file.load(arguments.config, arguments.set)
+        with _rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings:
+            world = runtime.start(settings)  # all ranks
+            with contextlib.closing(world), inputs.opened(settings, world) as data:
+                code = train(settings, world, data, resume=arguments.resume, max_steps=1 if arguments.check else None)
+                if arguments.check:
+                    world.say("checked: one step, one evaluation, one checkpoint; all of it removed again")
+                return code
+    except WastedError as error:  # every rank comes here, with the same error
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+
+
+def train(
+    settings: Settings, world: runtime.Runtime, data: inputs.Inputs, *, resume: str, max_steps: int | None = None
+) -> int:
+    """All ranks: the run, from wherever it stands to its end, or to `max_steps`. Returns the exit code."""
+    plan, manifest = data.plan, data.manifest
+    last_step = max_steps or plan.steps_per_epoch * settings.train.epochs
+    evaluate_every = settings.evaluate.every_steps or plan.steps_per_epoch
+
+    # --- model, optimizer, loss -------------------------------------------------------------------------------------
+    torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
+    with world.together():
+        model = resnet.build(settings.model.arch, len(manifest.classes))
+        origin = weights.initialise(model, settings.model.arch, settings.model.weights)
+    resnet.freeze(model, settings.model.freeze)
+    layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
+    model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    optimizer = optim.build(model, settings.optimizer)
+    loss_of = optim.loss(settings.train, data.train_samples_per_class).to(world.device)
+    augment = Augment(settings.run.seed, **settings.augment.model_dump(exclude={"crop_scale", "crop_ratio"}))
+
+    # --- resume: from the checkpoint asked for, else the newest whole one, else the beginning -----------------------
+    lineage = Lineage.of(settings, manifest)
+    progress = Progress(lineage)
+    with world.together():
+        checkpoint = checkpoints.starting_point(Path(settings.run.out) / "checkpoints", resume, lineage, world.say)
+    if checkpoint:
+        model.load_state_dict(checkpoint.model)
+        optim.load_state_tensors(optimizer, model, checkpoint.optimizer)
+        progress = replace(checkpoint.progress, attempt=checkpoint.progress.attempt + 1)
+        origin = f"{checkpoint.path}, attempt {progress.attempt}"
+    ddp, stepper = world.prepare(model, optimizer)  # all ranks
+    world.load_scaler(progress.scaler)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+    keeper = Keeper(settings, world, manifest, model, optimizer)  # all ranks
+    tracker = _tracker(settings, world, progress, last_step)  # all ranks
+    progress = replace(progress, tracker_id=tracker.id)
+    meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
+    with TrackerScope(tracker):
+        tracker.say(messages.facts(settings, world, manifest, plan, last_step, origin))
+        if progress.stopped_early(settings.train.early_stop_epochs):
+            last_step = progress.step
+        for batch in meter.waiting(data.batches(progress.step, last_step, world)):
+            # agree: all ranks
+            stops, damaged = world.totals(bool(signals.STOP), len(batch.damage))
+            if stops:
+                keeper.save(progress, epoch=batch.epoch, best=False)
+                exit_code = EXIT_RESUMABLE
+                break
+            if damaged:
+                progress = replace(progress, damaged=progress.damaged + damaged)
+                messages.report_damage(world, tracker.say, batch.damage, progress.damaged, settings.data.max_damaged)
+
+            # update: all ranks
+            resnet.train_mode(model, settings.model.freeze)
+            rate = optim.learning_rate(progress.step, settings, plan.steps_per_epoch)
+            optim.set_learning_rate(optimizer, rate)
+            for number, micro in enumerate(batch.split(world.micro_batch), start=1):
+                # gradients are averaged over the ranks once, behind the last micro-batch
+                with contextlib.nullcontext() if number == world.accumulation else world.accelerator.no_sync(ddp):
+                    images_BCHW = micro.images_BCHW.to(world.device, non_blocking=True)
+                    labels_B = micro.labels_B.to(world.device, non_blocking=True)
+                    logits_BK = ddp(augment(images_BCHW, micro.samples, batch.epoch))
+                    loss = loss_of(logits_BK, labels_B) / (world.micro_batch * world.accumulation)
+                    world.accelerator.backward(loss)
+                    meter.add(loss)
+            logs = (progress.step + 1) % settings.train.log_every_steps == 0 or progress.step + 1 == last_step
+            if settings.optimizer.clip_norm or logs:  # the norm alone takes 1 % of a step on a CPU
+                norm = world.accelerator.clip_grad_norm_(model.parameters(), settings.optimizer.clip_norm or math.inf)
+            stepper.step()
+            stepper.zero_grad()
+            progress = replace(progress, step=progress.step + 1)
+            meter.step_done()
+
+            # measure: all ranks
+            row: dict[str, float] = {}
+            if logs:
+                row |= meter.read(world, settings.train.batch_size)
+                row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm)}
+                messages.refuse_divergence(row["train/loss"], progress.step, settings)
+            better = False
+            if evaluated := (progress.step % evaluate_every == 0 or progress.step == last_step):
+                keeper.reconcile()
+                scores = evaluate(ddp, data.val_loader, data.val_samples_per_class, world, settings.evaluate.batch_size)
+                progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
+                better = progress.best_step == progress.step
+                row |= scores | {"best/value": progress.best_value or 0.0}
+
+            # report
+            tracker.advance(progress.step, f"epoch {progress.step / plan.steps_per_epoch:.1f}")
+            if row:
+                static = {
+                    "train/damaged": progress.damaged,
+                    "checkpoint/stall_ms": stall_ms,
+                    "attempt": progress.attempt,
+                }
+                tracker.log(progress.step, row | static)
+                tracker.say(messages.progress_line(progress.step, last_step, row, better))
+
+            # keep: all ranks
+            every = settings.checkpoint.every_steps
+            if evaluated or (every and progress.step % every == 0):
+                tracker.flush()
+                stall_ms = keeper.save(progress, epoch=batch.epoch, best=better)
+                meter.restart()  # an evaluation is no training time
+            if evaluated and progress.stopped_early(settings.train.early_stop_epochs):
+                tracker.say(messages.early_stop(settings, progress))
+                break
+        keeper.close()  # all ranks
+        tracker.say(messages.closing(settings, progress, exit_code, signals.STOP.signal_name))
+    return exit_code
+
+
+def _tracker(settings: Settings, world: runtime.Runtime, progress: Progress, last_step: int) -> Tracker:
+    """All ranks: rank 0 writes the run's folder, the others nothing."""
+    tracker: Tracker = NoTracker()
+    with world.together():
+        if world.is_main:
+            out = Path(settings.run.out)
+            write_atomically(out / "settings.yaml", settings.to_yaml().encode())
+            write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
+            tracker = RunTracker(
+                out,
+                total_steps=last_step,
+                resumed_step=progress.step,
+                tracker_id=progress.tracker_id,
+                wandb=settings.track.wandb,
+                project=settings.track.project,
+                config=settings.model_dump(mode="json"),
+            )
+    return tracker
+
+
+@contextlib.contextmanager
+def _rehearsal(settings: Settings) -> Iterator[Settings]:
+    """The same run in a folder beside run.out that is removed: same disk, same permissions, nothing left."""
+    out = f"{settings.run.out}.check"
+    track = settings.track.model_copy(update={"wandb": "disabled"})
+    try:
+        yield settings.model_copy(update={"run": settings.run.model_copy(update={"out": out}), "track": track})
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wasteddp/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH")
+    parser.add_argument("--check", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

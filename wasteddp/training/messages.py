@@ -1,0 +1,114 @@
+"""What a run says in words: the facts at its start, a line a row, what damage and divergence mean, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+
+from wasteddp.data.loader import Damage
+from wasteddp.data.manifest import Manifest
+from wasteddp.data.plan import TrainPlan
+from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, DivergedError
+from wasteddp.settings import Settings
+from wasteddp.training import environment
+from wasteddp.training.checkpoints import Progress
+from wasteddp.training.runtime import Runtime
+
+_MOST_NAMED = 10
+
+
+def facts(settings: Settings, world: Runtime, manifest: Manifest, plan: TrainPlan, last_step: int, origin: str) -> str:
+    """What this run is, so that a log alone is enough to judge it."""
+    val = manifest.splits[settings.data.eval_split]
+    return "\n".join(
+        [
+            f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
+            f"{world.world_size} x {world.device.type}, {world.threads} threads each; "
+            f"{world.precision} ({world.precision_reason})",
+            f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
+            f"x {world.accumulation} accumulated",
+            f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
+            f"{len(manifest.classes)} classes, {settings.data.image_size} px, seed {settings.run.seed}",
+            f"{last_step} steps, {plan.steps_per_epoch} an epoch; each epoch leaves out {plan.left_out_per_epoch} "
+            "images, others each time",
+        ]
+    )
+
+
+def progress_line(step: int, last_step: int, row: Mapping[str, float], better: bool) -> str:
+    """One row of metrics in words."""
+    parts = [f"step {step}/{last_step}"]
+    if "train/loss" in row:
+        parts.append(
+            f"epoch {row['epoch']:.2f}  loss {row['train/loss']:.4f}  lr {row['lr']:.3g}  "
+            f"{row['train/images_per_s']:.1f} images/s  waiting {row['train/wait_fraction']:.1%}"
+        )
+    if "val/loss" in row:
+        parts.append(
+            f"val: loss {row['val/loss']:.4f}  accuracy {row['val/accuracy']:.2%}  macro recall "
+            f"{row['val/macro_recall']:.2%}  ({row['val/samples']:.0f} images, {row['val/seconds']:.1f} s)"
+            + ("  best so far" if better else "")
+        )
+    return "  ".join(parts)
+
+
+def report_damage(
+    world: Runtime, say: Callable[[str], None], damage: tuple[Damage, ...], total: int, limit: int
+) -> None:
+    """All ranks: names the samples that were replaced in this step.
+
+    Raises:
+        DamagedSampleError: more than the limit since the run began.
+    """
+    found = [item for part in world.gather(damage) for item in part]
+    names = [f"{item.where} ({item.reason}), replaced by sample {item.replaced_by}" for item in found[:_MOST_NAMED]]
+    if total > limit:
+        raise DamagedSampleError(
+            f"{total} training samples could not be used, data.max_damaged is {limit}: {'; '.join(names)}",
+            "the model would be trained on other images than the manifest says",
+            "find all that is damaged with `wasteddp verify`, then copy or make the set again; "
+            "to go on without them, raise data.max_damaged",
+        )
+    for name in names:
+        say(f"damaged: {name}")
+
+
+def refuse_divergence(loss: float, step: int, settings: Settings) -> None:
+    """All ranks, with the same loss.
+
+    Raises:
+        DivergedError: the loss is no finite number.
+    """
+    if not isfinite(loss):
+        raise DivergedError(
+            f"the mean loss is {loss} at step {step}",
+            "every weight would be lost by the next checkpoint",
+            f"lower optimizer.lr (it is {settings.optimizer.lr:g}), warm up for longer, or set optimizer.clip_norm; "
+            f"the checkpoints in {settings.run.out} are from before",
+        )
+
+
+def early_stop(settings: Settings, progress: Progress) -> str:
+    return (
+        f"stopped early: {progress.evaluations_since_best} evaluations without a better {settings.evaluate.metric} "
+        f"than {progress.best_value or 0:.2%} (train.early_stop_epochs)"
+    )
+
+
+def closing(settings: Settings, progress: Progress, exit_code: int, signal_name: str) -> str:
+    """How it ended and what to do next."""
+    out = settings.run.out
+    if exit_code == EXIT_RESUMABLE:
+        return (
+            f"stopped by {signal_name} at step {progress.step} and saved; the same command goes on from there "
+            f"(exit code {EXIT_RESUMABLE})"
+        )
+    best = "none" if progress.best_value is None else f"{progress.best_value:.2%} at step {progress.best_step}"
+    return "\n".join(
+        [
+            f"finished at step {progress.step}: best {settings.evaluate.metric} {best}",
+            f"  model:    {out}/model",
+            f"  test it:  wasteddp evaluate {out} --split test",
+            f"  use it:   wasteddp predict {out} IMAGES...",
+        ]
+    )

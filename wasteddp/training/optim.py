@@ -1,0 +1,105 @@
+"""Optimizer, learning rate and loss weights: pure functions of the settings and the step."""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from wasteddp.settings import Optimizer, Settings, Train
+
+_WARMUP_START = 0.01  # of the peak: BatchNorm has seen nothing yet
+_EFFECTIVE_NUMBER_BETA = 0.999
+
+
+def build(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW over the trainable parameters, without decay on biases and norms.
+
+    Source of the exception: He et al. 2019, "Bag of Tricks for Image Classification", section 3.1.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov and settings.momentum > 0
+        )
+    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=settings.lr, betas=settings.betas)
+
+
+def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
+    """The rate of optimizer step `step` (0 is the first). Source of the cosine: Loshchilov and Hutter 2017."""
+    peak, schedule = settings.optimizer.lr, settings.schedule
+    total, warmup = steps_per_epoch * settings.train.epochs, round(schedule.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return peak * (_WARMUP_START + (1 - _WARMUP_START) * step / warmup)
+    if schedule.name == "constant":
+        return peak
+    if schedule.name == "step":
+        return peak * schedule.step_factor ** (step // (schedule.step_epochs * steps_per_epoch))
+    done = (step - warmup) / max(1, total - warmup)
+    return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * (1 + cos(pi * done)) / 2)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def class_weights(name: str, samples_per_class: npt.ArrayLike) -> npt.NDArray[np.float32] | None:
+    """Loss weight of each class, float32 [K], of mean 1 over the training samples; None for "none".
+
+    inverse_frequency: 1 / n. effective_number: (1 - b) / (1 - b^n) with b = 0.999.
+    Source: Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", eq. 2.
+    """
+    if name == "none":
+        return None
+    n = np.asarray(samples_per_class, dtype=np.float64)
+    beta = _EFFECTIVE_NUMBER_BETA
+    # expm1 and log1p: 1 - b^n loses digits for small n
+    weights = 1 / n if name == "inverse_frequency" else (1 - beta) / -np.expm1(n * np.log(beta))
+    scaled: npt.NDArray[np.float32] = (weights * n.sum() / (weights * n).sum()).astype(np.float32)
+    return scaled
+
+
+def loss(settings: Train, samples_per_class: npt.ArrayLike) -> nn.CrossEntropyLoss:
+    """Cross-entropy summed over a micro-batch, to be divided by the number of images: the mean that torch takes with
+    class weights divides by the weights' sum, which differs between micro-batches, so parts would not add up."""
+    weights = class_weights(settings.class_weighting, samples_per_class)
+    return nn.CrossEntropyLoss(
+        weight=None if weights is None else torch.from_numpy(weights),
+        label_smoothing=settings.label_smoothing,
+        reduction="sum",
+    )
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimizer's state by parameter name: {"exp_avg:layer1.0.conv1.weight": tensor, ...}."""
+    return {
+        f"{key}:{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `state_tensors`; devices follow the parameters."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for full, tensor in tensors.items():
+        key, _, name = full.partition(":")
+        by_name.setdefault(name, {})[key] = tensor
+    for number, parameter in enumerate(ordered):
+        if names[parameter] in by_name:
+            state[number] = by_name[names[parameter]]
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

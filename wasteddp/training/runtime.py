@@ -1,0 +1,191 @@
+"""The processes of a run: devices, precision, threads, and how the ranks agree.
+
+The one place that knows Accelerate's traps: they are in the comments, each seen with accelerate 1.15.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+
+from wasteddp.data.plan import micro_batch
+from wasteddp.errors import LaunchError, WastedError
+from wasteddp.settings import Settings
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What one process knows about itself and the others."""
+
+    accelerator: Accelerator
+    rank: int
+    world_size: int
+    device: torch.device
+    precision: str
+    precision_reason: str
+    threads: int
+    micro_batch: int
+    accumulation: int
+    control: Any  # a gloo group or None, for a few bytes between the hosts: never waits for a GPU's queue
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks: a `WastedError` of any rank inside the block is raised on every rank at its end.
+
+        Without it the rank that fails leaves and the others wait in their next collective until the timeout.
+        The block itself must hold no collective.
+        """
+        error: WastedError | None = None
+        try:
+            yield
+        except WastedError as caught:
+            error = caught
+        for found in self.gather(error):  # all ranks
+            if found is not None:
+                raise found
+
+    def gather(self, value: Any) -> list[Any]:
+        """All ranks: the small picklable values of all, by rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def totals(self, *counts: int) -> list[int]:
+        """All ranks: the sum of each count over the ranks."""
+        if self.control is None:
+            return list(counts)
+        words = torch.tensor(counts)
+        dist.all_reduce(words, group=self.control)
+        return words.tolist()
+
+    def say(self, message: str) -> None:
+        """Rank 0 prints, before there is a tracker that also keeps it."""
+        if self.is_main:
+            print(message, flush=True)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks: the sum over the ranks."""
+        return self.accelerator.reduce(tensor, "sum") if self.world_size > 1 else tensor
+
+    def average_(self, tensors: list[torch.Tensor]) -> None:
+        """All ranks: replaces the tensors by their mean over the ranks, in one message."""
+        if self.world_size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def load_scaler(self, state: Mapping[str, float] | None) -> None:
+        """The loss scale of fp16, where there is one."""
+        if self.accelerator.scaler and state:
+            self.accelerator.scaler.load_state_dict(dict(state))
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """All ranks: the model under DDP and autocast, with rank 0's weights; the optimizer behind the loss scale."""
+        with warnings.catch_warnings():
+            # torch 2.14 has another name for broadcast_buffers; accelerate 1.15 and torch 2.11 know only this one
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return tuple(self.accelerator.prepare(model, optimizer))
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+
+
+def start(settings: Settings) -> Runtime:
+    """All ranks: joins the process group, chooses device, precision and threads, and solves the micro-batch.
+
+    Raises:
+        LaunchError: a world that Accelerate does not see, or a precision that the device cannot do.
+        SettingsError: a global batch that the number of processes does not divide.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    has_gpu = torch.cuda.is_available()
+    precision, reason = choose_precision(settings.precision, has_gpu)
+    # Solved before the group is joined: a wrong number of processes then ends at once, everywhere.
+    micro, accumulation = micro_batch(
+        global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=settings.train.max_micro_batch
+    )
+    threads = _use_all_cores(settings.run.threads)
+    accelerator = Accelerator(
+        # Without cpu=True each process of a launch without a GPU believes that it is alone.
+        cpu=not has_gpu and not torch.backends.mps.is_available(),
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        kwargs_handlers=[
+            # Rank 0's BatchNorm statistics would otherwise be sent to all in each forward, and the others' lost.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+        ],
+    )
+    if accelerator.num_processes != launched:
+        raise LaunchError(
+            f"the launcher started {launched} processes and Accelerate sees {accelerator.num_processes}",
+            "each process would train its own model on all of the data, and the last to save would win",
+            "on a CPU, launch with `--config_file launch/accelerate/cpu2.yaml`; on GPUs, with `--multi_gpu`",
+        )
+    control = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT) if launched > 1 else None
+    return Runtime(
+        accelerator=accelerator,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        precision=precision,
+        precision_reason=reason,
+        threads=threads,
+        micro_batch=micro,
+        accumulation=accumulation,
+        control=control,
+    )
+
+
+def choose_precision(asked: str, has_gpu: bool) -> tuple[str, str]:
+    """(precision, reason) for "auto", "fp32", "bf16" or "fp16".
+
+    Raises:
+        LaunchError: fp16 without a GPU. Accelerate would run fp32 there and go on calling it fp16.
+    """
+    if has_gpu:
+        supported = torch.cuda.is_bf16_supported()
+        device = torch.cuda.get_device_name()
+    else:
+        supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        device = "this CPU, with AVX512-BF16 or AMX," if supported else "this CPU, without AVX512-BF16 and AMX,"
+    if asked == "auto":
+        return ("bf16", f"{device} computes it") if supported else ("fp32", f"{device} does not compute bf16")
+    if asked == "fp16" and not has_gpu:
+        raise LaunchError(
+            "precision is fp16 and there is no GPU",
+            "a CPU would compute in fp32 and the log would say fp16",
+            "set precision to auto, bf16 or fp32",
+        )
+    if asked == "bf16" and not supported:
+        return "bf16", f"as set; {device} emulates it, slower than fp32"
+    return asked, "as set"
+
+
+def _use_all_cores(asked: int) -> int:
+    """CPU threads of this process. `accelerate launch` sets OMP_NUM_THREADS=1: one core of many would work."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = asked or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    return threads
