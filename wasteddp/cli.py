@@ -6,6 +6,7 @@ Each command is a parser and a function; the function imports what it needs, so 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -332,6 +333,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except WastedError as error:
         exit_with(error)
+    except BrokenPipeError:  # `wasteddp ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its exit
+        return 141  # 128 + SIGPIPE, what a shell expects
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

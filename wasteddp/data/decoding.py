@@ -9,6 +9,7 @@ can decode at 1/2, 1/4, 1/8 of the size for much less. Everything else, and CMYK
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Any
 
@@ -180,4 +181,5 @@ def _reason(error: Exception) -> str:
 
 
 def _first_line(error: Any) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", line)  # an address would differ from run to run

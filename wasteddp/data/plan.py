@@ -101,7 +101,8 @@ class TrainPlan:
         num_blocks = self.num_samples // self.block
         block, within = position // self.block, position % self.block
         full = block < num_blocks
-        place = permute(np.where(full, block, 0), num_blocks, BLOCKS, self.seed, epoch)
+        # max: where the block is longer than the split there is no full one, and a permutation of none has no end
+        place = permute(np.where(full, block, 0), max(num_blocks, 1), BLOCKS, self.seed, epoch)
         ring = np.where(full, place * self.block + within, position)
         if self.block == 1:
             return ring

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
+from wasteddp.data.parallel import num_usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
 from wasteddp.settings import Settings
@@ -185,7 +186,6 @@ def choose_precision(asked: str, has_gpu: bool) -> tuple[str, str]:
 
 def _use_all_cores(asked: int) -> int:
     """CPU threads of this process. `accelerate launch` sets OMP_NUM_THREADS=1: one core of many would work."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = asked or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = asked or max(1, num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     return threads

@@ -1,0 +1,93 @@
+"""Learning rates, decay, loss weights, and optimizer states that come back exactly."""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wasteddp import settings
+from wasteddp.training import optim
+
+
+def rates(text: str, steps_per_epoch: int = 10) -> list[float]:
+    parsed = settings.parse(f"train: {{epochs: 10}}\noptimizer: {{lr: 1.0}}\n{text}")
+    return [optim.learning_rate(step, parsed, steps_per_epoch) for step in range(10 * steps_per_epoch)]
+
+
+def test_cosine_with_warmup_is_the_formula() -> None:
+    found = rates("schedule: {name: cosine, warmup_epochs: 2, final_fraction: 0.1}")
+    assert found[:20] == pytest.approx([0.01 + 0.99 * step / 20 for step in range(20)])
+    assert found[20:] == pytest.approx([0.1 + 0.9 * (1 + cos(pi * step / 80)) / 2 for step in range(80)])
+
+
+def test_steps_drop_at_their_epochs() -> None:
+    found = rates("schedule: {name: step, step_epochs: 4, step_factor: 0.5}")
+    assert found == pytest.approx([1.0] * 40 + [0.5] * 40 + [0.25] * 20)
+
+
+def test_constant_is_constant_after_its_warmup() -> None:
+    found = rates("schedule: {name: constant, warmup_epochs: 0.5}")
+    assert found[0] == 0.01
+    assert set(found[5:]) == {1.0}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_biases_and_norms_do_not_decay(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = optim.build(model, settings.parse(f"optimizer: {{name: {name}, weight_decay: 0.3}}").optimizer)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "3.weight": 0.3, "3.bias": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_been(name: str) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        optimizer.zero_grad()
+        model(torch.randn(8, 5, generator=generator)).square().sum().backward()
+        optimizer.step()
+
+    parsed = settings.parse(f"optimizer: {{name: {name}, lr: 0.01, weight_decay: 0.1}}").optimizer
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    optimizer = optim.build(whole, parsed)
+    step(whole, optimizer, 1)
+    step(whole, optimizer, 2)
+    resumed = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    resumed.load_state_dict({key: value.clone() for key, value in whole.state_dict().items()})
+    again = optim.build(resumed, parsed)
+    tensors = {key: value.clone() for key, value in optim.state_tensors(optimizer, whole).items()}
+    assert len(tensors) == 6 * (1 if name == "sgd" else 3)
+    optim.load_state_tensors(again, resumed, tensors)
+    step(whole, optimizer, 3)
+    step(resumed, again, 3)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_class_weights_follow_their_formulas_and_average_to_one() -> None:
+    counts = np.array([900, 90, 10])
+    assert optim.class_weights("none", counts) is None
+    inverse = optim.class_weights("inverse_frequency", counts)
+    effective = optim.class_weights("effective_number", counts)
+    assert inverse is not None
+    assert effective is not None
+    assert inverse == pytest.approx(1000 / (3 * counts), rel=1e-6)
+    reference = [(1 - 0.999) / (1 - 0.999**n) for n in counts.tolist()]
+    assert effective / effective[0] == pytest.approx([r / reference[0] for r in reference], rel=1e-5)
+    for weights in (inverse, effective):
+        assert (weights * counts).sum() / counts.sum() == pytest.approx(1, rel=1e-6)
+
+
+def test_losses_of_micro_batches_add_up_to_the_loss_of_the_whole() -> None:
+    train = settings.parse("train: {class_weighting: inverse_frequency, label_smoothing: 0.1}").train
+    loss = optim.loss(train, [70, 20, 10])
+    logits, labels = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    parts = sum(loss(logits[i : i + 4], labels[i : i + 4]) / 12 for i in range(0, 12, 4))
+    assert torch.allclose(parts, loss(logits, labels) / 12)
