@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
 def test_no_whole_one_left_is_an_error_and_no_silent_start(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "complete.json").unlink()
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is whole"):
         checkpoints.newest(tmp_path, lambda line: None)
 
 
@@ -108,7 +108,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
 
 def test_never_does_not_overwrite_a_run(tmp_path: Path) -> None:
     save(tmp_path, 4)
-    with pytest.raises(CheckpointError, match="--resume never, and .* holds 1 checkpoints, the newest of step 4"):
+    with pytest.raises(CheckpointError, match=r"--resume never, and .* holds 1 checkpoints, the newest of step 4"):
         checkpoints.starting_point(tmp_path, "never", LINEAGE, print)
 
 

@@ -37,9 +37,7 @@ def run(shards: Path, first: int = 0, last: int = 6, *, rank: int = 0, world_siz
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (5, 4)])
 def test_pixels_do_not_depend_on_workers_or_prefetch(small_shards: Path, workers: int, prefetch: int) -> None:
-    for one, other in zip(
-        run(small_shards), run(small_shards, workers=workers, prefetch=prefetch), strict=True
-    ):
+    for one, other in zip(run(small_shards), run(small_shards, workers=workers, prefetch=prefetch), strict=True):
         assert np.array_equal(one.samples, other.samples)
         assert torch.equal(one.images_BCHW, other.images_BCHW)
         assert torch.equal(one.labels_B, other.labels_B)
@@ -129,6 +127,6 @@ def test_a_damaged_evaluation_sample_ends_the_evaluation(small_shards: Path, tmp
     with (
         SplitReader(Manifest.load(shards), "val") as reader,
         evaluation_loader(reader, image_size_px=24, resize_px=28, workers=2) as loader,
-        pytest.raises(DamagedSampleError, match="val-000000.tar, sample 3 .* cannot be used(.|\n)*a hole"),
+        pytest.raises(DamagedSampleError, match=r"val-000000.tar, sample 3 .* cannot be used(.|\n)*a hole"),
     ):
         list(loader.batches(evaluation_steps(EvaluationPlan(13, 8), rank=0, world_size=1)))

@@ -61,7 +61,7 @@ def test_weights_of_a_file_go_into_the_backbone_and_not_into_the_head(tmp_path: 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file(resnet.build("resnet34", 3).state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match=r"\d+ of \d+ tensors are missing, unknown or of another shape than resnet18"):
+    with pytest.raises(WeightsError, match=r"\d+ of \d+ tensors are missing, unknown or of another shape than resnet1"):
         weights.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from wasteddp import settings
 from wasteddp.errors import LaunchError
 from wasteddp.training import runtime
 
@@ -42,3 +43,15 @@ def test_the_cores_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.
         assert runtime._use_all_cores(5) == 5
     finally:
         torch.set_num_threads(before)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alone:
+        num_processes = 1
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runtime, "_join", lambda *_: Alone())
+    with pytest.raises(LaunchError) as caught:
+        runtime.start(settings.parse("run: {threads: 1}"))
+    assert "the launcher started 2 processes and Accelerate sees 1" in str(caught.value)
+    assert "launch/accelerate/cpu2.yaml" in str(caught.value)

@@ -38,7 +38,9 @@ def build(arch: str, num_classes: int) -> nn.Module:
             "there is no network to train",
             f"take one of {', '.join(architectures())}",
         )
-    model: nn.Module = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, zero_init_residual=True)
+    model: nn.Module = torchvision.models.get_model(
+        arch, weights=None, num_classes=num_classes, zero_init_residual=True
+    )
     return model
 
 

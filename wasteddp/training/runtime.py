@@ -128,16 +128,7 @@ def start(settings: Settings) -> Runtime:
         global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=settings.train.max_micro_batch
     )
     threads = _use_all_cores(settings.run.threads)
-    accelerator = Accelerator(
-        # Without cpu=True each process of a launch without a GPU believes that it is alone.
-        cpu=not has_gpu and not torch.backends.mps.is_available(),
-        mixed_precision={"fp32": "no"}.get(precision, precision),
-        kwargs_handlers=[
-            # Rank 0's BatchNorm statistics would otherwise be sent to all in each forward, and the others' lost.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
-        ],
-    )
+    accelerator = _join(precision, launched, has_gpu)
     if accelerator.num_processes != launched:
         raise LaunchError(
             f"the launcher started {launched} processes and Accelerate sees {accelerator.num_processes}",
@@ -157,6 +148,26 @@ def start(settings: Settings) -> Runtime:
         accumulation=accumulation,
         control=control,
     )
+
+
+def _join(precision: str, launched: int, has_gpu: bool) -> Accelerator:
+    try:
+        return Accelerator(
+            # Without cpu=True each process of a launch without a GPU believes that it is alone.
+            cpu=not has_gpu and not torch.backends.mps.is_available(),
+            mixed_precision={"fp32": "no"}.get(precision, precision),
+            kwargs_handlers=[
+                # Rank 0's BatchNorm statistics would otherwise be sent to all in each forward, the others' lost.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+            ],
+        )
+    except ValueError as error:
+        raise LaunchError(
+            f"the {launched} processes that were launched cannot be joined: {error}",
+            "each would wait for the others",
+            "start them with `accelerate launch` or `torchrun`, which set the variables named",
+        ) from error
 
 
 def choose_precision(asked: str, has_gpu: bool) -> tuple[str, str]:

@@ -1,0 +1,130 @@
+"""Benchmarks that anybody can run. Each compares in one run, interleaved, and prints medians.
+
+    python -m launch.bench train      images/s of the real training program beside a bare loop on tensors in memory
+
+Read the ratio; the figures themselves are the machine's. Leave the machine alone meanwhile: a second busy process on
+two cores can cost either side most of its speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="the training program beside a bare loop")
+    train.add_argument("--config", default="configs/trashnet-scratch.yaml", help="settings of both sides")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    train.add_argument("--rounds", type=int, default=3)
+    train.add_argument("--steps", type=int, default=30, help="timed steps a round, behind 10 that are not")
+    bare = commands.add_parser("bare")  # one side of `train`, in a process of its own
+    bare.add_argument("settings")
+    bare.add_argument("steps", type=int)
+    arguments = parser.parse_args()
+    if arguments.command == "bare":
+        print(json.dumps(bare_loop(arguments.settings, arguments.steps)))
+    else:
+        compare_train(arguments.config, arguments.set, arguments.rounds, arguments.steps)
+
+
+def compare_train(config: str, overrides: list[str], rounds: int, steps: int) -> None:
+    """Alternates the two sides, each in a fresh process, and prints a line a round and the medians."""
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, list[float]] = {"bare": [], "program": []}
+        for number in range(1, rounds + 1):
+            sides = [("bare", _bare_side), ("program", _program_side)]
+            for name, side in sides if number % 2 else reversed(sides):
+                found[name].append(side(config, overrides, steps, Path(folder)))
+            ratio = found["program"][-1] / found["bare"][-1]
+            print(
+                f"round {number}: bare loop {found['bare'][-1]:.1f}, program {found['program'][-1]:.1f} images/s, "
+                f"ratio {ratio:.3f}",
+                flush=True,
+            )
+    ratios = [program / bare for program, bare in zip(found["program"], found["bare"], strict=True)]
+    print(
+        f"median of {rounds}: bare loop {statistics.median(found['bare']):.1f}, program "
+        f"{statistics.median(found['program']):.1f} images/s; median ratio {statistics.median(ratios):.3f}"
+    )
+
+
+def _arguments(config: str, overrides: list[str], steps: int, folder: Path) -> list[str]:
+    fixed = [f"run.out={folder / 'run'}", "track.wandb=disabled", "train.log_every_steps=10"]
+    fixed += [f"evaluate.every_steps={steps + 20}"]  # no evaluation and no checkpoint inside the timed steps
+    return ["--config", config, *(part for override in [*overrides, *fixed] for part in ("--set", override))]
+
+
+def _bare_side(config: str, overrides: list[str], steps: int, folder: Path) -> float:
+    from wasteddp import settings
+
+    path = folder / "settings.yaml"
+    path.write_text(settings.load(config, overrides).to_yaml())
+    command = [sys.executable, "-m", "launch.bench", "bare", str(path), str(steps)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _program_side(config: str, overrides: list[str], steps: int, folder: Path) -> float:
+    """The real program, stopped by its own signal handling once the steps are done: median of its 10-step rows."""
+    command = [sys.executable, "wasteddp/train.py", *_arguments(config, overrides, steps, folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(f"step {steps + 10}/"):
+                process.terminate()
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    for path in sorted((folder / "run").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    # ms a step, not images/s of the first rows: the first ten steps allocate and tune
+    steps_ms = [row["train/step_ms"] for row in rows if 10 < row["step"] <= steps + 10]
+    settings_batch = rows[-1]["train/images_per_s"] * rows[-1]["train/step_ms"] / 1000
+    return settings_batch / (statistics.mean(steps_ms) / 1000)
+
+
+def bare_loop(settings_path: str, steps: int) -> float:
+    """images/s of forward, backward and step on one random batch in memory: no loader, no log, nothing around it."""
+    import torch
+    from accelerate import Accelerator
+
+    from wasteddp import settings as settings_file
+    from wasteddp.data.parallel import num_usable_cores
+    from wasteddp.model import resnet
+    from wasteddp.training import optim, runtime
+
+    settings = settings_file.load(settings_path)
+    has_gpu = torch.cuda.is_available()
+    torch.set_num_threads(settings.run.threads or num_usable_cores())
+    precision = runtime.choose_precision(settings.precision, has_gpu)[0]
+    accelerator = Accelerator(cpu=not has_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
+    model = resnet.build(settings.model.arch, 6).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optim.build(model, settings.optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    size, px = settings.train.max_micro_batch, settings.data.image_size
+    images = torch.randn(size, 3, px, px, device=accelerator.device).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 6, (size,), device=accelerator.device)
+    for step in range(steps + 10):
+        if step == 10:
+            began = time.perf_counter()
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    if has_gpu:
+        torch.cuda.synchronize()
+    return size * steps / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Two CPU processes through the real launcher: the same samples and nearly the same weights as one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
+from trainings import CPU2, ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
+
+TWO = ("--config_file", str(CPU2))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(config_of(folder, small_shards), *TWO)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert "2 processes x 6 images x 1 accumulated" in done.stdout
+    return folder / "run"
+
+
+def test_two_processes_take_the_steps_of_one(two: Path, small_shards: Path, tmp_path: Path) -> None:
+    assert launch(config_of(tmp_path, small_shards)).returncode == 0
+    one = tmp_path / "run"
+    for theirs, ours in zip(rows(one), rows(two), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-3)
+    # the first step starts from the same weights: what differs there is only the order of a sum
+    assert rows(two)[0]["train/loss"] == pytest.approx(rows(one)[0]["train/loss"], rel=1e-6)
+    assert {row["val/samples"] for row in rows(two) if "val/samples" in row} == {13}
+    weights_one, weights_two = (load(final_weights(run)) for run in (one, two))
+    assert not [name for name in weights_two if name.startswith(("module.", "_orig_mod."))]
+    for name, tensor in weights_one.items():
+        if "running" not in name and "num_batches" not in name:  # each rank's own, reconciled as a mean
+            assert torch.allclose(tensor, weights_two[name], atol=2e-3), name
+
+
+def test_kill_9_of_two_processes_costs_nothing(two: Path, small_shards: Path, tmp_path: Path) -> None:
+    arguments = config_of(tmp_path, small_shards)
+    with subprocess.Popen(launch_command(arguments, *TWO), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 5/8"):
+                kill_all(arguments)
+    assert rows(tmp_path / "run")[-1]["step"] < 8, "the run had ended before it was killed"
+    assert launch(arguments, *TWO).returncode == 0
+    assert final_weights(tmp_path / "run") == final_weights(two)
+
+
+def test_one_process_goes_on_where_two_were(two: Path, small_shards: Path, tmp_path: Path) -> None:
+    arguments = [*config_of(tmp_path, small_shards), "--resume", str(two / "checkpoints" / "step-00000007")]
+    done = launch(arguments)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "run")[-1]["train/loss"] == pytest.approx(rows(two)[-1]["train/loss"], rel=1e-3)
+
+
+def test_a_mistake_is_said_once_and_ends_every_rank(small_shards: Path, tmp_path: Path) -> None:
+    done = launch([*config_of(tmp_path, small_shards), "--set", "train.batch_size=13"], *TWO)
+    assert done.returncode != 0
+    assert done.stderr.count("error: train.batch_size is 13 and there are 2 processes") == 1
+    assert done.stderr.count("exitcode  : 2") + done.stderr.count("exitcode: 2") >= 1
+
+
+def test_a_launch_that_accelerate_cannot_join_is_one_message(small_shards: Path, tmp_path: Path) -> None:
+    command = launch_command(config_of(tmp_path, small_shards))
+    script = command.index(str(ROOT / "wasteddp" / "train.py"))
+    alone = subprocess.run(
+        [command[0], *command[script:]],
+        env={**os.environ, "WORLD_SIZE": "2"},  # what a launcher sets, without the address that Accelerate joins by
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert alone.returncode == 2
+    assert "error: the 2 processes that were launched cannot be joined" in alone.stderr

@@ -1,0 +1,52 @@
+"""The README's first command, as a user runs it. The environment it would install is there already."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from small_run import write_images
+
+ROOT = Path(__file__).parents[1]
+
+
+def quickstart(out: Path, **environment: str) -> str:
+    if not (ROOT / ".venv" / ".installed").exists():
+        pytest.skip("the tests run in another environment than .venv: see launch/test.sh")
+    done = subprocess.run(
+        ["bash", "launch/quickstart.sh"],
+        cwd=ROOT,
+        env={**os.environ, "OUT": str(out), "WANDB_MODE": "offline", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_and_a_second_run_reuses_it(tmp_path: Path) -> None:
+    first = quickstart(tmp_path)
+    run = tmp_path / "runs" / "quickstart"
+    metrics = json.loads((run / "evaluations" / "test" / "metrics.json").read_text())
+    text = json.dumps(metrics)
+    assert '"accuracy"' in text
+    assert "where everything lies" in first
+    assert len((run / "predictions.csv").read_text().splitlines()) == 13  # two new images of each of six classes
+    weights = [path.name for path in (run / "model").glob("*.safetensors")]
+    second = quickstart(tmp_path)
+    assert "finished at step" in second
+    assert [path.name for path in (run / "model").glob("*.safetensors")] == weights
+
+
+@pytest.mark.slow
+def test_the_quickstart_takes_images_of_the_user(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "my waste", {"train": (20, 17, 13), "val": (5, 5, 3), "test": (5, 3, 2)})
+    said = quickstart(tmp_path / "out", IMAGES=str(images))
+    assert "finished at step" in said
+    assert (tmp_path / "out" / "runs" / "quickstart-my waste" / "predictions.csv").exists()
