@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from wasteddp import settings as settings_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -66,17 +68,15 @@ def _arguments(config: str, overrides: list[str], steps: int, folder: Path) -> l
 
 
 def _bare_side(config: str, overrides: list[str], steps: int, folder: Path) -> float:
-    from wasteddp import settings
-
     path = folder / "settings.yaml"
-    path.write_text(settings.load(config, overrides).to_yaml())
+    path.write_text(settings_file.load(config, overrides).to_yaml())
     command = [sys.executable, "-m", "launch.bench", "bare", str(path), str(steps)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _program_side(config: str, overrides: list[str], steps: int, folder: Path) -> float:
-    """The real program, stopped by its own signal handling once the steps are done: median of its 10-step rows."""
+    """The real program, stopped by a signal once the steps are done; the mean of its rows, without the first."""
     command = [sys.executable, "wasteddp/train.py", *_arguments(config, overrides, steps, folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -88,8 +88,8 @@ def _program_side(config: str, overrides: list[str], steps: int, folder: Path) -
         path.rmdir() if path.is_dir() else path.unlink()
     # ms a step, not images/s of the first rows: the first ten steps allocate and tune
     steps_ms = [row["train/step_ms"] for row in rows if 10 < row["step"] <= steps + 10]
-    settings_batch = rows[-1]["train/images_per_s"] * rows[-1]["train/step_ms"] / 1000
-    return settings_batch / (statistics.mean(steps_ms) / 1000)
+    batch = settings_file.load(config, overrides).train.batch_size
+    return float(batch / (statistics.mean(steps_ms) / 1000))
 
 
 def bare_loop(settings_path: str, steps: int) -> float:
@@ -97,7 +97,6 @@ def bare_loop(settings_path: str, steps: int) -> float:
     import torch
     from accelerate import Accelerator
 
-    from wasteddp import settings as settings_file
     from wasteddp.data.parallel import num_usable_cores
     from wasteddp.model import resnet
     from wasteddp.training import optim, runtime

@@ -103,8 +103,10 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed: Path, small_shards: P
             if line.startswith("step 2/8"):
                 process.send_signal(signal.SIGTERM)
     assert process.returncode == 75
+    assert (tmp_path / "run" / "RESUMABLE").exists()
     assert "stopped by SIGTERM at step" in said
     assert launch(arguments).returncode == 0
+    assert not (tmp_path / "run" / "RESUMABLE").exists()
     assert final_weights(tmp_path / "run") == final_weights(undisturbed)
 
 

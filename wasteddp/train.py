@@ -11,6 +11,7 @@
 
 Written to run.out: settings.yaml, environment.json, metrics.jsonl, log.txt, checkpoints/, model/ (the bundle).
 Exit codes: 0 finished; 2 something to mend, the message says what; 75 stopped by a signal and saved: start it again.
+A launcher may turn 75 into 1, so a run that can go on also has the file RESUMABLE in run.out.
 
 "All ranks" marks what every rank must do in the same order; a rank that left it out would let the others wait.
 """
@@ -52,6 +53,8 @@ from wasteddp.training.evaluation import evaluate
 from wasteddp.training.keeper import Keeper
 from wasteddp.training.meter import Meter
 from wasteddp.training.tracking import NoTracker, RunTracker, Tracker, TrackerScope
+
+RESUMABLE_MARK = "RESUMABLE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,6 +183,8 @@ def train(
                 tracker.say(messages.early_stop(settings, progress))
                 break
         keeper.close()  # all ranks
+        if world.is_main and exit_code == EXIT_RESUMABLE:
+            write_atomically(Path(settings.run.out) / RESUMABLE_MARK, b"")  # launchers replace our exit code by 1
         tracker.say(messages.closing(settings, progress, exit_code, signals.STOP.signal_name))
     return exit_code
 
@@ -190,6 +195,7 @@ def _tracker(settings: Settings, world: runtime.Runtime, progress: Progress, las
     with world.together():
         if world.is_main:
             out = Path(settings.run.out)
+            (out / RESUMABLE_MARK).unlink(missing_ok=True)
             write_atomically(out / "settings.yaml", settings.to_yaml().encode())
             write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
             tracker = RunTracker(

@@ -160,7 +160,7 @@ class Manifest:
             raise ShardError(
                 f"{folder} holds {tars} tar file(s) but no {MANIFEST_NAME}",
                 "without it nobody knows how many samples there are, so no epoch could be proved whole",
-                f"if another tool made the tars: wasteddp index {folder}; if `wasteddp shard` was stopped: run it again",
+                f"if another tool made the tars: wasteddp index {folder}; if `wasteddp shard` stopped: run it again",
             )
         with storage("reading the manifest", path):
             text = path.read_bytes()
@@ -230,7 +230,7 @@ def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or the next start after a kill, sees all of it or the one that was there before."""
+    """Writes a file so that a reader, or the next start after a kill, sees all of it or the one from before."""
     temporary = path.with_name(path.name + ".tmp")
     with storage("writing", path):
         with temporary.open("wb") as file:
