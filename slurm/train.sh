@@ -13,12 +13,14 @@
 #
 # Submit it from the checkout, with .venv made by launch/install.sh on a file system that all nodes see. The run's folder
 # is RUN_OUT, by default runs/<job name>-<job id>. Before the time limit the run saves and the job is put back in the
-# queue; it goes on by itself. Nodes without GPUs: PROCS_PER_NODE=1 sbatch --gpus-per-node=0 slurm/train.sh ...
+# queue; it goes on by itself. Nodes without GPUs: sbatch --gpus-per-node=0 slurm/train.sh ... (one process a node)
 set -u
 cd "$SLURM_SUBMIT_DIR"
 export PATH=$PWD/.venv/bin:$PATH
 RUN_OUT=${RUN_OUT:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
-RANKS=$((SLURM_JOB_NUM_NODES * ${PROCS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}))
+GPUS=${SLURM_GPUS_ON_NODE:-0}
+RANKS=$((SLURM_JOB_NUM_NODES * (GPUS > 0 ? GPUS : 1)))
+[ "$GPUS" = 0 ] && export ACCELERATE_USE_CPU=true
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))   # below the ephemeral ports
 MULTI=; [ "$RANKS" -gt 1 ] && MULTI=--multi_gpu   # refused for one process; without it several train alone, silently

@@ -187,7 +187,7 @@ class TrackerScope:
 
 
 def _progress_bar(total_steps: int, done: int) -> Progress | None:
-    if not sys.stderr.isatty():
+    if not sys.stdout.isatty():
         return None
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
