@@ -4,6 +4,7 @@
 #   bash launch/quickstart.sh                        on a small set of drawn, synthetic images; no network needed for it
 #   IMAGES=/my/folder bash launch/quickstart.sh      on your own: a folder of class folders, a zip or tar of one, or a CSV
 #   OUT=/scratch/me bash launch/quickstart.sh        shards and run go there instead of shards/ and runs/
+#   bash launch/quickstart.sh --set train.epochs=5   arguments go to the training
 #   TORCH_INDEX_URL, PYTHON                          see launch/install.sh
 set -euo pipefail
 start=$PWD
@@ -27,7 +28,7 @@ fi
 
 say "training"
 accelerate launch --quiet wasteddp/train.py --config configs/quickstart.yaml \
-  --set data.shards="$shards" --set run.out="$run"
+  --set data.shards="$shards" --set run.out="$run" "$@"
 
 say "evaluating on images that training never saw"
 wasteddp evaluate "$run" --split test --shards "$shards"

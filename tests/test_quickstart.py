@@ -17,7 +17,7 @@ def quickstart(out: Path, **environment: str) -> str:
     if not (ROOT / ".venv" / ".installed").exists():
         pytest.skip("the tests run in another environment than .venv: see launch/test.sh")
     done = subprocess.run(
-        ["bash", "launch/quickstart.sh"],
+        ["bash", "launch/quickstart.sh", "--set", "train.epochs=2", "--set", "train.batch_size=32"],
         cwd=ROOT,
         env={**os.environ, "OUT": str(out), "WANDB_MODE": "offline", **environment},
         capture_output=True,
@@ -30,12 +30,12 @@ def quickstart(out: Path, **environment: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns_and_a_second_run_reuses_it(tmp_path: Path) -> None:
+def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Path) -> None:
     first = quickstart(tmp_path)
     run = tmp_path / "runs" / "quickstart"
     metrics = json.loads((run / "evaluations" / "test" / "metrics.json").read_text())
-    text = json.dumps(metrics)
-    assert '"accuracy"' in text
+    assert metrics["num_samples"] > 100
+    assert 0 < metrics["accuracy"] <= 1
     assert "where everything lies" in first
     assert len((run / "predictions.csv").read_text().splitlines()) == 13  # two new images of each of six classes
     weights = [path.name for path in (run / "model").glob("*.safetensors")]

