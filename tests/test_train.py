@@ -119,6 +119,15 @@ def test_a_finished_run_started_again_does_nothing(undisturbed: Path) -> None:
     assert all(path.stat().st_mtime < began for path in (undisturbed / "checkpoints").rglob("model.safetensors"))
 
 
+def test_a_check_after_a_killed_check_still_checks(
+    undisturbed: Path, small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run.check")  # as if it had been killed
+    assert train.main([*config_of(tmp_path, small_shards), "--check"]) == 0
+    assert "step 1/1" in capsys.readouterr().out
+    assert not (tmp_path / "run.check").exists()
+
+
 def test_a_check_leaves_nothing_behind(small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*config_of(tmp_path, small_shards), "--check"]) == 0
     assert "checked: one step, one evaluation, one checkpoint" in capsys.readouterr().out
@@ -262,6 +271,10 @@ def test_a_full_disk_is_one_message(
 def test_a_diverged_loss_is_one_message_and_no_checkpoint(
     small_shards: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    said = refused(config_of(tmp_path, small_shards), "optimizer.lr=1e30")
-    assert "the mean loss is nan at step" in said
+    # rows are far apart, checkpoints are not: the loss is looked at before each save
+    said = refused(config_of(tmp_path, small_shards), "optimizer.lr=1e30", "train.log_every_steps=100")
+    assert "the mean loss since the last row of metrics is nan" in said
     assert "lower optimizer.lr (it is 1e+30)" in said
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        loss = next(row["train/loss"] for row in rows(tmp_path / "run") if row["step"] == int(path.name[5:]))
+        assert np.isfinite(loss)

@@ -7,7 +7,7 @@
 
     --set section.key=value    any setting, as often as wanted
     --resume auto|never|PATH   auto, the default: the newest whole checkpoint of run.out, else from the beginning
-    --check                    everything up to and with one step; writes nothing
+    --check                    one step, evaluation and checkpoint, in a folder beside run.out that is removed
 
 Written to run.out: settings.yaml, environment.json, metrics.jsonl, log.txt, checkpoints/, model/ (the bundle).
 Exit codes: 0 finished; 2 something to mend, the message says what; 75 stopped by a signal and saved: start it again.
@@ -81,6 +81,7 @@ def train(
     plan, manifest = data.plan, data.manifest
     last_step = max_steps or plan.steps_per_epoch * settings.train.epochs
     evaluate_every = settings.evaluate.every_steps or plan.steps_per_epoch
+    checkpoint_every = settings.checkpoint.every_steps
 
     # --- model, optimizer, loss -------------------------------------------------------------------------------------
     torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
@@ -120,6 +121,8 @@ def train(
             # agree: all ranks
             stops, damaged = world.totals(bool(signals.STOP), len(batch.damage))
             if stops:
+                if meter.num_steps:
+                    messages.refuse_divergence(meter.read(world, settings.train.batch_size)["train/loss"], settings)
                 keeper.save(progress, epoch=batch.epoch, best=False)
                 exit_code = EXIT_RESUMABLE
                 break
@@ -140,7 +143,11 @@ def train(
                     loss = loss_of(logits_BK, labels_B) / (world.micro_batch * world.accumulation)
                     world.accelerator.backward(loss)
                     meter.add(loss)
-            logs = (progress.step + 1) % settings.train.log_every_steps == 0 or progress.step + 1 == last_step
+            next_step = progress.step + 1
+            evaluates = next_step % evaluate_every == 0 or next_step == last_step
+            saves = evaluates or (checkpoint_every > 0 and next_step % checkpoint_every == 0)
+            # what is saved is measured first, or a diverged model could push out the last good checkpoint
+            logs = saves or next_step % settings.train.log_every_steps == 0
             if settings.optimizer.clip_norm or logs:  # the norm alone takes 1 % of a step on a CPU
                 norm = world.accelerator.clip_grad_norm_(model.parameters(), settings.optimizer.clip_norm or math.inf)
             stepper.step()
@@ -153,9 +160,9 @@ def train(
             if logs:
                 row |= meter.read(world, settings.train.batch_size)
                 row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm)}
-                messages.refuse_divergence(row["train/loss"], progress.step, settings)
+                messages.refuse_divergence(row["train/loss"], settings)
             better = False
-            if evaluated := (progress.step % evaluate_every == 0 or progress.step == last_step):
+            if evaluates:
                 keeper.reconcile()
                 scores = evaluate(ddp, data.val_loader, data.val_samples_per_class, world, settings.evaluate.batch_size)
                 progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
@@ -174,12 +181,11 @@ def train(
                 tracker.say(messages.progress_line(progress.step, last_step, row, better))
 
             # keep: all ranks
-            every = settings.checkpoint.every_steps
-            if evaluated or (every and progress.step % every == 0):
+            if saves:
                 tracker.flush()
                 stall_ms = keeper.save(progress, epoch=batch.epoch, best=better)
                 meter.restart()  # an evaluation is no training time
-            if evaluated and progress.stopped_early(settings.train.early_stop_epochs):
+            if evaluates and progress.stopped_early(settings.train.early_stop_epochs):
                 tracker.say(messages.early_stop(settings, progress))
                 break
         keeper.close()  # all ranks
@@ -214,6 +220,8 @@ def _tracker(settings: Settings, world: runtime.Runtime, progress: Progress, las
 def _rehearsal(settings: Settings) -> Iterator[Settings]:
     """The same run in a folder beside run.out that is removed: same disk, same permissions, nothing left."""
     out = f"{settings.run.out}.check"
+    if os.environ.get("RANK", "0") == "0":  # before it joins the others: a check that was killed may have left one
+        shutil.rmtree(out, ignore_errors=True)
     track = settings.track.model_copy(update={"wandb": "disabled"})
     try:
         yield settings.model_copy(update={"run": settings.run.model_copy(update={"out": out}), "track": track})

@@ -73,7 +73,7 @@ def report_damage(
         say(f"damaged: {name}")
 
 
-def refuse_divergence(loss: float, step: int, settings: Settings) -> None:
+def refuse_divergence(loss: float, settings: Settings) -> None:
     """All ranks, with the same loss.
 
     Raises:
@@ -81,7 +81,7 @@ def refuse_divergence(loss: float, step: int, settings: Settings) -> None:
     """
     if not isfinite(loss):
         raise DivergedError(
-            f"the mean loss is {loss} at step {step}",
+            f"the mean loss since the last row of metrics is {loss}",
             "every weight would be lost by the next checkpoint",
             f"lower optimizer.lr (it is {settings.optimizer.lr:g}), warm up for longer, or set optimizer.clip_norm; "
             f"the checkpoints in {settings.run.out} are from before",

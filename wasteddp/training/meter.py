@@ -32,6 +32,11 @@ class Meter:
         """This rank's part of a step's mean loss: a micro-batch's mean over the accumulation."""
         self._loss += loss.detach()
 
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last row."""
+        return self._steps
+
     def step_done(self) -> None:
         self._steps += 1
 
