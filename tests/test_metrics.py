@@ -17,7 +17,6 @@ from wasteddp.inference.metrics import (
     percent,
     summarise,
     wilson_interval,
-    worst_mistakes,
 )
 
 matrices = st.integers(1, 6).flatmap(lambda k: arrays(np.int64, (k, k), elements=st.integers(0, 20)))
@@ -110,17 +109,6 @@ def test_the_interval_lies_in_0_to_1_around_the_share_and_solves_wilsons_equatio
     for bound in (low, high):
         # a bound is a true share from which what was seen is exactly z standard errors away
         assert abs(share - bound) == pytest.approx(1.959964 * sqrt(bound * (1 - bound) / total), abs=1e-6)
-
-
-def test_the_worst_mistakes_are_the_surest_wrong_answers() -> None:
-    probabilities = np.array(
-        [[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8], [1.0, 0.0]],
-        np.float32,
-    )
-    labels = [0, 0, 0, 1, 0, 1]  # wrong: 1 (0.8), 2 (0.6), 4 (0.8), 5 (1.0)
-    assert worst_mistakes(labels, probabilities, 10).tolist() == [5, 1, 4, 2]
-    assert worst_mistakes(labels, probabilities, 2).tolist() == [5, 1]
-    assert worst_mistakes([0, 1], probabilities[:2], 10).tolist() == []
 
 
 @given(st.floats(0, 1, width=32))

@@ -44,7 +44,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) ->
 
 def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert {path.name for path in undisturbed.iterdir()} == {
-        "settings.yaml", "environment.json", "metrics.jsonl", "log.txt", "checkpoints", "model",
+        "settings.yaml", "environment.json", "metrics.jsonl", "log.txt", "checkpoints", "model", "evaluations",
     }  # fmt: skip
     found = rows(undisturbed)
     assert [row["step"] for row in found] == list(range(1, 9))
@@ -66,9 +66,27 @@ def test_the_bundle_is_the_best_checkpoint_and_answers(undisturbed: Path, capsys
     assert card.classes == ("glass", "metal", "paper")
     assert cli.main(["evaluate", str(undisturbed), "--split", "test"]) == 0
     metrics = json.loads((undisturbed / "evaluations" / "test" / "metrics.json").read_text())
-    shutil.rmtree(undisturbed / "evaluations")
+    shutil.rmtree(undisturbed / "evaluations" / "test")
     assert metrics["num_samples"] == 10
     assert "10" in capsys.readouterr().out
+
+
+def test_what_the_best_model_was_measured_at_is_what_an_evaluation_finds(undisturbed: Path) -> None:
+    path = undisturbed / "evaluations" / "val" / "metrics.json"
+    by_training = json.loads(path.read_text())
+    assert by_training["options"]["by"] == "training"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["confusion.csv", "metrics.json"]
+    best = next(row for row in rows(undisturbed) if row["step"] == by_training["model"]["trained"]["step"])
+    assert by_training["accuracy"] == best["val/accuracy"] == best["best/value"]
+    assert cli.main(["evaluate", str(undisturbed), "--split", "val", "--batch-size", "8"]) == 0
+    evaluated = json.loads(path.read_text())
+    for name in ("hashes", "classes", "confusion", "per_class", "accuracy_low", "macro_f1"):
+        assert by_training[name] == evaluated[name]
+    for name in ("surest_mistakes", "worst_mistakes"):
+        for one, other in zip(by_training[name], evaluated[name], strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+    for one, other in zip(by_training["reliability"]["bins"], evaluated["reliability"]["bins"], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_kill_9_in_the_middle_of_an_epoch_costs_nothing(undisturbed: Path, small_shards: Path, tmp_path: Path) -> None:

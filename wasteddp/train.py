@@ -92,7 +92,7 @@ def train(
     layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = optim.build(model, settings.optimizer)
-    loss_of = optim.loss(settings.train, data.train_samples_per_class).to(world.device)
+    loss_of = optim.loss(settings.train, data.train.samples_per_class).to(world.device)
     augment = Augment(settings.run.seed, **settings.augment.model_dump(exclude={"crop_scale", "crop_ratio"}))
 
     # --- resume: from the checkpoint asked for, else the newest whole one, else the beginning -----------------------
@@ -109,7 +109,7 @@ def train(
     world.load_scaler(progress.scaler)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
-    keeper = Keeper(settings, world, manifest, model, optimizer)  # all ranks
+    keeper = Keeper(settings, world, data, model, optimizer)  # all ranks
     tracker = _tracker(settings, world, progress, last_step)  # all ranks
     progress = replace(progress, tracker_id=tracker.id)
     meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
@@ -123,7 +123,7 @@ def train(
             if stops:
                 if meter.num_steps:
                     messages.refuse_divergence(meter.read(world, settings.train.batch_size)["train/loss"], settings)
-                keeper.save(progress, epoch=batch.epoch, best=False)
+                keeper.save(progress, epoch=batch.epoch, best=None)
                 exit_code = EXIT_RESUMABLE
                 break
             if damaged:
@@ -161,12 +161,14 @@ def train(
                 row |= meter.read(world, settings.train.batch_size)
                 row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm)}
                 messages.refuse_divergence(row["train/loss"], settings)
-            better = False
+            better = None
             if evaluates:
                 keeper.reconcile()
-                scores = evaluate(ddp, data.val_loader, data.val_samples_per_class, world, settings.evaluate.batch_size)
+                scores, seen = evaluate(
+                    ddp, data.val_loader, data.val, manifest.classes, world, settings.evaluate.batch_size
+                )
                 progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
-                better = progress.best_step == progress.step
+                better = seen if progress.best_step == progress.step else None
                 row |= scores | {"best/value": progress.best_value or 0.0}
 
             # report
@@ -178,7 +180,7 @@ def train(
                     "attempt": progress.attempt,
                 }
                 tracker.log(progress.step, row | static)
-                tracker.say(messages.progress_line(progress.step, last_step, row, better))
+                tracker.say(messages.progress_line(progress.step, last_step, row, better is not None))
 
             # keep: all ranks
             if saves:

@@ -20,6 +20,7 @@ from wasteddp.data.parallel import in_order, num_usable_cores
 from wasteddp.data.progress import progress
 from wasteddp.data.reading import SplitReader
 from wasteddp.errors import BundleError, DamagedSampleError, SettingsError, ShardError, storage
+from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.evaluation_record import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
@@ -67,9 +68,8 @@ def run(options: EvaluateOptions) -> None:
             "device": str(classifier.device),
         },
     )
-    print_evaluation(
-        console, evaluation, title=f"{options.run}, {options.split}: {evaluation.metrics.num_samples} images"
-    )
+    seen = evaluation.seen
+    print_evaluation(console, seen, title=f"{options.run}, {options.split}: {seen.metrics.num_samples} images")
     console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -112,15 +112,16 @@ def evaluate(classifier: Classifier, reader: SplitReader, split: Split, *, advan
             advance()
     # The proof: what went through the model, batch by batch, is what the manifest says there is.
     _check_counts(confusion.sum(axis=1), split, "the model answered for")
-    return Evaluation(
+    answers = Answers.of(labels, probabilities_NK)
+    seen = Seen(
         split=split.name,
         classes=classifier.card.classes,
-        sources=tuple(sources),
-        labels=labels,
-        probabilities_NK=probabilities_NK,
         confusion=confusion,
         metrics=summarise(confusion),
+        reliability=Reliability.of(answers),
+        mistakes=Mistakes.of(answers),
     )
+    return Evaluation(seen, tuple(sources), labels, probabilities_NK)
 
 
 def trained_shards(run: Path) -> Path:

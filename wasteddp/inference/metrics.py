@@ -102,14 +102,6 @@ def wilson_interval(num_correct: int, num_samples: int, *, z: float = _Z_95) -> 
     return (0.0 if num_correct == 0 else centre - half), (1.0 if num_correct == n else centre + half)
 
 
-def worst_mistakes(labels: npt.ArrayLike, probabilities_NK: F32, count: int) -> I64:
-    """The sample numbers of up to `count` wrong answers, the surest first: wrong labels gather at the top."""
-    predicted = probabilities_NK.argmax(axis=1)
-    wrong = np.flatnonzero(predicted != np.asarray(labels))
-    # stable: the same order on every machine where two are equally sure
-    return wrong[np.argsort(-probabilities_NK[wrong, predicted[wrong]], kind="stable")][:count]
-
-
 def percent(share: float) -> str:
     """0.9312 -> "93.1 %"; what is undefined is a dash."""
     return "-" if share != share else f"{100 * share:.1f} %"

@@ -8,27 +8,27 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from wasteddp.data.images import normalise
 from wasteddp.data.loader import Loader, evaluation_steps
+from wasteddp.data.manifest import Split
 from wasteddp.data.plan import PADDING, EvaluationPlan
 from wasteddp.errors import ShardError, WastedError
+from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.metrics import summarise
 from wasteddp.training.runtime import Runtime
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, samples_per_class: npt.ArrayLike, runtime: Runtime, batch: int
-) -> dict[str, float]:
-    """All ranks: the "val/..." metrics of the whole split, the same on every rank.
+    model: nn.Module, loader: Loader, split: Split, classes: tuple[str, ...], runtime: Runtime, batch: int
+) -> tuple[dict[str, float], Seen]:
+    """All ranks: the "val/..." metrics of the whole split, and the split in figures; the same on every rank.
 
     Args:
         model: prepared by Accelerate; its running statistics the same on every rank. Left in eval mode.
-        samples_per_class: of the split, from the manifest: [K].
         batch: images that each rank takes through the network at once.
 
     Raises:
@@ -36,12 +36,13 @@ def evaluate(
         ShardError: the samples counted are not those of the manifest.
     """
     began = time.perf_counter()
-    expected = np.asarray(samples_per_class, dtype=np.int64)
-    plan = EvaluationPlan(int(expected.sum()), batch)
-    classes = len(expected)
-    # [K * K] counts of (true, predicted), and the sum of the losses
-    counts = torch.zeros(classes * classes, dtype=torch.int64, device=runtime.device)
+    plan = EvaluationPlan(split.num_samples, batch)
+    num_classes = len(classes)
+    # Everything stays on the device until the end, so that no batch waits for the one before it:
+    # [K * K] counts of (true, predicted), the sum of the losses, and rows of (label, predicted, confidence, of truth)
+    counts = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=runtime.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    samples, rows = [np.zeros(0, np.int64)], [torch.zeros((4, 0), device=runtime.device)]
     model.eval()
     failure: WastedError | None = None
     try:
@@ -50,23 +51,40 @@ def evaluate(
             labels_B = item.labels_B.to(runtime.device, non_blocking=True)
             logits_BK = model(normalise(item.images_BCHW.to(runtime.device, non_blocking=True))).float()
             losses_B = nn.functional.cross_entropy(logits_BK, labels_B, reduction="none")
+            confidence_B, predicted_B = logits_BK.softmax(1).max(1)
             loss_sum += losses_B[real].sum()
-            counts += torch.bincount((labels_B * classes + logits_BK.argmax(1))[real], minlength=classes * classes)
+            counts += torch.bincount((labels_B * num_classes + predicted_B)[real], minlength=len(counts))
+            samples.append(item.samples[item.samples != PADDING])
+            # exp(-cross-entropy) is the probability of the true class; float32 counts classes exactly up to 16 million
+            rows.append(torch.stack([labels_B, predicted_B, confidence_B, (-losses_B).exp()])[:, real])
     except WastedError as error:
         failure = error
     with runtime.together():  # the forward passes above hold no collective: eval mode, no gradients
         if failure:
             raise failure
-    confusion = runtime.sum(counts).cpu().numpy().reshape(classes, classes)  # all ranks
+    confusion = runtime.sum(counts).cpu().numpy().reshape(num_classes, num_classes)  # all ranks
     total_loss = float(runtime.sum(loss_sum))  # all ranks
-    if not np.array_equal(confusion.sum(1), expected):
+    if confusion.sum(1).tolist() != list(split.samples_per_class):
         raise ShardError(
             f"the evaluation counted {confusion.sum(1).tolist()} samples of the classes; "
-            f"the manifest says {expected.tolist()}",
+            f"the manifest says {list(split.samples_per_class)}",
             "an accuracy over other samples than the split's would be reported as the split's",
             "check the set with `wasteddp verify`",
         )
     metrics = summarise(confusion)
+    labels, predicted, confidence, of_truth = torch.cat(rows, dim=1).cpu().numpy()
+    answers = Answers(
+        np.concatenate(samples), labels.astype(np.int64), predicted.astype(np.int64), confidence, of_truth
+    )
+    parts = runtime.gather((Reliability.of(answers), Mistakes.of(answers)))  # all ranks
+    seen = Seen(
+        split=split.name,
+        classes=classes,
+        confusion=confusion,
+        metrics=metrics,
+        reliability=Reliability.merged(part for part, _ in parts),
+        mistakes=Mistakes.merged(part for _, part in parts),
+    )
     return {
         "val/loss": total_loss / plan.num_samples,
         "val/accuracy": metrics.accuracy,
@@ -74,4 +92,4 @@ def evaluate(
         "val/macro_f1": metrics.macro_f1,
         "val/samples": metrics.num_samples,
         "val/seconds": time.perf_counter() - began,
-    }
+    }, seen

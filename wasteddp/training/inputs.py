@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from wasteddp.data.loader import Batch, Loader, evaluation_loader, training_loader, training_steps
-from wasteddp.data.manifest import Manifest
+from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.plan import TrainPlan
 from wasteddp.data.reading import SplitReader
 from wasteddp.errors import ShardError
@@ -25,8 +25,9 @@ class Inputs:
     plan: TrainPlan
     train_loader: Loader
     val_loader: Loader
-    train_samples_per_class: tuple[int, ...]
-    val_samples_per_class: tuple[int, ...]
+    val_reader: SplitReader
+    train: Split
+    val: Split
 
     def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
         """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run."""
@@ -80,8 +81,9 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             plan=plan,
             train_loader=stack.enter_context(train_loader),
             val_loader=stack.enter_context(val_loader),
-            train_samples_per_class=train.samples_per_class,
-            val_samples_per_class=val.samples_per_class,
+            val_reader=val_reader,
+            train=train,
+            val=val,
         )
 
 

@@ -1,10 +1,12 @@
-"""Keeps a run: checkpoints for going on, and the bundle of the best model for using it."""
+"""Keeps a run: checkpoints for going on, the bundle of the best model for using it, and what it was best at."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +14,14 @@ from torch import nn
 
 from wasteddp import __version__
 from wasteddp.data.images import MEAN_RGB, STD_RGB
-from wasteddp.data.manifest import Manifest
+from wasteddp.inference.answers import Seen
 from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained, save_bundle
+from wasteddp.inference.evaluation_record import save_seen
 from wasteddp.model.resnet import running_statistics
 from wasteddp.settings import Settings
 from wasteddp.training import checkpoints, environment, optim
 from wasteddp.training.checkpoints import CheckpointWriter, Progress
+from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
 
 
@@ -30,9 +34,9 @@ class Keeper:
     """
 
     def __init__(
-        self, settings: Settings, world: Runtime, manifest: Manifest, model: nn.Module, optimizer: torch.optim.Optimizer
+        self, settings: Settings, world: Runtime, data: Inputs, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._settings, self._world, self._manifest = settings, world, manifest
+        self._settings, self._world, self._data = settings, world, data
         self._model, self._optimizer = model, optimizer
         self._commit = environment.commit()
         self._writer: CheckpointWriter | None = None
@@ -45,8 +49,11 @@ class Keeper:
         """All ranks: BatchNorm's running statistics become their mean, since each rank saw other images."""
         self._world.average_(running_statistics(self._model))
 
-    def save(self, progress: Progress, *, epoch: int, best: bool) -> float:
-        """All ranks: keeps this state, and as the run's model if it is the best. Returns the ms that the loop waited.
+    def save(self, progress: Progress, *, epoch: int, best: Seen | None) -> float:
+        """All ranks: keeps this state. Returns the ms that the loop waited.
+
+        Args:
+            best: what its evaluation saw, if this is the best model so far: it then becomes the run's model.
 
         Raises:
             StorageError: on every rank, if the save before this one failed.
@@ -56,13 +63,13 @@ class Keeper:
         with self._world.together():
             if self._writer:
                 scaler = self._world.accelerator.scaler
-                card = self._card(progress, epoch)
+                model = partial(self._save_model, self._card(progress, epoch), best) if best else None
                 self._writer.save(
                     replace(progress, scaler=scaler.state_dict() if scaler else None),
                     self._model.state_dict(),
                     optim.state_tensors(self._optimizer, self._model),
                     self._settings.to_yaml(),
-                    first=(lambda weights: save_bundle(self._folder / "model", card, weights)) if best else None,
+                    first=model,
                 )
         return 1000 * (time.perf_counter() - began)
 
@@ -75,6 +82,24 @@ class Keeper:
         with self._world.together():
             if self._writer:
                 self._writer.close()
+
+    def _save_model(self, card: BundleCard, seen: Seen, weights: Mapping[str, torch.Tensor]) -> None:
+        """The bundle, then what it was measured at: in the writer's thread."""
+        card = save_bundle(self._folder / "model", card, weights)
+        save_seen(
+            self._folder / "evaluations" / seen.split,
+            seen,
+            self._data.val_reader.source,
+            card,
+            manifest_sha256=self._data.manifest.sha256,
+            options={
+                "split": seen.split,
+                "shards": self._settings.data.shards,
+                "by": "training",
+                "precision": self._world.precision,
+                "device": self._world.device.type,
+            },
+        )
 
     def _num_bytes(self) -> int:
         """What the run's checkpoints and bundle take at most: those kept, the best, and the one being written."""
@@ -90,7 +115,7 @@ class Keeper:
         settings = self._settings
         return BundleCard(
             arch=settings.model.arch,
-            classes=self._manifest.classes,
+            classes=self._data.manifest.classes,
             preprocessing=Preprocessing(
                 image_size_px=settings.data.image_size,
                 resize_px=settings.data.eval_resize_px,
@@ -101,10 +126,10 @@ class Keeper:
                 step=progress.step, epoch=epoch, metric=settings.evaluate.metric, value=progress.best_value or 0.0
             ),
             hashes=Hashes(
-                manifest=self._manifest.sha256,
+                manifest=self._data.manifest.sha256,
                 settings=hashlib.sha256(settings.to_yaml().encode()).hexdigest(),
                 code=self._commit,
             ),
             tool=f"wasteddp {__version__}",
-            bins=dict(self._manifest.bins),
+            bins=dict(self._data.manifest.bins),
         )

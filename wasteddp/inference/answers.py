@@ -1,0 +1,153 @@
+"""What a model said of a split's samples: how far its confidence can be believed, and where it was wrong. Pure numpy.
+
+Legend: M samples that one process saw, K classes. Everything here adds up over processes without sending the answers of
+all samples: counts are summed, and of mistakes each process sends its worst few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wasteddp.inference.metrics import F32, I64, Metrics, as_float
+
+BINS = 10  # of confidence, equally wide; more would be nearly empty on the few hundred images that waste sets have
+MISTAKES_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """M answers in any order; `samples` are numbers in the split."""
+
+    samples: I64
+    labels: I64
+    predicted: I64
+    confidence: F32  # probability of the predicted class
+    of_truth: F32  # probability of the true class
+
+    @classmethod
+    def of(cls, labels: npt.ArrayLike, probabilities_MK: F32) -> Answers:
+        """Of a whole split in its order."""
+        rows, truth = np.arange(len(probabilities_MK)), np.asarray(labels, np.int64)
+        predicted = probabilities_MK.argmax(axis=1)
+        return cls(rows, truth, predicted, probabilities_MK[rows, predicted], probabilities_MK[rows, truth])
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """A wrong answer."""
+
+    sample: int
+    true: int
+    predicted: int
+    confidence: float
+    of_truth: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mistakes:
+    """Up to `MISTAKES_LISTED` of each kind, the worst first."""
+
+    surest: tuple[Mistake, ...]  # by the confidence in the wrong class: wrong labels gather here
+    worst: tuple[Mistake, ...]  # by the probability of the true class: what cost the most loss
+
+    @classmethod
+    def of(cls, answers: Answers) -> Mistakes:
+        wrong = np.flatnonzero(answers.predicted != answers.labels)
+        # by the number of the sample where two are equal: the same order on any number of processes
+        surest = wrong[np.lexsort((answers.samples[wrong], -answers.confidence[wrong]))]
+        worst = wrong[np.lexsort((answers.samples[wrong], answers.of_truth[wrong]))]
+        return cls(_taken(answers, surest[:MISTAKES_LISTED]), _taken(answers, worst[:MISTAKES_LISTED]))
+
+    @classmethod
+    def merged(cls, parts: Iterable[Mistakes]) -> Mistakes:
+        """Of all processes together."""
+        parts = list(parts)
+        surest = sorted((m for part in parts for m in part.surest), key=lambda m: (-m.confidence, m.sample))
+        worst = sorted((m for part in parts for m in part.worst), key=lambda m: (m.of_truth, m.sample))
+        return cls(tuple(surest[:MISTAKES_LISTED]), tuple(worst[:MISTAKES_LISTED]))
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """Answers by their confidence, in `BINS` equal parts of 0..1, the last one with its upper end: [BINS] each."""
+
+    counts: tuple[int, ...]
+    correct: tuple[int, ...]
+    confidence_sums: tuple[float, ...]
+
+    @classmethod
+    def of(cls, answers: Answers) -> Reliability:
+        confidence = answers.confidence.astype(np.float64)
+        bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+        right = answers.predicted == answers.labels
+        return cls(
+            tuple(np.bincount(bins, minlength=BINS).tolist()),
+            tuple(np.bincount(bins[right], minlength=BINS).tolist()),
+            tuple(np.bincount(bins, weights=confidence, minlength=BINS).tolist()),
+        )
+
+    @classmethod
+    def merged(cls, parts: Iterable[Reliability]) -> Reliability:
+        """Of all processes together."""
+        parts = list(parts)
+        return cls(
+            tuple(map(sum, zip(*(part.counts for part in parts), strict=True))),
+            tuple(map(sum, zip(*(part.correct for part in parts), strict=True))),
+            tuple(map(sum, zip(*(part.confidence_sums for part in parts), strict=True))),
+        )
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean distance of a bin's accuracy from its mean confidence, weighted by samples; 0 is perfect. NaN of none.
+
+        Source: Guo et al. 2017 (arXiv:1706.04599), expected calibration error, eq. 3.
+        """
+        total = sum(self.counts)
+        gaps = (abs(right - sure) for right, sure in zip(self.correct, self.confidence_sums, strict=True))
+        return sum(gaps) / total if total else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        bins = zip(self.counts, self.correct, self.confidence_sums, strict=True)
+        return {
+            "expected_calibration_error": self.calibration_error if sum(self.counts) else None,
+            "bins": [
+                {
+                    "from": number / BINS,
+                    "to": (number + 1) / BINS,
+                    "count": count,
+                    "correct": right,
+                    "mean_confidence": sure / count if count else None,
+                }
+                for number, (count, right, sure) in enumerate(bins)
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A split seen through a model, in figures. K classes."""
+
+    split: str
+    classes: tuple[str, ...]
+    confusion: I64  # [K, K], rows true
+    metrics: Metrics
+    reliability: Reliability
+    mistakes: Mistakes
+
+
+def _taken(answers: Answers, rows: I64) -> tuple[Mistake, ...]:
+    return tuple(
+        Mistake(
+            int(answers.samples[row]),
+            int(answers.labels[row]),
+            int(answers.predicted[row]),
+            as_float(answers.confidence[row]),
+            as_float(answers.of_truth[row]),
+        )
+        for row in rows
+    )
