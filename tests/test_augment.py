@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional
 
 from wasteddp.data.augment import Augment
+from wasteddp.data.draws import COLOUR, uniform
 from wasteddp.data.images import MEAN_RGB, STD_RGB, normalise
 
 ALL = Augment(0, horizontal_flip=0.5, vertical_flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, erase=0.5)
@@ -66,6 +68,23 @@ def test_colour_stays_in_range_and_changes_brightness_both_ways() -> None:
     assert levels.max() <= 181
     assert levels.min() < 70
     assert levels.max() > 170
+
+
+def test_colour_is_torchvisions_where_nothing_is_clamped() -> None:
+    batch = images(8) // 4 + 64  # 64 to 127: factors of 0.7 to 1.3 keep it inside 0 to 255
+    b, c, s = 1 + 0.3 * (2 * uniform(COLOUR, 0, 5, np.arange(8), num=3).T - 1)
+    coloured = Augment(0, brightness=0.3, contrast=0.3, saturation=0.3)(batch, np.arange(8), 5)
+    for image, found, brightness, contrast, saturation in zip(batch, coloured, b, c, s, strict=True):
+        expected = functional.adjust_brightness(image.float() / 255, brightness)
+        expected = functional.adjust_saturation(functional.adjust_contrast(expected, contrast), saturation)
+        assert torch.allclose(
+            found, normalise(255 * expected[None])[0], atol=0.02
+        )  # 0.02: torchvision's luma has 4 digits
+
+
+def test_the_memory_format_is_kept() -> None:
+    for layout in (torch.channels_last, torch.contiguous_format):
+        assert ALL(images(4).contiguous(memory_format=layout), np.arange(4), 0).is_contiguous(memory_format=layout)
 
 
 @pytest.mark.gpu

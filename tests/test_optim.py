@@ -71,6 +71,27 @@ def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_been(name: str)
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_loaded_state_takes_the_memory_format_of_its_weight(name: str) -> None:
+    """A fused step over a weight in channels-last and a momentum that is not would mix up their elements."""
+    parsed = settings.parse(f"optimizer: {{name: {name}, lr: 0.01}}").optimizer
+    whole, resumed = (nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last) for _ in range(2))  # type: ignore[call-overload]
+    optimizer, again = optim.build(whole, parsed), optim.build(resumed, parsed)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        model.weight.grad = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+        model.weight.grad = model.weight.grad.contiguous(memory_format=torch.channels_last)
+        optimizer.step()
+
+    step(whole, optimizer, 1)
+    resumed.load_state_dict(whole.state_dict())
+    stored = {key: value.clone().contiguous() for key, value in optim.state_tensors(optimizer, whole).items()}
+    optim.load_state_tensors(again, resumed, stored)
+    step(whole, optimizer, 2)
+    step(resumed, again, 2)
+    assert torch.equal(whole.weight, resumed.weight)
+
+
 def test_class_weights_follow_their_formulas_and_average_to_one() -> None:
     counts = np.array([900, 90, 10])
     assert optim.class_weights("none", counts) is None

@@ -45,36 +45,44 @@ class Augment:
             epoch: of the batch.
         """
         device = images_BCHW.device
+        is_channels_last = images_BCHW.is_contiguous(memory_format=torch.channels_last)
+        # One plane a channel for the arithmetic: what is one number an image or a channel is then one number a row of
+        # memory, and a batch of 32 at 112 px takes 3 ms on two cores, against 13 ms in channels-last.
+        images_BCHW = images_BCHW.contiguous()
         flips = uniform(FLIP, self.seed, epoch, samples, num=2)
         for probability, draw, axis in ((self.horizontal_flip, flips[:, 0], 3), (self.vertical_flip, flips[:, 1], 2)):
             if probability > 0:
                 chosen = _column(draw < probability, device)
                 images_BCHW = torch.where(chosen, images_BCHW.flip(axis), images_BCHW)
+        pixels_BCHW = images_BCHW.float()
         if self.brightness or self.contrast or self.saturation:
-            images_BCHW = self._colour(images_BCHW.float(), samples, epoch)
-        normalised = normalise(images_BCHW)
+            pixels_BCHW = self._colour(images_BCHW, pixels_BCHW, samples, epoch)
+        normalised = normalise(pixels_BCHW)
         if self.erase:
             keep = ~_erased(samples, epoch, self.seed, self.erase, images_BCHW.shape[2], images_BCHW.shape[3])
             normalised = normalised * torch.from_numpy(keep[:, None]).to(device)  # 0 is the mean colour
-        return normalised
+        return normalised.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
 
-    def _colour(self, pixels_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
-        """Brightness, contrast, saturation in this order, each a blend by a factor in [1 - x, 1 + x], clamped.
+    def _colour(self, images_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
+        """Brightness b, contrast c and saturation s, factors in [1 - x, 1 + x], as the one linear map that they make:
 
-        Source: torchvision.transforms.ColorJitter, without its random order.
+            s c b pixel + (1 - s) c b grey + (1 - c) b mean       grey: the pixel's luma, mean: that of the image
+
+        Source: torchvision.transforms.ColorJitter, in this fixed order and clamped once, at the end.
         """
-        device = pixels_BCHW.device
+        height, width = images_BCHW.shape[2:]
         draws = 2 * uniform(COLOUR, self.seed, epoch, samples, num=3) - 1
-        brightness, contrast, saturation = (
-            _column((1 + size * draws[:, i]).astype(np.float32), device)
-            for i, size in enumerate((self.brightness, self.contrast, self.saturation))
+        b, c, s = (1 + size * draws[:, i] for i, size in enumerate((self.brightness, self.contrast, self.saturation)))
+        own, grey, mean = (
+            _column(f.astype(np.float32), images_BCHW.device) for f in (s * c * b, (1 - s) * c * b, (1 - c) * b)
         )
-        luma = torch.tensor(_LUMA, device=device).view(1, 3, 1, 1)
-        pixels_BCHW = (pixels_BCHW * brightness).clamp_(0, 255)
-        mean = (pixels_BCHW * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-        pixels_BCHW = torch.lerp(mean.expand_as(pixels_BCHW), pixels_BCHW, contrast).clamp_(0, 255)
-        grey = (pixels_BCHW * luma).sum(1, keepdim=True)
-        return torch.lerp(grey.expand_as(pixels_BCHW), pixels_BCHW, saturation).clamp_(0, 255)
+        red_B1HW, green_B1HW, blue_B1HW = torch.split(pixels_BCHW, 1, dim=1)
+        grey_B1HW = red_B1HW * _LUMA[0] + green_B1HW * _LUMA[1] + blue_B1HW * _LUMA[2]
+        # sums of integers are the same in whatever order a device or a number of threads adds them
+        sums_BC = images_BCHW.sum((2, 3), dtype=torch.int64).double()
+        mean_B = (sums_BC[:, 0] * _LUMA[0] + sums_BC[:, 1] * _LUMA[1] + sums_BC[:, 2] * _LUMA[2]) / (height * width)
+        offset_B1HW = grey_B1HW * grey + mean_B.float().view(-1, 1, 1, 1) * mean
+        return (pixels_BCHW * own).add_(offset_B1HW).clamp_(0, 255)
 
 
 def _column(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:

@@ -4,10 +4,16 @@ Legend: B images of one rank's batch, C = 3, S the side.
 
 Threads, not processes: libjpeg-turbo, torch's resize and hashlib release the GIL, so threads decode in parallel,
 need no copy through shared memory, and die with the process.
+
+Where the network trains on the same cores, the threads take only what it leaves (Linux's idle class): a decoding thread
+that displaced one of OpenMP's threads would make the others wait for it at the end of every layer. 5 % of a ResNet50's
+speed on two cores. They cannot starve it either: a batch that is due is finished by the thread that needs it.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,7 +72,7 @@ class _Pending:
     images: torch.Tensor  # [B, S, S, C]
     labels: torch.Tensor
     samples: I64
-    tasks: list[Future[list[Damage]]]
+    tasks: list[tuple[range, Future[list[Damage]]]]  # rows of the batch, and the thread's promise to fill them
 
 
 class Loader:
@@ -82,6 +88,7 @@ class Loader:
         prefetch: batches decoded ahead.
         replace: whether a sample that cannot be decoded is replaced (training) or raises (evaluation).
         pin_memory: page-locked batches, for copies that run beside a GPU's work.
+        idle: decode only when nothing else wants the core, for training on a CPU.
     """
 
     def __init__(
@@ -94,12 +101,13 @@ class Loader:
         prefetch: int = 2,
         replace: bool = False,
         pin_memory: bool = False,
+        idle: bool = False,
     ) -> None:
         self._reader, self._view, self._size = reader, view, image_size_px
         self._labels = reader.labels
         self._workers, self._prefetch = workers, prefetch
         self._replace, self._pin = replace, pin_memory
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._pool = ThreadPoolExecutor(workers, "decode", initializer=_only_when_idle if idle else None)
 
     def batches(self, steps: Iterable[tuple[int, int, I64]]) -> Iterator[Batch]:
         """A batch for each (epoch, step in epoch, sample numbers), in order."""
@@ -114,7 +122,7 @@ class Loader:
                 yield self._finish(pending.popleft())
         finally:
             for batch in pending:
-                for task in batch.tasks:
+                for _, task in batch.tasks:
                     task.cancel()
 
     def close(self) -> None:
@@ -134,18 +142,21 @@ class Loader:
         pending = _Pending(epoch, step_in_epoch, images, labels, samples, [])
         chunk = max(1, -(-len(samples) // (self._workers * _TASKS_PER_WORKER)))
         for at in range(0, len(samples), chunk):
-            pending.tasks.append(self._pool.submit(self._fill, pending, range(at, min(at + chunk, len(samples)))))
+            rows = range(at, min(at + chunk, len(samples)))
+            pending.tasks.append((rows, self._pool.submit(self._fill, pending, rows)))
         return pending
 
     def _finish(self, pending: _Pending) -> Batch:
-        damage = tuple(item for task in pending.tasks for item in task.result())
+        damage: list[Damage] = []
+        for rows, task in pending.tasks:  # what no thread has begun, the waiting one does itself
+            damage += self._fill(pending, rows) if task.cancel() else task.result()
         return Batch(
             pending.epoch,
             pending.step_in_epoch,
             pending.images.permute(0, 3, 1, 2),  # [B, S, S, C] -> [B, C, S, S], channels-last without a copy
             pending.labels,
             pending.samples,
-            damage,
+            tuple(damage),
         )
 
     def _fill(self, pending: _Pending, rows: range) -> list[Damage]:
@@ -196,6 +207,7 @@ def training_loader(
     workers: int,
     prefetch: int,
     pin_memory: bool,
+    idle: bool = False,
 ) -> Loader:
     """Loader of random crops, each a function of (seed, epoch, sample)."""
 
@@ -211,6 +223,7 @@ def training_loader(
         prefetch=prefetch,
         replace=True,
         pin_memory=pin_memory,
+        idle=idle,
     )
 
 
@@ -229,6 +242,11 @@ def evaluation_loader(
         return evaluation_view(data, image_size_px=image_size_px, resize_px=resize_px)
 
     return Loader(reader, view, image_size_px=image_size_px, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+
+
+def _only_when_idle() -> None:
+    if hasattr(os, "SCHED_IDLE"):  # Linux; elsewhere the threads compete
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
 
 
 def training_steps(

@@ -68,6 +68,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             workers=workers,
             prefetch=settings.data.prefetch,
             pin_memory=pin_memory,
+            idle=world.device.type == "cpu",
         )
         val_loader = evaluation_loader(
             val_reader,
