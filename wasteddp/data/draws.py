@@ -17,7 +17,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 6
 
 # What a draw is for: the first integer of its key, so that two uses never share numbers.
-CROP, FLIP, COLOUR, ERASE, BLOCKS, WINDOW = range(6)
+CROP, FLIP, COLOUR, ERASE, BLOCKS, WINDOW, COVERAGE = range(7)
 
 
 def _mix(x: U64) -> U64:
@@ -49,7 +49,8 @@ def permute(position: I64, size: int | I64, *key: int | npt.NDArray[np.integer])
     """
     position = np.asarray(position, dtype=np.int64)
     sizes = np.broadcast_to(np.asarray(size, dtype=np.int64), position.shape)
-    keys = [np.broadcast_to(bits(*key, round_), position.shape) for round_ in range(_FEISTEL_ROUNDS)]
+    round_keys = bits(*(np.asarray(part)[..., None] for part in key), np.arange(_FEISTEL_ROUNDS))
+    keys = [np.broadcast_to(round_keys[..., number], position.shape) for number in range(_FEISTEL_ROUNDS)]
     # bits of half a word: 4^h >= size
     half = np.ceil(np.log2(np.maximum(sizes, 2).astype(np.float64)) / 2).astype(np.uint64)
     out = position.astype(np.uint64)

@@ -1,6 +1,6 @@
 """Which samples are in which step: pure arithmetic on (seed, epoch, step). No torch, no clock, no process group.
 
-Legend: N samples of the split, numbered through all its shards; G global batch; P lanes; R ranks; B block;
+Legend: N samples of the split, numbered through all its S shards; G global batch; P lanes; R ranks; B block;
 W window; T steps of an epoch; L = T * G / P samples of a lane.
 
 The samples of the split in a keyed order are cut into P lanes of L samples. Step k takes the next G / P samples of
@@ -13,19 +13,21 @@ R that divides P, and a rank computes its own part of any step without knowing t
                  step k takes this column: G samples
 
 Nothing is stored: a permutation is a keyed Feistel network evaluated at the positions that are asked for, so seeking
-into any epoch and step costs the same as starting, and memory does not grow with N.
+into any epoch and step costs the same as starting, and memory does not grow with N. Block mode keeps a table of S.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from wasteddp.data.blocks import Cuts, block_order
 from wasteddp.data.draws import BLOCKS, I64, WINDOW, permute
 from wasteddp.errors import SettingsError
 
 PADDING = -1
+_START = 1  # last part of a key, see `TrainPlan.samples_at`
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,12 @@ class TrainPlan:
         global_batch: G.
         seed: with the epoch, the only source of the order.
         lanes: P, a divisor of G. The default, G itself, allows every number of ranks that divides G.
-        block: B samples that lie side by side in the shards are read one after another. 1 is a uniform permutation.
+        block: B samples that lie side by side in a shard are read one after another. 1 is a uniform permutation; B of
+            a shard's size or more reads whole shards.
         window: W samples of a lane are shuffled among each other, so that a block does not stay in one step's
             neighbourhood; 0 or 1 is none. Needed only where `block` is larger than 1.
+        shard_samples: samples of each shard, N together. Needed only where `block` is larger than 1: no block spans two
+            shards. Empty: one shard.
     """
 
     num_samples: int
@@ -48,6 +53,8 @@ class TrainPlan:
     lanes: int
     block: int = 1
     window: int = 0
+    shard_samples: tuple[int, ...] = field(default=(), repr=False)
+    _cuts: Cuts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_samples < self.global_batch:
@@ -62,10 +69,22 @@ class TrainPlan:
                 "a step could not take the same number of samples from every lane",
                 "set data.lanes to a divisor of train.batch_size, or to 0",
             )
+        shard_samples = self.shard_samples or (self.num_samples,)
+        if sum(shard_samples) != self.num_samples:
+            raise ValueError(f"shards of {sum(shard_samples)} samples together, and a plan for {self.num_samples}")
+        object.__setattr__(self, "_cuts", Cuts.of(shard_samples, self.block))
 
     @property
     def steps_per_epoch(self) -> int:
         return self.num_samples // self.global_batch
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._cuts.shard_begins) - 1
+
+    @property
+    def lane_length(self) -> int:
+        return self.steps_per_epoch * self.global_batch // self.lanes
 
     @property
     def left_out_per_epoch(self) -> int:
@@ -88,26 +107,44 @@ class TrainPlan:
         lane_2d, in_lane_2d = np.broadcast_arrays(lane[:, None], in_lane[None, :])
         return self._sample(epoch, lane_2d.reshape(-1), in_lane_2d.reshape(-1))
 
+    def left_out_samples(self, epoch: int) -> I64:
+        """The samples that an epoch has no step for: int64 [left_out_per_epoch]."""
+        first = self.steps_per_epoch * self.global_batch
+        return self.samples_at(epoch, np.arange(first, self.num_samples, dtype=np.int64))
+
+    def samples_at(self, epoch: int, position: I64) -> I64:
+        """The samples at positions 0 .. N-1 of an epoch's order; lane p has p * L .. (p + 1) * L - 1 of them."""
+        if self.block == 1:
+            return permute(position, self.num_samples, BLOCKS, self.seed, epoch)
+        # The order of blocks is a ring with an epoch's own starting point. What is left out is at its end: without
+        # that, it would always be the end of a block, and the samples at the blocks' beginnings never.
+        start = permute(np.zeros((), np.int64), self.num_samples, BLOCKS, self.seed, epoch, _START)
+        return block_order(self._cuts, self.seed, epoch).samples((position + start) % self.num_samples)
+
+    def rank_samples(self, epoch: int, *, rank: int, world_size: int) -> I64:
+        """All samples of a rank in an epoch, lane by lane: int64 [L * P / R]."""
+        lanes_per_rank = self.lanes // world_size
+        position = np.arange(lanes_per_rank * self.lane_length, dtype=np.int64)
+        lane, in_lane = rank * lanes_per_rank + position // self.lane_length, position % self.lane_length
+        return self._sample(epoch, lane, in_lane)
+
+    def shard_of(self, samples: I64) -> I64:
+        """The shard of each sample."""
+        return np.searchsorted(self._cuts.shard_begins, samples, side="right") - 1
+
+    def block_begins(self, epoch: int) -> I64:
+        """Positions at which a block begins, ascending; 0 is one. Grows with N / B."""
+        start = permute(np.zeros((), np.int64), self.num_samples, BLOCKS, self.seed, epoch, _START)
+        begins = (block_order(self._cuts, self.seed, epoch).begins() - start) % self.num_samples
+        return np.union1d(begins, [0])
+
     def _sample(self, epoch: int, lane: I64, in_lane: I64) -> I64:
-        lane_length = self.steps_per_epoch * self.global_batch // self.lanes
         if self.window > 1:
             window = in_lane // self.window
-            size = np.minimum(self.window, lane_length - window * self.window)
+            size = np.minimum(self.window, self.lane_length - window * self.window)
             shuffled = permute(in_lane % self.window, size, WINDOW, self.seed, epoch, lane, window)
             in_lane = window * self.window + shuffled
-        position = lane * lane_length + in_lane  # 0 .. T * G - 1 in the epoch's order
-        # The split is a ring cut into full blocks from an epoch's own starting point; the ring's last, short block is
-        # at the order's end, so what an epoch leaves out is a different remainder each time.
-        num_blocks = self.num_samples // self.block
-        block, within = position // self.block, position % self.block
-        full = block < num_blocks
-        # max: where the block is longer than the split there is no full one, and a permutation of none has no end
-        place = permute(np.where(full, block, 0), max(num_blocks, 1), BLOCKS, self.seed, epoch)
-        ring = np.where(full, place * self.block + within, position)
-        if self.block == 1:
-            return ring
-        start = permute(np.zeros((), np.int64), self.num_samples, BLOCKS, self.seed, epoch, 1)
-        return (ring + start) % self.num_samples
+        return self.samples_at(epoch, lane * self.lane_length + in_lane)
 
 
 @dataclass(frozen=True, slots=True)
