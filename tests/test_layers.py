@@ -34,7 +34,19 @@ def test_imports_point_down(path: Path) -> None:
                 assert ROOMS.index(_room(name)) <= ROOMS.index(room), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["settings", "errors", "data.plan", "data.draws", "data.manifest", "data.reading"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "settings",
+        "errors",
+        "data.plan",
+        "data.forecast",
+        "data.coverage",
+        "data.draws",
+        "data.manifest",
+        "data.reading",
+    ],
+)
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
     code = f"import sys, wasteddp.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -44,5 +56,5 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
     code = "import sys; from wasteddp import cli; print(cli.parser().format_help()); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for command in ("shard", "verify", "index", "draw", "evaluate", "predict", "settings"):
+    for command in ("shard", "verify", "index", "draw", "plan", "evaluate", "predict", "settings"):
         assert f"\n    {command} " in done.stdout

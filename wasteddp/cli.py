@@ -10,13 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from wasteddp import __version__
 from wasteddp.errors import EXIT_FINISHED, SourceError, WastedError, exit_with, storage
-
-if TYPE_CHECKING:
-    from wasteddp.data.sharding import Job, Options
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -56,44 +53,14 @@ def _add_shard(commands: Commands) -> None:
         help="stop if more images cannot be used: a fraction below 1 or a number (default: a tenth, but at least 10)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace a set made of other images or options")
-    several = command.add_argument_group("several machines (slurm/shard.sh does it)")
-    several.add_argument("--part", metavar="I/N", help="do this part of the work; last, the same without it")
-    several.add_argument("--stage", choices=("read", "write"), help="of a part: write only when all parts have read")
     _add_workers(command)
     command.set_defaults(run=_shard)
 
 
 def _shard(arguments: argparse.Namespace) -> None:
-    from wasteddp.data import parts, recipes, sharding
+    from wasteddp.data import recipes, sharding, splits
     from wasteddp.data.parallel import num_usable_cores
     from wasteddp.data.summary import summarise
-
-    workers = arguments.workers or num_usable_cores()
-    if arguments.part or arguments.stage:
-        part = parts.Part.parse(arguments.part or "")
-        if not arguments.stage or arguments.overwrite:
-            raise SourceError(
-                "--part was given without --stage, or with --overwrite",
-                "the parts would not be of one set",
-                "give --stage read, and when all parts have read --stage write; remove an old set yourself",
-            )
-        make_part = {"read": parts.read_part, "write": parts.write_part}[arguments.stage]
-        make_part(_shard_job(arguments), part, workers=workers)
-        return
-    if _is_recipe(arguments.source):
-        _refuse_own_split(arguments)
-        options = _shard_options(arguments)
-        local, out = arguments.local, arguments.out
-        manifest = recipes.make_recipe(
-            arguments.source, out=out, local=local, options=options, workers=workers, overwrite=arguments.overwrite
-        )
-    else:
-        manifest = sharding.make_shards(_shard_job(arguments), workers=workers, overwrite=arguments.overwrite)
-    print(summarise(manifest))
-
-
-def _shard_options(arguments: argparse.Namespace) -> Options:
-    from wasteddp.data import sharding
 
     names = {
         "fractions": arguments.fractions,
@@ -106,41 +73,41 @@ def _shard_options(arguments: argparse.Namespace) -> Options:
         "near_duplicate_distance": arguments.near_duplicate_distance,
         "max_left_out": arguments.max_left_out,
     }
-    return sharding.Options(**{name: value for name, value in names.items() if value is not None})
-
-
-def _shard_job(arguments: argparse.Namespace) -> Job:
-    """What is to be sharded, where its images are at hand."""
-    from wasteddp.data import recipes, sharding, splits
-
-    options = _shard_options(arguments)
-    if _is_recipe(arguments.source):
-        _refuse_own_split(arguments)
-        return recipes.local_job(arguments.source, out=arguments.out, local=arguments.local, options=options)
-    if arguments.out is None or arguments.local is not None:
-        raise SourceError(
-            "--out is missing, or --from was given without a recipe",
-            "where the set goes is not known",
-            f"wasteddp shard {arguments.source} --out shards/NAME",
+    options = sharding.Options(**{name: value for name, value in names.items() if value is not None})
+    source: Path = arguments.source
+    if source.suffix.lower() in (".yaml", ".yml"):
+        if arguments.split_files or arguments.bins:
+            raise SourceError(
+                "--split-files and --bins were given with a recipe",
+                "it has its own",
+                "change them in a copy of the recipe",
+            )
+        manifest = recipes.make_recipe(
+            source,
+            out=arguments.out,
+            local=arguments.local,
+            options=options,
+            workers=arguments.workers or num_usable_cores(),
+            overwrite=arguments.overwrite,
         )
-    return sharding.Job(
-        source=arguments.source,
-        out=arguments.out,
-        options=options,
-        bins=recipes.load_bins(arguments.bins) if arguments.bins else {},
-        split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
-    )
-
-
-def _is_recipe(source: Path) -> bool:
-    return source.suffix.lower() in (".yaml", ".yml")
-
-
-def _refuse_own_split(arguments: argparse.Namespace) -> None:
-    if arguments.split_files or arguments.bins:
-        raise SourceError(
-            "--split-files and --bins were given with a recipe", "it has its own", "change them in a copy of the recipe"
+    else:
+        if arguments.out is None or arguments.local is not None:
+            raise SourceError(
+                "--out is missing, or --from was given without a recipe",
+                "where the set goes is not known",
+                f"wasteddp shard {source} --out shards/NAME",
+            )
+        job = sharding.Job(
+            source=source,
+            out=arguments.out,
+            options=options,
+            bins=recipes.load_bins(arguments.bins) if arguments.bins else {},
+            split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
         )
+        manifest = sharding.make_shards(
+            job, workers=arguments.workers or num_usable_cores(), overwrite=arguments.overwrite
+        )
+    print(summarise(manifest))
 
 
 def _add_draw(commands: Commands) -> None:
@@ -228,12 +195,44 @@ def _index(arguments: argparse.Namespace) -> None:
     print(summarise(manifest))
 
 
+def _add_plan(commands: Commands) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="show the order of samples: steps, shuffle quality, shards each node reads",
+        description="Shows what a training would do with a shard set, without starting one: steps, samples left out, "
+        "how well the order is shuffled, and how much of the set each node would fetch if it were remote.",
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="a shard set")
+    command.add_argument("--config", metavar="YAML", help="defaults, if left out")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument(
+        "--nodes", type=_integers, default=(1, 2, 4, 8), metavar="N,N", help="numbers of nodes (default: 1,2,4,8)"
+    )
+    command.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from wasteddp import settings as settings_file
+    from wasteddp.data.forecast import forecast
+    from wasteddp.data.manifest import Manifest
+
+    overrides = [*arguments.set, f"data.shards={arguments.folder}"]
+    settings = (
+        settings_file.load(arguments.config, overrides) if arguments.config else settings_file.parse("", overrides)
+    )
+    print(forecast(Manifest.load(arguments.folder), settings, nodes=arguments.nodes))
+
+
 def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: one a core)")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -354,7 +353,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="wasteddp", description=__doc__.splitlines()[0])
     top.add_argument("--version", action="version", version=f"wasteddp {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_shard, _add_verify, _add_index, _add_draw, _add_evaluate, _add_predict, _add_settings):
+    for add in (_add_shard, _add_verify, _add_index, _add_draw, _add_plan, _add_evaluate, _add_predict, _add_settings):
         add(commands)
     return top
 

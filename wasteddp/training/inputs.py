@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from wasteddp.data.forecast import train_plan
 from wasteddp.data.loader import Batch, Loader, evaluation_loader, training_loader, training_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.plan import TrainPlan
+from wasteddp.data.quality import Labels
 from wasteddp.data.reading import SplitReader
 from wasteddp.errors import ShardError
 from wasteddp.settings import Settings
@@ -28,6 +30,7 @@ class Inputs:
     val_reader: SplitReader
     train: Split
     val: Split
+    train_labels: Labels
 
     def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
         """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run."""
@@ -47,14 +50,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             manifest = Manifest.load(settings.data.shards)
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
-            plan = TrainPlan(
-                num_samples=train.num_samples,
-                global_batch=settings.train.batch_size,
-                seed=settings.run.seed,
-                lanes=settings.num_lanes,
-                block=settings.data.block,
-                window=settings.data.window,
-            )
+            plan = train_plan(train, settings)
             train_reader = stack.enter_context(SplitReader(manifest, train.name))
             val_reader = stack.enter_context(SplitReader(manifest, val.name))
         workers = settings.data.workers or min(world.threads, _MAX_WORKERS)
@@ -85,6 +81,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             val_reader=val_reader,
             train=train,
             val=val,
+            train_labels=train_reader.labels,
         )
 
 

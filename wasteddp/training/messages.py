@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import isfinite
 
+from wasteddp.data import quality
 from wasteddp.data.loader import Damage
-from wasteddp.data.manifest import Manifest
-from wasteddp.data.plan import TrainPlan
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, DivergedError
 from wasteddp.settings import Settings
 from wasteddp.training import environment
 from wasteddp.training.checkpoints import Progress
+from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
 
 _MOST_NAMED = 10
 
 
-def facts(settings: Settings, world: Runtime, manifest: Manifest, plan: TrainPlan, last_step: int, origin: str) -> str:
+def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, origin: str) -> str:
     """What this run is, so that a log alone is enough to judge it."""
+    manifest, plan = data.manifest, data.plan
     val = manifest.splits[settings.data.eval_split]
+    order = [quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
     return "\n".join(
         [
             f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
@@ -31,6 +33,7 @@ def facts(settings: Settings, world: Runtime, manifest: Manifest, plan: TrainPla
             f"{len(manifest.classes)} classes, {settings.data.image_size} px, seed {settings.run.seed}",
             f"{last_step} steps, {plan.steps_per_epoch} an epoch; each epoch leaves out {plan.left_out_per_epoch} "
             "images, others each time",
+            *order,
         ]
     )
 
@@ -49,6 +52,8 @@ def progress_line(step: int, last_step: int, row: Mapping[str, float], better: b
             f"{row['val/macro_recall']:.2%}  ({row['val/samples']:.0f} images, {row['val/seconds']:.1f} s)"
             + ("  best so far" if better else "")
         )
+    if "coverage/ok" in row:
+        parts.append(f"epoch proved: {row['coverage/samples']:.0f} images, each once")
     return "  ".join(parts)
 
 
