@@ -10,6 +10,7 @@
     ├── LaunchError            processes, devices, precision
     ├── CheckpointError        a run's checkpoints
     ├── DivergedError          a loss that is no number any more
+    ├── CoverageError          an epoch that did not see each of its samples exactly once
     ├── BundleError            a model bundle
     └── StorageError           disk full, no permission, no such place
 
@@ -80,6 +81,10 @@ class CheckpointError(WastedError):
 
 
 class DivergedError(WastedError):
+    pass
+
+
+class CoverageError(WastedError):
     pass
 
 

@@ -47,7 +47,7 @@ from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, EXIT_USER_ERROR, WastedError
 from wasteddp.model import resnet, weights
 from wasteddp.settings import Settings
-from wasteddp.training import checkpoints, environment, inputs, messages, optim, runtime
+from wasteddp.training import checkpoints, coverage, environment, inputs, messages, optim, runtime
 from wasteddp.training.checkpoints import Lineage, Progress
 from wasteddp.training.evaluation import evaluate
 from wasteddp.training.keeper import Keeper
@@ -114,12 +114,12 @@ def train(
     progress = replace(progress, tracker_id=tracker.id)
     meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
     with TrackerScope(tracker):
-        tracker.say(messages.facts(settings, world, manifest, plan, last_step, origin))
+        tracker.say(messages.facts(settings, world, data, last_step, origin))
         if progress.stopped_early(settings.train.early_stop_epochs):
             last_step = progress.step
         for batch in meter.waiting(data.batches(progress.step, last_step, world)):
             # agree: all ranks
-            stops, damaged = world.totals(bool(signals.STOP), len(batch.damage))
+            stops, damaged, *sums = world.totals(bool(signals.STOP), len(batch.damage), *coverage.of(batch, plan.seed))
             if stops:
                 if meter.num_steps:
                     messages.refuse_divergence(meter.read(world, settings.train.batch_size)["train/loss"], settings)
@@ -152,11 +152,14 @@ def train(
                 norm = world.accelerator.clip_grad_norm_(model.parameters(), settings.optimizer.clip_norm or math.inf)
             stepper.step()
             stepper.zero_grad()
-            progress = replace(progress, step=progress.step + 1)
+            covered = coverage.added(progress.covered, [*sums, damaged], batch)
+            progress = replace(progress, step=progress.step + 1, covered=covered)
             meter.step_done()
 
             # measure: all ranks
             row: dict[str, float] = {}
+            if batch.step_in_epoch + 1 == plan.steps_per_epoch:
+                row |= coverage.prove(progress, plan, batch.epoch, world, tracker)
             if logs:
                 row |= meter.read(world, settings.train.batch_size)
                 row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm)}

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from wasteddp.data.decoding import ImageHWC, UndecodableError
@@ -54,6 +55,7 @@ class Batch:
     images_BCHW: torch.Tensor  # uint8, channels-last in memory
     labels_B: torch.Tensor  # int64; of no meaning where `samples` is PADDING
     samples: I64  # [B]
+    read_B: I64  # the sample whose pixels stand in each row: that of `samples`, or its replacement
     damage: tuple[Damage, ...]
 
     def split(self, size: int) -> Iterator[Batch]:
@@ -61,7 +63,13 @@ class Batch:
         for at in range(0, len(self.samples), size):
             part = slice(at, at + size)
             yield Batch(
-                self.epoch, self.step_in_epoch, self.images_BCHW[part], self.labels_B[part], self.samples[part], ()
+                self.epoch,
+                self.step_in_epoch,
+                self.images_BCHW[part],
+                self.labels_B[part],
+                self.samples[part],
+                self.read_B[part],
+                (),
             )
 
 
@@ -72,6 +80,7 @@ class _Pending:
     images: torch.Tensor  # [B, S, S, C]
     labels: torch.Tensor
     samples: I64
+    read: I64
     tasks: list[tuple[range, Future[list[Damage]]]]  # rows of the batch, and the thread's promise to fill them
 
 
@@ -139,7 +148,7 @@ class Loader:
     def _start(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
         images = torch.empty((len(samples), self._size, self._size, 3), dtype=torch.uint8, pin_memory=self._pin)
         labels = torch.zeros(len(samples), dtype=torch.int64, pin_memory=self._pin)
-        pending = _Pending(epoch, step_in_epoch, images, labels, samples, [])
+        pending = _Pending(epoch, step_in_epoch, images, labels, samples, np.full(len(samples), PADDING), [])
         chunk = max(1, -(-len(samples) // (self._workers * _TASKS_PER_WORKER)))
         for at in range(0, len(samples), chunk):
             rows = range(at, min(at + chunk, len(samples)))
@@ -156,6 +165,7 @@ class Loader:
             pending.images.permute(0, 3, 1, 2),  # [B, S, S, C] -> [B, C, S, S], channels-last without a copy
             pending.labels,
             pending.samples,
+            pending.read,
             tuple(damage),
         )
 
@@ -170,6 +180,7 @@ class Loader:
                 continue
             used = self._fill_row(images[row], sample, pending.epoch, damage)
             labels[row] = self._labels[used]
+            pending.read[row] = used
         return damage
 
     def _fill_row(self, out: ImageHWC, sample: int, epoch: int, damage: list[Damage]) -> int:

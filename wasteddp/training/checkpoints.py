@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Lineage:
     lanes: int
     image_size: int
     optimizer: str
+    block: int = 1  # defaults: of checkpoints from before they were kept
+    window: int = 0
 
     @classmethod
     def of(cls, settings: Settings, manifest: Manifest) -> Lineage:
@@ -59,6 +61,8 @@ class Lineage:
             lanes=settings.num_lanes,
             image_size=settings.data.image_size,
             optimizer=settings.optimizer.name,
+            block=settings.data.block,
+            window=settings.data.window,
         )
 
 
@@ -72,6 +76,7 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     damaged: int = 0  # training samples replaced so far
+    covered: list[int] = field(default_factory=list)  # of the epoch: see training.coverage; empty: not counted
     attempt: int = 1  # starts of this run, this one included
     tracker_id: str = ""
     scaler: Mapping[str, float] | None = None  # of fp16's GradScaler
