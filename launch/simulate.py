@@ -1,0 +1,265 @@
+"""What the order of samples does at sizes that nobody has at hand: arithmetic alone, on one machine.
+
+    python -m launch.simulate order          every rank of a large cluster: coverage, balance, shards and bytes a node
+    python -m launch.simulate rank           time and memory of the plan of one rank
+    python -m launch.simulate seek           time to find a step in the middle of a training
+    python -m launch.simulate first-batch    time from opening a large set to its first batch of decoded images
+
+`order` computes each sample of each rank, as the ranks would, and hashes them: for a billion that takes some minutes on
+two cores; `--samples` and `--ranks` make it smaller. Each command says what it measured on this machine, this time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from wasteddp.data import quality, traffic
+from wasteddp.data.coverage import digest, digest_of_range, signed
+from wasteddp.data.plan import TrainPlan
+
+RANKS_PER_NODE = 8
+COLUMNS = (
+    "block / window / lanes of a rank",
+    "each sample once",
+    "samples a rank",
+    "shards a node",
+    "bytes a node, of its share",
+    "shards a node reads within 10 steps",
+    "worst-case worth of a batch, of 10",
+    "time, peak memory",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("order", "rank", "seek", "first-batch"):
+        command = commands.add_parser(name)
+        command.add_argument("--samples", type=int, default=10**6 if name in ("seek", "first-batch") else 10**9)
+        if name in ("order", "rank"):
+            command.add_argument("--ranks", type=int, default=4096)
+            command.add_argument("--batch", type=int, default=64, help="samples that a rank takes in a step")
+            command.add_argument("--shard", type=int, default=10_000, help="samples in a shard")
+    commands.choices["order"].add_argument(
+        "--orders",
+        default="1,1000,10000,100000",
+        help="block sizes; block/window/lanes of a rank in full, such as 10000/100000/4",
+    )
+    arguments = parser.parse_args()
+    if arguments.command == "order":
+        print_orders(arguments)
+    elif arguments.command == "rank":
+        print_rank(arguments)
+    elif arguments.command == "seek":
+        print_seek(arguments.samples)
+    else:
+        print_first_batch(arguments.samples)
+
+
+def plan_of(order: str, *, samples: int, ranks: int, batch: int, shard: int) -> TrainPlan:
+    """A plan by "block" or "block/window/lanes of a rank"; shards of one size, the last one smaller."""
+    block, window, lanes = (int(part) for part in (order.split("/") + ["0", str(batch)][order.count("/") :])[:3])
+    full, rest = divmod(samples, shard)
+    return TrainPlan(samples, ranks * batch, 0, ranks * lanes, block, window, (shard,) * full + (rest,) * (rest > 0))
+
+
+# --- every rank -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What some ranks saw in an epoch; parts add up."""
+
+    samples: int
+    digest: int
+    least: int  # samples of the rank that has the fewest
+    most: int
+
+
+def walk(plan: TrainPlan, ranks: range, world_size: int, epoch: int = 0) -> Part:
+    """Every sample of some ranks, computed as each rank computes its own."""
+    counts, total = [], 0
+    for rank in ranks:
+        samples = plan.rank_samples(epoch, rank=rank, world_size=world_size)
+        counts.append(len(samples))
+        total += digest(plan.seed, samples)
+    return Part(sum(counts), signed(total), min(counts), max(counts))
+
+
+def covers(plan: TrainPlan, parts: list[Part], epoch: int = 0) -> bool:
+    """Whether count and hash are those of all samples but the ones that the epoch leaves out."""
+    expected = digest_of_range(plan.seed, 0, plan.num_samples) - digest(plan.seed, plan.left_out_samples(epoch))
+    seen = signed(sum(part.digest for part in parts))
+    return (sum(part.samples for part in parts), seen) == (
+        plan.steps_per_epoch * plan.global_batch,
+        signed(expected),
+    )
+
+
+def print_orders(arguments: argparse.Namespace) -> None:
+    sizes = {name: getattr(arguments, name) for name in ("samples", "ranks", "batch", "shard")}
+    nodes = max(1, arguments.ranks // RANKS_PER_NODE)
+    share = arguments.samples / nodes / arguments.shard
+    print(
+        f"{arguments.samples:,} samples, {arguments.ranks:,} ranks on {nodes:,} nodes, shards of {arguments.shard:,}: "
+        f"a node's share is {share:.1f} shards\n"
+    )
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("| --- " * len(COLUMNS) + "|")
+    cores = len(os.sched_getaffinity(0))
+    for order in arguments.orders.split(","):
+        plan = plan_of(order, **sizes)
+        began = time.perf_counter()
+        step = max(1, arguments.ranks // (32 * cores))
+        work = [range(at, min(at + step, arguments.ranks)) for at in range(0, arguments.ranks, step)]
+        with ProcessPoolExecutor(cores) as pool:
+            parts = list(pool.map(partial(_walk_order, order, sizes), work))
+        proved = covers(plan, parts)
+        seconds = time.perf_counter() - began
+        looked_at = sorted({nodes * number // 16 for number in range(16)})
+        found = traffic.measure(plan, plan.shard_samples, num_nodes=nodes, nodes=looked_at)
+        worth = quality.measure(plan)
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        balance = f"{min(p.least for p in parts):,} to {max(p.most for p in parts):,}"
+        print(
+            f"| {plan.block:,} / {plan.window:,} / {plan.lanes // arguments.ranks} | {'yes' if proved else 'NO'}, "
+            f"{plan.left_out_per_epoch:,} left out | {balance} | {found.most_shards:,} | {found.fetched:.2f} | "
+            f"{found.at_once:,} | {worth.batch:.2f}, {worth.recent:.2f} | {seconds:.0f} s, {peak / 1024:.0f} MB |",
+            flush=True,
+        )
+
+
+def _walk_order(order: str, sizes: dict[str, int], ranks: range) -> Part:
+    return walk(plan_of(order, **sizes), ranks, sizes["ranks"])
+
+
+# --- one rank ---------------------------------------------------------------------------------------------------------
+
+
+def print_rank(arguments: argparse.Namespace) -> None:
+    """All steps of one rank, each as a training would ask for it."""
+    sizes = {name: getattr(arguments, name) for name in ("samples", "ranks", "batch", "shard")}
+    for order in ("1", f"{arguments.shard}", f"{arguments.shard}/{10 * arguments.shard}/1"):
+        began = time.perf_counter()
+        plan = plan_of(order, **sizes)
+        rank = arguments.ranks // 3
+        count = sum(
+            len(plan.step_samples(0, step, rank=rank, world_size=arguments.ranks))
+            for step in range(plan.steps_per_epoch)
+        )
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(
+            f"block {plan.block}, window {plan.window}: rank {rank} of {arguments.ranks}, {arguments.samples:,} "
+            f"samples: the {count:,} of its epoch in {plan.steps_per_epoch:,} steps: {seconds:.2f} s, "
+            f"peak memory of the process {peak:.0f} MB"
+        )
+
+
+def print_seek(samples: int) -> None:
+    """A step in the middle of epoch 50, with nothing computed before."""
+    for order in ("1", "1000"):
+        times_ms = []
+        for seed in range(5):
+            plan = plan_of(order, samples=samples, ranks=1, batch=256, shard=10_000)
+            began = time.perf_counter()
+            plan.step_samples(50 + seed, plan.steps_per_epoch // 2)
+            times_ms.append(1000 * (time.perf_counter() - began))
+        print(
+            f"block {order}: into epoch 50 of {samples:,} samples, a step of 256: {statistics.median(times_ms):.2f} ms "
+            f"(median of 5; the slowest {max(times_ms):.2f})"
+        )
+
+
+# --- the first batch --------------------------------------------------------------------------------------------------
+
+
+def print_first_batch(samples: int) -> None:
+    """The times of a loader's start, on a set of real tars that is as large as its index says."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards = synthetic_set(Path(folder), samples)
+        import torch  # a training has it loaded long before its loader starts
+
+        from wasteddp.data.loader import training_loader, training_steps
+        from wasteddp.data.manifest import Manifest
+        from wasteddp.data.reading import SplitReader
+
+        torch.zeros(1)
+        for number in range(3):
+            began = time.perf_counter()
+            manifest = Manifest.load(shards)
+            with SplitReader(manifest, "train") as reader:
+                opened = time.perf_counter()
+                plan = TrainPlan(reader.num_samples, 64, number, 64)
+                with training_loader(
+                    reader,
+                    seed=0,
+                    image_size_px=224,
+                    crop_scale=(0.35, 1.0),
+                    crop_ratio=(0.75, 1.33),
+                    workers=len(os.sched_getaffinity(0)),
+                    prefetch=2,
+                    pin_memory=False,
+                ) as loader:
+                    step = plan.steps_per_epoch * 50 + 7
+                    next(loader.batches(training_steps(plan, step, step + 1, rank=0, world_size=1)))
+                    seconds = time.perf_counter() - began
+            print(
+                f"{samples:,} samples in {plan_shards(samples)} shards, in epoch 50: manifest and indexes open after "
+                f"{opened - began:.2f} s, first batch of 64 at 224 px after {seconds:.2f} s"
+            )
+
+
+def plan_shards(samples: int) -> int:
+    return -(-samples // 10_000)
+
+
+def synthetic_set(folder: Path, samples: int) -> Path:
+    """A set of `samples` samples in shards of 10,000: four small tars, indexed over and over, hard-linked."""
+    from wasteddp.data.drawing import KINDS, draw_folder
+    from wasteddp.data.manifest import Manifest, Shard, Split, read_index
+    from wasteddp.data.shard_writer import sha256_of
+    from wasteddp.data.sharding import Job, Options, make_shards
+
+    draw_folder(folder / "images", kinds=KINDS, images_per_class=20, size_px=256, seed=0)
+    options = Options(fractions=(1.0, 0.0, 0.0), shard_mb=0.2)
+    real = make_shards(Job(folder / "images", folder / "real", options), workers=2)
+    split = real.split("train")
+    out = folder / "set"
+    out.mkdir()
+    shards, per_class = [], np.zeros(len(real.classes), np.int64)
+    for number in range(plan_shards(samples)):
+        source = split.shards[number % len(split.shards)]
+        size = min(10_000, samples - 10_000 * number)
+        index = np.resize(read_index(real.folder, source), size)
+        name = f"train-{number:06d}"
+        os.link(real.folder / source.tar, out / f"{name}.tar")
+        (out / f"{name}.idx").write_bytes(index.tobytes())
+        per_class += np.bincount(index["label"], minlength=len(per_class))
+        shards.append(
+            Shard(f"{name}.tar", f"{name}.idx", size, source.num_bytes, source.sha256, sha256_of(out / f"{name}.idx"))
+        )
+    shutil.rmtree(folder / "images")
+    Manifest(
+        folder=out,
+        name="synthetic",
+        classes=real.classes,
+        splits={"train": Split("train", tuple(shards), tuple(int(n) for n in per_class))},
+    ).save()
+    return out
+
+
+if __name__ == "__main__":
+    main()
