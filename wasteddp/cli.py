@@ -10,10 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from wasteddp import __version__
 from wasteddp.errors import EXIT_FINISHED, SourceError, WastedError, exit_with, storage
+
+if TYPE_CHECKING:
+    from wasteddp.data.sharding import Job, Options
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -53,14 +56,44 @@ def _add_shard(commands: Commands) -> None:
         help="stop if more images cannot be used: a fraction below 1 or a number (default: a tenth, but at least 10)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace a set made of other images or options")
+    several = command.add_argument_group("several machines (slurm/shard.sh does it)")
+    several.add_argument("--part", metavar="I/N", help="do this part of the work; last, the same without it")
+    several.add_argument("--stage", choices=("read", "write"), help="of a part: write only when all parts have read")
     _add_workers(command)
     command.set_defaults(run=_shard)
 
 
 def _shard(arguments: argparse.Namespace) -> None:
-    from wasteddp.data import recipes, sharding, splits
+    from wasteddp.data import parts, recipes, sharding
     from wasteddp.data.parallel import num_usable_cores
     from wasteddp.data.summary import summarise
+
+    workers = arguments.workers or num_usable_cores()
+    if arguments.part or arguments.stage:
+        part = parts.Part.parse(arguments.part or "")
+        if not arguments.stage or arguments.overwrite:
+            raise SourceError(
+                "--part was given without --stage, or with --overwrite",
+                "the parts would not be of one set",
+                "give --stage read, and when all parts have read --stage write; remove an old set yourself",
+            )
+        make_part = {"read": parts.read_part, "write": parts.write_part}[arguments.stage]
+        make_part(_shard_job(arguments), part, workers=workers)
+        return
+    if _is_recipe(arguments.source):
+        _refuse_own_split(arguments)
+        options = _shard_options(arguments)
+        local, out = arguments.local, arguments.out
+        manifest = recipes.make_recipe(
+            arguments.source, out=out, local=local, options=options, workers=workers, overwrite=arguments.overwrite
+        )
+    else:
+        manifest = sharding.make_shards(_shard_job(arguments), workers=workers, overwrite=arguments.overwrite)
+    print(summarise(manifest))
+
+
+def _shard_options(arguments: argparse.Namespace) -> Options:
+    from wasteddp.data import sharding
 
     names = {
         "fractions": arguments.fractions,
@@ -73,41 +106,41 @@ def _shard(arguments: argparse.Namespace) -> None:
         "near_duplicate_distance": arguments.near_duplicate_distance,
         "max_left_out": arguments.max_left_out,
     }
-    options = sharding.Options(**{name: value for name, value in names.items() if value is not None})
-    source: Path = arguments.source
-    if source.suffix.lower() in (".yaml", ".yml"):
-        if arguments.split_files or arguments.bins:
-            raise SourceError(
-                "--split-files and --bins were given with a recipe",
-                "it has its own",
-                "change them in a copy of the recipe",
-            )
-        manifest = recipes.make_recipe(
-            source,
-            out=arguments.out,
-            local=arguments.local,
-            options=options,
-            workers=arguments.workers or num_usable_cores(),
-            overwrite=arguments.overwrite,
+    return sharding.Options(**{name: value for name, value in names.items() if value is not None})
+
+
+def _shard_job(arguments: argparse.Namespace) -> Job:
+    """What is to be sharded, where its images are at hand."""
+    from wasteddp.data import recipes, sharding, splits
+
+    options = _shard_options(arguments)
+    if _is_recipe(arguments.source):
+        _refuse_own_split(arguments)
+        return recipes.local_job(arguments.source, out=arguments.out, local=arguments.local, options=options)
+    if arguments.out is None or arguments.local is not None:
+        raise SourceError(
+            "--out is missing, or --from was given without a recipe",
+            "where the set goes is not known",
+            f"wasteddp shard {arguments.source} --out shards/NAME",
         )
-    else:
-        if arguments.out is None or arguments.local is not None:
-            raise SourceError(
-                "--out is missing, or --from was given without a recipe",
-                "where the set goes is not known",
-                f"wasteddp shard {source} --out shards/NAME",
-            )
-        job = sharding.Job(
-            source=source,
-            out=arguments.out,
-            options=options,
-            bins=recipes.load_bins(arguments.bins) if arguments.bins else {},
-            split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
+    return sharding.Job(
+        source=arguments.source,
+        out=arguments.out,
+        options=options,
+        bins=recipes.load_bins(arguments.bins) if arguments.bins else {},
+        split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
+    )
+
+
+def _is_recipe(source: Path) -> bool:
+    return source.suffix.lower() in (".yaml", ".yml")
+
+
+def _refuse_own_split(arguments: argparse.Namespace) -> None:
+    if arguments.split_files or arguments.bins:
+        raise SourceError(
+            "--split-files and --bins were given with a recipe", "it has its own", "change them in a copy of the recipe"
         )
-        manifest = sharding.make_shards(
-            job, workers=arguments.workers or num_usable_cores(), overwrite=arguments.overwrite
-        )
-    print(summarise(manifest))
 
 
 def _add_draw(commands: Commands) -> None:

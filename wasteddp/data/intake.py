@@ -1,7 +1,8 @@
 """The first pass over the images: read each once, prove that it decodes, and keep only what the later steps need.
 
 What is kept is one record of `SCAN_DTYPE` an image, 82 bytes; pixels are dropped at once. A journal makes the pass
-survive a kill: an image whose path and stamp are in it is not read again.
+survive a kill: an image whose path and stamp are in it is not read again. Several machines may scan parts of the
+pictures, each with a journal of its own beside the others' (`scan*.jsonl`); all of them are taken over.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ _FLUSH_EVERY = 256
 class ScanResult:
     records: Scan  # [N], in the order of the pictures
     details: Mapping[int, str]  # why an image cannot be used, for those that cannot
+    is_read: npt.NDArray[np.bool_]  # [N]; all, unless a part was asked for
+
+    def hashes(self) -> list[bytes]:
+        return [row.tobytes() for row in self.records["sha256"]]
 
     def left_out(self, pictures: Sequence[Picture]) -> list[LeftOut]:
         reasons = manifest.REASONS
@@ -78,9 +83,20 @@ def too_many(left_out: Sequence[LeftOut], num_images: int, limit: float | None) 
 
 
 def scan(
-    source: Source, pictures: Sequence[Picture], *, workers: int, journal: Path, limit: float | None = None
+    source: Source,
+    pictures: Sequence[Picture],
+    *,
+    workers: int,
+    journal: Path,
+    limit: float | None = None,
+    part: range | None = None,
 ) -> ScanResult:
-    """Examines all pictures, in parallel, continuing what an earlier start wrote to `journal`.
+    """Examines the pictures, in parallel, but for those that an earlier start or another machine has noted.
+
+    Args:
+        journal: takes a line for each picture examined; what is noted in its siblings counts too.
+        limit: see `max_unusable`.
+        part: examine these alone; None: all.
 
     Raises:
         SourceError: more images than `limit` allows cannot be used.
@@ -88,19 +104,21 @@ def scan(
     """
     records = np.zeros(len(pictures), SCAN_DTYPE)
     details: dict[int, str] = {}
-    done = _replay(journal, pictures, records, details)
-    waiting = np.flatnonzero(~done).tolist()
+    is_read = np.zeros(len(pictures), bool)
+    for one in {journal, *journal.parent.glob("scan*.jsonl")}:  # in any order: what two of them know is the same
+        is_read |= _replay(one, pictures, records, details)
+    waiting = [index for index in (part if part is not None else range(len(pictures))) if not is_read[index]]
     allowed = max_unusable(len(pictures), limit)
 
     def examine_one(index: int) -> tuple[int, Scan, str]:
         return index, *examine(source, pictures[index].file)
 
     with storage("writing the journal of the scan", journal), journal.open("a", encoding="utf-8") as file:
-        if len(waiting) < len(pictures):
+        if file.tell():
             file.write("\n")  # ends a line that a kill may have cut
         with progress("reading and proving images", len(waiting)) as advance:
             for count, (index, record, detail) in enumerate(in_order(examine_one, waiting, workers=workers), start=1):
-                records[index] = record
+                records[index], is_read[index] = record, True
                 if detail:
                     details[index] = detail
                 file.write(_journal_line(pictures[index].file, record, detail))
@@ -109,7 +127,7 @@ def scan(
                 advance()
                 if len(details) > allowed:
                     break
-    result = ScanResult(records, dict(sorted(details.items())))
+    result = ScanResult(records, dict(sorted(details.items())), is_read)
     if len(details) > allowed:
         raise too_many(result.left_out(pictures), len(pictures), limit)
     return result

@@ -130,6 +130,23 @@ def make_recipe(
     return make_shards(job, workers=workers, overwrite=overwrite)
 
 
+def local_job(path: Path, *, out: Path | None, local: Path | None, options: Options) -> Job:
+    """The job of a recipe whose images are at hand.
+
+    Raises:
+        RecipeError: it draws its images, or `local` is not given: each part would draw or download all of them.
+    """
+    recipe = load_recipe(path)
+    if recipe.draw is not None or local is None:
+        raise RecipeError(
+            f"{path} {'draws' if recipe.draw else 'downloads'} its images",
+            f"each part would {'draw' if recipe.draw else 'download'} all of them",
+            "give --from a local copy" if recipe.download else "make it on one machine, without --part",
+        )
+    job = plan_job(recipe, out or path.parent / recipe.name, options)
+    return find_images(recipe, job, local=local, downloads=local)
+
+
 def plan_job(recipe: Recipe, out: Path, options: Options) -> Job:
     """The job that a recipe asks for, but for where its images are; what `options` says goes before the recipe."""
     if options.fractions is None and recipe.split.fractions is not None:

@@ -18,15 +18,18 @@ _OWN_FILE = re.compile(r"(train|val|test)-\d{6}\.(tar|idx)(\.tmp)?|manifest\.jso
 
 
 @contextmanager
-def work_folder(out: Path) -> Iterator[Path]:
-    """The hidden folder for journals, held by one process; it stays only if a set was begun and is not finished."""
+def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
+    """The hidden folder for journals; it stays only if a set was begun and is not finished.
+
+    Held by one process, or by any number that each make a part (`shared`); these leave the tidying to the last step.
+    """
     work = out / WORK_NAME
     with storage("making the folder of the set", out):
         work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
+        lock = (work / "lock").open("a+")  # readable: network file systems want that for a shared lock
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ShardError(
                 f"another `wasteddp shard` is writing {out}", "two would overwrite each other", "wait for it to end"
@@ -34,7 +37,7 @@ def work_folder(out: Path) -> Iterator[Path]:
         try:
             yield work
         finally:
-            if (out / MANIFEST_NAME).exists() or not (work / _BEGUN_NAME).exists():
+            if not shared and ((out / MANIFEST_NAME).exists() or not (work / _BEGUN_NAME).exists()):
                 shutil.rmtree(work, ignore_errors=True)
                 if not any(out.iterdir()):
                     out.rmdir()

@@ -14,6 +14,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import webdataset
 
 from wasteddp.data.manifest import INDEX_DTYPE, Shard, sync_folder, write_atomically
 from wasteddp.data.parallel import in_order
-from wasteddp.errors import StorageError, storage
+from wasteddp.errors import ShardError, StorageError, storage
 
 _OWNER = "wasteddp"
 _MODE = 0o444
@@ -49,39 +50,49 @@ class Sample:
 
 
 class ShardJournal:
-    """The shards that are finished, one line each, behind a first line that names the plan they belong to."""
+    """The shards that are finished, one line each, behind a first line that names the plan they belong to.
+
+    Several machines may write shards of one set, each with a journal beside the others' (`shards*.txt`).
+    """
 
     def __init__(self, path: Path, plan: str) -> None:
-        """Keeps what the journal at `path` says, if it is about `plan`; otherwise begins a new one."""
+        """Keeps what the journals say of `plan`; the one at `path` is begun anew if it is about another."""
         self._path = path
-        self._finished: dict[str, list[Shard]] = {}
-        with storage("reading the journal of the shards", path):
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if not lines or lines[0] != plan:
-            write_atomically(path, f"{plan}\n".encode())
-            return
-        for line in lines[1:]:
+        self._finished: dict[str, Shard] = {}  # by the tar's name
+        for journal in sorted({path, *path.parent.glob("shards*.txt")}):
+            with storage("reading the journal of the shards", journal):
+                lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+            if lines and lines[0] == plan:
+                self._take(lines[1:])
+            elif journal == path:
+                write_atomically(path, f"{plan}\n".encode())
+
+    def _take(self, lines: Sequence[str]) -> None:
+        for line in lines:
             try:
-                entry = json.loads(line)
-            except ValueError:  # cut by a kill: that shard is simply written again
+                shard = Shard(**json.loads(line))
+            except (ValueError, TypeError):  # cut by a kill: that shard is simply written again
                 continue
-            self._finished.setdefault(entry.pop("split"), []).append(Shard(**entry))
+            self._finished[shard.tar] = shard
 
-    def good_shards(self, split: str, folder: Path) -> list[Shard]:
-        """The finished shards of a split, up to the first that is not on the disk as it was written."""
-        good: list[Shard] = []
-        for shard in self._finished.get(split, []):
-            tar, index = folder / shard.tar, folder / shard.index
-            if not (tar.exists() and index.exists()) or shard.tar != _name(split, len(good)) + ".tar":
-                break
-            if (sha256_of(tar), sha256_of(index)) != (shard.sha256, shard.index_sha256):
-                break
-            good.append(shard)
-        return good
+    def good_shard(self, name: str, folder: Path) -> Shard | None:
+        """The shard of that name, if it is finished and on the disk as it was written."""
+        shard = self._finished.get(f"{name}.tar")
+        if shard is None or not ((folder / shard.tar).exists() and (folder / shard.index).exists()):
+            return None
+        found = sha256_of(folder / shard.tar), sha256_of(folder / shard.index)
+        return shard if found == (shard.sha256, shard.index_sha256) else None
 
-    def add(self, split: str, shard: Shard) -> None:
+    def good_shards(self, split: str, folder: Path, *, workers: int) -> list[Shard]:
+        """The finished shards of a split, up to the first that is missing or not as it was written."""
+        num_noted = next(n for n in count() if f"{_name(split, n)}.tar" not in self._finished)
+        names = [_name(split, number) for number in range(num_noted)]
+        checked = in_order(lambda name: self.good_shard(name, folder), names, workers=workers)
+        return [shard for shard in takewhile(lambda shard: shard is not None, checked) if shard is not None]
+
+    def add(self, shard: Shard) -> None:
         with storage("writing the journal of the shards", self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"split": split, **asdict(shard)}) + "\n")
+            file.write(json.dumps(asdict(shard)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -98,17 +109,85 @@ def write_split(
     advance: Callable[[], None],
 ) -> tuple[Shard, ...]:
     """Writes the samples of a split, loaded in parallel, into shards that end once they reach `max_bytes`."""
-    shards = journal.good_shards(split, folder)
+    shards = journal.good_shards(split, folder, workers=workers)
     number = sum(shard.num_samples for shard in shards)
     for _ in range(number):
         advance()
     samples = in_order(load, items[number:], workers=workers)
     while number < len(items):
         shard = _write_shard(folder, split, len(shards), samples, number, max_bytes=max_bytes, advance=advance)
-        journal.add(split, shard)
+        journal.add(shard)
         shards.append(shard)
         number += shard.num_samples
     return tuple(shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One shard to be written: samples begin .. end - 1 of a split, and the bytes its tar will have."""
+
+    split: str
+    number: int
+    begin: int
+    end: int
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return _name(self.split, self.number)
+
+
+def cut(split: str, member_bytes: Sequence[int], *, max_bytes: int) -> list[Piece]:
+    """Where `write_split` ends its shards, known before anything is written.
+
+    Args:
+        member_bytes: what each sample takes in a tar, see `tar_bytes`.
+    """
+    pieces: list[Piece] = []
+    begin = total = 0
+    for end, size in enumerate(member_bytes, start=1):
+        total += size
+        if total >= max_bytes or end == len(member_bytes):
+            pieces.append(Piece(split, len(pieces), begin, end, _padded(total + 2 * _BLOCK, tarfile.RECORDSIZE)))
+            begin, total = end, 0
+    return pieces
+
+
+def tar_bytes(sample: Sample, image_bytes: int) -> int:
+    """What a sample with an image of that size takes in a tar: two headers and two padded members."""
+    return 2 * _BLOCK + _padded(image_bytes, _BLOCK) + _padded(len(sample.to_json()), _BLOCK)
+
+
+def write_piece(
+    piece: Piece,
+    items: Sequence[int],
+    load: Callable[[int], Sample],
+    *,
+    folder: Path,
+    journal: ShardJournal,
+    max_bytes: int,
+    workers: int,
+    advance: Callable[[], None],
+) -> None:
+    """Writes one shard of a split whose samples are `items`, unless the journal has it.
+
+    Raises:
+        ShardError: the shard did not end where it was cut: it would not be that of one machine.
+    """
+    if journal.good_shard(piece.name, folder):
+        for _ in range(piece.begin, piece.end):
+            advance()
+        return
+    samples = in_order(load, items[piece.begin : piece.end], workers=workers)
+    shard = _write_shard(folder, piece.split, piece.number, samples, piece.begin, max_bytes=max_bytes, advance=advance)
+    if (shard.num_samples, shard.num_bytes) != (piece.end - piece.begin, piece.num_bytes):
+        raise ShardError(
+            f"{shard.tar} has {shard.num_samples} samples in {shard.num_bytes:,} bytes; foreseen were "
+            f"{piece.end - piece.begin} in {piece.num_bytes:,}",
+            "the parts of the set would overlap or leave gaps: an image was encoded otherwise than when it was read",
+            "use the same version of this program and its libraries on all machines, remove .sharding, start again",
+        )
+    journal.add(shard)
 
 
 def sha256_of(path: Path) -> str:
@@ -118,6 +197,10 @@ def sha256_of(path: Path) -> str:
 
 def _name(split: str, number: int) -> str:
     return f"{split}-{number:06d}"
+
+
+def _padded(num_bytes: int, unit: int) -> int:
+    return -(-num_bytes // unit) * unit
 
 
 def _write_shard(

@@ -176,6 +176,11 @@ def open_source(path: Path, *, work_folder: Path) -> Source:
     )
 
 
+def is_compressed_tar(path: Path) -> bool:
+    with storage("reading the archive", path), path.open("rb") as file:
+        return file.read(2) in _UNPACKERS
+
+
 def _unpacked(path: Path, work_folder: Path, magic: bytes) -> Path:
     """The plain tar inside a compressed one, whole or not at all: a kill leaves only the temporary name."""
     status = path.stat()
