@@ -47,6 +47,7 @@ def test_an_override_wins_over_the_file() -> None:
         ("data: {image_size: 64, eval_resize: 32}", [], ["eval_resize 32 is smaller than image_size 64"]),
         ("train: {epochs: 2}\nschedule: {warmup_epochs: 2}", [], ["warmup_epochs 2 is not below train.epochs 2"]),
         ("data: {lanes: 7}", [], ["data.lanes 7 does not divide train.batch_size 256"]),
+        ("data: {read_attempts: 20}", [], ["read_attempts 20 x read_timeout_s 30 is more than 400 s"]),
         ("- 1", [], ["is a list, not sections"]),
         ("a: [", [], ["is not YAML"]),
         ("", ["lr"], ["--set 'lr' has no '='"]),

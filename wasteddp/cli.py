@@ -175,20 +175,24 @@ def _add_verify(commands: Commands) -> None:
         help="re-read a shard set and name what is damaged",
         description="Re-reads every byte of a shard set against its manifest. Exit code 2 if anything is damaged.",
     )
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="a shard set")
+    command.add_argument("set", metavar="FOLDER-OR-URL", help="a shard set")
     _add_workers(command)
     command.set_defaults(run=_verify)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     from wasteddp.data.parallel import num_usable_cores
-    from wasteddp.data.verifying import require_whole, verify
+    from wasteddp.data.remote import is_url, shown
+    from wasteddp.data.verifying import require_whole, verify, verify_remote
 
-    verified = verify(arguments.folder, workers=arguments.workers or num_usable_cores())
-    require_whole(arguments.folder, verified)
+    workers = arguments.workers or num_usable_cores()
+    remote = is_url(arguments.set)
+    verified = verify_remote(arguments.set, workers=workers) if remote else verify(Path(arguments.set), workers=workers)
+    where, counts = (shown(arguments.set), "") if remote else (arguments.set, ", and label counts")
+    require_whole(where, verified)
     print(
-        f"{arguments.folder} is whole: {verified.num_samples:,} samples in {verified.num_shards} shard(s), "
-        f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes, and label counts are the manifest's"
+        f"{where} is whole: {verified.num_samples:,} samples in {verified.num_shards} shard(s), "
+        f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes{counts} are the manifest's"
     )
 
 
@@ -284,7 +288,7 @@ def _add_evaluate(commands: Commands) -> None:
     )
     command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
     command.add_argument("--split", default="test", help="split to measure on (default: %(default)s)")
-    command.add_argument("--shards", type=Path, metavar="FOLDER", help="shard set (default: the one trained on)")
+    command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
     _add_compute(command)
     command.set_defaults(run=_evaluate)
 

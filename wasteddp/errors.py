@@ -5,7 +5,9 @@
     ├── SourceError            the images that are to be sharded
     ├── RecipeError            a recipe, or a download it asks for
     ├── ShardError             a shard set: manifest, index or tar
-    │   └── DamagedSampleError one sample of it
+    │   ├── DamagedSampleError one sample of it
+    │   ├── DamagedShardError  one tar of a remote set that is missing, cut or not the one of the manifest
+    │   └── RemoteError        a store that cannot be reached, or refuses
     ├── WeightsError           initial weights
     ├── LaunchError            processes, devices, precision
     ├── CheckpointError        a run's checkpoints
@@ -65,6 +67,14 @@ class ShardError(WastedError):
 
 
 class DamagedSampleError(ShardError):
+    pass
+
+
+class DamagedShardError(ShardError):
+    pass
+
+
+class RemoteError(ShardError):
     pass
 
 

@@ -21,6 +21,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+_MOST_PATIENCE_S = 400  # for one read, so that its error comes before the collectives' timeout
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
@@ -48,7 +50,7 @@ class Run(_Section):
 
 class Data(_Section):
     shards: str = "shards/trashnet"
-    """Folder of the shard set."""
+    """Folder of the shard set, or its URL: https://, s3://, gs://, hf:// and whatever else fsspec opens."""
     train_split: str = "train"
     eval_split: str = "val"
     image_size: Annotated[int, Field(ge=16, le=2048)] = 224
@@ -67,6 +69,19 @@ class Data(_Section):
     """Samples of a lane that are shuffled among each other; needed only where block is larger than 1."""
     max_damaged: Count = 0
     """Training samples that may be unreadable, and are replaced, before the run stops."""
+    cache: str = ""
+    """URLs only, as all below: folder for the shards that are fetched, best on a disk of the machine's own; ~ and
+    $VARIABLES are resolved on each machine. Empty: ~/.cache/wasteddp, or wasteddp under $XDG_CACHE_HOME."""
+    cache_gb: Positive = 50.0
+    """Most that the cache may take, 10^9 bytes, all processes of a machine together."""
+    fetchers: PositiveInt = 4
+    """Shards that each process fetches at once, ahead of their use."""
+    ahead_steps: PositiveInt = 64
+    """Steps whose shards are fetched ahead."""
+    read_attempts: PositiveInt = 5
+    """How often a read is tried before the run stops; the waits between grow from half a second to 30 s."""
+    read_timeout_s: Positive = 30.0
+    """Seconds without a byte after which an attempt has failed."""
 
     @property
     def eval_resize_px(self) -> int:
@@ -76,6 +91,15 @@ class Data(_Section):
     def _resize_covers_crop(self) -> Self:
         if self.eval_resize and self.eval_resize < self.image_size:
             raise ValueError(f"eval_resize {self.eval_resize} is smaller than image_size {self.image_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _gives_up_before_the_others_do(self) -> Self:
+        if self.read_attempts * self.read_timeout_s > _MOST_PATIENCE_S:
+            raise ValueError(
+                f"read_attempts {self.read_attempts} x read_timeout_s {self.read_timeout_s:g} is more than "
+                f"{_MOST_PATIENCE_S:g} s, and the other ranks wait for 600 s"
+            )
         return self
 
 

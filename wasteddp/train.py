@@ -119,7 +119,8 @@ def train(
             last_step = progress.step
         for batch in meter.waiting(data.batches(progress.step, last_step, world)):
             # agree: all ranks
-            stops, damaged, *sums = world.totals(bool(signals.STOP), len(batch.damage), *coverage.of(batch, plan.seed))
+            ends = bool(signals.STOP) or batch.failure is not None
+            stops, damaged, *sums = world.totals(ends, len(batch.damage), *coverage.of(batch, plan.seed))
             if stops:
                 if meter.num_steps:
                     messages.refuse_divergence(meter.read(world, settings.train.batch_size)["train/loss"], settings)
@@ -194,6 +195,8 @@ def train(
                 tracker.say(messages.early_stop(settings, progress))
                 break
         keeper.close()  # all ranks
+        if exit_code == EXIT_RESUMABLE:
+            world.raise_together(batch.failure)  # all ranks: what one of them could not read, now that all is saved
         if world.is_main and exit_code == EXIT_RESUMABLE:
             write_atomically(Path(settings.run.out) / RESUMABLE_MARK, b"")  # launchers replace our exit code by 1
         tracker.say(messages.closing(settings, progress, exit_code, signals.STOP.signal_name))

@@ -28,7 +28,7 @@ from wasteddp.data.draws import CROP, I64, uniform
 from wasteddp.data.images import evaluation_view, training_view
 from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
 from wasteddp.data.reading import SplitReader
-from wasteddp.errors import DamagedSampleError
+from wasteddp.errors import DamagedSampleError, WastedError
 
 _MAX_REPLACEMENTS = 100
 _TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker
@@ -57,6 +57,13 @@ class Batch:
     samples: I64  # [B]
     read_B: I64  # the sample whose pixels stand in each row: that of `samples`, or its replacement
     damage: tuple[Damage, ...]
+    failure: WastedError | None = None  # why there is no such batch, told in its place: the other ranks must hear of it
+
+    @classmethod
+    def failed(cls, error: WastedError) -> Batch:
+        """The last batch of a rank that cannot go on."""
+        nothing, none = torch.empty(0, dtype=torch.int64), np.empty(0, np.int64)
+        return cls(-1, -1, nothing, nothing, none, none, (), error)
 
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of `size` samples, views of this one."""
@@ -121,7 +128,7 @@ class Loader:
     def batches(self, steps: Iterable[tuple[int, int, I64]]) -> Iterator[Batch]:
         """A batch for each (epoch, step in epoch, sample numbers), in order."""
         pending: deque[_Pending] = deque()
-        steps = iter(steps)
+        steps = self._reader.ahead(steps, in_flight=self._prefetch + 1)
         try:
             while True:
                 while len(pending) <= self._prefetch and (step := next(steps, None)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from wasteddp.errors import ShardError, storage
 FORMAT = "wasteddp-shards"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 # Little-endian and packed: 48 bytes a sample, the same file on every machine.
 INDEX_DTYPE = np.dtype(
@@ -83,7 +85,10 @@ REASONS = (
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A shard set. `sha256` is that of `manifest.json` itself: it names the whole set, bytes and all."""
+    """A shard set. `sha256` is that of `manifest.json` itself: it names the whole set, bytes and all.
+
+    `folder` is where its files are; of a set behind a URL, the cache that they are fetched into.
+    """
 
     folder: Path
     name: str
@@ -95,13 +100,19 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # source, licence, citation, options: how it was made
     tool: str = ""
     sha256: str = ""
+    url: str = ""  # without passwords; empty where the set is a folder
+
+    @property
+    def where(self) -> str:
+        """Folder or URL, for messages."""
+        return self.url or str(self.folder)
 
     def split(self, name: str) -> Split:
         """The split called `name`, or an error that lists those there are."""
         if name not in self.splits or self.splits[name].num_samples == 0:
             there = ", ".join(f"{s.name} ({s.num_samples})" for s in self.splits.values()) or "none"
             raise ShardError(
-                f"{self.folder} has no samples in a split called {name!r}; splits there: {there}",
+                f"{self.where} has no samples in a split called {name!r}; splits there: {there}",
                 "there would be nothing to read",
                 "name another split, or shard the images again with a split of that name",
             )
@@ -164,17 +175,26 @@ class Manifest:
             )
         with storage("reading the manifest", path):
             text = path.read_bytes()
+        return cls.parse(text, folder)
+
+    @classmethod
+    def parse(cls, text: bytes, folder: Path, *, url: str = "") -> Manifest:
+        """The manifest that stands in `text`.
+
+        Raises:
+            ShardError: another format, or counts that contradict each other.
+        """
         try:
-            return cls._parse(folder, text)
+            return cls._parse(text, folder, url)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardError(
-                f"{path} is not a manifest of this format: {type(error).__name__}: {error}",
+                f"{url or folder}/{MANIFEST_NAME} is not a manifest of this format: {type(error).__name__}: {error}",
                 "what it says of the shards cannot be trusted",
                 "make the set again with `wasteddp shard` or `wasteddp index`",
             ) from error
 
     @classmethod
-    def _parse(cls, folder: Path, text: bytes) -> Manifest:
+    def _parse(cls, text: bytes, folder: Path, url: str) -> Manifest:
         raw = json.loads(text)
         if raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format {raw.get('format')!r} version {raw.get('format_version')!r}, wanted {FORMAT!r} 1")
@@ -188,6 +208,9 @@ class Manifest:
             for file in (f for shard in split.shards for f in (shard.tar, shard.index)):
                 if Path(file).name != file:
                     raise ValueError(f"{file!r} is not a plain file name")
+            for sha256 in (s for shard in split.shards for s in (shard.sha256, shard.index_sha256)):
+                if not _SHA256.fullmatch(sha256):  # a cache uses it as a file name
+                    raise ValueError(f"{sha256!r} is no sha256")
             splits[name] = split
         return cls(
             folder=folder,
@@ -200,6 +223,7 @@ class Manifest:
             recipe=raw["recipe"],
             tool=raw["tool"],
             sha256=hashlib.sha256(text).hexdigest(),
+            url=url,
         )
 
 
@@ -218,10 +242,15 @@ def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:
             f"{shard.num_samples} samples of {shard.tar} cannot be found",
             "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",
         ) from error
+    return parse_index(text, shard, path, check=check)
+
+
+def parse_index(text: bytes, shard: Shard, where: str | Path, *, check: bool = True) -> Index:
+    """As `read_index`, from the bytes of the index; `where` they come from is for messages."""
     found = hashlib.sha256(text).hexdigest() if check else shard.index_sha256
     if len(text) != shard.num_samples * INDEX_DTYPE.itemsize or found != shard.index_sha256:
         raise ShardError(
-            f"the index {path} has {len(text)} bytes and sha256 {found[:12]}; the manifest says "
+            f"the index {where} has {len(text)} bytes and sha256 {found[:12]}; the manifest says "
             f"{shard.num_samples * INDEX_DTYPE.itemsize} bytes and {shard.index_sha256[:12]}",
             "samples would be read from wrong places",
             "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",

@@ -26,6 +26,11 @@ def num_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def num_in_flight(workers: int) -> int:
+    """Items that `in_order` has taken and not yet yielded, at most."""
+    return (workers * _BATCHES_IN_FLIGHT + 1) * _BATCH
+
+
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
     """Yields `function(item)` for each item, in their order; an exception comes out in place of its batch."""
     if workers <= 1:

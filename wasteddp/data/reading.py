@@ -1,4 +1,4 @@
-"""Sample number -> bytes, from local shards: pread at (offset, length), checked against the index's sha256.
+"""Sample number -> bytes: read at (offset, length) in its shard, checked against the index's sha256.
 
 The check costs about 10 us for 17 KB and turns a flipped bit into an error with a name instead of a wrong pixel.
 """
@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.data.manifest import INDEX_DTYPE, Manifest, read_index
-from wasteddp.errors import DamagedSampleError, ShardError
+from wasteddp.data.draws import I64
+from wasteddp.data.manifest import INDEX_DTYPE, Manifest
+from wasteddp.data.parallel import in_order
+from wasteddp.data.plan import PADDING
+from wasteddp.data.tars import LocalTars, Step, Tars
+from wasteddp.errors import DamagedSampleError, DamagedShardError, ShardError
 
 _TAR_BLOCK = 512
+_INDEXES_AT_ONCE = 16  # waiting for a store takes no core
 
 
 class SplitReader:
@@ -25,23 +30,23 @@ class SplitReader:
     Args:
         manifest: of the set.
         name: of the split.
+        tars: of the split; those in the manifest's folder, if left out. Closed with the reader.
 
     Raises:
         ShardError: an index or a tar is missing or has another size than the manifest says.
     """
 
-    def __init__(self, manifest: Manifest, name: str) -> None:
+    def __init__(self, manifest: Manifest, name: str, tars: Tars | None = None) -> None:
         split = manifest.split(name)
-        self._folder, self._shards = manifest.folder, split.shards
-        self._descriptors: list[int] = []
-        indexes = [read_index(manifest.folder, shard) for shard in split.shards]
-        self._index = np.concatenate(indexes) if indexes else np.zeros(0, INDEX_DTYPE)
-        # first sample of each shard, and the total: [num_shards + 1]
-        self._starts = np.cumsum([0, *(shard.num_samples for shard in split.shards)])
-        self._check_labels(len(manifest.classes))
+        self._where, self._shards = manifest.where, split.shards
+        self._tars = tars or LocalTars(manifest.folder, split.shards)
         try:
-            for shard in split.shards:
-                self._descriptors.append(self._open(shard.tar, shard.num_bytes))
+            workers = _INDEXES_AT_ONCE if manifest.url else 1
+            indexes = list(in_order(self._tars.index, range(len(split.shards)), workers=workers))
+            self._index = np.concatenate(indexes) if indexes else np.zeros(0, INDEX_DTYPE)
+            # first sample of each shard, and the total: [num_shards + 1]
+            self._starts = np.cumsum([0, *(shard.num_samples for shard in split.shards)])
+            self._check_labels(len(manifest.classes))
         except ShardError:
             self.close()
             raise
@@ -62,12 +67,15 @@ class SplitReader:
             DamagedSampleError: the tar ends before the image does, or the bytes are not those of the index.
         """
         record = self._index[sample]
-        data = self._pread(sample, int(record["length"]), int(record["offset"]))
-        if hashlib.sha256(data).digest() != record["sha256"].tobytes():
+        length, offset, digest = int(record["length"]), int(record["offset"]), record["sha256"].tobytes()
+        data = self._pread(sample, length, offset)
+        if hashlib.sha256(data).digest() != digest and self._tars.renew(self._shard_of(sample)):
+            data = self._pread(sample, length, offset)
+        if hashlib.sha256(data).digest() != digest:
             raise DamagedSampleError(
                 f"{self.describe(sample)}: its {len(data)} bytes do not have the sha256 of the index",
                 "the image would not be the one that was sharded",
-                f"find all that is damaged with `wasteddp verify {self._folder}`, then copy or make the set again",
+                f"find all that is damaged with `wasteddp verify {self._where}`, then copy or make the set again",
             )
         return data
 
@@ -78,7 +86,7 @@ class SplitReader:
         image_end = int(record["offset"]) + int(record["length"])
         header_at = -(-image_end // _TAR_BLOCK) * _TAR_BLOCK
         key = self.key(sample)
-        header = os.pread(self._descriptors[self._shard_of(sample)], _TAR_BLOCK, header_at)
+        header = self._tars.pread(self._shard_of(sample), _TAR_BLOCK, header_at)
         if _member_name(header) != f"{key}.json":
             return key
         length = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
@@ -97,13 +105,33 @@ class SplitReader:
         """Where a sample lies, for messages."""
         shard = self._shard_of(sample)
         return (
-            f"{self._folder / self._shards[shard].tar}, sample {sample - int(self._starts[shard])} "
+            f"{self._tars.where(shard)}, sample {sample - int(self._starts[shard])} "
             f"at byte {int(self._index[sample]['offset'])}"
         )
 
+    def ahead(self, steps: Iterable[Step], *, in_flight: int) -> Iterator[Step]:
+        """The same steps, to be taken one by one; the shards of those to come may be fetched meanwhile.
+
+        Args:
+            in_flight: steps that may still be read from when the last of them is taken.
+        """
+        return self._tars.ahead(steps, self.shards_of, in_flight=in_flight)
+
+    def shards_of(self, samples: I64) -> frozenset[int]:
+        """Numbers of the shards that the samples lie in; `PADDING` lies in none."""
+        numbers = np.searchsorted(self._starts, samples[samples != PADDING], side="right") - 1
+        return frozenset(np.unique(numbers).tolist())
+
+    def needs(self, samples: I64) -> dict[str, int]:
+        """sha256 and bytes of those shards."""
+        return {self._shards[n].sha256: self._shards[n].num_bytes for n in self.shards_of(samples)}
+
+    def expect(self, others: Iterable[frozenset[str]]) -> None:
+        """What else this machine needs (sha256) in the first step that `ahead` will be given, the second, and so on."""
+        self._tars.expect(others)
+
     def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        self._tars.close()
 
     def __enter__(self) -> SplitReader:
         return self
@@ -118,40 +146,24 @@ class SplitReader:
 
     def _pread(self, sample: int, length: int, offset: int) -> bytes:
         try:
-            data = os.pread(self._descriptors[self._shard_of(sample)], length, offset)
+            data = self._tars.pread(self._shard_of(sample), length, offset)
         except OSError as error:
             raise DamagedSampleError(
                 f"{self.describe(sample)}: {error.strerror}",
                 "the sample cannot be read",
                 "look after the disk, then copy or make the set again",
             ) from error
+        except DamagedShardError as error:
+            raise DamagedSampleError(
+                f"{self.describe(sample)}: {error.found}", error.consequence, error.remedy
+            ) from error
         if len(data) != length:
             raise DamagedSampleError(
                 f"{self.describe(sample)}: the tar ends after {len(data)} of {length} bytes",
                 "the sample is not whole",
-                f"find all that is damaged with `wasteddp verify {self._folder}`, then copy or make the set again",
+                f"find all that is damaged with `wasteddp verify {self._where}`, then copy or make the set again",
             )
         return data
-
-    def _open(self, tar: str, num_bytes: int) -> int:
-        path = self._folder / tar
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(
-                f"the shard {path} cannot be opened: {error.strerror}",
-                "its samples would be missing from every epoch",
-                "copy the whole set again, or make it again with `wasteddp shard`",
-            ) from error
-        found = os.fstat(descriptor).st_size
-        if found != num_bytes:
-            os.close(descriptor)
-            raise ShardError(
-                f"the shard {path} has {found} bytes; the manifest says {num_bytes}",
-                "samples would be missing or damaged",
-                f"find which with `wasteddp verify {self._folder}`, then copy the set again or make it again",
-            )
-        return descriptor
 
     def _check_labels(self, num_classes: int) -> None:
         wrong = np.flatnonzero((self._index["label"] < 0) | (self._index["label"] >= num_classes))

@@ -19,7 +19,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     splits = list(manifest.splits.values())
     num_shards, num_bytes = sum(len(s.shards) for s in splits), sum(t.num_bytes for s in splits for t in s.shards)
     total = sum(split.num_samples for split in splits)
-    yield f"{manifest.folder}: {total:,} samples in {num_shards} shard(s), {num_bytes / 1e6:,.1f} MB"
+    yield f"{manifest.where}: {total:,} samples in {num_shards} shard(s), {num_bytes / 1e6:,.1f} MB"
     rows = [["", *(split.name for split in splits)]]
     for number, name in enumerate(manifest.classes):
         rows.append([name, *(f"{split.samples_per_class[number]:,}" for split in splits)])

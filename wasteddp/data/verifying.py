@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from wasteddp.data.manifest import Index, Manifest, Shard, read_index
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, read_index
 from wasteddp.data.parallel import in_order
 from wasteddp.data.progress import progress
+from wasteddp.data.remote import Patience, RemoteFolder
 from wasteddp.data.shard_writer import sha256_of
-from wasteddp.errors import ShardError, WastedError
+from wasteddp.errors import DamagedShardError, ShardError, WastedError
 
 _BLOCK = 512  # a tar header, and the unit that members are padded to
 _MAX_NAMED = 50  # samples of one shard; the rest is counted
@@ -50,7 +51,27 @@ def verify(folder: Path, *, workers: int) -> Verified:
     return Verified(len(shards), sum(s.num_samples for s in shards), sum(s.num_bytes for s in shards), tuple(damage))
 
 
-def require_whole(folder: Path, verified: Verified) -> None:
+def verify_remote(url: str, *, workers: int) -> Verified:
+    """As `verify`, over the network: every byte is fetched and none is kept.
+
+    Raises:
+        ShardError: there is no manifest, or the store cannot be reached.
+    """
+    folder = RemoteFolder(url, Patience())
+    try:
+        manifest = Manifest.parse(folder.read(MANIFEST_NAME), Path(), url=folder.url)
+        shards = [shard for split in manifest.splits.values() for shard in split.shards]
+        damage: list[str] = []
+        with progress("verifying shards", len(shards)) as advance:
+            for found in in_order(lambda shard: _remote_damage(folder, shard), shards, workers=workers):
+                damage += found
+                advance()
+    finally:
+        folder.close()
+    return Verified(len(shards), sum(s.num_samples for s in shards), sum(s.num_bytes for s in shards), tuple(damage))
+
+
+def require_whole(folder: Path | str, verified: Verified) -> None:
     """Raises `ShardError` that names all damage, if there is any."""
     if verified.damage:
         raise ShardError(
@@ -58,6 +79,22 @@ def require_whole(folder: Path, verified: Verified) -> None:
             "training would stop at these samples, or learn from something else than was sharded",
             "copy the named files again from a good copy, or make the set again with `wasteddp shard --overwrite`",
         )
+
+
+def _remote_damage(folder: RemoteFolder, shard: Shard) -> list[str]:
+    damage = []
+    index_bytes = shard.num_samples * INDEX_DTYPE.itemsize
+    for name, num_bytes, sha256 in (
+        (shard.tar, shard.num_bytes, shard.sha256),
+        (shard.index, index_bytes, shard.index_sha256),
+    ):
+        try:
+            with Path(os.devnull).open("wb") as nowhere:
+                if folder.copy(name, num_bytes, sha256, nowhere) != sha256:
+                    damage.append(f"{name}: another sha256; `wasteddp verify` of a copy names the samples")
+        except DamagedShardError as error:
+            damage.append(error.found)
+    return damage
 
 
 def _damage(folder: Path, shard: Shard, *, is_own: bool) -> list[str]:

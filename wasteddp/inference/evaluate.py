@@ -8,22 +8,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 from rich.console import Console
 
+from wasteddp import settings as settings_file
+from wasteddp.data import shard_set
 from wasteddp.data.decoding import ImageHWC, UndecodableError
+from wasteddp.data.loader import evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
-from wasteddp.data.parallel import in_order, num_usable_cores
+from wasteddp.data.parallel import in_order, num_in_flight, num_usable_cores
+from wasteddp.data.plan import PADDING, EvaluationPlan
 from wasteddp.data.progress import progress
 from wasteddp.data.reading import SplitReader
+from wasteddp.data.shard_set import ShardSet
 from wasteddp.errors import BundleError, DamagedSampleError, SettingsError, ShardError, storage
 from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.evaluation_record import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.settings import Data
+
+_STEP = 64  # samples whose shards are fetched ahead, and let go of, together
+_STEPS_IN_FLIGHT = 2 + num_in_flight(num_usable_cores()) // _STEP
+_OF_THE_SET = ("shards", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +43,7 @@ class EvaluateOptions:
 
     run: Path
     split: str = "test"
-    shards: Path | None = None
+    shards: str | None = None  # folder or URL
     batch_size: int | None = None
     device: str = "auto"
 
@@ -40,30 +51,18 @@ class EvaluateOptions:
 def run(options: EvaluateOptions) -> None:
     """Evaluates, prints, and saves under `RUN/evaluations/<split>/`."""
     classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size)
-    shards = options.shards or trained_shards(options.run)
-    manifest = Manifest.load(shards)
-    check_classes(manifest, classifier.card.classes)
-    console = Console()
-    if manifest.sha256 != classifier.card.hashes.manifest:
-        console.print(
-            f"warning: {shards} is not the shard set that this model was trained on (manifest {manifest.sha256[:12]}, "
-            f"trained on {classifier.card.hashes.manifest[:12]}): its images may be among those trained on",
-            style="yellow",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    with SplitReader(manifest, options.split) as reader, progress("evaluating", reader.num_samples) as advance:
-        evaluation = evaluate(classifier, reader, manifest.split(options.split), advance=advance)
+    data = data_of(options.run, options.shards)
+    with shard_set.opened(data) as shards:
+        evaluation = _evaluate(classifier, shards, options, console := Console())
     folder = options.run / "evaluations" / options.split
     save_evaluation(
         folder,
         evaluation,
         classifier.card,
-        manifest_sha256=manifest.sha256,
+        manifest_sha256=shards.manifest.sha256,
         options={
             "split": options.split,
-            "shards": str(shards),
+            "shards": shards.manifest.where,
             "batch_size": classifier.batch_size,
             "device": str(classifier.device),
         },
@@ -71,6 +70,26 @@ def run(options: EvaluateOptions) -> None:
     seen = evaluation.seen
     print_evaluation(console, seen, title=f"{options.run}, {options.split}: {seen.metrics.num_samples} images")
     console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluate(classifier: Classifier, shards: ShardSet, options: EvaluateOptions, console: Console) -> Evaluation:
+    manifest = shards.manifest
+    check_classes(manifest, classifier.card.classes)
+    if manifest.sha256 != classifier.card.hashes.manifest:
+        console.print(
+            f"warning: {manifest.where} is not the shard set that this model was trained on (manifest "
+            f"{manifest.sha256[:12]}, trained on {classifier.card.hashes.manifest[:12]}): its images may be among "
+            "those trained on",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    with shards.reader(options.split) as reader, progress("evaluating", reader.num_samples) as advance:
+        samples = np.arange(reader.num_samples)
+        at_once = _STEP * _STEPS_IN_FLIGHT
+        shards.require_room(reader.needs(samples[first : first + at_once]) for first in range(0, len(samples), _STEP))
+        return evaluate(classifier, reader, manifest.split(options.split), advance=advance)
 
 
 def evaluate(classifier: Classifier, reader: SplitReader, split: Split, *, advance: Callable[[], None]) -> Evaluation:
@@ -101,7 +120,9 @@ def evaluate(classifier: Classifier, reader: SplitReader, split: Split, *, advan
     confusion = np.zeros((num_classes, num_classes), np.int64)
     probabilities_NK = np.full((reader.num_samples, num_classes), np.nan, np.float32)
     sources: list[str] = []
-    views = in_order(view_of, range(reader.num_samples), workers=num_usable_cores())
+    steps = evaluation_steps(EvaluationPlan(reader.num_samples, _STEP), rank=0, world_size=1)
+    taken = (sample for step in reader.ahead(steps, in_flight=_STEPS_IN_FLIGHT) for sample in step[2].tolist())
+    views = in_order(view_of, (sample for sample in taken if sample != PADDING), workers=num_usable_cores())
     for batch in classifier.batches(views):
         samples = [sample for sample, _, _ in batch]
         answers_BK = classifier.probabilities([view for _, _, view in batch])
@@ -124,32 +145,38 @@ def evaluate(classifier: Classifier, reader: SplitReader, split: Split, *, advan
     return Evaluation(seen, tuple(sources), labels, probabilities_NK)
 
 
-def trained_shards(run: Path) -> Path:
-    """The shard set of a run: `data.shards` of its settings.yaml, relative to the current directory."""
+def data_of(run: Path, shards: str | None) -> Data:
+    """Where a run's shard set is and how it is read: `data` of its settings.yaml; `shards` takes the set's place."""
     path = run / "settings.yaml"
-    if not path.is_file():
+    if not path.is_file() and shards is None:
         raise SettingsError(
             f"there is no {path}",
             "it would say on which shard set this model was trained",
             "name the set with --shards FOLDER",
         )
-    with storage("reading the run's settings", path):
-        text = path.read_bytes()
-    try:
-        return Path(yaml.safe_load(text)["data"]["shards"])
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise SettingsError(
-            f"{path} does not say where its shards are (data.shards): {str(error).splitlines()[0]}",
-            "there is nothing to evaluate on",
-            "name the set with --shards FOLDER",
-        ) from error
+    found: dict[str, Any] = {}
+    if path.is_file():
+        with storage("reading the run's settings", path):
+            text = path.read_bytes()
+        try:
+            found = {key: value for key, value in yaml.safe_load(text)["data"].items() if key in _OF_THE_SET}
+            found["shards"] = shards or found["shards"]
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise SettingsError(
+                f"{path} does not say where its shards are (data.shards): {str(error).splitlines()[0]}",
+                "there is nothing to evaluate on",
+                "name the set with --shards FOLDER",
+            ) from error
+    return settings_file.parse(
+        yaml.safe_dump({"data": found | ({"shards": shards} if shards else {})}), name=str(path)
+    ).data
 
 
 def check_classes(manifest: Manifest, classes: tuple[str, ...]) -> None:
     """Refuses a shard set whose classes, in their order, are not the model's."""
     if manifest.classes != classes:
         raise BundleError(
-            f"the model's {len(classes)} classes are not those of {manifest.folder}\n"
+            f"the model's {len(classes)} classes are not those of {manifest.where}\n"
             f"  model:  {', '.join(classes)}\n"
             f"  shards: {', '.join(manifest.classes)} ({len(manifest.classes)})",
             "the same number would mean different classes, and every figure would be wrong",

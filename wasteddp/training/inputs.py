@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from wasteddp.data.forecast import train_plan
 from wasteddp.data.loader import Batch, Loader, evaluation_loader, training_loader, training_steps
 from wasteddp.data.manifest import Manifest, Split
-from wasteddp.data.plan import TrainPlan
+from wasteddp.data.plan import EvaluationPlan, TrainPlan
 from wasteddp.data.quality import Labels
 from wasteddp.data.reading import SplitReader
-from wasteddp.errors import ShardError
+from wasteddp.data.shard_set import opened as opened_set
+from wasteddp.errors import ShardError, WastedError
 from wasteddp.settings import Settings
+from wasteddp.training.foresight import Foresight, ranks_here
 from wasteddp.training.runtime import Runtime
 
 _MAX_WORKERS = 8
@@ -28,14 +30,22 @@ class Inputs:
     train_loader: Loader
     val_loader: Loader
     val_reader: SplitReader
+    foresight: Foresight
     train: Split
     val: Split
     train_labels: Labels
 
     def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
-        """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run."""
+        """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run.
+
+        What ends them early is told in the place of a batch: raised here, the other ranks would wait for this one.
+        """
         steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
-        return self.train_loader.batches(steps)
+        self.foresight.train_reader.expect(self.foresight.others(first_step, last_step))
+        try:
+            yield from self.train_loader.batches(steps)
+        except WastedError as error:
+            yield Batch.failed(error)
 
 
 @contextmanager
@@ -47,12 +57,26 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
     """
     with ExitStack() as stack:
         with world.together():
-            manifest = Manifest.load(settings.data.shards)
+            shards = stack.enter_context(opened_set(settings.data, rank=world.rank))
+            manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
             plan = train_plan(train, settings)
-            train_reader = stack.enter_context(SplitReader(manifest, train.name))
-            val_reader = stack.enter_context(SplitReader(manifest, val.name))
+            train_reader = stack.enter_context(shards.reader(train.name))
+            val_reader = stack.enter_context(shards.reader(val.name))
+            foresight = Foresight(
+                train_plan=plan,
+                train_reader=train_reader,
+                val_plan=EvaluationPlan(val.num_samples, settings.evaluate.batch_size),
+                val_reader=val_reader,
+                evaluate_every=settings.evaluate.every_steps or plan.steps_per_epoch,
+                rank=world.rank,
+                ranks=ranks_here(world.rank, world.world_size),
+                world_size=world.world_size,
+            )
+            num_steps, in_flight = plan.steps_per_epoch * settings.train.epochs, settings.data.prefetch + 1
+            shards.require_room(foresight.train_windows(num_steps, in_flight), foresight.val_windows(in_flight))
+        refuse_different_sets(manifest, world)
         workers = settings.data.workers or min(world.threads, _MAX_WORKERS)
         pin_memory = world.device.type == "cuda"
         train_loader = training_loader(
@@ -73,15 +97,30 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             workers=workers,
             pin_memory=pin_memory,
         )
+        loaders = stack.enter_context(train_loader), stack.enter_context(val_loader)
+        stack.callback(shards.end_fetching)  # before the loaders' threads are waited for: they may wait for a store
         yield Inputs(
             manifest=manifest,
             plan=plan,
-            train_loader=stack.enter_context(train_loader),
-            val_loader=stack.enter_context(val_loader),
+            train_loader=loaders[0],
+            val_loader=loaders[1],
             val_reader=val_reader,
+            foresight=foresight,
             train=train,
             val=val,
             train_labels=train_reader.labels,
+        )
+
+
+def refuse_different_sets(manifest: Manifest, world: Runtime) -> None:
+    """All ranks: each may have a copy, or a moment of the store, of its own."""
+    found = world.gather(manifest.sha256)
+    other = next((rank for rank, sha256 in enumerate(found) if sha256 != found[0]), None)
+    if other is not None:
+        raise ShardError(
+            f"{manifest.where}: rank 0 reads the manifest {found[0][:12]} and rank {other} {found[other][:12]}",
+            "the ranks would train on different sets of images",
+            "copy the same set to every machine, and let none be written while training starts",
         )
 
 
@@ -89,7 +128,7 @@ def refuse_untrainable(manifest: Manifest, split: str) -> None:
     """A classifier needs two classes, and images of each."""
     if len(manifest.classes) < 2:
         raise ShardError(
-            f"{manifest.folder} has one class only: {', '.join(manifest.classes) or 'none'}",
+            f"{manifest.where} has one class only: {', '.join(manifest.classes) or 'none'}",
             "every answer would be right and nothing would be learned",
             "shard at least two classes",
         )
@@ -97,7 +136,7 @@ def refuse_untrainable(manifest: Manifest, split: str) -> None:
     empty = [name for name, count in counts if count == 0]
     if empty:
         raise ShardError(
-            f"the split {split!r} of {manifest.folder} has no image of {', '.join(empty)}",
+            f"the split {split!r} of {manifest.where} has no image of {', '.join(empty)}",
             "the model could never learn to say it",
             "add images of it, or leave the class out, and shard again",
         )

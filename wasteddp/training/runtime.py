@@ -58,6 +58,10 @@ class Runtime:
             yield
         except WastedError as caught:
             error = caught
+        self.raise_together(error)
+
+    def raise_together(self, error: WastedError | None) -> None:
+        """All ranks: raises the first rank's error that there is, on every rank."""
         for found in self.gather(error):  # all ranks
             if found is not None:
                 raise found

@@ -1,0 +1,131 @@
+"""A threaded HTTP server on loopback that serves a folder and fails as it is told to."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+Fault = str  # "500", "404", ..., "cut", "reset", "stall", "flip", "short"
+Faults = Callable[[str, int], Fault | None]  # file name, how often it was asked for before -> what goes wrong
+
+
+class FaultyServer(http.server.ThreadingHTTPServer):
+    """Counts what is asked of it.
+
+    Args:
+        folder: served.
+        ranges: whether `Range` is understood; `python -m http.server` does not.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.ranges = folder, ranges
+        self.faults: Faults = lambda name, number: None
+        self.asked: Counter[str] = Counter()
+        self.bytes_sent: Counter[str] = Counter()
+        self.ended = threading.Event()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fetches(self, suffix: str = ".tar") -> dict[str, int]:
+        """How often each file was asked for from its first byte."""
+        return {name: count for name, count in sorted(self.asked.items()) if name.endswith(suffix)}
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that went away is what some tests are about
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: FaultyServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        name = unquote(self.path.partition("?")[0].lstrip("/"))
+        path = self.server.folder / name
+        wanted = self.headers.get("Range") if self.server.ranges else None
+        first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+        with self.server.lock:
+            number = self.server.asked[name]
+            self.server.asked[name] += first == "0"
+            fault = self.server.faults(name, number)
+        if fault and fault.isdigit():
+            self._head(int(fault), 0)
+            return
+        if not path.is_file():
+            self._head(404, 0)
+            return
+        content = path.read_bytes()
+        if int(first) >= len(content) > 0:
+            self._head(416, 0)
+            return
+        body = content[int(first) : int(last or len(content)) + 1]
+        self._head(206 if wanted else 200, len(body))
+        self._send(body, fault)
+
+    def do_HEAD(self) -> None:
+        path = self.server.folder / unquote(self.path.lstrip("/"))
+        self._head(200 if path.is_file() else 404, path.stat().st_size if path.is_file() else 0)
+
+    def _send(self, body: bytes, fault: Fault | None) -> None:
+        if fault == "flip":
+            body = body[:100] + bytes([body[100] ^ 1]) + body[101:]
+        if fault in ("cut", "reset", "stall"):
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+        with self.server.lock:
+            self.server.bytes_sent[self.path] += len(body)
+        if fault == "cut":
+            self.close_connection = True
+        elif fault == "reset":
+            linger = b"\1\0\0\0\0\0\0\0"  # struct linger: on, 0 s: closing sends a reset
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+        elif fault == "stall":
+            self.server.ended.wait(60)
+
+    def _head(self, status: int, length: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.send_header("Accept-Ranges", "bytes" if self.server.ranges else "none")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(folder: Path, *, ranges: bool = True) -> Iterator[FaultyServer]:
+    """A server of the folder, in threads of this process."""
+    pytest.importorskip("aiohttp", reason="fsspec's driver for http comes with the extra remote")
+    with FaultyServer(folder, ranges=ranges) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.ended.set()
+            server.shutdown()
+            thread.join()
+
+
+def until(condition: Callable[[], object], *, limit_s: float = 30.0) -> None:
+    """Waits for something that another thread does."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
