@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import shutil
 import statistics
 import tempfile
 import time
@@ -22,8 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from wasteddp.data import quality, traffic
 from wasteddp.data.coverage import digest, digest_of_range, signed
@@ -149,21 +146,20 @@ def _walk_order(order: str, sizes: dict[str, int], ranks: range) -> Part:
 
 
 def print_rank(arguments: argparse.Namespace) -> None:
-    """All steps of one rank, each as a training would ask for it."""
+    """All steps of one rank in an epoch, some at a time, as the loader asks for them."""
     sizes = {name: getattr(arguments, name) for name in ("samples", "ranks", "batch", "shard")}
     for order in ("1", f"{arguments.shard}", f"{arguments.shard}/{10 * arguments.shard}/1"):
         began = time.perf_counter()
         plan = plan_of(order, **sizes)
-        rank = arguments.ranks // 3
-        count = sum(
-            len(plan.step_samples(0, step, rank=rank, world_size=arguments.ranks))
-            for step in range(plan.steps_per_epoch)
-        )
+        rank, count = arguments.ranks // 3, 0
+        for first in range(0, plan.steps_per_epoch, 64):
+            steps = range(first, min(first + 64, plan.steps_per_epoch))
+            count += plan.steps_samples(50, steps, rank=rank, world_size=arguments.ranks).size
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
             f"block {plan.block}, window {plan.window}: rank {rank} of {arguments.ranks}, {arguments.samples:,} "
-            f"samples: the {count:,} of its epoch in {plan.steps_per_epoch:,} steps: {seconds:.2f} s, "
+            f"samples: the {count:,} of its epoch 50 in {plan.steps_per_epoch:,} steps: {seconds:.2f} s, "
             f"peak memory of the process {peak:.0f} MB"
         )
 
@@ -188,21 +184,23 @@ def print_seek(samples: int) -> None:
 
 def print_first_batch(samples: int) -> None:
     """The times of a loader's start, on a set of real tars that is as large as its index says."""
+    import torch
+
+    from launch.synthetic import synthetic_set
+    from wasteddp.data.loader import training_loader, training_steps
+    from wasteddp.data.manifest import Manifest
+    from wasteddp.data.reading import SplitReader
+
     with tempfile.TemporaryDirectory() as folder:
-        shards = synthetic_set(Path(folder), samples)
-        import torch  # a training has it loaded long before its loader starts
-
-        from wasteddp.data.loader import training_loader, training_steps
-        from wasteddp.data.manifest import Manifest
-        from wasteddp.data.reading import SplitReader
-
-        torch.zeros(1)
+        shards = synthetic_set(Path(folder), samples).folder
+        torch.zeros(1)  # a training has started it long before its loader
         for number in range(3):
             began = time.perf_counter()
             manifest = Manifest.load(shards)
+            sizes = tuple(shard.num_samples for shard in manifest.split("train").shards)
             with SplitReader(manifest, "train") as reader:
                 opened = time.perf_counter()
-                plan = TrainPlan(reader.num_samples, 64, number, 64)
+                plan = TrainPlan(reader.num_samples, 64, number, 64, shard_samples=sizes)
                 with training_loader(
                     reader,
                     seed=0,
@@ -217,48 +215,9 @@ def print_first_batch(samples: int) -> None:
                     next(loader.batches(training_steps(plan, step, step + 1, rank=0, world_size=1)))
                     seconds = time.perf_counter() - began
             print(
-                f"{samples:,} samples in {plan_shards(samples)} shards, in epoch 50: manifest and indexes open after "
+                f"{samples:,} samples in {plan.num_shards} shards, in epoch 50: manifest and indexes open after "
                 f"{opened - began:.2f} s, first batch of 64 at 224 px after {seconds:.2f} s"
             )
-
-
-def plan_shards(samples: int) -> int:
-    return -(-samples // 10_000)
-
-
-def synthetic_set(folder: Path, samples: int) -> Path:
-    """A set of `samples` samples in shards of 10,000: four small tars, indexed over and over, hard-linked."""
-    from wasteddp.data.drawing import KINDS, draw_folder
-    from wasteddp.data.manifest import Manifest, Shard, Split, read_index
-    from wasteddp.data.shard_writer import sha256_of
-    from wasteddp.data.sharding import Job, Options, make_shards
-
-    draw_folder(folder / "images", kinds=KINDS, images_per_class=20, size_px=256, seed=0)
-    options = Options(fractions=(1.0, 0.0, 0.0), shard_mb=0.2)
-    real = make_shards(Job(folder / "images", folder / "real", options), workers=2)
-    split = real.split("train")
-    out = folder / "set"
-    out.mkdir()
-    shards, per_class = [], np.zeros(len(real.classes), np.int64)
-    for number in range(plan_shards(samples)):
-        source = split.shards[number % len(split.shards)]
-        size = min(10_000, samples - 10_000 * number)
-        index = np.resize(read_index(real.folder, source), size)
-        name = f"train-{number:06d}"
-        os.link(real.folder / source.tar, out / f"{name}.tar")
-        (out / f"{name}.idx").write_bytes(index.tobytes())
-        per_class += np.bincount(index["label"], minlength=len(per_class))
-        shards.append(
-            Shard(f"{name}.tar", f"{name}.idx", size, source.num_bytes, source.sha256, sha256_of(out / f"{name}.idx"))
-        )
-    shutil.rmtree(folder / "images")
-    Manifest(
-        folder=out,
-        name="synthetic",
-        classes=real.classes,
-        splits={"train": Split("train", tuple(shards), tuple(int(n) for n in per_class))},
-    ).save()
-    return out
 
 
 if __name__ == "__main__":

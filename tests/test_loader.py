@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from wasteddp.data.augment import Augment
 from wasteddp.data.loader import Batch, Loader, evaluation_loader, evaluation_steps, training_loader, training_steps
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
@@ -130,3 +131,31 @@ def test_a_damaged_evaluation_sample_ends_the_evaluation(small_shards: Path, tmp
         pytest.raises(DamagedSampleError, match=r"val-000000.tar, sample 3 .* cannot be used(.|\n)*a hole"),
     ):
         list(loader.batches(evaluation_steps(EvaluationPlan(13, 8), rank=0, world_size=1)))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_what_the_network_sees_of_a_sample_is_the_same_bit_for_bit_on_every_rank_and_worker(
+    small_shards: Path, world_size: int, workers: int
+) -> None:
+    augment = Augment(
+        0, horizontal_flip=0.5, vertical_flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, erase=0.5
+    )
+
+    def seen(**how: int) -> dict[tuple[int, int], bytes]:
+        """(epoch, sample) -> its pixels behind the augmentation, of three steps on both sides of an epoch's end."""
+        return {
+            (batch.epoch, int(sample)): pixels.numpy().tobytes()
+            for batch in run(small_shards, 2, 6, **how)
+            for sample, pixels in zip(
+                batch.samples, augment(batch.images_BCHW, batch.samples, batch.epoch), strict=True
+            )
+        }
+
+    together: dict[tuple[int, int], bytes] = {}
+    for rank in range(world_size):
+        together |= seen(rank=rank, world_size=world_size, workers=workers)
+    alone = seen(workers=1)
+    assert len(alone) == 4 * 12
+    assert {epoch for epoch, _ in alone} == {0, 1}
+    assert together == alone

@@ -24,9 +24,10 @@ def test_a_uniform_order_is_as_good_as_uniform(num_samples: int) -> None:
 class _UniformDraws(TrainPlan):
     """Steps drawn by numpy: what uniform means, without the plan's own permutation."""
 
-    def step_samples(self, epoch: int, step_in_epoch: int, *, rank: int = 0, world_size: int = 1) -> np.ndarray:
+    def steps_samples(self, epoch: int, steps: range, *, rank: int = 0, world_size: int = 1) -> np.ndarray:
         order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-        return order[step_in_epoch * self.global_batch : (step_in_epoch + 1) * self.global_batch]
+        batches = order[steps.start * self.global_batch : steps.stop * self.global_batch]
+        return batches.reshape(len(steps), self.global_batch)
 
 
 def test_the_yardstick_is_numpys_uniform_permutation() -> None:

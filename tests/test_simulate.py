@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import simulate
-from wasteddp.data.manifest import Manifest
+from launch.synthetic import synthetic_set
 from wasteddp.data.reading import SplitReader
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def test_the_command_prints_a_table() -> None:
 
 
 def test_a_synthetic_set_is_a_set(tmp_path: Path) -> None:
-    manifest = Manifest.load(simulate.synthetic_set(tmp_path, 23_000))
+    manifest = synthetic_set(tmp_path, 23_000)
     assert [shard.num_samples for shard in manifest.split("train").shards] == [10_000, 10_000, 3_000]
     with SplitReader(manifest, "train") as reader:
         assert reader.num_samples == 23_000

@@ -31,6 +31,7 @@ from wasteddp.data.reading import SplitReader
 from wasteddp.errors import DamagedSampleError, WastedError
 
 _MAX_REPLACEMENTS = 100
+_PLANNED_SAMPLES = 1 << 12  # of a rank, computed at once
 _TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker
 
 View = Callable[[bytes, int, int], ImageHWC]  # bytes, sample, epoch
@@ -271,9 +272,14 @@ def training_steps(
     plan: TrainPlan, first: int, last: int, *, rank: int, world_size: int
 ) -> Iterator[tuple[int, int, I64]]:
     """(epoch, step in epoch, samples of the rank) for the optimizer steps `first` .. `last` - 1 of a run."""
-    for step in range(first, last):
-        epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
-        yield epoch, step_in_epoch, plan.step_samples(epoch, step_in_epoch, rank=rank, world_size=world_size)
+    at_once = max(1, _PLANNED_SAMPLES * world_size // plan.global_batch)  # a step alone costs nearly as much as these
+    step = first
+    while step < last:
+        epoch, begin = divmod(step, plan.steps_per_epoch)
+        steps = range(begin, min(begin + at_once, begin + last - step, plan.steps_per_epoch))
+        planned = plan.steps_samples(epoch, steps, rank=rank, world_size=world_size)
+        yield from ((epoch, step_in_epoch, samples) for step_in_epoch, samples in zip(steps, planned, strict=True))
+        step += len(steps)
 
 
 def evaluation_steps(plan: EvaluationPlan, *, rank: int, world_size: int) -> Iterator[tuple[int, int, I64]]:

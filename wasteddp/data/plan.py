@@ -93,6 +93,12 @@ class TrainPlan:
 
     def step_samples(self, epoch: int, step_in_epoch: int, *, rank: int = 0, world_size: int = 1) -> I64:
         """Sample numbers of one rank's part of a step: int64 [G / R], lane by lane."""
+        steps = range(step_in_epoch, step_in_epoch + 1)
+        samples: I64 = self.steps_samples(epoch, steps, rank=rank, world_size=world_size)[0]
+        return samples
+
+    def steps_samples(self, epoch: int, steps: range, *, rank: int = 0, world_size: int = 1) -> I64:
+        """The same for neighbouring steps of an epoch at once, for less than each alone: int64 [steps, G / R]."""
         if self.lanes % world_size:
             raise SettingsError(
                 f"{world_size} processes and {self.lanes} lanes",
@@ -102,10 +108,11 @@ class TrainPlan:
         lanes_per_rank = self.lanes // world_size
         lane = np.arange(rank * lanes_per_rank, (rank + 1) * lanes_per_rank, dtype=np.int64)
         per_lane = self.global_batch // self.lanes
-        in_lane = np.arange(step_in_epoch * per_lane, (step_in_epoch + 1) * per_lane, dtype=np.int64)
-        # [lanes of the rank, samples a lane] -> [G / R]
-        lane_2d, in_lane_2d = np.broadcast_arrays(lane[:, None], in_lane[None, :])
-        return self._sample(epoch, lane_2d.reshape(-1), in_lane_2d.reshape(-1))
+        in_lane = np.arange(steps.start * per_lane, steps.stop * per_lane, dtype=np.int64).reshape(-1, 1, per_lane)
+        # [steps, lanes of the rank, samples a lane] -> [steps, G / R]
+        lane_3d, in_lane_3d = np.broadcast_arrays(lane[:, None], in_lane)
+        samples = self._sample(epoch, lane_3d.reshape(-1), in_lane_3d.reshape(-1))
+        return samples.reshape(len(steps), -1)
 
     def left_out_samples(self, epoch: int) -> I64:
         """The samples that an epoch has no step for: int64 [left_out_per_epoch]."""

@@ -66,11 +66,9 @@ def measure(plan: TrainPlan, labels: Labels | None = None, *, most_groups: int =
     batch_errors, recent_errors = [], []
     for group in range(groups):
         first = group * (plan.steps_per_epoch - recent) // max(groups - 1, 1)
+        samples = plan.steps_samples(group % _EPOCHS, range(first, first + recent))
         counts = np.stack(
-            [
-                np.bincount(_kinds(plan, labels, plan.step_samples(group % _EPOCHS, step)), minlength=len(fractions))
-                for step in range(first, first + recent)
-            ]
+            [np.bincount(_kinds(plan, labels, one), minlength=len(fractions)) for one in samples]
         )  # [steps, C]
         batch_errors += [((one / plan.global_batch - fractions) ** 2).sum() for one in counts]
         recent_errors.append(((counts.sum(0) / (recent * plan.global_batch) - fractions) ** 2).sum())

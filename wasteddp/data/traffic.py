@@ -70,8 +70,6 @@ def _at_once(plan: TrainPlan, epoch: int, node: int, num_nodes: int) -> int:
     most = 0
     for place in range(_PLACES):
         first = place * (plan.steps_per_epoch - steps) // (_PLACES - 1)
-        samples = [
-            plan.step_samples(epoch, step, rank=node, world_size=num_nodes) for step in range(first, first + steps)
-        ]
-        most = max(most, len(np.unique(plan.shard_of(np.concatenate(samples)))))
+        samples = plan.steps_samples(epoch, range(first, first + steps), rank=node, world_size=num_nodes)
+        most = max(most, len(np.unique(plan.shard_of(samples))))
     return most
