@@ -1,6 +1,7 @@
 """Benchmarks that anybody can run. Each compares in one run, interleaved, and prints medians.
 
     python -m launch.bench train      images/s of the real training program beside a bare loop on tensors in memory
+    python -m launch.bench loader     images/s of the loader beside torchvision's, webdataset and decoding alone
 
 Read the ratio; the figures themselves are the machine's. Leave the machine alone meanwhile: a second busy process on
 two cores can cost either side most of its speed.
@@ -17,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from launch import bench_loader
 from wasteddp import settings as settings_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,12 +32,18 @@ def main() -> None:
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     train.add_argument("--rounds", type=int, default=3)
     train.add_argument("--steps", type=int, default=30, help="timed steps a round, behind 10 that are not")
+    loader = commands.add_parser("loader", help="the loader beside others on the same JPEGs")
+    loader.add_argument("--shards", default="shards/trashnet", help="set whose training images all sides read")
+    loader.add_argument("--rounds", type=int, default=3)
+    loader.add_argument("--seconds", type=float, default=4.0, help="timed of each side in each round")
     bare = commands.add_parser("bare")  # one side of `train`, in a process of its own
     bare.add_argument("settings")
     bare.add_argument("steps", type=int)
     arguments = parser.parse_args()
     if arguments.command == "bare":
         print(json.dumps(bare_loop(arguments.settings, arguments.steps)))
+    elif arguments.command == "loader":
+        bench_loader.compare(arguments.shards, arguments.rounds, arguments.seconds)
     else:
         compare_train(arguments.config, arguments.set, arguments.rounds, arguments.steps)
 

@@ -116,6 +116,10 @@ class Augment(_Section):
     saturation: Fraction = 0.0
     erase: Fraction = 0.0
     """Probability that a random rectangle is replaced by the mean colour."""
+    mixup: NotNegative = 0.0
+    """MixUp: alpha of the Beta distribution that says how two images are blended; 0: never. 0.2 is usual."""
+    cutmix: NotNegative = 0.0
+    """CutMix: alpha likewise, of a rectangle taken from another image; 0: never. 1.0 is usual. Both: by turns."""
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

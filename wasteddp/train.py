@@ -44,6 +44,7 @@ import torch
 from wasteddp import settings as settings_file
 from wasteddp.data.augment import Augment
 from wasteddp.data.manifest import write_atomically
+from wasteddp.data.mixing import Mixing
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, EXIT_USER_ERROR, WastedError
 from wasteddp.model import resnet, weights
 from wasteddp.settings import Settings
@@ -93,7 +94,8 @@ def train(
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = optim.build(model, settings.optimizer)
     loss_of = optim.loss(settings.train, data.train.samples_per_class).to(world.device)
-    augment = Augment(settings.run.seed, **settings.augment.model_dump(exclude={"crop_scale", "crop_ratio"}))
+    augment = Augment.of(settings.augment, settings.run.seed)
+    mix = Mixing(settings.run.seed, len(manifest.classes), settings.augment.mixup, settings.augment.cutmix)
 
     # --- resume: from the checkpoint asked for, else the newest whole one, else the beginning -----------------------
     lineage = Lineage.of(settings, manifest)
@@ -140,8 +142,9 @@ def train(
                 with contextlib.nullcontext() if number == world.accumulation else world.accelerator.no_sync(ddp):
                     images_BCHW = micro.images_BCHW.to(world.device, non_blocking=True)
                     labels_B = micro.labels_B.to(world.device, non_blocking=True)
-                    logits_BK = ddp(augment(images_BCHW, micro.samples, batch.epoch))
-                    loss = loss_of(logits_BK, labels_B) / (world.micro_batch * world.accumulation)
+                    images_BCHW = augment(images_BCHW, micro.samples, batch.epoch)
+                    images_BCHW, targets = mix(images_BCHW, labels_B, micro.samples, batch.epoch)
+                    loss = loss_of(ddp(images_BCHW), targets) / (world.micro_batch * world.accumulation)
                     world.accelerator.backward(loss)
                     meter.add(loss)
             next_step = progress.step + 1

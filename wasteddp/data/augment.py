@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wasteddp import settings
 from wasteddp.data.draws import COLOUR, ERASE, FLIP, I64, uniform
 from wasteddp.data.images import normalise
 
@@ -35,6 +36,11 @@ class Augment:
     contrast: float = 0.0
     saturation: float = 0.0
     erase: float = 0.0
+
+    @classmethod
+    def of(cls, settings: settings.Augment, seed: int) -> Augment:
+        """The part of the settings that happens on the device to one image."""
+        return cls(seed, **settings.model_dump(exclude={"crop_scale", "crop_ratio", "mixup", "cutmix"}))
 
     def __call__(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
         """uint8 [B, 3, H, W] -> normalised float32 of the same shape and memory format.

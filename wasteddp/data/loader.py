@@ -12,15 +12,18 @@ speed on two cores. They cannot starve it either: a batch that is due is finishe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from wasteddp.data.decoding import ImageHWC, UndecodableError
@@ -34,7 +37,45 @@ _MAX_REPLACEMENTS = 100
 _PLANNED_SAMPLES = 1 << 12  # of a rank, computed at once
 _TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker
 
-View = Callable[[bytes, int, int], ImageHWC]  # bytes, sample, epoch
+Draws = npt.NDArray[np.float64]
+
+
+class View(Protocol):
+    """What a sample's bytes become."""
+
+    def draws(self, samples: I64, epoch: int) -> Draws:
+        """The random numbers of each sample, [B, any]: in one go, since numpy's overhead is that of a call (60 us)."""
+
+    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> None:
+        """Writes the view of one sample, uint8 [S, S, C]. `draws` is its row. UndecodableError: it cannot be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingView:
+    """Random crops, each a function of (seed, epoch, sample)."""
+
+    seed: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+
+    def draws(self, samples: I64, epoch: int) -> Draws:
+        return uniform(CROP, self.seed, epoch, samples, num=4)
+
+    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> None:
+        training_view(data, image_size_px=len(out), scale=self.scale, ratio=self.ratio, uniform=draws, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationView:
+    """The centre; no chance in it."""
+
+    resize_px: int
+
+    def draws(self, samples: I64, epoch: int) -> Draws:
+        return np.zeros((len(samples), 0))
+
+    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> None:
+        evaluation_view(data, image_size_px=len(out), resize_px=self.resize_px, out=out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +129,8 @@ class _Pending:
     images: torch.Tensor  # [B, S, S, C]
     labels: torch.Tensor
     samples: I64
-    read: I64
+    read: I64  # the samples that were used
+    draws: Draws
     tasks: list[tuple[range, Future[list[Damage]]]]  # rows of the batch, and the thread's promise to fill them
 
 
@@ -123,7 +165,7 @@ class Loader:
         self._reader, self._view, self._size = reader, view, image_size_px
         self._labels = reader.labels
         self._workers, self._prefetch = workers, prefetch
-        self._replace, self._pin = replace, pin_memory
+        self._replace, self._pin, self._idle = replace, pin_memory, idle
         self._pool = ThreadPoolExecutor(workers, "decode", initializer=_only_when_idle if idle else None)
 
     def batches(self, steps: Iterable[tuple[int, int, I64]]) -> Iterator[Batch]:
@@ -156,7 +198,8 @@ class Loader:
     def _start(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
         images = torch.empty((len(samples), self._size, self._size, 3), dtype=torch.uint8, pin_memory=self._pin)
         labels = torch.zeros(len(samples), dtype=torch.int64, pin_memory=self._pin)
-        pending = _Pending(epoch, step_in_epoch, images, labels, samples, np.full(len(samples), PADDING), [])
+        read, draws = np.full(len(samples), PADDING), self._view.draws(samples, epoch)
+        pending = _Pending(epoch, step_in_epoch, images, labels, samples, read, draws, [])
         chunk = max(1, -(-len(samples) // (self._workers * _TASKS_PER_WORKER)))
         for at in range(0, len(samples), chunk):
             rows = range(at, min(at + chunk, len(samples)))
@@ -165,8 +208,9 @@ class Loader:
 
     def _finish(self, pending: _Pending) -> Batch:
         damage: list[Damage] = []
-        for rows, task in pending.tasks:  # what no thread has begun, the waiting one does itself
-            damage += self._fill(pending, rows) if task.cancel() else task.result()
+        for rows, task in pending.tasks:
+            # idle threads may get no turn at all: what none has begun, the one that waits for it does itself
+            damage += self._fill(pending, rows) if self._idle and task.cancel() else task.result()
         return Batch(
             pending.epoch,
             pending.step_in_epoch,
@@ -186,34 +230,30 @@ class Loader:
             if sample == PADDING:
                 images[row] = 0
                 continue
-            used = self._fill_row(images[row], sample, pending.epoch, damage)
-            labels[row] = self._labels[used]
-            pending.read[row] = used
+            try:
+                self._view.fill(images[row], self._reader.read(sample), pending.draws[row])
+            except (UndecodableError, DamagedSampleError) as error:
+                damage.append(self._replaced(images[row], sample, pending.epoch, error))
+                sample = damage[-1].replaced_by
+            labels[row] = self._labels[sample]
+            pending.read[row] = sample
         return damage
 
-    def _fill_row(self, out: ImageHWC, sample: int, epoch: int, damage: list[Damage]) -> int:
-        """Writes the view of `sample`, or of the next sample that can be read; returns the one that was used."""
-        failure: Damage | None = None
-        for attempt in range(_MAX_REPLACEMENTS):
-            used = (sample + attempt) % self._reader.num_samples
-            try:
-                out[:] = self._view(self._reader.read(used), used, epoch)
-            except (UndecodableError, DamagedSampleError) as error:
-                reason = error.found if isinstance(error, DamagedSampleError) else str(error)
-                failure = failure or Damage(sample, self._reader.describe(sample), reason, used)
-                if not self._replace:
-                    break
-                continue
-            if failure:
-                damage.append(Damage(failure.sample, failure.where, failure.reason, used))
-            return used
-        assert failure is not None  # the loop ran at least once and did not return
+    def _replaced(self, out: ImageHWC, sample: int, epoch: int, error: Exception) -> Damage:
+        """Writes the view of the next sample that can be read in the place of `sample`, which cannot."""
+        where = self._reader.describe(sample)
+        reason = error.found if isinstance(error, DamagedSampleError) else str(error)
+        for behind in range(1, _MAX_REPLACEMENTS if self._replace else 0):
+            used = (sample + behind) % self._reader.num_samples
+            with contextlib.suppress(UndecodableError, DamagedSampleError):
+                self._view.fill(out, self._reader.read(used), self._view.draws(np.array([used]), epoch)[0])
+                return Damage(sample, where, reason, used)
         raise DamagedSampleError(
-            f"{failure.where} cannot be used: {failure.reason}"
+            f"{where} cannot be used: {reason}"
             + (f"; nor can the {_MAX_REPLACEMENTS - 1} samples behind it" if self._replace else ""),
             "an evaluation with a hole is no evaluation, and a run on damaged shards is no run",
             "find all that is damaged with `wasteddp verify`, then copy or make the set again",
-        )
+        ) from error
 
 
 def training_loader(
@@ -228,15 +268,10 @@ def training_loader(
     pin_memory: bool,
     idle: bool = False,
 ) -> Loader:
-    """Loader of random crops, each a function of (seed, epoch, sample)."""
-
-    def view(data: bytes, sample: int, epoch: int) -> ImageHWC:
-        draws = uniform(CROP, seed, epoch, sample, num=4)
-        return training_view(data, image_size_px=image_size_px, scale=crop_scale, ratio=crop_ratio, uniform=draws)
-
+    """Loader of random crops; what cannot be decoded is replaced."""
     return Loader(
         reader,
-        view,
+        TrainingView(seed, crop_scale, crop_ratio),
         image_size_px=image_size_px,
         workers=workers,
         prefetch=prefetch,
@@ -256,11 +291,14 @@ def evaluation_loader(
     pin_memory: bool = False,
 ) -> Loader:
     """Loader of the centre views that evaluation and prediction use."""
-
-    def view(data: bytes, sample: int, epoch: int) -> ImageHWC:
-        return evaluation_view(data, image_size_px=image_size_px, resize_px=resize_px)
-
-    return Loader(reader, view, image_size_px=image_size_px, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
+    return Loader(
+        reader,
+        EvaluationView(resize_px),
+        image_size_px=image_size_px,
+        workers=workers,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+    )
 
 
 def _only_when_idle() -> None:

@@ -15,6 +15,7 @@ from wasteddp.data.reading import SplitReader
 from wasteddp.data.shard_set import opened as opened_set
 from wasteddp.errors import ShardError, WastedError
 from wasteddp.settings import Settings
+from wasteddp.training.copying import copied_ahead
 from wasteddp.training.foresight import Foresight, ranks_here
 from wasteddp.training.runtime import Runtime
 
@@ -43,7 +44,7 @@ class Inputs:
         steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
         self.foresight.train_reader.expect(self.foresight.others(first_step, last_step))
         try:
-            yield from self.train_loader.batches(steps)
+            yield from copied_ahead(self.train_loader.batches(steps), world.device)
         except WastedError as error:
             yield Batch.failed(error)
 
