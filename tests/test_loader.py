@@ -102,6 +102,17 @@ def test_evaluation_pads_the_last_batch(small_shards: Path) -> None:
     assert batches[1].images_BCHW[5:].sum() == 0
 
 
+def test_decoding_threads_have_no_teams_and_the_caller_keeps_its_own(small_shards: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with SplitReader(Manifest.load(small_shards), "train") as reader, loader_of(reader, workers=3) as loader:
+            assert torch.get_num_threads() == 2
+            assert {loader._pool.submit(torch.get_num_threads).result() for _ in range(20)} == {1}
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _damage(shards: Path, sample: int) -> None:
     manifest = Manifest.load(shards)
     for split in ("train", "val"):

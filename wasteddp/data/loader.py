@@ -166,7 +166,8 @@ class Loader:
         self._labels = reader.labels
         self._workers, self._prefetch = workers, prefetch
         self._replace, self._pin, self._idle = replace, pin_memory, idle
-        self._pool = ThreadPoolExecutor(workers, "decode", initializer=_only_when_idle if idle else None)
+        self._pool = ThreadPoolExecutor(workers, "decode")
+        _start_threads(self._pool, workers, idle=idle)
 
     def batches(self, steps: Iterable[tuple[int, int, I64]]) -> Iterator[Batch]:
         """A batch for each (epoch, step in epoch, sample numbers), in order."""
@@ -301,9 +302,24 @@ def evaluation_loader(
     )
 
 
-def _only_when_idle() -> None:
-    if hasattr(os, "SCHED_IDLE"):  # Linux; elsewhere the threads compete
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+def _start_threads(pool: ThreadPoolExecutor, workers: int, *, idle: bool) -> None:
+    """Starts the threads with OpenMP teams of one: torch's resize would start a team of its own in each of them, whose
+    members then wait actively for the next image; two decoding threads on two cores are 10 to 25 % faster without.
+    """
+    threads = torch.get_num_threads()
+    all_started = threading.Barrier(workers + 1)
+
+    def start() -> None:
+        if idle and hasattr(os, "SCHED_IDLE"):  # Linux; elsewhere the threads compete
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        torch.set_num_threads(1)  # of this thread, and of every thread that asks for the first time from now on
+        torch.get_num_threads()  # this one has asked
+        all_started.wait()  # so that none takes the start of two
+
+    for _ in range(workers):
+        pool.submit(start)
+    all_started.wait()
+    torch.set_num_threads(threads)
 
 
 def training_steps(
