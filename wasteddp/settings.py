@@ -51,6 +51,8 @@ class Run(_Section):
 class Data(_Section):
     shards: str = "shards/trashnet"
     """Folder of the shard set, or its URL: https://, s3://, gs://, hf:// and whatever else fsspec opens."""
+    staged: str = ""
+    """Folder of a verified copy of `shards` on the node's own disk, which is read instead; '': there is none."""
     train_split: str = "train"
     eval_split: str = "val"
     image_size: Annotated[int, Field(ge=16, le=2048)] = 224
@@ -196,6 +198,15 @@ class Checkpoint(_Section):
     """Newest checkpoints kept, besides the best."""
 
 
+class Ddp(_Section):
+    """How gradients cross the network; measured in launch/README.md."""
+
+    compression: Literal["none", "bf16"] = "none"
+    """bf16: half the bytes, and gradients rounded to 8 bits of mantissa before they are averaged."""
+    bucket_mb: PositiveInt = 25
+    """MiB of gradients that are sent at once, while the backward pass goes on computing others."""
+
+
 class Track(_Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online with a key that answers, else offline. Never a prompt."""
@@ -216,6 +227,7 @@ class Settings(_Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    ddp: Ddp = Ddp()
     track: Track = Track()
 
     @model_validator(mode="after")

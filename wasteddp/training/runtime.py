@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
-from wasteddp.settings import Settings
+from wasteddp.settings import Ddp, Settings
+from wasteddp.training import batch_job
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -124,6 +125,7 @@ def start(settings: Settings) -> Runtime:
         LaunchError: a world that Accelerate does not see, or a precision that the device cannot do.
         SettingsError: a global batch that the number of processes does not divide.
     """
+    batch_job.refuse_other_world(os.environ)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
     precision, reason = choose_precision(settings.precision, has_gpu)
@@ -132,7 +134,7 @@ def start(settings: Settings) -> Runtime:
         global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=settings.train.max_micro_batch
     )
     threads = _use_all_cores(settings.run.threads)
-    accelerator = _join(precision, launched, has_gpu)
+    accelerator = _join(precision, launched, has_gpu, settings.ddp)
     if accelerator.num_processes != launched:
         raise LaunchError(
             f"the launcher started {launched} processes and Accelerate sees {accelerator.num_processes}",
@@ -154,7 +156,7 @@ def start(settings: Settings) -> Runtime:
     )
 
 
-def _join(precision: str, launched: int, has_gpu: bool) -> Accelerator:
+def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp) -> Accelerator:
     try:
         return Accelerator(
             # Without cpu=True each process of a launch without a GPU believes that it is alone.
@@ -162,7 +164,12 @@ def _join(precision: str, launched: int, has_gpu: bool) -> Accelerator:
             mixed_precision={"fp32": "no"}.get(precision, precision),
             kwargs_handlers=[
                 # Rank 0's BatchNorm statistics would otherwise be sent to all in each forward, the others' lost.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                    bucket_cap_mb=ddp.bucket_mb,
+                    comm_hook=DDPCommunicationHookType(ddp.compression.replace("none", "no")),
+                ),
                 InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
             ],
         )

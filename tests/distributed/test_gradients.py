@@ -1,0 +1,47 @@
+"""The settings of the gradients' way over the network, on two CPU processes."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from trainings import CPU2, launch_command
+
+# What runs on each rank: a model whose gradients are 1/3 on rank 0 and 1 on rank 1.
+PROGRAM = """
+import sys
+import torch
+from wasteddp import settings
+from wasteddp.training import runtime
+
+overrides = ["precision=fp32", "run.threads=1", "train.batch_size=4", *sys.argv[1:]]
+world = runtime.start(settings.parse("", overrides))
+model = torch.nn.Linear(5, 3, bias=False)
+ddp, _ = world.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+world.accelerator.backward(ddp(torch.full((1, 5), 1.0 if world.rank else 1 / 3)).sum())
+if world.is_main:
+    (gradient,) = set(model.weight.grad.flatten().tolist())
+    print("found", ddp.bucket_bytes_cap, gradient)
+world.close()
+"""
+
+
+def run(tmp_path: Path, *overrides: str) -> tuple[int, float]:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = launch_command([], "--config_file", str(CPU2))
+    command[-1] = str(tmp_path / "program.py")
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=True, timeout=120)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("found"))
+    return int(line.split()[1]), float(line.split()[2])
+
+
+def test_gradients_are_averaged_in_fp32_in_buckets_of_25_mib_by_default(tmp_path: Path) -> None:
+    num_bytes, gradient = run(tmp_path)
+    assert num_bytes == 25 * 2**20
+    assert abs(gradient - 2 / 3) < 1e-7
+
+
+def test_compressed_gradients_are_rounded_to_bf16_and_buckets_have_the_size_set(tmp_path: Path) -> None:
+    num_bytes, gradient = run(tmp_path, "ddp.compression=bf16", "ddp.bucket_mb=3")
+    assert num_bytes == 3 * 2**20
+    assert gradient == 0.66796875  # 171 / 256: 2/3 in 8 bits

@@ -1,0 +1,87 @@
+"""What a run knows of the batch job it is in, and what it leaves for the job's script: see slurm/train.sh.
+
+Marks are empty files in the run's folder, since launchers replace every exit code by 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from wasteddp.errors import LaunchError, WastedError
+
+RESUMABLE_MARK = "RESUMABLE"  # stopped by a signal and saved
+MISTAKE_MARK = "MISTAKE"  # ended with a message that says what to mend: starting it again would only repeat it
+
+
+@contextlib.contextmanager
+def mistake_marked(out: Path) -> Iterator[None]:
+    """Leaves the mark if the block ends with something to mend; any rank may, the folder must be there."""
+    try:
+        yield
+    except WastedError:
+        with contextlib.suppress(OSError):
+            (out / MISTAKE_MARK).touch()
+        raise
+
+
+@dataclass(slots=True)
+class Notice:
+    """Whether a save fits between the batch system's warning and its limit, looked at before it must.
+
+    Attributes:
+        seconds: between the two; None where no batch system is known to warn.
+    """
+
+    seconds: float | None
+    _is_enough: bool | None = None
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Notice:
+        given = environment.get("WASTEDDP_WARNING_S")
+        return cls(float(given) if given else None)
+
+    def comment(self, save_s: float, busy_s: float) -> str:
+        """What is to be said, once, and again when it is no longer true; '' otherwise.
+
+        Args:
+            save_s: from a save's beginning to the checkpoint on the disk; 0 as long as none was measured.
+            busy_s: the longest that the run does not look for signals: a step with its evaluation.
+        """
+        if self.seconds is None or not save_s:
+            return ""
+        needed_s = busy_s + 2 * save_s  # the save before may just have begun
+        is_enough, before = needed_s <= self.seconds, self._is_enough
+        self._is_enough = is_enough
+        if is_enough == before:
+            return ""
+        said = (
+            f"a checkpoint takes {save_s:.1f} s, a step with its evaluation up to {busy_s:.1f} s; the batch system "
+            f"warns {self.seconds:g} s before its limit, {needed_s:.1f} s of which may be needed"
+        )
+        if is_enough:
+            return said
+        wanted_s = 60 * math.ceil(2 * needed_s / 60)
+        return f"warning: {said}: the last save would be cut off. Submit with SBATCH_SIGNAL=B:USR1@{wanted_s}"
+
+
+def refuse_other_world(environment: Mapping[str, str]) -> None:
+    """Refuses to train on fewer nodes than the step of a Slurm job has.
+
+    `srun --nodes=2 accelerate launch train.py` starts a launcher on each node, and unless it is told of the other one
+    each trains a model of its own, without a word.
+
+    Raises:
+        LaunchError: the launcher's world is not that of the step.
+    """
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    world_size, here = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if nodes > 1 and world_size != nodes * here:
+        raise LaunchError(
+            f"Slurm started this step on {nodes} nodes; the launcher knows of {world_size} process(es), {here} here",
+            f"{nodes} models would be trained apart from each other into the same folder",
+            "use `sbatch slurm/train.sh`, or give the launcher --num_machines, --machine_rank and --main_process_ip",
+        )
