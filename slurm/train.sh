@@ -10,41 +10,104 @@
 #SBATCH --signal=B:USR1@300            # to this shell, 300 s before the time limit
 #SBATCH --output=%x-%j.out
 # sbatch [--nodes=N --gpus-per-node=M ...] slurm/train.sh --config configs/resnet50.yaml [--set key=value ...]
+# sbatch --gpus-per-node=0 slurm/train.sh ...        nodes without GPUs: one process a node, or PROCESSES_PER_NODE=n
+# sbatch --array=0-4 slurm/train.sh ...              five seeds: run.seed is the element's number
+# SWEEP=FILE sbatch --array=1-3 slurm/train.sh ...   line n of FILE are more arguments of element n
 #
-# Submit it from the checkout, with .venv made by launch/install.sh on a file system that all nodes see. The run's folder
-# is RUN_OUT, by default runs/<job name>-<job id>. Before the time limit the run saves and the job is put back in the
-# queue; it goes on by itself. Nodes without GPUs: sbatch --gpus-per-node=0 slurm/train.sh ... (one process a node)
-set -u
-cd "$SLURM_SUBMIT_DIR"
-export PATH=$PWD/.venv/bin:$PATH
-RUN_OUT=${RUN_OUT:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
+# The run's folder is run.out as set, or RUN_OUT, or runs/<job name>-<job id>; an element's is a folder in it.
+source slurm/common.sh || exit 2
+
+# --- the run: its arguments, its settings, its folder -----------------------------------------------------------------
+config='' given='' sets=()
+arguments=("$@")
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  if [ -n "${SWEEP:-}" ]; then
+    line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP")
+    [ -n "$line" ] || { say "error: $SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
+    eval "arguments+=($line)"          # a line is written as on a command line, quotes and all
+  else
+    arguments+=(--set "run.seed=$SLURM_ARRAY_TASK_ID")
+  fi
+fi
+for ((i = 0; i < ${#arguments[@]}; i++)); do
+  case ${arguments[i]} in
+    --config) config=${arguments[i + 1]:-} ;;
+    --set) sets+=(--set "${arguments[i + 1]:-}")
+      case ${arguments[i + 1]:-} in run.out=*) given=${arguments[i + 1]#run.out=} ;; esac ;;
+  esac
+done
+RUN_OUT=${given:-${RUN_OUT:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}}
+RUN_OUT=$RUN_OUT${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}
+arguments+=(--set "run.out=$RUN_OUT")
+
+# --- the world: from Slurm alone --------------------------------------------------------------------------------------
 GPUS=${SLURM_GPUS_ON_NODE:-0}
-RANKS=$((SLURM_JOB_NUM_NODES * (GPUS > 0 ? GPUS : 1)))
-[ "$GPUS" = 0 ] && export ACCELERATE_USE_CPU=true
+EACH=$((GPUS > 0 ? GPUS : ${PROCESSES_PER_NODE:-1}))
+RANKS=$((SLURM_JOB_NUM_NODES * EACH))
+if [ "$RANKS" -gt 1 ]; then LAUNCH=launch/accelerate/nodes.yaml     # a file, or the user's own default would be taken
+elif [ "$GPUS" -gt 0 ]; then LAUNCH=launch/accelerate/gpu.yaml
+else LAUNCH=launch/accelerate/cpu.yaml; fi
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))   # below the ephemeral ports
-MULTI=; [ "$RANKS" -gt 1 ] && MULTI=--multi_gpu   # refused for one process; without it several train alone, silently
-export RUN_OUT RANKS MASTER_ADDR MASTER_PORT MULTI
+export RANKS LAUNCH MASTER_ADDR MASTER_PORT
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600       # the launcher would kill a rank that saves after 30 s
+unset "${!PET_@}" 2>/dev/null                   # torchrun would take its options from these
 
-step= warned= ended=
-trap 'warned=1; echo "$(date +%T) time limit is near: saving"; [ -n "$step" ] && kill -USR1 "$step"' USR1
-trap 'ended=1' TERM                             # preempted or cancelled: Slurm decides what follows
+# How long before the limit the warning comes. Slurm tells no job: from SBATCH_SIGNAL, else from the line above.
+signal=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=\([^ ]*\).*/\1/p' "$0")}
+case $signal in *@*) WASTEDDP_WARNING_S=${signal##*@} ;; *) WASTEDDP_WARNING_S=60 ;; esac     # 60: Slurm's own default
+export WASTEDDP_WARNING_S
+say "$SLURM_JOB_NUM_NODES node(s) x $EACH process(es), $GPUS GPU(s) each, on $SLURM_JOB_NODELIST; run $RUN_OUT"
 
-# $SLURM_NODEID is each node's own, so it must be expanded there. The launcher ignores USR1, and its children inherit
-# that until the program installs its handler; otherwise the warning would kill the launcher.
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
-  trap "" USR1
-  exec accelerate launch --quiet $MULTI --num_machines "$SLURM_JOB_NUM_NODES" --machine_rank "$SLURM_NODEID" \
-    --num_processes "$RANKS" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
-    --mixed_precision no --dynamo_backend no wasteddp/train.py "$@" --set run.out="$RUN_OUT"' launch "$@" &
-step=$!
-while kill -0 "$step" 2>/dev/null; do wait "$step"; done
-wait "$step"; code=$?
+step='' warned='' ended='' started='' code=0
+limit() { squeue -h -j "$SELF" -o %e; }
+trap 'warned=1; say "the time limit is near ($(limit)): saving"; [ -n "$step" ] && kill -USR1 "$step"' USR1
+trap 'ended=1' TERM                             # preempted, cancelled, time up: Slurm decides what follows
 
-# Never after SIGTERM: a job that its owner cancelled would come back.
-if [ -n "$warned" ] && [ -z "$ended" ] && [ -e "$RUN_OUT/RESUMABLE" ]; then
-  echo "$(date +%T) saved; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID" && { trap - TERM; sleep 60; }
+# --- checked before the nodes are busied: a mistake in the settings ends here -----------------------------------------
+mkdir -p "$RUN_OUT" && rm -f "$RUN_OUT/RESUMABLE" "$RUN_OUT/MISTAKE"
+settings=$( (on_nodes --nodes=1 python -m wasteddp.cli settings "$config" ${sets[@]+"${sets[@]}"}) ) ||
+  { say "the settings are to be mended; not requeued"; exit 2; }
+
+# --- the shards to each node's own disk, if the site names one --------------------------------------------------------
+if [ -n "$LOCAL_DISK" ]; then
+  shards=$(sed -n "/^data:/,/^[a-z]/s/^  shards: '\\?\\([^']*\\)'\\?\$/\\1/p" <<<"$settings")
+  run_step bash slurm/stage.sh "$shards" "$LOCAL_DISK"
+  if [ "$code" = 0 ]; then
+    arguments+=(--set "data.staged=$LOCAL_DISK/$(basename "$shards")")
+  else
+    say "staging failed: the shards are read where they are, $shards"
+  fi
+fi
+
+# --- train. $SLURM_NODEID is each node's own, so the inner text must be expanded there --------------------------------
+if [ -z "$warned$ended" ]; then
+  started=1
+  run_step bash -c '
+    exec accelerate launch --quiet --config_file "$LAUNCH" --num_machines "$SLURM_JOB_NUM_NODES" \
+      --machine_rank "$SLURM_NODEID" --num_processes "$RANKS" --main_process_ip "$MASTER_ADDR" \
+      --main_process_port "$MASTER_PORT" wasteddp/train.py "$@"' launch "${arguments[@]}"
+fi
+
+# --- what follows. Where Slurm ends the job, nothing: one that its owner cancelled would come back --------------------
+if [ -n "$ended" ] || ! is_running; then
+  say "ended by Slurm; if it was preempted or its node failed, it comes back by itself"
+elif [ -n "$warned" ] && { [ -e "$RUN_OUT/RESUMABLE" ] || [ -z "$started" ]; }; then
+  requeue "saved before the time limit"
+elif [ "$code" = 0 ]; then
+  say "finished"
+elif [ -e "$RUN_OUT/RESUMABLE" ]; then
+  say "stopped by a signal and saved; not requeued. RUN_OUT=$RUN_OUT and the same command go on"
+elif [ -e "$RUN_OUT/MISTAKE" ]; then
+  say "something is to be mended, the message is above; not requeued"
+  code=2
+else
+  echo "$(date '+%F %T') attempt $ATTEMPT on $SLURM_JOB_NODELIST: exit code $code" >>"$RUN_OUT/crashes.txt"
+  crashes=$(wc -l <"$RUN_OUT/crashes.txt")
+  if [ "$crashes" -le "$MAX_CRASHES" ]; then
+    requeue "crashed without a message of ours (exit code $code), crash $crashes of at most $MAX_CRASHES"
+  else
+    say "crashed $crashes times, MAX_CRASHES is $MAX_CRASHES: not requeued. $RUN_OUT/crashes.txt says when and where"
+  fi
 fi
 exit "$code"

@@ -25,7 +25,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Run as a file, Python looks for modules in this folder first: put the checkout in its place.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from wasteddp.training import signals
+from wasteddp.training import batch_job, signals
 
 if __name__ == "__main__":
     signals.install()  # before torch is imported: that takes seconds in which a signal would kill
@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         settings = settings_file.load(arguments.config, arguments.set)
-        with _rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings:
+        with (
+            batch_job.mistake_marked(Path(settings.run.out)),
+            _rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings,
+        ):
             world = runtime.start(settings)  # all ranks
             with contextlib.closing(world), inputs.opened(settings, world) as data:
                 code = train(settings, world, data, resume=arguments.resume, max_steps=1 if arguments.check else None)
@@ -213,6 +216,7 @@ def _tracker(settings: Settings, world: runtime.Runtime, progress: Progress, las
         if world.is_main:
             out = Path(settings.run.out)
             (out / RESUMABLE_MARK).unlink(missing_ok=True)
+            (out / batch_job.MISTAKE_MARK).unlink(missing_ok=True)
             write_atomically(out / "settings.yaml", settings.to_yaml().encode())
             write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
             tracker = RunTracker(

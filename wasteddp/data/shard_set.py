@@ -79,7 +79,7 @@ class RemoteShardSet(ShardSet):
 
 @contextmanager
 def opened(data: Data, *, rank: int = 0) -> Iterator[ShardSet]:
-    """The set at `data.shards`.
+    """The set at `data.staged`, where that is set, or else at `data.shards`.
 
     Args:
         rank: spreads the waits after an error, so that not all ranks come back to a store in the same moment.
@@ -87,8 +87,8 @@ def opened(data: Data, *, rank: int = 0) -> Iterator[ShardSet]:
     Raises:
         ShardError: there is none, or it cannot be reached. SettingsError: the URL or the cache's folder.
     """
-    if not is_url(data.shards):
-        yield ShardSet(Manifest.load(data.shards))
+    if data.staged or not is_url(data.shards):
+        yield ShardSet(Manifest.load(data.staged or data.shards))
         return
     patience = Patience(data.read_timeout_s, data.read_attempts, rank)
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 """What a run knows of the batch job it is in, and what it leaves for the job's script: see slurm/train.sh.
 
-Marks are empty files in the run's folder, since launchers replace every exit code by 1.
+A mark is an empty file in the run's folder, since launchers replace every exit code by 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from wasteddp.errors import LaunchError, WastedError
 
-RESUMABLE_MARK = "RESUMABLE"  # stopped by a signal and saved
 MISTAKE_MARK = "MISTAKE"  # ended with a message that says what to mend: starting it again would only repeat it
 
 

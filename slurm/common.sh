@@ -1,0 +1,55 @@
+# shellcheck shell=bash disable=SC1090,SC2034
+# Sourced by the templates of this folder, in the batch shell of a job: finds the checkout, reads the site's file, and
+# defines the words that they share.
+if [ ! -f slurm/common.sh ]; then
+  printf 'error: %s is not the checkout\n  so: nothing of it can be started\n' "$PWD" >&2
+  printf '  do: cd to it and sbatch slurm/..., or sbatch --chdir=CHECKOUT\n' >&2
+  exit 2
+fi
+LOCAL_DISK='' MAX_CRASHES=3 INSIDE=() SRUN_OPTIONS=()
+SITE=${SITE:-slurm/site.sh}
+if [ -f "$SITE" ]; then source "$SITE"; fi      # before `set -u`, which many a `module` does not survive
+set -u
+export PATH=$PWD/.venv/bin:$PATH                # before what the site's modules put there
+
+# An array's element by its own name: `scontrol requeue` of the plain job id can requeue the whole array.
+SELF=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
+
+say() { echo "=== $(date '+%F %T') job $SELF, attempt $ATTEMPT: $*"; }
+
+# One process a node, on all nodes or, with --nodes=1, on one; inside the site's container where it names one. Replaces
+# this shell. USR1 is ignored from here on: it would kill the launcher, and a container's starter. Children inherit that
+# until the program installs its own handler.
+on_nodes() {
+  local nodes=$SLURM_JOB_NUM_NODES
+  if [ "$1" = --nodes=1 ]; then nodes=1; shift; fi
+  exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"} \
+    bash -c 'trap "" USR1; exec "$@"' step ${INSIDE[@]+"${INSIDE[@]}"} "$@"
+}
+
+# Starts a step, waits for it whatever signals come, and leaves its exit code in $code. In the background and in a loop:
+# bash runs a trap only between commands.
+run_step() {
+  (on_nodes "$@") &
+  step=$!
+  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+  wait "$step"
+  code=$?
+  step=''
+}
+
+# Whether Slurm is not about to end this job. What it ends it also requeues if it should: a cancelled job must not come
+# back, and a dead node is no crash of ours.
+is_running() { [ "$(squeue -h -j "$SELF" -o %T)" = RUNNING ]; }
+
+# Puts this job back into the queue, which ends it at once.
+requeue() {
+  say "$*; back into the queue"
+  if scontrol requeue "$SELF"; then
+    trap - TERM
+    sleep 60
+  fi
+  say "Slurm did not requeue it: submit it again, with RUN_OUT=${RUN_OUT:-} if it is a training, and it goes on"
+}

@@ -1,0 +1,58 @@
+#!/bin/bash
+#SBATCH --job-name=wasteddp-shard
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=4:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@60
+#SBATCH --output=%x-%A_%a.out
+# bash slurm/shard.sh PARTS SOURCE --out shards/NAME [options of `wasteddp shard`]      options of sbatch: SBATCH="--time=8:00:00"
+#
+# Submits three jobs that wait for each other: an array that reads, an array that writes, and a last step that makes the
+# manifest. The set is that of one machine, bit for bit. If an element fails, the same line again repeats it alone:
+# elements that are done are not submitted.
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  set -eu
+  parts=${1:-} out=''
+  [[ $parts =~ ^[1-9][0-9]*$ ]] || { echo "error: PARTS is '$parts': bash slurm/shard.sh 8 SOURCE --out shards/NAME" >&2; exit 2; }
+  shift
+  for ((i = 1; i < $#; i++)); do
+    if [ "${!i}" = --out ]; then j=$((i + 1)) out=${!j}; fi
+  done
+  [ -n "$out" ] || { echo "error: --out is missing: bash slurm/shard.sh 8 SOURCE --out shards/NAME" >&2; exit 2; }
+  export SHARD_PARTS=$parts SHARD_DONE
+  SHARD_DONE=$out/.sharding/done-$(printf '%s\\0' "$@" | sha256sum | cut -c 1-8)    # other options are another set
+  after=''
+  for stage in read write; do
+    waiting=()
+    for ((i = 1; i <= parts; i++)); do
+      if [ ! -e "$SHARD_DONE-$stage-$i-of-$parts" ] && [ ! -e "$out/manifest.json" ]; then waiting+=("$i"); fi
+    done
+    if [ ${#waiting[@]} = 0 ]; then
+      echo "$stage: done"
+      continue
+    fi
+    after=$(STAGE=$stage sbatch --parsable ${SBATCH:-} ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} \
+      --array="$(IFS=,; echo "${waiting[*]}")" slurm/shard.sh "$@")
+    echo "$stage: job $after, elements ${waiting[*]}"
+  done
+  last=$(STAGE=merge sbatch --parsable ${SBATCH:-} ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} slurm/shard.sh "$@")
+  echo "merge: job $last"
+  exit
+fi
+
+source slurm/common.sh || exit 2
+step='' warned=''
+trap 'warned=1; [ -n "$step" ] && kill -TERM "$step"' USR1     # what is done is noted: the next attempt goes on there
+part=()
+if [ "$STAGE" != merge ]; then part=(--part "$SLURM_ARRAY_TASK_ID/$SHARD_PARTS" --stage "$STAGE"); fi
+say "$STAGE ${part[*]} on $SLURM_JOB_NODELIST"
+run_step python -m wasteddp.cli shard "$@" ${part[@]+"${part[@]}"}
+if [ "$code" = 0 ] && [ "$STAGE" != merge ]; then
+  touch "$SHARD_DONE-$STAGE-$SLURM_ARRAY_TASK_ID-of-$SHARD_PARTS"
+fi
+if [ "$code" != 0 ] && [ -n "$warned" ] && is_running; then requeue "the time limit is near"; fi
+say "ends with exit code $code"
+exit "$code"

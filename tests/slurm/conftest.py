@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from cluster import Cluster, cluster_of, why_not
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Where Slurm cannot run, skipped with the reason; failed if WASTEDDP_REQUIRE_SLURM is set, as .ci/run does."""
+    if reason := why_not():
+        if os.environ.get("WASTEDDP_REQUIRE_SLURM"):
+            pytest.fail(f"Slurm is required here: {reason}")
+        pytest.skip(reason)
+    with cluster_of(8) as running:
+        yield running

@@ -1,0 +1,349 @@
+"""Jobs of slurm/train.sh and slurm/evaluate.sh on a real Slurm, with the real trainer on real shards.
+
+What must happen to a job is started for all at once, each on nodes of its own, and looked at test by test: most of the
+time is Slurm's waiting. Each test names the line that it guards; with that line broken as said, it was seen to fail.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cluster import ROOT, Cluster, Job
+from safetensors.torch import load
+from trainings import final_weights, rows
+
+# 20 steps, of which each is noted and saved. A small rate: rounding errors of another order of sums must not grow.
+CONFIG = """
+precision: fp32
+run: {threads: 1}
+data: {image_size: 32}
+model: {arch: resnet18, weights: none}
+train: {epochs: 5, batch_size: 12, max_micro_batch: 6, log_every_steps: 1}
+evaluate: {batch_size: 8}
+optimizer: {lr: 0.001}
+checkpoint: {every_steps: 1}
+track: {wandb: disabled}
+"""
+LAST = "step 20/20"
+# A site whose trainer is killed by the machine, as by its out-of-memory killer, before it can say anything.
+CRASHING_SITE = """
+MAX_CRASHES=1
+INSIDE=(bash -c 'case "$*" in *train.py*) kill -9 $$ ;; esac; exec "$@"' inside)
+"""
+
+
+class Ran(NamedTuple):
+    job: Job
+    state: str  # when it had ended
+    run: Path
+    text: str
+
+
+class Scene(NamedTuple):
+    cluster: Cluster
+    folder: Path
+    config: Path
+
+    def train(self, *options: str, extra: tuple[str, ...] = (), **environment: str) -> Job:
+        command = [*options, "slurm/train.sh", "--config", str(self.config), *extra]
+        self.folder.mkdir(exist_ok=True)
+        return self.cluster.submit(
+            self.folder / "log.txt", *command, environment={"RUN_OUT": str(self.folder / "run"), **environment}
+        )
+
+    def ended(self, job: Job) -> Ran:
+        state = job.end()
+        return Ran(job, state, self.folder / "run", job.text())
+
+
+def undisturbed(scene: Scene) -> Ran:
+    return scene.ended(scene.train("--nodes=2", "--nodelist=n1,n2"))
+
+
+def alone(scene: Scene) -> Ran:
+    """One process; by the site's file in a partition that is not the default, reading from the node's own disk."""
+    site = scene.folder.with_suffix(".site.sh")
+    site.write_text(f"export SBATCH_PARTITION=high\nLOCAL_DISK={scene.folder}/disk\n")
+    options = "--parsable --gpus-per-node=0 --cpus-per-task=2 --time=10 --nodelist=n1"
+    log, run = scene.folder / "log.txt", scene.folder / "run"
+    scene.folder.mkdir()
+    sourced = f"source {site}; sbatch {options} --output={log} slurm/train.sh --config {scene.config}"
+    job = scene.cluster.run("bash", "-c", sourced, environment={"SITE": str(site), "RUN_OUT": str(run)})
+    partition = scene.cluster.run("squeue", "-h", "-j", job, "-o", "%P")
+    ran = scene.ended(Job(scene.cluster, job, log))
+    return ran._replace(text=f"partition {partition}\n{ran.text}")
+
+
+def warned(scene: Scene) -> Ran:
+    job = scene.train("--nodes=2", "--nodelist=n3,n4")
+    job.seen("step 2/20")
+    job.warn()
+    return scene.ended(job)
+
+
+def preempted(scene: Scene) -> Ran:
+    job = scene.train("--nodelist=n7")
+    job.seen("step 2/20")
+    scene.cluster.run("sbatch", "-p", "high", "-w", "n7", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    return scene.ended(job)
+
+
+def node_killed(scene: Scene) -> Ran:
+    job = scene.train("--nodes=2", "--exclude=n1,n2,n3,n4,n7")
+    job.seen("step 2/20")
+    scene.cluster.node("kill", "n6")  # n5 and n8 are left
+    return scene.ended(job)
+
+
+def maintained(scene: Scene) -> Ran:
+    """An administrator takes the job off its node."""
+    job = scene.train("--nodelist=n3")
+    job.seen("step 2/20")
+    scene.cluster.run("scontrol", "requeue", job.id)
+    return scene.ended(job)
+
+
+def cancelled(scene: Scene) -> Ran:
+    job = scene.train("--nodelist=n4")
+    job.seen("step 2/20")
+    scene.cluster.run("scancel", job.id)
+    ran = scene.ended(job)
+    time.sleep(3)
+    return ran._replace(state=job.state())
+
+
+def sweep(scene: Scene) -> Ran:
+    """Three seeds; element 1 alone is warned."""
+    scene.folder.mkdir()
+    log = scene.folder / "%a.txt"
+    job = scene.train("--array=1-2", "--nodelist=n1", f"--output={log}")
+    element = Job(scene.cluster, f"{job.id}_1", scene.folder / "1.txt")
+    element.seen("step 2/20")
+    element.warn()
+    states = {element.end(), Job(scene.cluster, f"{job.id}_2", scene.folder / "2.txt").end()}
+    return Ran(job, " ".join(states), scene.folder / "run", "")
+
+
+def crashing(scene: Scene) -> Ran:
+    site = scene.folder.with_suffix(".site.sh")
+    site.write_text(CRASHING_SITE)
+    return scene.ended(scene.train("--nodelist=n1", SITE=str(site)))
+
+
+def mistaken(scene: Scene) -> Ran:
+    return scene.ended(scene.train("--nodes=2", "--nodelist=n1,n2", extra=("--set", "train.batch_size=13")))
+
+
+def misspelt(scene: Scene) -> Ran:
+    return scene.ended(scene.train("--nodelist=n2", extra=("--set", "train.epoch=3")))
+
+
+def apart(scene: Scene) -> Ran:
+    """Two nodes without the template: a launcher on each that knows nothing of the other."""
+    scene.folder.mkdir()
+    launch = "accelerate launch --quiet --config_file launch/accelerate/cpu.yaml wasteddp/train.py"
+    step = f"srun {launch} --config {scene.config} --set run.out={scene.folder / 'run'}"
+    job = scene.cluster.submit(
+        scene.folder / "log.txt", "--nodes=2", "--nodelist=n3,n4", "--ntasks-per-node=1", f"--wrap={step}"
+    )
+    return scene.ended(job)
+
+
+SCENARIOS = (
+    *(undisturbed, warned, alone, node_killed, maintained, cancelled),
+    *(sweep, preempted, mistaken, apart, misspelt, crashing),
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    cluster: Cluster,
+    small_shards: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Mapping[str, Future[Ran]]]:
+    """Plays all that the chosen tests want to see, four at a time."""
+    folder = tmp_path_factory.mktemp("jobs")
+    config = folder / "config.yaml"
+    config.write_text(CONFIG.replace("data: {", f"data: {{shards: {small_shards}, "))
+    marks = [mark for item in request.session.items for mark in item.iter_markers("scenario")]
+    wanted = {name for mark in marks for name in mark.args}
+    with ThreadPoolExecutor(4) as pool:
+        yield {
+            play.__name__: pool.submit(play, Scene(cluster, folder / play.__name__, config))
+            for play in SCENARIOS
+            if play.__name__ in wanted
+        }
+
+
+@pytest.fixture
+def outcome(outcomes: Mapping[str, Future[Ran]]) -> Callable[[str], Ran]:
+    def of(name: str) -> Ran:
+        ran = outcomes[name].result()
+        print(f"--- {name}: {ran.state}\n{ran.text}")  # shown if the test fails
+        return ran
+
+    return of
+
+
+@pytest.mark.scenario("undisturbed")
+def test_two_nodes_train_as_one(outcome: Callable[[str], Ran]) -> None:
+    """Guards RANKS of train.sh: without the number of nodes it is 1, and the nodes refuse to train apart."""
+    two = outcome("undisturbed")
+    assert two.state == "COMPLETED"
+    assert "2 node(s) x 1 process(es), 0 GPU(s) each, on n[1-2]" in two.text
+    assert "2 x cpu" in two.text
+    assert "2 processes x 6 images x 1 accumulated" in two.text
+    assert re.search(r"=== .* attempt 1: finished\n$", two.text)
+
+
+@pytest.mark.scenario("alone", "undisturbed")
+def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Callable[[str], Ran]) -> None:
+    """Guards rank=world.rank of inputs.py: with rank 0 everywhere both nodes read the same, and the losses differ."""
+    one, two = outcome("alone"), outcome("undisturbed")
+    assert [row["step"] for row in rows(one.run)] == [row["step"] for row in rows(two.run)] == list(range(1, 21))
+    for ours, theirs in zip(rows(two.run), rows(one.run), strict=True):
+        # the loss of 12 images says which 12 they were, and how each was cropped and flipped
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+        assert ours.get("val/samples") == theirs.get("val/samples")
+    weights_one, weights_two = load(final_weights(one.run)), load(final_weights(two.run))
+    # BatchNorm's statistics are no weights: each rank has its own, and what is saved is their mean
+    learned = [name for name in weights_one if not re.search("running_|num_batches", name)]
+    assert len(learned) == 62  # 20 convolutions, 20 norms of 2, the last layer's 2
+    apart = {name: (weights_one[name] - weights_two[name]).abs().max().item() for name in learned}
+    assert max(apart.values()) < 1e-5, apart
+
+
+@pytest.mark.scenario("warned", "undisturbed")
+def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> None:
+    """Guards `trap "" USR1` of common.sh: without it the launcher dies of the warning, and nothing is saved."""
+    ran = outcome("warned")
+    assert ran.state == "COMPLETED"
+    step = re.search(r"stopped by SIGUSR1 at step (\d+) and saved", ran.text)
+    assert step
+    assert "attempt 1: saved before the time limit; back into the queue" in ran.text
+    assert f"step-{int(step[1]):08d}, attempt 2" in ran.text
+    assert final_weights(ran.run) == final_weights(outcome("undisturbed").run)
+
+
+@pytest.mark.parametrize("what", ["preempted", "maintained"])
+@pytest.mark.scenario("preempted", "maintained", "alone")
+def test_a_job_that_slurm_takes_off_its_nodes_goes_on_by_itself(outcome: Callable[[str], Ran], what: str) -> None:
+    """Guards `trap 'ended=1' TERM` of train.sh: without it the batch shell dies first, and the save with it.
+
+    And #SBATCH --requeue: with --no-requeue the state is PREEMPTED.
+    """
+    ran = outcome(what)
+    assert ran.state == "COMPLETED"
+    assert re.search(r"stopped by SIGTERM at step \d+ and saved", ran.text)
+    assert "attempt 2: finished" in ran.text
+    assert LAST in ran.text
+    assert not (ran.run / "crashes.txt").exists()
+    assert final_weights(ran.run) == final_weights(outcome("alone").run)
+
+
+@pytest.mark.scenario("node_killed", "undisturbed")
+def test_a_job_whose_node_died_goes_on_by_itself(outcome: Callable[[str], Ran]) -> None:
+    """Guards #SBATCH --requeue: with --no-requeue it ends as NODE_FAIL. And is_running: else a crash is noted."""
+    ran = outcome("node_killed")
+    assert ran.state == "COMPLETED"
+    assert "on n[5-6]" in ran.text
+    assert "on n[5,8]" in ran.text
+    assert not (ran.run / "crashes.txt").exists()
+    assert "attempt 2: finished" in ran.text
+    assert final_weights(ran.run) == final_weights(outcome("undisturbed").run)
+
+
+@pytest.mark.scenario("cancelled")
+def test_a_cancelled_job_saves_and_stays_cancelled(outcome: Callable[[str], Ran]) -> None:
+    """Guards the first branch behind "what follows" of train.sh: if a saved run is always requeued, this one is too."""
+    ran = outcome("cancelled")
+    assert ran.state == "CANCELLED"
+    assert re.search(r"stopped by SIGTERM at step \d+ and saved", ran.text)
+    assert "back into the queue" not in ran.text
+    assert "attempt 2" not in ran.text
+
+
+@pytest.mark.scenario("sweep")
+def test_a_sweep_has_a_folder_for_each_element_and_only_the_warned_one_is_requeued(
+    outcome: Callable[[str], Ran],
+) -> None:
+    """Guards SELF of common.sh: with the plain job id, element 2 is requeued as well, or instead."""
+    ran = outcome("sweep")
+    assert ran.state == "COMPLETED"
+    warned_log, other_log = ((ran.run.parent / f"{number}.txt").read_text() for number in (1, 2))
+    assert f"job {ran.job.id}_1, attempt 2: finished" in warned_log
+    assert f"job {ran.job.id}_2, attempt 1: finished" in other_log
+    assert "attempt 2" not in other_log
+    assert "seed 1" in warned_log
+    assert "seed 2" in other_log
+    assert rows(ran.run / "1")[-1]["step"] == rows(ran.run / "2")[-1]["step"] == 20
+    assert final_weights(ran.run / "1") != final_weights(ran.run / "2")
+
+
+@pytest.mark.scenario("crashing")
+def test_a_crash_is_requeued_so_often_and_no_more(outcome: Callable[[str], Ran]) -> None:
+    """Guards the comparison with MAX_CRASHES of train.sh: without it the job is requeued for ever."""
+    ran = outcome("crashing")
+    assert ran.state == "FAILED"
+    assert "attempt 1: crashed without a message of ours (exit code 137), crash 1 of at most 1; back" in ran.text
+    assert "attempt 2: crashed 2 times, MAX_CRASHES is 1: not requeued" in ran.text
+    assert len((ran.run / "crashes.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.scenario("mistaken")
+def test_a_number_of_nodes_that_does_not_divide_the_batch_is_refused_and_not_requeued(
+    outcome: Callable[[str], Ran],
+) -> None:
+    """Guards mistake_marked of batch_job.py: without the mark it counts as a crash, and is requeued."""
+    ran = outcome("mistaken")
+    assert ran.state == "FAILED"
+    assert ran.text.count("error: train.batch_size is 13 and there are 2 processes") == 1
+    assert "attempt 1: something is to be mended, the message is above; not requeued" in ran.text
+    assert "attempt 2" not in ran.text
+
+
+@pytest.mark.scenario("misspelt")
+def test_a_mistake_in_the_settings_ends_before_anything_is_launched(outcome: Callable[[str], Ran]) -> None:
+    """Guards the check of the settings in train.sh: without it every node starts a launcher to find the mistake."""
+    ran = outcome("misspelt")
+    assert ran.state == "FAILED"
+    assert "did you mean 'train.epochs'?" in ran.text
+    assert "attempt 1: the settings are to be mended; not requeued" in ran.text
+    assert "launch.py" not in ran.text
+    assert not list(ran.run.iterdir())
+
+
+@pytest.mark.scenario("apart")
+def test_nodes_that_do_not_know_of_each_other_are_refused(outcome: Callable[[str], Ran]) -> None:
+    """Guards refuse_other_world of batch_job.py: without it each node trains a model of its own, and says nothing."""
+    ran = outcome("apart")
+    assert ran.state == "FAILED"
+    assert "Slurm started this step on 2 nodes; the launcher knows of 1 process(es)" in ran.text
+    assert "step 1/" not in ran.text
+
+
+@pytest.mark.scenario("alone")
+def test_the_sites_file_chooses_the_partition_and_a_disk_for_the_shards(outcome: Callable[[str], Ran]) -> None:
+    """Guards `source "$SITE"` of common.sh (no copy is made) and SBATCH_PARTITION (the partition is the default)."""
+    ran = outcome("alone")
+    assert ran.state == "COMPLETED"
+    assert ran.text.startswith("partition high\n")
+    copy = ran.run.parent / "disk" / "shards"
+    assert f"{copy} is whole: 73 samples" in ran.text
+    assert f"staged: {copy}" in (ran.run / "settings.yaml").read_text()
+
+
+@pytest.mark.scenario("undisturbed")
+def test_a_run_is_evaluated_by_a_job(cluster: Cluster, outcome: Callable[[str], Ran], tmp_path: Path) -> None:
+    """Guards evaluate.sh: without "$@" the split asked for is not the one measured."""
+    run = outcome("undisturbed").run
+    job = cluster.submit(tmp_path / "log.txt", "--nodelist=n1", f"{ROOT}/slurm/evaluate.sh", str(run), "--split", "val")
+    assert job.end() == "COMPLETED", job.text()
+    assert (run / "evaluations" / "val" / "metrics.json").exists()
