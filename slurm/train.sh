@@ -70,8 +70,8 @@ settings=$( (on_nodes --nodes=1 python -m wasteddp.cli settings "$config" ${sets
   { say "the settings are to be mended; not requeued"; exit 2; }
 
 # --- the shards to each node's own disk, if the site names one --------------------------------------------------------
-if [ -n "$LOCAL_DISK" ]; then
-  shards=$(sed -n "/^data:/,/^[a-z]/s/^  shards: '\\?\\([^']*\\)'\\?\$/\\1/p" <<<"$settings")
+shards=$(sed -n "/^data:/,/^[a-z]/s/^  shards: '\\?\\([^']*\\)'\\?\$/\\1/p" <<<"$settings")
+if [ -n "$LOCAL_DISK" ] && [ -d "$shards" ]; then
   run_step bash slurm/stage.sh "$shards" "$LOCAL_DISK"
   if [ "$code" = 0 ]; then
     arguments+=(--set "data.staged=$LOCAL_DISK/$(basename "$shards")")

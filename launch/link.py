@@ -1,0 +1,95 @@
+"""Two network namespaces joined by a link of so many Mbit/s and ms: a slow network between two nodes, on one machine.
+
+    python -m launch.link --mbit 1000 --delay-ms 1 COMMAND...      inside, `ip netns exec a|b` are the two ends
+
+The rate is the kernel's (`tc`, a token bucket on each end). The delay is this program's: the ends are TUN devices whose
+packets it carries from one to the other, each held back for the time asked for. (The kernel's own `netem` would do
+both, but many a virtual machine has none.) Packets are large, so that carrying them does not become the bottleneck.
+Needs Linux, iproute2, /dev/net/tun, and root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import selectors
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+ENDS = ("a", "b")
+ADDRESSES = ("10.78.0.1", "10.78.0.2")
+DEVICE = "eth0"  # of each end
+MTU = 16_000  # bytes; 0.13 ms at 1 Gbit/s
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mbit", type=float, default=1000)
+    parser.add_argument("--delay-ms", type=float, default=1.0, help="in each direction")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    if os.environ.get("LINK_INSIDE") != "1":
+        own = [sys.executable, "-m", "launch.link", *sys.argv[1:]]
+        fresh = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        return subprocess.run([*fresh, *own], env={**os.environ, "LINK_INSIDE": "1"}, check=False).returncode
+    devices = join_namespaces(arguments.mbit)
+    threading.Thread(target=carry, args=(devices, arguments.delay_ms / 1000), daemon=True).start()
+    return subprocess.run(arguments.command, check=False).returncode
+
+
+def join_namespaces(mbit: float) -> list[int]:
+    """Makes both ends. Returns the file descriptors of their devices."""
+    _run("mount", "-t", "tmpfs", "tmpfs", "/run")  # the names of namespaces are then ours alone
+    Path("/run/netns").mkdir()
+    devices = []
+    for end, address in zip(ENDS, ADDRESSES, strict=True):
+        device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", f"tun{end}".encode(), _IFF_TUN | _IFF_NO_PI))
+        _run("ip", "netns", "add", end)
+        _run("ip", "link", "set", f"tun{end}", "netns", end)  # the descriptor stays ours
+        _run("ip", "-n", end, "link", "set", f"tun{end}", "name", DEVICE)
+        _run("ip", "-n", end, "link", "set", "lo", "up")
+        _run("ip", "-n", end, "addr", "add", f"{address}/24", "dev", DEVICE)
+        _run("ip", "-n", end, "link", "set", DEVICE, "mtu", str(MTU), "txqueuelen", "1000", "up")
+        shape = ["rate", f"{mbit:g}mbit", "burst", str(8 * MTU), "latency", "200ms"]
+        _run("ip", "netns", "exec", end, "tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", *shape)
+        devices.append(device)
+    return devices
+
+
+def carry(devices: list[int], delay_s: float) -> None:
+    """For ever: hands each packet to the other end, `delay_s` after it came."""
+    waiting: deque[tuple[float, int, bytes]] = deque()  # (due, device, packet); in order, since the delay is the same
+    with selectors.DefaultSelector() as selector:
+        for device, other in (devices, reversed(devices)):
+            selector.register(device, selectors.EVENT_READ, other)
+        while True:
+            timeout = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+            for key, _ in selector.select(timeout):
+                try:
+                    packet = os.read(key.fd, 2 * MTU)
+                except BlockingIOError:
+                    continue
+                waiting.append((time.monotonic() + delay_s, key.data, packet))
+            now = time.monotonic()
+            while waiting and waiting[0][0] <= now:
+                _, device, packet = waiting.popleft()
+                try:
+                    os.write(device, packet)
+                except OSError:  # the end is not up, or its queue is full: a network loses packets
+                    continue
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
