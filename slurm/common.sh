@@ -1,11 +1,6 @@
 # shellcheck shell=bash disable=SC1090,SC2034
-# Sourced by the templates of this folder, in the batch shell of a job: finds the checkout, reads the site's file, and
-# defines the words that they share.
-if [ ! -f slurm/common.sh ]; then
-  printf 'error: %s is not the checkout\n  so: nothing of it can be started\n' "$PWD" >&2
-  printf '  do: cd to it and sbatch slurm/..., or sbatch --chdir=CHECKOUT\n' >&2
-  exit 2
-fi
+# Sourced by the templates of this folder, in the batch shell of a job: reads the site's file, and defines the words
+# that they share.
 LOCAL_DISK='' MAX_CRASHES=3 INSIDE=() SRUN_OPTIONS=()
 SITE=${SITE:-slurm/site.sh}
 if [ -f "$SITE" ]; then source "$SITE"; fi      # before `set -u`, which many a `module` does not survive
@@ -41,8 +36,15 @@ run_step() {
 }
 
 # Whether Slurm is not about to end this job. What it ends it also requeues if it should: a cancelled job must not come
-# back, and a dead node is no crash of ours.
-is_running() { [ "$(squeue -h -j "$SELF" -o %T)" = RUNNING ]; }
+# back, and a dead node is no crash of ours. If Slurm does not answer, it is not ending anything.
+is_running() {
+  local state
+  state=$(squeue -h -j "$SELF" -o %T) || return 0
+  [ "$state" = RUNNING ]       # of a job that is being put back it says nothing
+}
+
+# Passes the warning on to every process of a step until it has ended: a program that is still starting does not hear.
+warn() { while kill -USR1 "$1" 2>/dev/null; do sleep 5; done; }
 
 # Puts this job back into the queue, which ends it at once.
 requeue() {

@@ -23,7 +23,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   done
   [ -n "$out" ] || { echo "error: --out is missing: bash slurm/shard.sh 8 SOURCE --out shards/NAME" >&2; exit 2; }
   export SHARD_PARTS=$parts SHARD_DONE
-  SHARD_DONE=$out/.sharding/done-$(printf '%s\\0' "$@" | sha256sum | cut -c 1-8)    # other options are another set
+  SHARD_DONE=$out/.sharding/done-$(printf '%s\0' "$@" | sha256sum | cut -c 1-8)    # other options are another set
   after=''
   for stage in read write; do
     waiting=()
@@ -43,7 +43,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   exit
 fi
 
-source slurm/common.sh || exit 2
+source slurm/common.sh || exit 2       # submit it from the checkout, or with --chdir=CHECKOUT
 step='' warned=''
 trap 'warned=1; [ -n "$step" ] && kill -TERM "$step"' USR1     # what is done is noted: the next attempt goes on there
 part=()

@@ -1,14 +1,13 @@
 #!/bin/bash
-# stage.sh SHARDS FOLDER: copies a shard set to FOLDER on this node's own disk, and re-reads every byte of the copy.
-# train.sh runs it on each node. A copy that is there and of the same manifest is only re-read; two jobs take turns.
+# stage.sh SHARDS COPY: copies a shard set to this node's own disk and re-reads every byte of the copy. train.sh runs it on
+# each node. A copy that is there is only re-read; jobs that want the same one take turns.
 set -eu
-copy=$2/$(basename "$1")
-mkdir -p "$2"
-exec 9>"$copy.lock"
+mkdir -p "$(dirname "$2")"
+exec 9>"$2.lock"
 flock 9
-if ! cmp -s "$1/manifest.json" "$copy/manifest.json"; then
-  rm -rf "$copy" "$copy.tmp"
-  cp -r "$1" "$copy.tmp"
-  mv "$copy.tmp" "$copy"
+if [ ! -d "$2" ]; then
+  rm -rf "$2.tmp"
+  cp -r "$1" "$2.tmp"
+  mv "$2.tmp" "$2"
 fi
-python -m wasteddp.cli verify "$copy" || { rm -rf "$copy"; exit 1; }
+python -m wasteddp.cli verify "$2" || { rm -rf "$2"; exit 1; }

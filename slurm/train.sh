@@ -15,7 +15,7 @@
 # SWEEP=FILE sbatch --array=1-3 slurm/train.sh ...   line n of FILE are more arguments of element n
 #
 # The run's folder is run.out as set, or RUN_OUT, or runs/<job name>-<job id>; an element's is a folder in it.
-source slurm/common.sh || exit 2
+source slurm/common.sh || exit 2       # submit it from the checkout, or with --chdir=CHECKOUT
 
 # --- the run: its arguments, its settings, its folder -----------------------------------------------------------------
 config='' given='' sets=()
@@ -61,27 +61,33 @@ say "$SLURM_JOB_NUM_NODES node(s) x $EACH process(es), $GPUS GPU(s) each, on $SL
 
 step='' warned='' ended='' started='' code=0
 limit() { squeue -h -j "$SELF" -o %e; }
-trap 'warned=1; say "the time limit is near ($(limit)): saving"; [ -n "$step" ] && kill -USR1 "$step"' USR1
+trap 'warned=1; say "the time limit is near ($(limit)): saving"; [ -n "$step" ] && warn "$step" &' USR1
 trap 'ended=1' TERM                             # preempted, cancelled, time up: Slurm decides what follows
 
 # --- checked before the nodes are busied: a mistake in the settings ends here -----------------------------------------
 mkdir -p "$RUN_OUT" && rm -f "$RUN_OUT/RESUMABLE" "$RUN_OUT/MISTAKE"
-settings=$( (on_nodes --nodes=1 python -m wasteddp.cli settings "$config" ${sets[@]+"${sets[@]}"}) ) ||
-  { say "the settings are to be mended; not requeued"; exit 2; }
+settings=$( (on_nodes --nodes=1 python -m wasteddp.cli settings "$config" ${sets[@]+"${sets[@]}"}) )
+code=$?
+if [ "$code" = 2 ]; then
+  say "the settings are to be mended; not requeued"
+  exit 2
+fi
 
 # --- the shards to each node's own disk, if the site names one --------------------------------------------------------
 shards=$(sed -n "/^data:/,/^[a-z]/s/^  shards: '\\?\\([^']*\\)'\\?\$/\\1/p" <<<"$settings")
-if [ -n "$LOCAL_DISK" ] && [ -d "$shards" ]; then
-  run_step bash slurm/stage.sh "$shards" "$LOCAL_DISK"
+if [ "$code" = 0 ] && [ -n "$LOCAL_DISK" ] && [ -f "$shards/manifest.json" ]; then
+  copy=$LOCAL_DISK/$(basename "$shards")-$(sha256sum "$shards/manifest.json" | cut -c 1-12)
+  run_step bash slurm/stage.sh "$shards" "$copy"
   if [ "$code" = 0 ]; then
-    arguments+=(--set "data.staged=$LOCAL_DISK/$(basename "$shards")")
+    arguments+=(--set "data.staged=$copy")
   else
     say "staging failed: the shards are read where they are, $shards"
+    code=0
   fi
 fi
 
 # --- train. $SLURM_NODEID is each node's own, so the inner text must be expanded there --------------------------------
-if [ -z "$warned$ended" ]; then
+if [ "$code" = 0 ] && [ -z "$warned$ended" ]; then
   started=1
   run_step bash -c '
     exec accelerate launch --quiet --config_file "$LAUNCH" --num_machines "$SLURM_JOB_NUM_NODES" \

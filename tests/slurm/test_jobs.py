@@ -6,6 +6,7 @@ time is Slurm's waiting. Each test names the line that it guards; with that line
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from cluster import ROOT, Cluster, Job
+from cluster import ROOT, Cluster, Job, until
 from safetensors.torch import load
 from trainings import final_weights, rows
 
@@ -57,6 +58,15 @@ class Scene(NamedTuple):
             self.folder / "log.txt", *command, environment={"RUN_OUT": str(self.folder / "run"), **environment}
         )
 
+    def is_launching(self) -> bool:
+        """Whether a launcher of this scene's run is there. `/proc` of this machine has the nodes' processes too."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                words = path.read_bytes().split(b"\0")
+                if words[1:2] and words[1].endswith(b"/accelerate") and f"run.out={self.folder}/run".encode() in words:
+                    return True
+        return False
+
     def ended(self, job: Job) -> Ran:
         state = job.end()
         return Ran(job, state, self.folder / "run", job.text())
@@ -81,8 +91,9 @@ def alone(scene: Scene) -> Ran:
 
 
 def warned(scene: Scene) -> Ran:
+    """While the launcher starts: nothing of the program is there yet to hear it."""
     job = scene.train("--nodes=2", "--nodelist=n3,n4")
-    job.seen("step 2/20")
+    until(lambda: scene.is_launching(), "waiting for the launcher")
     job.warn()
     return scene.ended(job)
 
@@ -222,7 +233,9 @@ def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Call
 
 @pytest.mark.scenario("warned", "undisturbed")
 def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> None:
-    """Guards `trap "" USR1` of common.sh: without it the launcher dies of the warning, and nothing is saved."""
+    """Guards `trap "" USR1` and `warn` of common.sh: without the first the launcher dies of the warning and nothing is
+    saved; if it is given once, as by `kill -USR1 "$1"` alone, nobody hears it, and the job is not requeued.
+    """
     ran = outcome("warned")
     assert ran.state == "COMPLETED"
     step = re.search(r"stopped by SIGUSR1 at step (\d+) and saved", ran.text)
@@ -235,12 +248,13 @@ def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> 
 @pytest.mark.parametrize("what", ["preempted", "maintained"])
 @pytest.mark.scenario("preempted", "maintained", "alone")
 def test_a_job_that_slurm_takes_off_its_nodes_goes_on_by_itself(outcome: Callable[[str], Ran], what: str) -> None:
-    """Guards `trap 'ended=1' TERM` of train.sh: without it the batch shell dies first, and the save with it.
+    """Guards `trap 'ended=1' TERM` of train.sh: without it the batch shell dies, and cannot say how it ended.
 
     And #SBATCH --requeue: with --no-requeue the state is PREEMPTED.
     """
     ran = outcome(what)
     assert ran.state == "COMPLETED"
+    assert "attempt 1: ended by Slurm" in ran.text
     assert re.search(r"stopped by SIGTERM at step \d+ and saved", ran.text)
     assert "attempt 2: finished" in ran.text
     assert LAST in ran.text
@@ -335,7 +349,7 @@ def test_the_sites_file_chooses_the_partition_and_a_disk_for_the_shards(outcome:
     ran = outcome("alone")
     assert ran.state == "COMPLETED"
     assert ran.text.startswith("partition high\n")
-    copy = ran.run.parent / "disk" / "shards"
+    (copy,) = (ran.run.parent / "disk").glob("shards-????????????")
     assert f"{copy} is whole: 73 samples" in ran.text
     assert f"staged: {copy}" in (ran.run / "settings.yaml").read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,5 +167,28 @@ def test_a_mistake_in_the_settings_launches_nothing(template: Template, tmp_path
 
 def test_a_job_that_was_not_submitted_from_the_checkout_says_so(template: Template, tmp_path: Path) -> None:
     done = template("--config", CONFIG, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "slurm/common.sh" in done.stderr
+    assert done.returncode == 2
+    assert "slurm/common.sh: No such file" in done.stderr
+
+
+def test_a_staged_copy_is_made_once_verified_each_time_and_removed_if_it_is_damaged(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "disk" / "shards-1"
+
+    def stage() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = ["bash", str(ROOT / "slurm" / "stage.sh"), str(small_shards), str(copy)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    assert stage().returncode == 0
+    made = copy.stat().st_ino
+    assert stage().returncode == 0
+    assert copy.stat().st_ino == made
+    tar = min(copy.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    damaged = stage()
+    assert damaged.returncode == 1
+    assert tar.name in damaged.stderr
+    assert not copy.exists()
+    assert stage().returncode == 0
