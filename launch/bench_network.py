@@ -150,7 +150,7 @@ def _step_ms(way: Way, shards: Path, folder: Path, overrides: list[str]) -> floa
         node.communicate()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = [row["train/step_ms"] for row in rows if WARM_STEPS < row["step"] <= WARM_STEPS + TIMED_STEPS]
-    return statistics.mean(timed)
+    return float(statistics.mean(timed))
 
 
 def _launch(way: Way, rank: int, program: list[str]) -> subprocess.Popen[str]:
