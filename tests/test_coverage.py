@@ -107,12 +107,13 @@ def test_a_run_that_loses_or_doubles_a_sample_is_stopped_with_the_numbers(
 def test_a_loader_that_reads_another_sample_than_it_was_asked_for_is_noticed(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = Loader._fill_row
+    asked = Loader._fill
 
-    def careless(self: Loader, out: Any, sample: int, epoch: int, damage: Any) -> int:
-        return asked(self, out, 4 if sample == 3 else sample, epoch, damage)
+    def careless(self: Loader, pending: Any, rows: range) -> Any:
+        pending.samples = np.where(pending.samples == 3, 4, pending.samples)
+        return asked(self, pending, rows)
 
-    monkeypatch.setattr(Loader, "_fill_row", careless)
+    monkeypatch.setattr(Loader, "_fill", careless)
     assert train.main([*config_of(tmp_path, small_shards), "--set", "train.batch_size=50"]) == 2
     assert "epoch 0 trained on 50 samples with hash " in capsys.readouterr().err
 
@@ -193,12 +194,15 @@ def test_block_mode_proves_its_epochs_and_replaced_samples_count_as_themselves(
 
 _FAULTY_SECOND_RANK = """
 import os, sys
+import numpy as np
 from wasteddp import train
 from wasteddp.data.loader import Loader
-asked = Loader._fill_row
-def careless(self, out, sample, epoch, damage):
-    return asked(self, out, (sample + 1) % 50 if os.environ["RANK"] == "1" else sample, epoch, damage)
-Loader._fill_row = careless
+asked = Loader._fill
+def careless(self, pending, rows):
+    if os.environ["RANK"] == "1":
+        pending.samples = np.full_like(pending.samples, 7)
+    return asked(self, pending, rows)
+Loader._fill = careless
 sys.exit(train.main(sys.argv[1:]))
 """
 
