@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "wasteddp"
 # From the bottom; a room may import those before it, and itself. settings and errors may be imported by all.
-ROOMS = ["errors", "settings", "data", "model", "inference", "training", "train", "cli"]
+ROOMS = ["errors", "redaction", "settings", "data", "model", "inference", "training", "train", "cli"]
 
 
 def _room(module: str) -> str:

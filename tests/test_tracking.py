@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
+from tracked import log, tracker_of
+from trainings import rows
 
-from wasteddp.training.tracking import METRICS, RunTracker, rolled_back
-
-
-def tracker_of(folder: Path, step: int = 0, wandb: str = "disabled", run_id: str = "") -> RunTracker:
-    return RunTracker(
-        folder, total_steps=10, resumed_step=step, tracker_id=run_id, wandb=wandb, project="test", config={"a": 1}
-    )
+from wasteddp.training.delivery import BEST, MEDIA
+from wasteddp.training.tracking import METRICS, is_known, rolled_back
 
 
 def test_rows_behind_the_checkpoint_are_rolled_back_and_a_cut_line_with_them(tmp_path: Path) -> None:
@@ -25,20 +21,20 @@ def test_rows_behind_the_checkpoint_are_rolled_back_and_a_cut_line_with_them(tmp
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
-    first = tracker_of(tmp_path)
+    first = tracker_of(tmp_path, wandb="disabled")
     for step in range(1, 6):
         first.log(step, {"lr": step})
     first.close(1)
-    second = tracker_of(tmp_path, step=3)
+    second = tracker_of(tmp_path, resumed_step=3, wandb="disabled")
     for step in range(4, 8):
         second.log(step, {"lr": 10 * step})
     second.close(0)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["lr"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60), (7, 70)]
+    found = [(row["step"], row["lr"]) for row in rows(tmp_path)]
+    assert found == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60), (7, 70)]
 
 
 def test_a_metric_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
-    tracker = tracker_of(tmp_path)
+    tracker = tracker_of(tmp_path, wandb="disabled")
     with pytest.raises(KeyError, match="train/los"):
         tracker.log(1, {"train/los": 1.0})
     tracker.close(0)
@@ -46,24 +42,24 @@ def test_a_metric_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
 
 def test_every_metric_has_a_unit_and_a_meaning() -> None:
     assert all(unit and meaning for unit, meaning in METRICS.values())
+    assert BEST.keys() <= METRICS.keys()
+    assert not MEDIA.keys() & METRICS.keys()
 
 
-def test_wandb_without_a_key_is_offline_without_a_prompt_and_stays_in_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DATA_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    began = time.perf_counter()
-    tracker = tracker_of(tmp_path / "run", wandb="auto")
-    tracker.log(1, {"lr": 0.1})
+def test_classes_and_ranks_have_metrics_of_their_own() -> None:
+    assert is_known("val/recall/glass")
+    assert is_known("val/recall/paper, coated/other")
+    assert is_known("rank/12/images_per_s")
+    assert not is_known("val/recalls/glass")
+    assert not is_known("rank/12/images")
+
+
+def test_the_log_hides_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE_PASSWORD", "correct-horse-battery")
+    tracker = tracker_of(tmp_path, wandb="disabled")
+    tracker.say("opened s3://user:hunter2hunter2@store/x with correct-horse-battery")
     tracker.close(0)
-    assert time.perf_counter() - began < 60  # 2 s; the bound only catches a prompt or a wait for the network
-    said = capsys.readouterr().out
-    assert "W&B: offline" in said
-    assert "wandb sync" in said
-    assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{tracker.id}/*.wandb"))
+    assert "opened s3://[hidden]@store/x with [hidden]" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_wandb_that_cannot_start_does_not_end_the_training(
@@ -76,7 +72,20 @@ def test_a_wandb_that_cannot_start_does_not_end_the_training(
 
     monkeypatch.setattr(wandb, "init", broken)
     tracker = tracker_of(tmp_path, wandb="offline")
-    tracker.log(1, {"lr": 0.1})
+    log(tracker, 1, 3)
     tracker.close(0)
-    assert "W&B: none (RuntimeError: no luck)" in capsys.readouterr().out
-    assert '"lr": 0.1' in (tmp_path / "metrics.jsonl").read_text()
+    said = capsys.readouterr().out
+    assert "W&B: none, run run1 (RuntimeError: no luck); send it later with: wasteddp sync" in said
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_pictures_that_cannot_be_made_do_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
+    tracker = tracker_of(tmp_path, wandb="offline")
+    tracker.show(5, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    tracker.close(0)
+    assert "the pictures of step 5 could not be kept: ZeroDivisionError" in capsys.readouterr().out

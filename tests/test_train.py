@@ -44,7 +44,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) ->
 
 def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert {path.name for path in undisturbed.iterdir()} == {
-        "settings.yaml", "environment.json", "metrics.jsonl", "log.txt", "checkpoints", "model", "evaluations",
+        "settings.yaml", "environment.json", "tracking.json", "metrics.jsonl", "log.txt", "checkpoints", "model",
+        "evaluations",
     }  # fmt: skip
     found = rows(undisturbed)
     assert [row["step"] for row in found] == list(range(1, 9))

@@ -359,6 +359,58 @@ def _positive(text: str) -> int:
     return number
 
 
+# --- dashboards -------------------------------------------------------------------------------------------------------
+
+
+def _add_sync(commands: Commands) -> None:
+    command = commands.add_parser(
+        "sync",
+        help="send W&B what it lacks of a run",
+        description="Sends the rows, pictures and artifacts that W&B does not have, in order and none twice, from the "
+        "run's folder: after training offline, an outage or a kill, also while a run trains offline.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument("--no-model", action="store_true", help="leave out the model")
+    command.add_argument(
+        "--timeout", type=_positive, default=600, metavar="S", help="longest wait for W&B (default: %(default)s)"
+    )
+    command.set_defaults(run=_sync)
+
+
+def _sync(arguments: argparse.Namespace) -> None:
+    from wasteddp.training.sync import sync
+
+    done = sync(arguments.run_folder, timeout_s=arguments.timeout, model=not arguments.no_model)
+    print(f"W&B run {done.run_id}: sent {done.num_sent} of {done.num_rows} rows, it had the others; {done.url}")
+
+
+def _add_dashboard(commands: Commands) -> None:
+    command = commands.add_parser(
+        "dashboard",
+        help="check the W&B dashboard against the metrics, or make it",
+        description="Checks that every panel of the dashboard shows something that runs have; --save makes it on W&B.",
+    )
+    command.add_argument("config", nargs="?", type=Path, metavar="YAML", help="default: configs/dashboard.yaml")
+    command.add_argument("--save", action="store_true", help="make a workspace of it (needs a key)")
+    command.add_argument("--project", default="wasteddp", help="default: %(default)s")
+    command.add_argument("--entity", default="", help="user or team (default: the key's own)")
+    command.set_defaults(run=_dashboard)
+
+
+def _dashboard(arguments: argparse.Namespace) -> None:
+    from wasteddp.training import dashboard
+
+    path = arguments.config or dashboard.DEFAULT_PATH
+    loaded = dashboard.load(path)
+    for section in loaded.sections:
+        print(
+            f"{section.name}\n  " + "\n  ".join(f"{panel.title}: {', '.join(panel.names)}" for panel in section.panels)
+        )
+    print(f"{path}: {loaded.num_panels} panels, every metric in it is one that runs have")
+    if arguments.save:
+        print(f"saved: {dashboard.save(loaded, entity=arguments.entity, project=arguments.project)}")
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +444,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_shard, _add_verify, _add_index, _add_draw, _add_plan, _add_evaluate, _add_predict, _add_settings):
         add(commands)
+    _add_sync(commands)
+    _add_dashboard(commands)
     return top
 
 

@@ -14,6 +14,7 @@
     ├── DivergedError          a loss that is no number any more
     ├── CoverageError          an epoch that did not see each of its samples exactly once
     ├── BundleError            a model bundle
+    ├── TrackingError          W&B, when a command asks for it; a training goes on without
     └── StorageError           disk full, no permission, no such place
 
 A user's mistake ends with the message and exit code 2, never with a traceback.
@@ -99,6 +100,10 @@ class CoverageError(WastedError):
 
 
 class BundleError(WastedError):
+    pass
+
+
+class TrackingError(WastedError):
     pass
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wasteddp.errors import SettingsError, storage
+from wasteddp.redaction import redacted
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -209,8 +210,20 @@ class Ddp(_Section):
 
 class Track(_Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with a key that answers, else offline. Never a prompt."""
+    """auto: online with a key that answers, else offline; WANDB_MODE wins over it. Never a prompt."""
     project: str = "wasteddp"
+    entity: str = ""
+    """User or team on W&B; empty: the key's own."""
+    group: str = ""
+    """Runs of one group are shown together: the seeds or folds of an experiment."""
+    job_type: str = "train"
+    tags: tuple[str, ...] = ()
+    images: Count = 16
+    """Images kept and shown of each gallery: augmented ones at the start, the surest mistakes at each evaluation."""
+    model: bool = True
+    """Whether W&B gets the best model at the end, as an artifact."""
+    finish_s: Positive = 30.0
+    """Most seconds that the end of a run waits for W&B; keep it below the scheduler's time between signal and kill."""
 
 
 class Settings(_Section):
@@ -265,11 +278,13 @@ def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise SettingsError(f"{name} is not YAML: {error}", "no setting can be read", "mend the line named") from error
+        found = f"{name} is not YAML: {redacted(str(error))}"
+        raise SettingsError(found, "no setting can be read", "mend the line named") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"{name} is a {type(tree).__name__}, not sections of settings", "nothing can be set", "")
     for override in overrides:
         _apply(tree, override)
+    _refuse_secrets(tree, "")
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
@@ -302,17 +317,32 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SettingsError(
-            f"--set {override!r} has no '='", "it is not clear what to set", "write --set section.key=value"
+            f"--set {redacted(override)!r} has no '='", "it is not clear what to set", "write --set section.key=value"
         )
     *sections, last = key.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise SettingsError(f"--set {override!r}: {section!r} is a value, not a section", "", _nearest(key))
+            raise SettingsError(
+                f"--set {redacted(override)!r}: {section!r} is a value, not a section", "", _nearest(key)
+            )
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         tree[last] = value
+
+
+def _refuse_secrets(tree: Any, key: str) -> None:
+    """Settings are saved, shown and passed on with the model: a password in them would be too."""
+    if isinstance(tree, str) and redacted(tree) != tree:
+        raise SettingsError(
+            f"{key} holds a password, key or token: {redacted(tree)}",
+            "it would be in the run's folder, in each checkpoint and on the dashboard",
+            "give it to the library that needs it by its environment variables or its own file of credentials",
+        )
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in parts:
+        _refuse_secrets(value, f"{key}.{name}" if key else str(name))
 
 
 def _explained(error: ValidationError, name: str) -> SettingsError:

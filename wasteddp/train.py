@@ -9,7 +9,8 @@
     --resume auto|never|PATH   auto, the default: the newest whole checkpoint of run.out, else from the beginning
     --check                    one step, evaluation and checkpoint, in a folder beside run.out that is removed
 
-Written to run.out: settings.yaml, environment.json, metrics.jsonl, log.txt, checkpoints/, model/ (the bundle).
+Written to run.out: settings.yaml, environment.json, tracking.json, metrics.jsonl, log.txt, checkpoints/, model/ (the
+bundle), media/ (pictures for W&B).
 Exit codes: 0 finished; 2 something to mend, the message says what; 75 stopped by a signal and saved: start it again.
 A launcher may turn 75 into 1, so a run that can go on also has the file RESUMABLE in run.out.
 
@@ -53,7 +54,7 @@ from wasteddp.training.checkpoints import Lineage, Progress
 from wasteddp.training.evaluation import evaluate
 from wasteddp.training.keeper import Keeper
 from wasteddp.training.meter import Meter
-from wasteddp.training.tracking import NoTracker, RunTracker, Tracker, TrackerScope
+from wasteddp.training.tracking import NoTracker, Tracker, TrackerScope, run_tracker
 
 RESUMABLE_MARK = "RESUMABLE"
 
@@ -115,13 +116,15 @@ def train(
 
     # --- the loop ---------------------------------------------------------------------------------------------------
     keeper = Keeper(settings, world, data, model, optimizer)  # all ranks
-    tracker = _tracker(settings, world, progress, last_step)  # all ranks
+    tracker = _tracker(settings, world, data, progress, last_step, checkpoint)  # all ranks
     progress = replace(progress, tracker_id=tracker.id)
     meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
     with TrackerScope(tracker):
         tracker.say(messages.facts(settings, world, data, last_step, origin))
         if progress.stopped_early(settings.train.early_stop_epochs):
             last_step = progress.step
+        if progress.step == 0:
+            tracker.show_augmented(data, augment)
         for batch in meter.waiting(data.batches(progress.step, last_step, world)):
             # agree: all ranks
             ends = bool(signals.STOP) or batch.failure is not None
@@ -130,7 +133,7 @@ def train(
                 if meter.num_steps:
                     messages.refuse_divergence(meter.read(world, settings.train.batch_size)["train/loss"], settings)
                 keeper.save(progress, epoch=batch.epoch, best=None)
-                exit_code = EXIT_RESUMABLE
+                exit_code = tracker.exit_code = EXIT_RESUMABLE
                 break
             if damaged:
                 progress = replace(progress, damaged=progress.damaged + damaged)
@@ -180,6 +183,7 @@ def train(
                 progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
                 better = seen if progress.best_step == progress.step else None
                 row |= scores | {"best/value": progress.best_value or 0.0}
+                tracker.show_mistakes(progress.step, data, seen)
 
             # report
             tracker.advance(progress.step, f"epoch {progress.step / plan.steps_per_epoch:.1f}")
@@ -209,7 +213,14 @@ def train(
     return exit_code
 
 
-def _tracker(settings: Settings, world: runtime.Runtime, progress: Progress, last_step: int) -> Tracker:
+def _tracker(
+    settings: Settings,
+    world: runtime.Runtime,
+    data: inputs.Inputs,
+    progress: Progress,
+    last_step: int,
+    checkpoint: checkpoints.Checkpoint | None,
+) -> Tracker:
     """All ranks: rank 0 writes the run's folder, the others nothing."""
     tracker: Tracker = NoTracker()
     with world.together():
@@ -219,14 +230,9 @@ def _tracker(settings: Settings, world: runtime.Runtime, progress: Progress, las
             (out / batch_job.MISTAKE_MARK).unlink(missing_ok=True)
             write_atomically(out / "settings.yaml", settings.to_yaml().encode())
             write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
-            tracker = RunTracker(
-                out,
-                total_steps=last_step,
-                resumed_step=progress.step,
-                tracker_id=progress.tracker_id,
-                wandb=settings.track.wandb,
-                project=settings.track.project,
-                config=settings.model_dump(mode="json"),
+            own = checkpoint is not None and out.resolve() in checkpoint.path.resolve().parents
+            tracker = run_tracker(
+                settings, data.manifest, progress, last_step=last_step, own=own, world_size=world.world_size
             )
     return tracker
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp import __version__
+from wasteddp.redaction import redacted
 
 _PACKAGES = (
     "torch",
@@ -35,7 +36,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(redacted, sys.argv[1:])],
     }
 
 

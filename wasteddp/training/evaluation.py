@@ -92,4 +92,9 @@ def evaluate(
         "val/macro_f1": metrics.macro_f1,
         "val/samples": metrics.num_samples,
         "val/seconds": time.perf_counter() - began,
+        **{
+            f"val/recall/{name}": one.recall
+            for name, one in zip(classes, metrics.per_class, strict=True)
+            if one.support  # of a class without samples it is unknown
+        },
     }, seen

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from wasteddp.data.loader import Batch
 from wasteddp.training.runtime import Runtime
+
+_MOST_RANKS = 16  # that have metrics of their own: each name is a curve more on a dashboard
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one rank did since the last row."""
+
+    images_per_s: float
+    wait_fraction: float
+    p50_ms: float
+    p95_ms: float
+    peak_mb: float
 
 
 class Meter:
@@ -17,6 +34,8 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._loss = torch.zeros((), device=device)
         self._steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
+        self._step_s: list[float] = []
+        self._step_began = self._since
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, with the time spent waiting for each counted."""
@@ -38,22 +57,51 @@ class Meter:
         return self._steps
 
     def step_done(self) -> None:
+        """On a GPU this is when the step was handed over: single steps are exact only in their sum."""
         self._steps += 1
+        now = time.perf_counter()
+        self._step_s.append(now - self._step_began)
+        self._step_began = now
 
     def read(self, world: Runtime, global_batch: int) -> dict[str, float]:
         """All ranks: the "train/..." metrics since the last row; starts anew."""
-        seconds, steps = max(time.perf_counter() - self._since, 1e-9), max(self._steps, 1)
-        waited_s = self._waited_s
-        loss = float(world.sum(self._loss)) / (steps * world.world_size)  # all ranks
+        steps = max(self._steps, 1)
+        loss = float(world.sum(self._loss)) / (steps * world.world_size)  # all ranks; waits for the device
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        shares = world.gather(self._share(world, steps * global_batch / world.world_size, seconds))  # all ranks
         self.restart()
         return {
             "train/loss": loss,
             "train/step_ms": 1000 * seconds / steps,
+            "train/step_ms_p50": float(np.median([share.p50_ms for share in shares])),
+            "train/step_ms_p95": max(share.p95_ms for share in shares),
             "train/images_per_s": global_batch * steps / seconds,
-            "train/wait_fraction": waited_s / seconds,
+            "train/wait_fraction": float(np.mean([share.wait_fraction for share in shares])),
+            "train/wait_fraction_max": max(share.wait_fraction for share in shares),
+            "memory/peak_mb": max(share.peak_mb for share in shares),
+            **(_by_rank(shares) if 1 < len(shares) <= _MOST_RANKS else {}),
         }
 
     def restart(self) -> None:
         """Forgets the time since the last row: an evaluation is no training."""
         self._loss = torch.zeros_like(self._loss)
         self._steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
+        self._step_s, self._step_began = [], self._since
+
+    def _share(self, world: Runtime, num_images: float, seconds: float) -> _Share:
+        p50_s, p95_s = np.percentile(self._step_s or [0.0], (50, 95))
+        busy_s = max(seconds - self._waited_s, 1e-9)
+        return _Share(num_images / busy_s, self._waited_s / seconds, 1000 * p50_s, 1000 * p95_s, _peak_mb(world.device))
+
+
+def _by_rank(shares: list[_Share]) -> dict[str, float]:
+    row = {f"rank/{rank}/images_per_s": share.images_per_s for rank, share in enumerate(shares)}
+    return row | {f"rank/{rank}/wait_fraction": share.wait_fraction for rank, share in enumerate(shares)}
+
+
+def _peak_mb(device: torch.device) -> float:
+    """Most memory that this process held: of the GPU's allocator, which keeps count on the host; else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes there, KiB on Linux

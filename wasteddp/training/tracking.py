@@ -9,17 +9,32 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from wasteddp.errors import storage
+from wasteddp.redaction import redacted
+from wasteddp.settings import Settings, Track
+from wasteddp.training import gallery
+from wasteddp.training import label as labels
+from wasteddp.training.gallery import Gallery
+from wasteddp.training.label import Label
 from wasteddp.training.wandb_mirror import WandbMirror
 
-# Every metric that a run writes: (unit, meaning). Nothing else may be logged.
+if TYPE_CHECKING:
+    from wasteddp.data.augment import Augment
+    from wasteddp.data.manifest import Manifest
+    from wasteddp.inference.answers import Seen
+    from wasteddp.training import checkpoints
+    from wasteddp.training.inputs import Inputs
+
+# Every metric that a run writes: (unit, meaning). Nothing else may be logged. A * stands for a rank or a class.
 METRICS: dict[str, tuple[str, str]] = {
     "epoch": ("epochs", "epochs done, with the fraction of the present one"),
     "lr": ("1", "learning rate of the step"),
@@ -27,7 +42,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "train/grad_norm": ("1", "norm of the gradient before clipping, at the step"),
     "train/images_per_s": ("images/s", "of all ranks, since the last row"),
     "train/step_ms": ("ms", "mean time of a step since the last row"),
-    "train/wait_fraction": ("1", "part of the time that rank 0 waited for data"),
+    "train/step_ms_p50": ("ms", "median of the steps since the last row, of all ranks"),
+    "train/step_ms_p95": ("ms", "95th percentile of the steps since the last row, of the slowest rank"),
+    "train/wait_fraction": ("1", "part of the time spent waiting for data, mean of the ranks"),
+    "train/wait_fraction_max": ("1", "the same of the rank that waited most"),
     "train/damaged": ("samples", "training samples replaced since the run began"),
     "coverage/samples": ("samples", "trained on in the epoch that ended, by all ranks"),
     "coverage/expected": ("samples", "of that epoch, by the manifest and the plan"),
@@ -37,21 +55,28 @@ METRICS: dict[str, tuple[str, str]] = {
     "val/accuracy": ("1", "part of the split that is right"),
     "val/macro_recall": ("1", "mean of the classes' recalls"),
     "val/macro_f1": ("1", "mean of the classes' F1"),
+    "val/recall/*": ("1", "recall of one class"),
     "val/samples": ("samples", "counted, equal to the manifest's"),
     "val/seconds": ("s", "time of the evaluation"),
     "best/value": ("1", "best value of evaluate.metric so far"),
     "checkpoint/stall_ms": ("ms", "time that the loop waited to hand over the last checkpoint"),
+    "rank/*/images_per_s": ("images/s", "that one rank trained on while it did not wait for data, since the last row"),
+    "rank/*/wait_fraction": ("1", "part of the time that one rank waited for data"),
+    "memory/peak_mb": ("MB", "most that a process held since its start, of all ranks: on the GPU, else of main memory"),
     "attempt": ("starts", "starts of this run, this one included"),
 }
 
 
 class Tracker(Protocol):
-    """What the loop may say. `step` is the number of optimizer steps done."""
+    """What the loop may say. `step` is the number of optimizer steps done; `exit_code` what the run will end with."""
 
     id: str
+    exit_code: int
 
     def say(self, message: str) -> None: ...
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def show_augmented(self, data: Inputs, augment: Augment) -> None: ...
+    def show_mistakes(self, step: int, data: Inputs, seen: Seen) -> None: ...
     def advance(self, step: int, text: str) -> None: ...
     def flush(self) -> None: ...
     def close(self, exit_code: int) -> None: ...
@@ -61,11 +86,18 @@ class NoTracker:
     """For every rank but the first."""
 
     id = ""
+    exit_code = 0
 
     def say(self, message: str) -> None:
         pass
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def show_augmented(self, data: Inputs, augment: Augment) -> None:
+        pass
+
+    def show_mistakes(self, step: int, data: Inputs, seen: Seen) -> None:
         pass
 
     def advance(self, step: int, text: str) -> None:
@@ -90,39 +122,27 @@ class RunTracker:
 
     Args:
         folder: of the run.
+        label: what it is called there and on W&B.
+        track: settings.track.
         total_steps: of the run, for the progress bar.
         resumed_step: rows behind it are rolled back: they will be written again.
-        tracker_id: W&B's id of the run; '' for a new one.
-        wandb: settings.track.wandb.
-        project: W&B's project.
-        config: W&B's copy of the settings.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        total_steps: int,
-        resumed_step: int,
-        tracker_id: str,
-        wandb: str,
-        project: str,
-        config: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, folder: Path, label: Label, *, track: Track, total_steps: int, resumed_step: int) -> None:
         with storage("writing the run's folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._log_file: TextIO = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
             kept = rolled_back(folder / "metrics.jsonl", resumed_step)
             self._metrics_file: TextIO = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._started = time.time()
+            label.save(folder)
+        self.id, self.exit_code = label.id, 0
+        self._folder, self._label, self._images = folder, label, track.images
         self._bar = _progress_bar(total_steps, resumed_step)
-        self._wandb = WandbMirror(
-            folder, mode=wandb, project=project, run_id=tracker_id, config=config, history=kept, say=self.say
-        )
-        self.id = self._wandb.run_id
+        self._wandb = WandbMirror(folder, label, track, history=kept, say=self.say)
 
     def say(self, message: str) -> None:
         """A line on the terminal and in log.txt."""
+        message = redacted(message)
         self._log_file.write("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
         if self._bar:
             self._bar.console.print(message, markup=False, highlight=False)
@@ -130,13 +150,29 @@ class RunTracker:
             print(message, flush=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        unknown = metrics.keys() - METRICS.keys()
+        unknown = sorted(name for name in metrics if not is_known(name))
         if unknown:
-            raise KeyError(f"not in the table of metrics: {sorted(unknown)}")
+            raise KeyError(f"not in the table of metrics: {unknown}")
         row = {"step": step, "time_s": round(time.time(), 3), **metrics}
         with storage("writing metrics.jsonl", self._metrics_file.name):
             self._metrics_file.write(json.dumps(row) + "\n")
-        self._wandb.log(step, metrics)
+        self._wandb.log(row)
+
+    def show_augmented(self, data: Inputs, augment: Augment) -> None:
+        """The first training images as the network will see them."""
+        self.show(0, lambda: gallery.augmented(data, augment, self._images))
+
+    def show_mistakes(self, step: int, data: Inputs, seen: Seen) -> None:
+        """What an evaluation was surest of and wrong about."""
+        self.show(step, lambda: gallery.mistakes(data, seen, self._images))
+
+    def show(self, step: int, make: Callable[[], Gallery]) -> None:
+        """Keeps pictures, which go to W&B with the next row; a run without W&B has no use for them."""
+        if self._images and self._wandb.is_on:
+            try:
+                gallery.save(self._folder, step, make())
+            except Exception as error:  # no picture is worth a training
+                self.say(f"the pictures of step {step} could not be kept: {type(error).__name__}: {error}")
 
     def advance(self, step: int, text: str) -> None:
         """Moves the progress bar, where there is a terminal."""
@@ -152,9 +188,34 @@ class RunTracker:
         if self._bar:
             self._bar.stop()
             self._bar = None
+        replace(self._label, exit_code=exit_code).save(self._folder)
         self._wandb.finish(exit_code)
         self._metrics_file.close()
         self._log_file.close()
+
+
+def run_tracker(
+    settings: Settings,
+    manifest: Manifest,
+    progress: checkpoints.Progress,
+    *,
+    last_step: int,
+    own: bool,
+    world_size: int,
+) -> RunTracker:
+    """Rank 0's tracker of a training that starts or goes on.
+
+    Args:
+        own: whether it goes on from a checkpoint of its own folder.
+    """
+    label = labels.of(settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size)
+    folder = Path(settings.run.out)
+    return RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=progress.step)
+
+
+def is_known(name: str) -> bool:
+    """Whether METRICS has it."""
+    return name in METRICS or any("*" in known and fnmatchcase(name, known) for known in METRICS)
 
 
 def rolled_back(path: Path, step: int) -> list[dict[str, Any]]:
@@ -176,7 +237,7 @@ def rolled_back(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 class TrackerScope:
-    """`with TrackerScope(tracker):` closes it with the exit code of what happened inside."""
+    """`with TrackerScope(tracker):` closes it with its exit code, or with 1 after an error."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
@@ -187,7 +248,7 @@ class TrackerScope:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._tracker.close(exit_code=0 if error is None else 1)
+        self._tracker.close(self._tracker.exit_code if error is None else 1)
 
 
 def _progress_bar(total_steps: int, done: int) -> Progress | None:
