@@ -13,7 +13,10 @@ from wasteddp.errors import SettingsError
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.name != "dashboard.yaml")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_printing_a_config_back_is_the_identity(config: Path) -> None:
     loaded = settings.load(config)
     assert settings.parse(loaded.to_yaml()) == loaded

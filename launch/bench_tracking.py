@@ -1,0 +1,127 @@
+"""What tracking costs beside a ResNet50 step: the loop's own time in it, and the processor time of all of it.
+
+    python -m launch.bench_tracking                        W&B as the environment has it: offline without a key
+    WANDB_MODE=disabled python -m launch.bench_tracking    metrics.jsonl, log and terminal alone
+
+First the step of a bare ResNet50 is measured on this machine, then a loop that sleeps for as long as each step takes
+and does all that training does for tracking: a row every `log_every_steps`, and one evaluation with its pictures.
+Asleep, because 1 % of a step is less than what two runs of the same step differ by: here nothing else is in it.
+Tracking's processor time is counted in this process (its threads too) and in wandb's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wasteddp import settings as settings_file
+from wasteddp.data.encoding import encode_jpeg
+from wasteddp.data.parallel import num_usable_cores
+from wasteddp.training import messages, runtime
+from wasteddp.training.gallery import Gallery, Picture
+from wasteddp.training.label import Label
+from wasteddp.training.meter import Meter
+from wasteddp.training.tracking import RunTracker
+
+_LONGEST_SLEEP_S = 0.5  # of a slow machine's step: more rows a second than there would be, so that it ends in time
+_CLASSES = ("glass", "paper", "cardboard", "plastic", "metal", "trash")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/trashnet-scratch.yaml", help="its batch, image size and rows")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=60)
+    arguments = parser.parse_args()
+    settings = settings_file.load(arguments.config, arguments.set)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "settings.yaml"
+        path.write_text(settings.to_yaml())
+        command = [sys.executable, "-m", "launch.bench", "bare", str(path), "4"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        step_s = settings.train.batch_size / json.loads(done.stdout.splitlines()[-1])
+        print(f"a bare step: {1000 * step_s:.0f} ms ({settings.train.batch_size} images)", flush=True)
+        measure(settings, Path(folder) / "run", step_s, arguments.steps)
+
+
+def measure(settings: settings_file.Settings, folder: Path, step_s: float, steps: int) -> None:
+    """Prints the costs of `steps` steps of tracking in `folder`."""
+    world = runtime.start(settings)
+    began = time.perf_counter()
+    label = Label("bench", "bench", "wasteddp-bench", "", "", "bench", (), settings.model_dump(mode="json"), _dataset())
+    tracker = RunTracker(folder, label, track=settings.track, total_steps=steps, resumed_step=0)
+    print(f"start: {1000 * (time.perf_counter() - began):.0f} ms of the loop", flush=True)
+    time.sleep(10)  # W&B starts meanwhile, in its thread; what that costs is not a cost of steps
+    meter, in_loop_s = Meter(world.device), 0.0
+    evaluated_at = steps // 2 // settings.train.log_every_steps * settings.train.log_every_steps
+    loss = torch.ones((), device=world.device)
+    before_s = _processor_s()
+    for step in range(1, steps + 1):
+        time.sleep(min(step_s, _LONGEST_SLEEP_S))
+        entered = time.perf_counter()
+        meter.add(loss)
+        meter.step_done()
+        tracker.advance(step, f"epoch {step / 55:.1f}")
+        if step % settings.train.log_every_steps == 0:
+            row = meter.read(world, settings.train.batch_size) | {"epoch": step / 55, "lr": 0.1, "train/grad_norm": 1.0}
+            tracker.say(messages.progress_line(step, steps, row, better=False))
+            if step == evaluated_at:
+                tracker.show(step, lambda: _gallery(settings.data.image_size, settings.track.images))
+                row |= {f"val/recall/{name}": 0.5 for name in _CLASSES} | {"val/accuracy": 0.5, "val/loss": 1.0}
+            tracker.log(step, row)
+        in_loop_s += time.perf_counter() - entered
+    used_s = _processor_s() - before_s
+    began = time.perf_counter()
+    tracker.close(0)
+    print(f"end: {time.perf_counter() - began:.2f} s")
+    print(
+        f"the loop's own time in tracking: {1000 * in_loop_s / steps:.2f} ms a step, {in_loop_s / steps / step_s:.3%}\n"
+        f"processor time of all tracking: {1000 * used_s / steps:.2f} ms a step, "
+        f"{used_s / steps / step_s / num_usable_cores():.3%} of what {num_usable_cores()} cores have in a step"
+    )
+
+
+def _dataset() -> dict[str, object]:
+    return {"name": "bench", "uri": "file:///bench", "manifest": "0" * 64, "samples": {}}
+
+
+def _gallery(side_px: int, count: int) -> Gallery:
+    """As many pictures as an evaluation keeps, encoded here as there."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+    facts = {"source": "a.jpg", "true": "glass", "predicted": "metal", "probability": 0.9}
+    pictures = [Picture(encode_jpeg(pixels, quality=88), facts) for _ in range(count)]
+    return Gallery("mistakes", pictures, _CLASSES, np.ones((6, 6), np.int64).tolist())
+
+
+def _processor_s() -> float:
+    """Processor time so far of this process and of those that it started and that still run."""
+    return sum(_seconds_of(pid) for pid in _family(os.getpid()))
+
+
+def _family(pid: int) -> list[int]:
+    children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in _children(task)]
+    return [pid, *(member for child in children for member in _family(child))]
+
+
+def _children(task: Path) -> list[int]:
+    return [int(child) for child in (task / "children").read_text().split()]
+
+
+def _seconds_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    if not sys.platform.startswith("linux"):
+        raise SystemExit("error: it reads processor times from /proc, which only Linux has")
+    main()
