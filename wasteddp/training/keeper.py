@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from wasteddp.inference.evaluation_record import save_seen
 from wasteddp.model.resnet import running_statistics
 from wasteddp.settings import Settings
 from wasteddp.training import checkpoints, environment, optim
+from wasteddp.training.batch_job import Notice
 from wasteddp.training.checkpoints import CheckpointWriter, Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
@@ -40,6 +42,7 @@ class Keeper:
         self._model, self._optimizer = model, optimizer
         self._commit = environment.commit()
         self._writer: CheckpointWriter | None = None
+        self.notice = Notice.of(os.environ)
         with world.together():
             if world.is_main:
                 checkpoints.refuse_full_disk(self._folder, self._num_bytes())
@@ -71,6 +74,11 @@ class Keeper:
                     self._settings.to_yaml(),
                     first=model,
                 )
+        if self.notice.is_measuring:
+            with self._world.together():
+                if self._writer:
+                    self._writer.wait()
+            self.notice.save_s = time.perf_counter() - began
         return 1000 * (time.perf_counter() - began)
 
     def close(self) -> None:
