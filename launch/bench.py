@@ -2,6 +2,7 @@
 
     python -m launch.bench train      images/s of the real training program beside a bare loop on tensors in memory
     python -m launch.bench loader     images/s of the loader beside torchvision's, webdataset and decoding alone
+    python -m launch.bench checks     what all checks of a training cost, as a share of a step
 
 Read the ratio; the figures themselves are the machine's. Leave the machine alone meanwhile: a second busy process on
 two cores can cost either side most of its speed.
@@ -36,6 +37,10 @@ def main() -> None:
     loader.add_argument("--shards", default="shards/trashnet", help="set whose training images all sides read")
     loader.add_argument("--rounds", type=int, default=3)
     loader.add_argument("--seconds", type=float, default=4.0, help="timed of each side in each round")
+    checks = commands.add_parser("checks", help="what all checks of a training cost, as a share of a step")
+    checks.add_argument("--config", default="configs/trashnet-scratch.yaml")
+    checks.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    checks.add_argument("--rounds", type=int, default=20, help="timed steps; each check is timed ten times as often")
     bare = commands.add_parser("bare")  # one side of `train`, in a process of its own
     bare.add_argument("settings")
     bare.add_argument("steps", type=int)
@@ -44,6 +49,10 @@ def main() -> None:
         print(json.dumps(bare_loop(arguments.settings, arguments.steps)))
     elif arguments.command == "loader":
         bench_loader.compare(arguments.shards, arguments.rounds, arguments.seconds)
+    elif arguments.command == "checks":
+        from launch import bench_checks
+
+        bench_checks.main(arguments.config, arguments.set, arguments.rounds)
     else:
         compare_train(arguments.config, arguments.set, arguments.rounds, arguments.steps)
 

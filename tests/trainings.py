@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PROGRAM = ROOT / "wasteddp" / "train.py"
 CPU2 = ROOT / "launch" / "accelerate" / "cpu2.yaml"
 
 # 50 images, 4 steps an epoch of 12, one thread: two OpenMP teams on few cores would wait for each other
@@ -35,16 +36,17 @@ def config_of(folder: Path, shards: Path) -> list[str]:
     return ["--config", str(path), "--set", f"data.shards={shards}", "--set", f"run.out={folder / 'run'}"]
 
 
-def launch_command(arguments: list[str], *launcher: str) -> list[str]:
+def launch_command(arguments: list[str], *launcher: str, program: Path = PROGRAM) -> list[str]:
     """`accelerate launch`, of the interpreter that runs the tests."""
     start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
-    return [*start, str(ROOT / "wasteddp" / "train.py"), *arguments]
+    return [*start, str(program), *arguments]
 
 
-def launch(arguments: list[str], *launcher: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        launch_command(arguments, *launcher), capture_output=True, text=True, cwd=cwd, check=False, timeout=300
-    )
+def launch(
+    arguments: list[str], *launcher: str, cwd: Path = ROOT, program: Path = PROGRAM
+) -> subprocess.CompletedProcess[str]:
+    command = launch_command(arguments, *launcher, program=program)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

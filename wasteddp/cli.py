@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from wasteddp import __version__
+from wasteddp import __version__, doctor
 from wasteddp.errors import EXIT_FINISHED, SourceError, WastedError, exit_with, storage
 
 if TYPE_CHECKING:
@@ -359,6 +359,24 @@ def _positive(text: str) -> int:
     return number
 
 
+# --- before a run -----------------------------------------------------------------------------------------------------
+
+
+def _add_doctor(commands: Commands) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="look at machine, data and disk before a long run",
+        description="Green, yellow, red, and what to do. Exit codes: 0 all green, 1 something yellow, 2 something red. "
+        "Of several processes: accelerate launch ... -m wasteddp.doctor",
+    )
+    doctor.add_arguments(command)
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    raise SystemExit(doctor.run(arguments))
+
+
 # --- dashboards -------------------------------------------------------------------------------------------------------
 
 
@@ -442,7 +460,17 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="wasteddp", description=__doc__.splitlines()[0])
     top.add_argument("--version", action="version", version=f"wasteddp {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_shard, _add_verify, _add_index, _add_draw, _add_plan, _add_evaluate, _add_predict, _add_settings):
+    for add in (
+        _add_shard,
+        _add_verify,
+        _add_index,
+        _add_draw,
+        _add_plan,
+        _add_evaluate,
+        _add_predict,
+        _add_doctor,
+        _add_settings,
+    ):
         add(commands)
     _add_sync(commands)
     _add_dashboard(commands)

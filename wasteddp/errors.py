@@ -10,6 +10,7 @@
     │   └── RemoteError        a store that cannot be reached, or refuses
     ├── WeightsError           initial weights
     ├── LaunchError            processes, devices, precision
+    ├── DeviceMemoryError      a GPU that cannot take as many images at once
     ├── CheckpointError        a run's checkpoints
     ├── DivergedError          a loss that is no number any more
     ├── CoverageError          an epoch that did not see each of its samples exactly once
@@ -30,6 +31,7 @@ from pathlib import Path
 
 EXIT_FINISHED = 0
 EXIT_USER_ERROR = 2
+EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h: a rank failed, hung or vanished, and all were stopped
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved, start it again
 
 
@@ -84,6 +86,10 @@ class WeightsError(WastedError):
 
 
 class LaunchError(WastedError):
+    pass
+
+
+class DeviceMemoryError(WastedError):
     pass
 
 

@@ -25,6 +25,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _MOST_PATIENCE_S = 400  # for one read, so that its error comes before the collectives' timeout
 
 
+_MOST_YAML = 10_000_000
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -47,6 +50,9 @@ class Run(_Section):
     """Order, augmentation and initial weights are functions of it."""
     threads: Count = 0
     """CPU threads of each process; 0: the cores this process may use, divided among the processes of the machine."""
+    timeout_s: Annotated[float, Field(ge=5, allow_inf_nan=False)] = 300.0
+    """Seconds without progress in training or evaluation after which all ranks stop, naming the one that is waited for.
+    The start, first steps and saves may take six times as long."""
 
 
 class Data(_Section):
@@ -181,6 +187,17 @@ class Train(_Section):
     early_stop_epochs: Count = 0
     """Stop after so many evaluations without a better one; 0: never."""
     log_every_steps: PositiveInt = 10
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """When loss or gradient are no finite numbers, or the loss explodes. skip: such a step changes nothing; rollback:
+    back to the newest checkpoint, with a smaller learning rate. skip looks at each step, the others at each row."""
+    exploding_loss: NotNegative = 20.0
+    """A loss above so many times ln(classes), the loss of a blind guess, has exploded; 0: none has that is finite."""
+    max_skipped_in_a_row: PositiveInt = 10
+    """skip only: after so many the run stops."""
+    max_rollbacks: PositiveInt = 3
+    """rollback only: times that a run may go back before it stops."""
+    rollback_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """rollback only: what going back multiplies all further learning rates by."""
 
 
 class Evaluate(_Section):
@@ -276,7 +293,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings") -> Settings:
     """As `load`, from a text."""
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = plain_yaml(text) or {}
     except yaml.YAMLError as error:
         found = f"{name} is not YAML: {redacted(str(error))}"
         raise SettingsError(found, "no setting can be read", "mend the line named") from error
@@ -289,6 +306,29 @@ def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings
         return Settings.model_validate(tree)
     except ValidationError as error:
         raise _explained(error, name) from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: a few lines of them can name billions of values, and no file of ours needs one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name): write the value out")
+        return super().compose_node(parent, index)
+
+
+def plain_yaml(text: str) -> Any:
+    """What a YAML file from elsewhere says: plain values only, no Python objects, no aliases, no endless nesting.
+
+    Raises:
+        yaml.YAMLError: it is something else, or too much.
+    """
+    if len(text) > _MOST_YAML:
+        raise yaml.YAMLError(f"{len(text):,} characters; the limit is {_MOST_YAML:,}")
+    try:
+        return _PlainLoader(text).get_single_data()
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
 
 
 def json_schema() -> dict[str, Any]:
@@ -327,7 +367,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
                 f"--set {redacted(override)!r}: {section!r} is a value, not a section", "", _nearest(key)
             )
     try:
-        tree[last] = yaml.safe_load(value)
+        tree[last] = plain_yaml(value)
     except yaml.YAMLError:
         tree[last] = value
 

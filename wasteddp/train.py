@@ -11,7 +11,8 @@
 
 Written to run.out: settings.yaml, environment.json, tracking.json, metrics.jsonl, log.txt, checkpoints/, model/ (the
 bundle), media/ (pictures for W&B).
-Exit codes: 0 finished; 2 something to mend, the message says what; 75 stopped by a signal and saved: start it again.
+Exit codes: 0 finished; 2 something to mend, the message says what; 75 stopped by a signal and saved: start it again;
+70 a rank failed, hung or vanished and all were stopped: start it again, from the newest checkpoint.
 A launcher may turn 75 into 1, so a run that can go on also has the file RESUMABLE in run.out.
 
 "All ranks" marks what every rank must do in the same order; a rank that left it out would let the others wait.
@@ -46,41 +47,57 @@ from wasteddp import settings as settings_file
 from wasteddp.data.augment import Augment
 from wasteddp.data.manifest import write_atomically
 from wasteddp.data.mixing import Mixing
-from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, EXIT_USER_ERROR, WastedError
+from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.model import resnet, weights
 from wasteddp.settings import Settings
-from wasteddp.training import checkpoints, coverage, environment, inputs, messages, optim, runtime
+from wasteddp.training import checkpoints, coverage, divergence, environment, inputs, messages, optim, runtime
 from wasteddp.training.checkpoints import Lineage, Progress
+from wasteddp.training.divergence import Guard, Retreat
 from wasteddp.training.evaluation import evaluate
 from wasteddp.training.keeper import Keeper
+from wasteddp.training.last_words import leave
 from wasteddp.training.meter import Meter
 from wasteddp.training.tracking import NoTracker, Tracker, TrackerScope, run_tracker
+from wasteddp.training.watchdog import Watchdog
 
 RESUMABLE_MARK = "RESUMABLE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    watch = Watchdog.from_environment()
     try:
         settings = settings_file.load(arguments.config, arguments.set)
         with (
             batch_job.mistake_marked(Path(settings.run.out)),
             _rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings,
         ):
-            world = runtime.start(settings)  # all ranks
+            watch.start(settings)
+            world = runtime.start(settings, watch)  # all ranks
             with contextlib.closing(world), inputs.opened(settings, world) as data:
-                code = train(settings, world, data, resume=arguments.resume, max_steps=1 if arguments.check else None)
+                steps, resume = 1 if arguments.check else None, arguments.resume
+                code = divergence.rolling_back(
+                    lambda retreat: train(settings, world, data, resume=resume, retreat=retreat, max_steps=steps),
+                    settings,
+                    world,
+                )
                 if arguments.check:
                     world.say("checked: one step, one evaluation, one checkpoint; all of it removed again")
                 return code
-    except WastedError as error:  # every rank comes here, with the same error
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+    except Exception as error:
+        return watch.failed(error)
+    finally:
+        watch.close()
 
 
 def train(
-    settings: Settings, world: runtime.Runtime, data: inputs.Inputs, *, resume: str, max_steps: int | None = None
+    settings: Settings,
+    world: runtime.Runtime,
+    data: inputs.Inputs,
+    *,
+    resume: str,
+    retreat: Retreat,
+    max_steps: int | None = None,
 ) -> int:
     """All ranks: the run, from wherever it stands to its end, or to `max_steps`. Returns the exit code."""
     plan, manifest = data.plan, data.manifest
@@ -111,6 +128,7 @@ def train(
         optim.load_state_tensors(optimizer, model, checkpoint.optimizer)
         progress = replace(checkpoint.progress, attempt=checkpoint.progress.attempt + 1)
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
+    progress = retreat.applied(progress)
     ddp, stepper = world.prepare(model, optimizer)  # all ranks
     world.load_scaler(progress.scaler)
 
@@ -118,20 +136,23 @@ def train(
     keeper = Keeper(settings, world, data, model, optimizer)  # all ranks
     tracker = _tracker(settings, world, data, progress, last_step, checkpoint)  # all ranks
     progress = replace(progress, tracker_id=tracker.id)
+    guard = Guard(settings, world, model, optimizer, num_classes=len(manifest.classes), progress=progress)
     meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
-    with TrackerScope(tracker):
+    with keeper, TrackerScope(tracker), world.watch:
+        world.watch.detail = data.at_work
         tracker.say(messages.facts(settings, world, data, last_step, origin))
         if progress.stopped_early(settings.train.early_stop_epochs):
             last_step = progress.step
         if progress.step == 0:
             tracker.show_augmented(data, augment)
-        for batch in meter.waiting(data.batches(progress.step, last_step, world)):
+        batches = data.batches(progress.step, last_step, world)
+        for batch in meter.waiting(world.watch.steps(batches, progress.step)):
             # agree: all ranks
             ends = bool(signals.STOP) or batch.failure is not None
             stops, damaged, *sums = world.totals(ends, len(batch.damage), *coverage.of(batch, plan.seed))
             if stops:
                 if meter.num_steps:
-                    messages.refuse_divergence(meter.read(world, settings.train.batch_size)["train/loss"], settings)
+                    progress = guard.judge(progress, meter.read(world, settings.train.batch_size), saves=True)
                 keeper.save(progress, epoch=batch.epoch, best=None)
                 exit_code = tracker.exit_code = EXIT_RESUMABLE
                 break
@@ -141,7 +162,8 @@ def train(
 
             # update: all ranks
             resnet.train_mode(model, settings.model.freeze)
-            rate = optim.learning_rate(progress.step, settings, plan.steps_per_epoch)
+            guard.begin_step()
+            rate = optim.learning_rate(progress.step, settings, plan.steps_per_epoch) * progress.lr_factor
             optim.set_learning_rate(optimizer, rate)
             for number, micro in enumerate(batch.split(world.micro_batch), start=1):
                 # gradients are averaged over the ranks once, behind the last micro-batch
@@ -157,15 +179,15 @@ def train(
             evaluates = next_step % evaluate_every == 0 or next_step == last_step
             saves = evaluates or (checkpoint_every > 0 and next_step % checkpoint_every == 0)
             # what is saved is measured first, or a diverged model could push out the last good checkpoint
-            saves = saves or keeper.notice.wants_a_save()
             logs = saves or next_step % settings.train.log_every_steps == 0
-            if settings.optimizer.clip_norm or logs:  # the norm alone takes 1 % of a step on a CPU
+            norm = None
+            if settings.optimizer.clip_norm or logs or guard.skips:  # the norm alone takes 1 % of a step on a CPU
                 norm = world.accelerator.clip_grad_norm_(model.parameters(), settings.optimizer.clip_norm or math.inf)
-            stepper.step()
+            skipped = guard.step(stepper, meter.step_loss, norm)
             stepper.zero_grad()
             covered = coverage.added(progress.covered, [*sums, damaged], batch)
             progress = replace(progress, step=progress.step + 1, covered=covered)
-            meter.step_done()
+            meter.step_done(skipped)
 
             # measure: all ranks
             row: dict[str, float] = {}
@@ -173,8 +195,8 @@ def train(
                 row |= coverage.prove(progress, plan, batch.epoch, world, tracker)
             if logs:
                 row |= meter.read(world, settings.train.batch_size)
-                row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm)}
-                messages.refuse_divergence(row["train/loss"], settings)
+                row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm or 0)}
+                progress = guard.judge(progress, row, saves=saves)
             better = None
             if evaluates:
                 keeper.reconcile()
@@ -191,7 +213,10 @@ def train(
             if row:
                 static = {
                     "train/damaged": progress.damaged,
+                    "train/skipped": progress.skipped,
+                    "train/rollbacks": progress.rollbacks,
                     "checkpoint/stall_ms": stall_ms,
+                    "checkpoint/failed": keeper.num_failed,
                     "attempt": progress.attempt,
                 }
                 tracker.log(progress.step, row | static)
@@ -202,8 +227,6 @@ def train(
                 tracker.flush()
                 stall_ms = keeper.save(progress, epoch=batch.epoch, best=better)
                 meter.restart()  # an evaluation is no training time
-                if comment := keeper.notice.comment(row):
-                    tracker.say(comment)
             if evaluates and progress.stopped_early(settings.train.early_stop_epochs):
                 tracker.say(messages.early_stop(settings, progress))
                 break
@@ -266,4 +289,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

@@ -26,6 +26,14 @@ GreyHW = npt.NDArray[np.uint8]
 MAX_PIXELS = 178_956_970
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, on the header, before any pixel is decoded
 
+# What photographs come in. Pillow knows forty formats more; one of them, EPS, is a program that Ghostscript would run.
+Image.init()
+_FORMATS: list[str] = [
+    name
+    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
+    if name in Image.OPEN
+]
+
 _APP1, _APP2, _START_OF_SCAN = 0xE1, 0xE2, 0xDA  # JPEG markers, ISO/IEC 10918-1, table B.1
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = 1
@@ -48,7 +56,7 @@ def orientation(data: bytes) -> int:
     if not _has_segment(data, _APP1, b"Exif\x00\x00"):
         return _UPRIGHT
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             value = image.getexif().get(_ORIENTATION_TAG, _UPRIGHT)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return _UPRIGHT
@@ -69,7 +77,7 @@ def size_px(data: bytes) -> tuple[int, int]:
             if orientation(data) >= 5:  # 5 to 8 lie on their side
                 height, width = width, height
         else:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
                 # Asking a PNG for its EXIF block decodes it whole: a bomb must be found before that.
                 if height * width <= MAX_PIXELS and image.getexif().get(_ORIENTATION_TAG, _UPRIGHT) >= 5:
@@ -159,7 +167,7 @@ def _has_segment(data: bytes, marker: int, begins_with: bytes) -> bool:
 
 def _decode_with_pillow(data: bytes) -> ImageHWC:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             warnings.simplefilter("ignore")  # palettes with transparency and the like; the result is checked
             image.load()
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))  # a copy: Pillow's own memory is read-only

@@ -22,6 +22,7 @@ import numpy as np
 from wasteddp import __version__
 from wasteddp.data.decoding import UndecodableError, decode_gray, is_plain_jpeg, size_px
 from wasteddp.data.layout import SPLIT_WORDS, SPLITS, check_classes
+from wasteddp.data.limits import BoundedTarInfo
 from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, LeftOut, Manifest, Shard, Split, write_atomically
 from wasteddp.data.parallel import in_order
 from wasteddp.data.progress import progress
@@ -193,7 +194,7 @@ def _members(tar: Path) -> Iterator[_Member]:
     """
     size_bytes = tar.stat().st_size
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", tarinfo=BoundedTarInfo) as archive:
             for info in archive:
                 if info.issparse():
                     raise ShardError(

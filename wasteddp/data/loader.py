@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -166,6 +167,7 @@ class Loader:
         self._labels = reader.labels
         self._workers, self._prefetch = workers, prefetch
         self._replace, self._pin, self._idle = replace, pin_memory, idle
+        self._at_work: dict[str, tuple[int, float]] = {}  # thread -> its sample, and since when
         self._pool = ThreadPoolExecutor(workers, "decode")
         _start_threads(self._pool, workers, idle=idle)
 
@@ -184,6 +186,14 @@ class Loader:
             for batch in pending:
                 for _, task in batch.tasks:
                     task.cancel()
+
+    def at_work(self) -> str:
+        """What the thread that has been longest at one sample is at; '' where all are idle. From any thread."""
+        longest = min(self._at_work.copy().items(), key=lambda item: item[1][1], default=None)
+        if longest is None:
+            return ""
+        name, (sample, since) = longest
+        return f"{name} has been at {self._reader.describe(sample)} for {time.monotonic() - since:.0f} s"
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -231,14 +241,31 @@ class Loader:
             if sample == PADDING:
                 images[row] = 0
                 continue
-            try:
-                self._view.fill(images[row], self._reader.read(sample), pending.draws[row])
-            except (UndecodableError, DamagedSampleError) as error:
-                damage.append(self._replaced(images[row], sample, pending.epoch, error))
-                sample = damage[-1].replaced_by
-            labels[row] = self._labels[sample]
-            pending.read[row] = sample
+            used = self._fill_row(images[row], sample, pending.draws[row], pending.epoch, damage)
+            labels[row] = self._labels[used]
+            pending.read[row] = used
         return damage
+
+    def _fill_row(self, out: ImageHWC, sample: int, draws: Draws, epoch: int, damage: list[Damage]) -> int:
+        """As `_read_row`, so that a thread that hangs or fails in it can be named."""
+        name = threading.current_thread().name
+        self._at_work[name] = sample, time.monotonic()
+        try:
+            return self._read_row(out, sample, draws, epoch, damage)
+        except Exception as error:
+            error.add_note(f"in the loader's thread {name}, at {self._reader.describe(sample)}")
+            raise
+        finally:
+            del self._at_work[name]
+
+    def _read_row(self, out: ImageHWC, sample: int, draws: Draws, epoch: int, damage: list[Damage]) -> int:
+        """Writes the view of `sample`, or of the next sample that can be read; returns the one that was used."""
+        try:
+            self._view.fill(out, self._reader.read(sample), draws)
+        except (UndecodableError, DamagedSampleError) as error:
+            damage.append(self._replaced(out, sample, epoch, error))
+            return damage[-1].replaced_by
+        return sample
 
     def _replaced(self, out: ImageHWC, sample: int, epoch: int, error: Exception) -> Damage:
         """Writes the view of the next sample that can be read in the place of `sample`, which cannot."""

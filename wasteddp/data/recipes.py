@@ -15,6 +15,7 @@ from wasteddp.data.manifest import Manifest
 from wasteddp.data.set_folder import WORK_NAME
 from wasteddp.data.sharding import Job, Options, find_made, make_shards
 from wasteddp.errors import RecipeError, storage
+from wasteddp.settings import plain_yaml
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -74,7 +75,7 @@ def load_recipe(path: Path) -> Recipe:
     with storage("reading the recipe", path):
         text = path.read_text(encoding="utf-8")
     try:
-        recipe = Recipe.model_validate(yaml.safe_load(text))
+        recipe = Recipe.model_validate(plain_yaml(text))
     except yaml.YAMLError as error:
         raise RecipeError(
             f"{path} is no YAML: {error}", "nothing can be made from it", "mend the line named"
@@ -107,7 +108,7 @@ def load_bins(path: Path) -> dict[str, str]:
     with storage("reading the bins", path):
         text = path.read_text(encoding="utf-8")
     try:
-        return TypeAdapter(dict[str, str]).validate_python(yaml.safe_load(text))
+        return TypeAdapter(dict[str, str]).validate_python(plain_yaml(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise RecipeError(
             f"{path} is no YAML of `class: bin`: {error}", "the bins are unknown", "write one line for each class"

@@ -10,15 +10,17 @@ import bz2
 import gzip
 import lzma
 import os
-import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from wasteddp.data.limits import MAX_EXPANSION, MAX_MEMBERS, BoundedTarInfo
 from wasteddp.errors import SourceError, storage
+
+Member = TypeVar("Member")
 
 _COPY_BYTES = 1 << 20
 _UNPACKERS: dict[bytes, Callable[..., Any]] = {
@@ -91,7 +93,7 @@ class ZipSource:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, EOFError) as error:
             raise _broken_archive(path, error) from error
-        members = [member for member in self._zip.infolist() if not _is_hidden(member.filename)]
+        members = [member for member in _bounded(path, self._zip.infolist()) if not _is_hidden(member.filename)]
         if any(member.flag_bits & 1 for member in members):
             raise SourceError(
                 f"{path} is encrypted", "its images cannot be read", "unpack it with its password and give the folder"
@@ -119,8 +121,8 @@ class TarSource:
     def __init__(self, path: Path, stamp_of: Path) -> None:
         """`stamp_of` is the file whose time stands for the content: the archive or, if unpacked, the original."""
         try:
-            with tarfile.open(path, "r:") as archive:
-                members = [member for member in archive if not _is_hidden(member.name)]
+            with tarfile.open(path, "r:", tarinfo=BoundedTarInfo) as archive:
+                members = [member for member in _bounded(path, archive) if not _is_hidden(member.name)]
         except (tarfile.TarError, EOFError) as error:
             raise _broken_archive(path, error) from error
         time_ns = stamp_of.stat().st_mtime_ns
@@ -167,7 +169,7 @@ def open_source(path: Path, *, work_folder: Path) -> Source:
             return ZipSource(path)
         if start[:2] in _UNPACKERS:
             return TarSource(_unpacked(path, work_folder, start[:2]), stamp_of=path)
-        if tarfile.is_tarfile(path):
+        if _is_tar(path):
             return TarSource(path, stamp_of=path)
     raise SourceError(
         f"{path} is no zip and no tar (it starts with {start!r})",
@@ -181,6 +183,17 @@ def is_compressed_tar(path: Path) -> bool:
         return file.read(2) in _UNPACKERS
 
 
+def _is_tar(path: Path) -> bool:
+    """By the first header alone: `tarfile.is_tarfile` reads whatever length a header claims."""
+    with path.open("rb") as file:
+        block = file.read(tarfile.BLOCKSIZE)
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return block == bytes(tarfile.BLOCKSIZE)  # an empty tar has only its end
+    return True
+
+
 def _unpacked(path: Path, work_folder: Path, magic: bytes) -> Path:
     """The plain tar inside a compressed one, whole or not at all: a kill leaves only the temporary name."""
     status = path.stat()
@@ -189,7 +202,14 @@ def _unpacked(path: Path, work_folder: Path, magic: bytes) -> Path:
         temporary = plain.with_suffix(".tmp")
         try:
             with _UNPACKERS[magic](path, "rb") as packed, temporary.open("wb") as file:
-                shutil.copyfileobj(packed, file, _COPY_BYTES)
+                most = MAX_EXPANSION * status.st_size + _COPY_BYTES
+                while chunk := packed.read(_COPY_BYTES):
+                    if file.tell() + len(chunk) > most:
+                        raise _too_much(path, f"unpacks to over {MAX_EXPANSION} times its {status.st_size:,} bytes")
+                    file.write(chunk)
+        except SourceError:
+            temporary.unlink()
+            raise
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
             raise _broken_archive(path, error) from error
         temporary.replace(plain)
@@ -233,6 +253,21 @@ def _is_hidden(name: str) -> bool:
 def _last_of_each(files: list[File]) -> list[File]:
     """Files by path; of several members with one name the last counts, as unpacking would have it."""
     return sorted({file.path: file for file in files}.values(), key=lambda file: file.path)
+
+
+def _bounded(path: Path, members: Iterable[Member]) -> Iterator[Member]:
+    for number, member in enumerate(members):
+        if number >= MAX_MEMBERS:
+            raise _too_much(path, f"has more than {MAX_MEMBERS:,} members")
+        yield member
+
+
+def _too_much(path: Path, what: str) -> SourceError:
+    return SourceError(
+        f"the archive {path} {what}",
+        "no collection of photographs does that: it would fill the disk or the memory",
+        "do not trust it; if you do, unpack it yourself and give the folder",
+    )
 
 
 def _broken_archive(path: Path, error: Exception) -> SourceError:

@@ -30,7 +30,7 @@ from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.evaluation_record import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
-from wasteddp.settings import Data
+from wasteddp.settings import Data, plain_yaml
 
 _STEP = 64  # samples whose shards are fetched ahead, and let go of, together
 _STEPS_IN_FLIGHT = 2 + num_in_flight(num_usable_cores()) // _STEP
@@ -159,7 +159,7 @@ def data_of(run: Path, shards: str | None) -> Data:
         with storage("reading the run's settings", path):
             text = path.read_bytes()
         try:
-            found = {key: value for key, value in yaml.safe_load(text)["data"].items() if key in _OF_THE_SET}
+            found = {key: value for key, value in plain_yaml(text.decode())["data"].items() if key in _OF_THE_SET}
             found["shards"] = shards or found["shards"]
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(

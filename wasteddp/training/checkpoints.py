@@ -19,10 +19,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from wasteddp.data.manifest import Manifest, sync_folder
@@ -80,6 +81,10 @@ class Progress:
     attempt: int = 1  # starts of this run, this one included
     tracker_id: str = ""
     scaler: Mapping[str, float] | None = None  # of fp16's GradScaler
+    skipped: int = 0  # steps without an update so far, because they diverged
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0  # times that the run went back because it diverged
+    lr_factor: float = 1.0  # what they have made of the learning rate
 
     def stopped_early(self, patience: int) -> bool:
         """Whether `patience` evaluations have passed without a better one; 0 is endless patience."""
@@ -184,7 +189,7 @@ def read(path: Path) -> Checkpoint:
             load(contents["model.safetensors"]),
             load(contents["optimizer.safetensors"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} is not a whole checkpoint: {error}",
             "the weights in it may not be those that were trained",
@@ -227,7 +232,8 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep_last: int) -> None:
         self._folder, self._keep_last = folder, keep_last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: list[Future[Any]] = []
+        self._pending: Future[None] | None = None
+        self._work: Callable[[], None] = lambda: None
         with storage("making the checkpoints' folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
             for remains in folder.glob(".step-*.tmp"):
@@ -252,20 +258,43 @@ class CheckpointWriter:
         """
         self.wait()
         tensors = {"model.safetensors": _copied(model), "optimizer.safetensors": _copied(optimizer)}
-        if first:
-            self._pending.append(self._thread.submit(first, tensors["model.safetensors"]))
-        self._pending.append(self._thread.submit(self._write, progress, tensors, settings_yaml))
+        self._work = partial(self._keep, progress, tensors, settings_yaml, first)
+        self.again()
+
+    def again(self) -> None:
+        """Hands over once more what was handed over last: after a save that failed."""
+        self._pending = self._thread.submit(self._work)
 
     def wait(self) -> None:
-        """Until what was handed over is on the disk."""
-        while self._pending:
-            self._pending.pop(0).result()
+        """Until what was handed over is on the disk.
+
+        Raises:
+            StorageError: it is not, and will not be.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
 
     def close(self) -> None:
         try:
             self.wait()
         finally:
             self._thread.shutdown(wait=True)
+
+    def _keep(
+        self,
+        progress: Progress,
+        tensors: Mapping[str, dict[str, torch.Tensor]],
+        settings_yaml: str,
+        first: Callable[[Mapping[str, torch.Tensor]], object] | None,
+    ) -> None:
+        if first:
+            first(tensors["model.safetensors"])
+        try:
+            self._write(progress, tensors, settings_yaml)
+        except StorageError:  # a full disk needs its space back
+            shutil.rmtree(self._folder / f".step-{progress.step:08d}.tmp", ignore_errors=True)
+            raise
 
     def _write(self, progress: Progress, tensors: Mapping[str, dict[str, torch.Tensor]], settings_yaml: str) -> None:
         final = self._folder / f"step-{progress.step:08d}"

@@ -46,7 +46,8 @@ def evaluate(
     model.eval()
     failure: WastedError | None = None
     try:
-        for item in loader.batches(evaluation_steps(plan, rank=runtime.rank, world_size=runtime.world_size)):
+        batches = loader.batches(evaluation_steps(plan, rank=runtime.rank, world_size=runtime.world_size))
+        for item in runtime.watch.over(batches, "evaluating"):
             real = torch.from_numpy(item.samples != PADDING).to(runtime.device)
             labels_B = item.labels_B.to(runtime.device, non_blocking=True)
             logits_BK = model(normalise(item.images_BCHW.to(runtime.device, non_blocking=True))).float()

@@ -48,6 +48,10 @@ class Inputs:
         except WastedError as error:
             yield Batch.failed(error)
 
+    def at_work(self) -> str:
+        """What the loaders' threads are at, for whoever waits for them."""
+        return self.train_loader.at_work() or self.val_loader.at_work()
+
 
 @contextmanager
 def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite
 
 from wasteddp.data import quality
 from wasteddp.data.loader import Damage
-from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, DivergedError
+from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
 from wasteddp.settings import Settings
 from wasteddp.training import environment
 from wasteddp.training.checkpoints import Progress
@@ -41,9 +40,9 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
 def progress_line(step: int, last_step: int, row: Mapping[str, float], better: bool) -> str:
     """One row of metrics in words."""
     parts = [f"step {step}/{last_step}"]
-    if "train/loss" in row:
+    if "train/step_ms" in row:
         parts.append(
-            f"epoch {row['epoch']:.2f}  loss {row['train/loss']:.4f}  lr {row['lr']:.3g}  "
+            f"epoch {row['epoch']:.2f}  loss {_loss(row)}  lr {row['lr']:.3g}  "
             f"{row['train/images_per_s']:.1f} images/s  waiting {row['train/wait_fraction']:.1%}"
         )
     if "val/loss" in row:
@@ -55,6 +54,10 @@ def progress_line(step: int, last_step: int, row: Mapping[str, float], better: b
     if "coverage/ok" in row:
         parts.append(f"epoch proved: {row['coverage/samples']:.0f} images, each once")
     return "  ".join(parts)
+
+
+def _loss(row: Mapping[str, float]) -> str:
+    return f"{row['train/loss']:.4f}" if "train/loss" in row else "none: all steps were skipped"
 
 
 def report_damage(
@@ -78,19 +81,13 @@ def report_damage(
         say(f"damaged: {name}")
 
 
-def refuse_divergence(loss: float, settings: Settings) -> None:
-    """All ranks, with the same loss.
-
-    Raises:
-        DivergedError: the loss is no finite number.
-    """
-    if not isfinite(loss):
-        raise DivergedError(
-            f"the mean loss since the last row of metrics is {loss}",
-            "every weight would be lost by the next checkpoint",
-            f"lower optimizer.lr (it is {settings.optimizer.lr:g}), warm up for longer, or set optimizer.clip_norm; "
-            f"the checkpoints in {settings.run.out} are from before",
-        )
+def not_saved(error: StorageError) -> str:
+    """A checkpoint or model that could not be written while the training goes on."""
+    return (
+        f"WARNING: not saved: {error.found}\n"
+        "  so: a kill now would cost what was trained since the last whole checkpoint, which is untouched\n"
+        f"  do: {error.remedy}; training goes on, and the next save tries again"
+    )
 
 
 def early_stop(settings: Settings, progress: Progress) -> str:

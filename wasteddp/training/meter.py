@@ -33,6 +33,8 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._loss = torch.zeros((), device=device)
+        self.step_loss = torch.zeros((), device=device)  # this rank's part of the present step's mean loss
+        self._skipped = torch.zeros((), device=device)
         self._steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
         self._step_s: list[float] = []
         self._step_began = self._since
@@ -49,29 +51,39 @@ class Meter:
 
     def add(self, loss: torch.Tensor) -> None:
         """This rank's part of a step's mean loss: a micro-batch's mean over the accumulation."""
-        self._loss += loss.detach()
+        self.step_loss += loss.detach()
 
     @property
     def num_steps(self) -> int:
         """Steps since the last row."""
         return self._steps
 
-    def step_done(self) -> None:
-        """On a GPU this is when the step was handed over: single steps are exact only in their sum."""
+    def step_done(self, skipped: torch.Tensor | None = None) -> None:
+        """`skipped`, if steps may be: whether this one was; its loss does not count then.
+
+        On a GPU this is when the step was handed over: single steps are exact only in their sum.
+        """
+        if skipped is None:
+            self._loss += self.step_loss
+        else:
+            self._loss += torch.where(skipped, 0.0, self.step_loss)
+            self._skipped += skipped
+        self.step_loss.zero_()
         self._steps += 1
         now = time.perf_counter()
         self._step_s.append(now - self._step_began)
         self._step_began = now
 
     def read(self, world: Runtime, global_batch: int) -> dict[str, float]:
-        """All ranks: the "train/..." metrics since the last row; starts anew."""
+        """All ranks: the "train/..." metrics since the last row; starts anew. No loss where all steps were skipped."""
         steps = max(self._steps, 1)
-        loss = float(world.sum(self._loss)) / (steps * world.world_size)  # all ranks; waits for the device
+        loss, skipped = float(world.sum(self._loss)), int(self._skipped)  # all ranks; waits for the device
         seconds = max(time.perf_counter() - self._since, 1e-9)
         shares = world.gather(self._share(world, steps * global_batch / world.world_size, seconds))  # all ranks
         self.restart()
-        return {
-            "train/loss": loss,
+        kept = {"train/loss": loss / ((steps - skipped) * world.world_size)} if skipped < steps else {}
+        return kept | {
+            "train/skipped": skipped,
             "train/step_ms": 1000 * seconds / steps,
             "train/step_ms_p50": float(np.median([share.p50_ms for share in shares])),
             "train/step_ms_p95": max(share.p95_ms for share in shares),
@@ -84,7 +96,7 @@ class Meter:
 
     def restart(self) -> None:
         """Forgets the time since the last row: an evaluation is no training."""
-        self._loss = torch.zeros_like(self._loss)
+        self._loss, self._skipped = torch.zeros_like(self._loss), torch.zeros_like(self._skipped)
         self._steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
         self._step_s, self._step_began = [], self._since
 

@@ -24,8 +24,7 @@ from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
 from wasteddp.settings import Ddp, Settings
 from wasteddp.training import batch_job
-
-_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+from wasteddp.training.watchdog import SLOW_FACTOR, Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +41,21 @@ class Runtime:
     micro_batch: int
     accumulation: int
     control: Any  # a gloo group or None, for a few bytes between the hosts: never waits for a GPU's queue
+    watch: Watchdog
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, doing: str = "preparing or saving") -> Iterator[None]:
         """All ranks: a `WastedError` of any rank inside the block is raised on every rank at its end.
 
-        Without it the rank that fails leaves and the others wait in their next collective until the timeout.
-        The block itself must hold no collective.
+        Without it the rank that fails leaves and the others wait in their next collective until they are stopped.
+        The block itself must hold no collective, and may take long.
         """
         error: WastedError | None = None
+        self.watch.at(doing, slow=True)
         try:
             yield
         except WastedError as caught:
@@ -63,6 +64,8 @@ class Runtime:
 
     def raise_together(self, error: WastedError | None) -> None:
         """All ranks: raises the first rank's error that there is, on every rank."""
+        if error and self.world_size > 1:
+            error.add_note(self.watch.whereabouts)
         for found in self.gather(error):  # all ranks
             if found is not None:
                 raise found
@@ -72,7 +75,9 @@ class Runtime:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
+        before = self.watch.meet()
         dist.all_gather_object(values, value, group=self.control)
+        self.watch.met(before)
         return values
 
     def totals(self, *counts: int) -> list[int]:
@@ -80,7 +85,9 @@ class Runtime:
         if self.control is None:
             return list(counts)
         words = torch.tensor(counts)
+        before = self.watch.meet()
         dist.all_reduce(words, group=self.control)
+        self.watch.met(before)
         return words.tolist()
 
     def say(self, message: str) -> None:
@@ -90,14 +97,21 @@ class Runtime:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """All ranks: the sum over the ranks."""
-        return self.accelerator.reduce(tensor, "sum") if self.world_size > 1 else tensor
+        if self.world_size == 1:
+            return tensor
+        before = self.watch.meet()
+        total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
+        self.watch.met(before)
+        return total
 
     def average_(self, tensors: list[torch.Tensor]) -> None:
         """All ranks: replaces the tensors by their mean over the ranks, in one message."""
         if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        before = self.watch.meet()
         dist.all_reduce(flat)
+        self.watch.met(before)
         flat /= self.world_size
         for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -118,8 +132,11 @@ class Runtime:
         self.accelerator.end_training()
 
 
-def start(settings: Settings) -> Runtime:
+def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
     """All ranks: joins the process group, chooses device, precision and threads, and solves the micro-batch.
+
+    Args:
+        watch: is told where this rank is.
 
     Raises:
         LaunchError: a world that Accelerate does not see, or a precision that the device cannot do.
@@ -134,14 +151,16 @@ def start(settings: Settings) -> Runtime:
         global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=settings.train.max_micro_batch
     )
     threads = _use_all_cores(settings.run.threads)
-    accelerator = _join(precision, launched, has_gpu, settings.ddp)
+    # Longer than the watchdog waits, which can say more than that a collective timed out.
+    timeout = timedelta(seconds=60 + 1.2 * SLOW_FACTOR * settings.run.timeout_s)
+    accelerator = _join(precision, launched, has_gpu, settings.ddp, timeout)
     if accelerator.num_processes != launched:
         raise LaunchError(
             f"the launcher started {launched} processes and Accelerate sees {accelerator.num_processes}",
             "each process would train its own model on all of the data, and the last to save would win",
             "on a CPU, launch with `--config_file launch/accelerate/cpu2.yaml`; on GPUs, with `--multi_gpu`",
         )
-    control = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT) if launched > 1 else None
+    control = dist.new_group(backend="gloo", timeout=timeout) if launched > 1 else None
     return Runtime(
         accelerator=accelerator,
         rank=accelerator.process_index,
@@ -153,10 +172,11 @@ def start(settings: Settings) -> Runtime:
         micro_batch=micro,
         accumulation=accumulation,
         control=control,
+        watch=watch or Watchdog(),
     )
 
 
-def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp) -> Accelerator:
+def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp, timeout: timedelta) -> Accelerator:
     try:
         return Accelerator(
             # Without cpu=True each process of a launch without a GPU believes that it is alone.
@@ -170,7 +190,7 @@ def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp) -> Accelerator
                     bucket_cap_mb=ddp.bucket_mb,
                     comm_hook=DDPCommunicationHookType(ddp.compression.replace("none", "no")),
                 ),
-                InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+                InitProcessGroupKwargs(timeout=timeout),
             ],
         )
     except ValueError as error:

@@ -6,24 +6,25 @@ Rank 0 writes, the others are quiet.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from wasteddp.errors import storage
+from wasteddp.errors import StorageError, storage
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
 from wasteddp.training import gallery
 from wasteddp.training import label as labels
 from wasteddp.training.gallery import Gallery
+from wasteddp.training.journal import Journal
 from wasteddp.training.label import Label
 from wasteddp.training.wandb_mirror import WandbMirror
 
@@ -63,6 +64,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "rank/*/images_per_s": ("images/s", "that one rank trained on while it did not wait for data, since the last row"),
     "rank/*/wait_fraction": ("1", "part of the time that one rank waited for data"),
     "memory/peak_mb": ("MB", "most that a process held since its start, of all ranks: on the GPU, else of main memory"),
+    "checkpoint/failed": ("saves", "that could not be written since this start, for want of space or permission"),
+    "train/skipped": ("steps", "steps skipped because they diverged, since the run began"),
+    "train/rollbacks": ("times", "times that the run went back because it diverged"),
     "attempt": ("starts", "starts of this run, this one included"),
 }
 
@@ -129,11 +133,12 @@ class RunTracker:
     """
 
     def __init__(self, folder: Path, label: Label, *, track: Track, total_steps: int, resumed_step: int) -> None:
+        self._bar: Progress | None = None
         with storage("writing the run's folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._log_file: TextIO = (folder / "log.txt").open("a", buffering=1, encoding="utf-8")
+            self._log_file = Journal(folder / "log.txt", self._print)
             kept = rolled_back(folder / "metrics.jsonl", resumed_step)
-            self._metrics_file: TextIO = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+            self._metrics_file = Journal(folder / "metrics.jsonl", self._print)
             label.save(folder)
         self.id, self.exit_code = label.id, 0
         self._folder, self._label, self._images = folder, label, track.images
@@ -143,7 +148,10 @@ class RunTracker:
     def say(self, message: str) -> None:
         """A line on the terminal and in log.txt."""
         message = redacted(message)
-        self._log_file.write("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
+        self._log_file.append("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
+        self._print(message)
+
+    def _print(self, message: str) -> None:
         if self._bar:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
@@ -154,8 +162,7 @@ class RunTracker:
         if unknown:
             raise KeyError(f"not in the table of metrics: {unknown}")
         row = {"step": step, "time_s": round(time.time(), 3), **metrics}
-        with storage("writing metrics.jsonl", self._metrics_file.name):
-            self._metrics_file.write(json.dumps(row) + "\n")
+        self._metrics_file.append(json.dumps(row) + "\n")
         self._wandb.log(row)
 
     def show_augmented(self, data: Inputs, augment: Augment) -> None:
@@ -181,14 +188,14 @@ class RunTracker:
 
     def flush(self) -> None:
         """Before a checkpoint: the rows up to it are on the disk."""
-        self._metrics_file.flush()
-        os.fsync(self._metrics_file.fileno())
+        self._metrics_file.sync()
 
     def close(self, exit_code: int) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None
-        replace(self._label, exit_code=exit_code).save(self._folder)
+        with suppress(StorageError):  # of a full disk the last save has told
+            replace(self._label, exit_code=exit_code).save(self._folder)
         self._wandb.finish(exit_code)
         self._metrics_file.close()
         self._log_file.close()

@@ -1,0 +1,149 @@
+"""What the checks of a training cost beside its steps: each timed alone, on the real model, and added up.
+
+A difference of less than a percent cannot be seen between two timed trainings; the checks' own time can.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not in __all__
+
+from wasteddp import settings as settings_file
+from wasteddp.data.loader import Batch
+from wasteddp.model import resnet
+from wasteddp.settings import Settings
+from wasteddp.training import coverage, optim, runtime
+from wasteddp.training.board import Beat, Board
+from wasteddp.training.checkpoints import Lineage, Progress
+from wasteddp.training.divergence import Guard
+from wasteddp.training.journal import Journal
+from wasteddp.training.meter import Meter
+
+_CLASSES = 6
+_BEATS_PER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    name: str
+    per_call_s: float
+    calls_per_step: float
+
+    @property
+    def per_step_s(self) -> float:
+        return self.per_call_s * self.calls_per_step
+
+
+def main(config: str, overrides: list[str], rounds: int) -> None:
+    """Prints a line a check, and all together as a share of a step."""
+    settings = settings_file.load(config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled"])
+    world = runtime.start(settings)
+    model = resnet.build(settings.model.arch, _CLASSES).to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optim.build(model, settings.optimizer)
+    ddp, stepper = world.prepare(model, optimizer)
+    size, px = settings.train.max_micro_batch, settings.data.image_size
+    images = torch.randn(size, 3, px, px, device=world.device).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, _CLASSES, (size,), device=world.device)
+
+    def step() -> None:
+        loss = torch.nn.functional.cross_entropy(ddp(images), labels)
+        world.accelerator.backward(loss)
+        stepper.step()
+        stepper.zero_grad()
+
+    step_s = _median_s(step, rounds) * world.accumulation
+    world.accelerator.backward(torch.nn.functional.cross_entropy(ddp(images), labels))  # gradients for the norm
+    with tempfile.TemporaryDirectory() as folder:
+        costs = _costs(settings, world, model, optimizer, step_s=step_s, folder=Path(folder), rounds=10 * rounds)
+    total = sum(cost.per_step_s for cost in costs)
+    print(f"a step of {settings.model.arch}, {settings.train.batch_size} images of {px} px: {1000 * step_s:.1f} ms")
+    for cost in costs:
+        print(
+            f"  {cost.name:44} {1e6 * cost.per_call_s:9.1f} us, {cost.calls_per_step:.3g} times a step: "
+            f"{cost.per_step_s / step_s:.4%}"
+        )
+    print(f"all checks together: {1e6 * total:.0f} us, {total / step_s:.3%} of a step")
+
+
+def _costs(
+    settings: Settings,
+    world: runtime.Runtime,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step_s: float,
+    folder: Path,
+    rounds: int,
+) -> list[Cost]:
+    lineage = Lineage("", tuple("abcdef"), "", 0, 0, 0, 0, "")
+    progress, meter = Progress(lineage, covered=[0, 0, 0]), Meter(world.device)
+    guard = Guard(settings, world, model, optimizer, num_classes=_CLASSES, progress=progress)
+    samples = np.arange(settings.train.batch_size)
+    empty = torch.zeros(0)
+    batch = Batch(0, 1, empty, empty, samples, samples, ())
+    loss = torch.ones((), device=world.device)
+    row = {"train/loss": 1.0, "train/grad_norm": 1.0, "epoch": 1.0, "lr": 0.1}
+    rows = Journal(folder / "metrics.jsonl", print)
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+    board = Board(store, 2)
+
+    def beat() -> None:
+        board.post(0, Beat(1, 2, 3, "computing", 0.0))
+        board.failure()
+        board.beat(0)
+
+    def count() -> None:
+        sums = world.totals(0, 0, *coverage.of(batch, 0))
+        coverage.added(progress.covered, sums[1:], batch)
+
+    def measure() -> None:
+        meter.add(loss)
+        meter.step_done(guard.step(_Nothing(), meter.step_loss, None))
+
+    def marks() -> None:
+        for _ in world.watch.steps(iter([batch]), 0):
+            world.watch.met(world.watch.meet())
+
+    def report() -> None:
+        guard.judge(progress, dict(row) | meter.read(world, settings.train.batch_size), saves=False)
+        rows.append(json.dumps({"step": 1, **row}) + "\n")
+
+    every_row = 1 / settings.train.log_every_steps
+    return [
+        Cost("heartbeat: marks", _median_s(marks, rounds), 1),
+        Cost("heartbeat: the thread, with a real TCPStore", _median_s(beat, rounds), _BEATS_PER_S * step_s),
+        Cost("coverage: hash and count of a batch", _median_s(count, rounds), 1),
+        Cost("losses added up where they are", _median_s(measure, rounds), 1),
+        Cost("finite loss, metrics, a row on the disk", _median_s(report, rounds), every_row),
+        Cost("norm of the gradient", _median_s(lambda: _norm(world, model), rounds), every_row),
+    ]
+
+
+class _Nothing:
+    """An optimizer's step that takes no time: its own is in the step that all this is compared with."""
+
+    def step(self) -> None:
+        pass
+
+
+def _norm(world: runtime.Runtime, model: torch.nn.Module) -> None:
+    float(world.accelerator.clip_grad_norm_(model.parameters(), float("inf")))
+
+
+def _median_s(call: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds + 3):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[3:])

@@ -1,0 +1,76 @@
+"""The training program with one fault in it: faulty.py FAULT --config ...; only tests run it.
+
+raise, sleep, stop, kill      rank 1 does so at the end of its second step
+reader                        rank 1's loader hangs at a sample of its third batch or later
+damage                        rank 1 meets samples that cannot be replaced
+poison                        the images of rank 1 are no numbers in its second step
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+
+from wasteddp.data.augment import Augment
+from wasteddp.data.loader import Loader
+from wasteddp.errors import DamagedSampleError
+from wasteddp.train import main
+from wasteddp.training import signals
+from wasteddp.training.last_words import leave
+from wasteddp.training.meter import Meter
+
+
+def at_second_step(fault: str) -> None:
+    real, steps = Meter.step_done, iter(range(100))
+
+    def step_done(self: Meter, *arguments: Any) -> None:
+        real(self, *arguments)
+        if next(steps) == 1:
+            if fault == "raise":
+                raise ZeroDivisionError("injected")
+            if fault == "sleep":
+                time.sleep(600)
+            time.sleep(2)  # the others have heard where it is
+            os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault])
+
+    Meter.step_done = step_done  # type: ignore[method-assign]
+
+
+def in_loader(fault: str) -> None:
+    real, rows = Loader._read_row, iter(range(10_000))
+
+    def fill_row(self: Loader, *arguments: Any) -> int:
+        if next(rows) > 20:
+            if fault == "damage":
+                raise DamagedSampleError("train-000000.tar is full of holes", "", "copy it again")
+            time.sleep(600)
+        return real(self, *arguments)
+
+    Loader._read_row = fill_row  # type: ignore[method-assign]
+
+
+def poison() -> None:
+    real, calls = Augment.__call__, iter(range(10_000))
+
+    def poisoned(self: Augment, *arguments: Any) -> torch.Tensor:
+        return real(self, *arguments) * (float("nan") if next(calls) == 1 else 1)
+
+    Augment.__call__ = poisoned  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    signals.install()  # as train.py does when it is the program
+    name = sys.argv.pop(1)
+    if os.environ["RANK"] == "1":
+        if name == "poison":
+            poison()
+        elif name in ("reader", "damage"):
+            in_loader(name)
+        else:
+            at_second_step(name)
+    leave(main())
