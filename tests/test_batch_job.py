@@ -40,25 +40,46 @@ def test_a_launcher_that_does_not_know_of_the_other_nodes_is_refused(world: dict
     assert "--machine_rank" in str(error.value)
 
 
+def row(step_s: float, evaluation_s: float = 0.0) -> dict[str, float]:
+    return {"train/step_ms": 1000 * step_s} | ({"val/seconds": evaluation_s} if evaluation_s else {})
+
+
 def test_a_save_that_fits_before_the_limit_is_said_once() -> None:
     notice = Notice.of({"WASTEDDP_WARNING_S": "300"})
-    assert notice.comment(0, 5) == ""  # nothing measured yet
-    said = notice.comment(20, 5)
+    assert notice.comment(row(1, 4)) == ""  # nothing measured yet
+    notice.save_s = 20
+    said = notice.comment(row(1))
     assert said.startswith(
         "a checkpoint takes 20.0 s, a step with its evaluation up to 5.0 s; the batch system warns 300 s"
     )
     assert "45.0 s of which may be needed" in said
-    assert notice.comment(21, 5) == ""
+    notice.save_s = 21
+    assert notice.comment(row(1)) == ""
 
 
 def test_a_save_that_would_be_cut_off_is_a_warning_with_the_signal_to_ask_for() -> None:
     notice = Notice.of({"WASTEDDP_WARNING_S": "300"})
-    said = notice.comment(140, 21)  # 21 + 2 x 140 = 301 s
+    notice.save_s = 140
+    said = notice.comment(row(1, 20))  # 21 + 2 x 140 = 301 s
     assert said.startswith("warning: ")
     assert "SBATCH_SIGNAL=B:USR1@660" in said  # twice 301 s, in whole minutes
-    assert notice.comment(150, 21) == ""
-    assert notice.comment(139, 21).startswith("a checkpoint")
+    notice.save_s = 150
+    assert notice.comment(row(1)) == ""
+    notice.save_s = 139
+    assert notice.comment(row(1)).startswith("a checkpoint")
 
 
-def test_without_a_batch_system_nothing_is_said() -> None:
-    assert Notice.of({}).comment(1000, 1000) == ""
+def test_a_save_is_asked_for_once_and_measured_once() -> None:
+    notice = Notice.of({"WASTEDDP_WARNING_S": "300"})
+    assert [notice.wants_a_save() for _ in range(3)] == [True, False, False]
+    assert notice.is_measuring
+    notice.save_s = 0.1
+    assert not notice.is_measuring
+
+
+def test_without_a_batch_system_nothing_is_said_or_asked_for() -> None:
+    notice = Notice.of({})
+    notice.save_s = 1000
+    assert notice.comment(row(1000)) == ""
+    assert not notice.wants_a_save()
+    assert not Notice.of({}).is_measuring

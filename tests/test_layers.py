@@ -45,6 +45,7 @@ def test_imports_point_down(path: Path) -> None:
         "data.draws",
         "data.manifest",
         "data.reading",
+        "data.shard_set",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:

@@ -179,6 +179,7 @@ def train(
             evaluates = next_step % evaluate_every == 0 or next_step == last_step
             saves = evaluates or (checkpoint_every > 0 and next_step % checkpoint_every == 0)
             # what is saved is measured first, or a diverged model could push out the last good checkpoint
+            saves = saves or keeper.notice.wants_a_save()
             logs = saves or next_step % settings.train.log_every_steps == 0
             norm = None
             if settings.optimizer.clip_norm or logs or guard.skips:  # the norm alone takes 1 % of a step on a CPU
@@ -227,6 +228,8 @@ def train(
                 tracker.flush()
                 stall_ms = keeper.save(progress, epoch=batch.epoch, best=better)
                 meter.restart()  # an evaluation is no training time
+                if comment := keeper.notice.comment(row):
+                    tracker.say(comment)
             if evaluates and progress.stopped_early(settings.train.early_stop_epochs):
                 tracker.say(messages.early_stop(settings, progress))
                 break

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty_server import serving
 from safetensors.torch import load
 from trainings import CPU2, ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
+
+from wasteddp.data.forecast import train_plan
+from wasteddp.data.manifest import Manifest
+from wasteddp.settings import load as load_settings
 
 TWO = ("--config_file", str(CPU2))
 
@@ -79,3 +84,41 @@ def test_a_launch_that_accelerate_cannot_join_is_one_message(small_shards: Path,
     )
     assert alone.returncode == 2
     assert "error: the 2 processes that were launched cannot be joined" in alone.stderr
+
+
+def remote_config(folder: Path, url: str, *overrides: str) -> list[str]:
+    settings = [f"data.cache={folder / 'cache'}", "data.read_timeout_s=5", *overrides]
+    return [*config_of(folder, url), *(part for setting in settings for part in ("--set", setting))]
+
+
+def test_two_processes_read_a_url_through_one_cache(two: Path, small_shards: Path, tmp_path: Path) -> None:
+    with serving(small_shards) as server:
+        done = launch(remote_config(tmp_path, server.url), *TWO)
+    assert done.returncode == 0, done.stderr
+    assert final_weights(tmp_path / "run") == final_weights(two)
+    assert set(server.fetches(".tar").values()) == set(server.fetches(".idx").values()) == {1}
+
+
+def test_what_one_rank_cannot_read_is_said_once_and_ends_every_rank(small_shards: Path, tmp_path: Path) -> None:
+    with serving(small_shards) as server:
+        arguments = remote_config(
+            tmp_path, server.url, "data.block=10", "data.lanes=2", "data.prefetch=1", "data.ahead_steps=1"
+        )
+        split = Manifest.load(small_shards).split("train")
+        plan = train_plan(split, load_settings(arguments[1], arguments[3::2]))
+        of_0, of_1 = (  # shards of the first epoch
+            {
+                n
+                for step in range(4)
+                for n in plan.shard_of(plan.step_samples(0, step, rank=rank, world_size=2)).tolist()
+            }
+            for rank in (0, 1)
+        )
+        tar = split.shards[min(of_1 - of_0)].tar  # rank 0, which speaks for all, never asks for it
+        server.faults = lambda name, number: "403" if name == tar else None
+        done = launch(arguments, *TWO)
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {server.url}/{tar} cannot be read at byte 0 of") == 1
+    assert "(attempt 1 of 5): 403 Forbidden" in done.stderr
+    assert done.stderr.count("exitcode  : 2") + done.stderr.count("exitcode: 2") >= 1
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")), "what was trained until then is saved"

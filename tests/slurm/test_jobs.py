@@ -211,6 +211,7 @@ def test_two_nodes_train_as_one(outcome: Callable[[str], Ran]) -> None:
     assert "2 node(s) x 1 process(es), 0 GPU(s) each, on n[1-2]" in two.text
     assert "2 x cpu" in two.text
     assert "2 processes x 6 images x 1 accumulated" in two.text
+    assert two.text.count("the batch system warns 300 s before its limit") == 1
     assert re.search(r"=== .* attempt 1: finished\n$", two.text)
 
 

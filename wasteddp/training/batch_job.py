@@ -33,9 +33,14 @@ class Notice:
 
     Attributes:
         seconds: between the two; None where no batch system is known to warn.
+        save_s: of the first save, until the checkpoint was on the disk; 0 as long as none was measured.
+        busy_s: the longest so far that the run did not look for signals: a step with its evaluation.
     """
 
     seconds: float | None
+    save_s: float = 0.0
+    busy_s: float = 0.0
+    _was_asked: bool = False
     _is_enough: bool | None = None
 
     @classmethod
@@ -43,23 +48,29 @@ class Notice:
         given = environment.get("WASTEDDP_WARNING_S")
         return cls(float(given) if given else None)
 
-    def comment(self, save_s: float, busy_s: float) -> str:
-        """What is to be said, once, and again when it is no longer true; '' otherwise.
+    def wants_a_save(self) -> bool:
+        """Once, where a warning will come: to know early how long a save takes. The same on all ranks."""
+        wants, self._was_asked = self.seconds is not None and not self._was_asked, True
+        return wants
 
-        Args:
-            save_s: from a save's beginning to the checkpoint on the disk; 0 as long as none was measured.
-            busy_s: the longest that the run does not look for signals: a step with its evaluation.
-        """
-        if self.seconds is None or not save_s:
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the next save is to be waited for. The same on all ranks."""
+        return self.seconds is not None and not self.save_s
+
+    def comment(self, row: Mapping[str, float]) -> str:
+        """What is to be said at a save's row of metrics: once, and again when it is no longer true; '' otherwise."""
+        self.busy_s = max(self.busy_s, row.get("train/step_ms", 0.0) / 1000 + row.get("val/seconds", 0.0))
+        if self.seconds is None or not self.save_s:
             return ""
-        needed_s = busy_s + 2 * save_s  # the save before may just have begun
+        needed_s = self.busy_s + 2 * self.save_s  # the save before may just have begun
         is_enough, before = needed_s <= self.seconds, self._is_enough
         self._is_enough = is_enough
         if is_enough == before:
             return ""
         said = (
-            f"a checkpoint takes {save_s:.1f} s, a step with its evaluation up to {busy_s:.1f} s; the batch system "
-            f"warns {self.seconds:g} s before its limit, {needed_s:.1f} s of which may be needed"
+            f"a checkpoint takes {self.save_s:.1f} s, a step with its evaluation up to {self.busy_s:.1f} s; the batch "
+            f"system warns {self.seconds:g} s before its limit, {needed_s:.1f} s of which may be needed"
         )
         if is_enough:
             return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from wasteddp.inference.evaluation_record import save_seen
 from wasteddp.model.resnet import running_statistics
 from wasteddp.settings import Settings
 from wasteddp.training import checkpoints, environment, messages, optim
+from wasteddp.training.batch_job import Notice
 from wasteddp.training.checkpoints import CheckpointWriter, Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.last_words import append_to_log
@@ -47,6 +49,7 @@ class Keeper:
         self._owed: tuple[BundleCard, Seen, Mapping[str, torch.Tensor]] | None = None  # the best, not yet on the disk
         self._failed = False  # the last save
         self.num_failed = 0
+        self.notice = Notice.of(os.environ)
         with world.together():
             if world.is_main:
                 there = sum(path.stat().st_size for path in self._folder.glob("checkpoints/step-*/*"))
@@ -93,6 +96,11 @@ class Keeper:
                     self._settings.to_yaml(),
                     first=model,
                 )
+        if self.notice.is_measuring:
+            with self._world.together():
+                if self._writer:
+                    self._writer.wait()
+            self.notice.save_s = time.perf_counter() - began
         return 1000 * (time.perf_counter() - began)
 
     def close(self) -> None:
