@@ -1,7 +1,7 @@
 """Jobs of slurm/train.sh and slurm/evaluate.sh on a real Slurm, with the real trainer on real shards.
 
 What must happen to a job is started for all at once, each on nodes of its own, and looked at test by test: most of the
-time is Slurm's waiting. Each test names the line that it guards; with that line broken as said, it was seen to fail.
+time is Slurm's waiting. Each test names the line that it guards, and how to break it to see the test fail.
 """
 
 from __future__ import annotations
