@@ -1,0 +1,1 @@
+"""How a run starts: scripts, launch configurations, benchmarks."""

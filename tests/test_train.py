@@ -153,6 +153,37 @@ def test_a_check_leaves_nothing_behind(small_shards: Path, tmp_path: Path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_a_check_of_a_checkpoint_takes_one_step_further(
+    undisturbed: Path, small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, then in (("step-00000007", "step 8/8"), ("step-00000008", "step 9/9")):
+        start = ["--check", "--resume", str(undisturbed / "checkpoints" / step)]
+        assert train.main([*config_of(tmp_path, small_shards), *start]) == 0
+        assert then in capsys.readouterr().out
+
+
+def test_a_save_on_request_comes_at_the_next_step(small_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "SAVE_NOW").touch()
+    more = ["--set", "checkpoint.every_steps=0", "--set", "checkpoint.keep_last=9", "--set", "train.epochs=1"]
+    assert train.main([*config_of(tmp_path, small_shards), *more]) == 0
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000001", "step-00000004"]
+    assert not (tmp_path / "run" / "SAVE_NOW").exists()
+
+
+def test_another_seed_is_refused_or_accepted_by_name(
+    undisturbed: Path, small_shards: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    arguments = [*config_of(tmp_path, small_shards), "--set", "train.epochs=3"]
+    assert "seed was 0 and is 1" in refused(arguments, "run.seed=1")
+    assert train.main([*arguments, "--set", "run.seed=1", "--accept-changes", "seed"]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
+    # the checkpoints are those of the new seed now
+    assert train.main([*arguments, "--set", "run.seed=1"]) == 0
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

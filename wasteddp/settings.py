@@ -53,6 +53,8 @@ class Run(_Section):
     timeout_s: Annotated[float, Field(ge=5, allow_inf_nan=False)] = 300.0
     """Seconds without progress in training or evaluation after which all ranks stop, naming the one that is waited for.
     The start, first steps and saves may take six times as long."""
+    record_steps: bool = False
+    """Write steps.jsonl, hashes of each step's samples, images and weights: for `wasteddp verify-resume` and tests."""
 
 
 class Data(_Section):
@@ -198,6 +200,8 @@ class Train(_Section):
     """rollback only: times that a run may go back before it stops."""
     rollback_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """rollback only: what going back multiplies all further learning rates by."""
+    stop_at_step: Count = 0
+    """Stop behind this optimizer step as if finished, with the schedule of all epochs; 0: behind the last epoch."""
 
 
 class Evaluate(_Section):
@@ -212,8 +216,12 @@ class Evaluate(_Section):
 class Checkpoint(_Section):
     every_steps: Count = 0
     """Optimizer steps between checkpoints, besides the one at each evaluation; 0: only those."""
+    every_minutes: NotNegative = 0.0
+    """Minutes after which a checkpoint is made although none is due by its step; 0: never."""
     keep_last: PositiveInt = 2
     """Newest checkpoints kept, besides the best."""
+    keep_every: Count = 0
+    """Of every so many optimizer steps the first checkpoint is kept for good; 0: none."""
 
 
 class Ddp(_Section):

@@ -7,7 +7,10 @@
 
     --set section.key=value    any setting, as often as wanted
     --resume auto|never|PATH   auto, the default: the newest whole checkpoint of run.out, else from the beginning
+    --accept-changes A,B       go on although these differ from the checkpoint's, such as seed or manifest
     --check                    one step, evaluation and checkpoint, in a folder beside run.out that is removed
+
+While it runs, `touch RUN/SAVE_NOW` asks for a checkpoint; the file goes when that is on the disk.
 
 Written to run.out: settings.yaml, environment.json, tracking.json, metrics.jsonl, log.txt, checkpoints/, model/ (the
 bundle), media/ (pictures for W&B).
@@ -50,13 +53,15 @@ from wasteddp.data.mixing import Mixing
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.model import resnet, weights
 from wasteddp.settings import Settings
-from wasteddp.training import checkpoints, coverage, divergence, environment, inputs, messages, optim, runtime
-from wasteddp.training.checkpoints import Lineage, Progress
+from wasteddp.training import coverage, divergence, environment, inputs, messages, optim, runtime
+from wasteddp.training.checkpoints import Checkpoint, Progress
 from wasteddp.training.divergence import Guard, Retreat
 from wasteddp.training.evaluation import evaluate
 from wasteddp.training.keeper import Keeper
 from wasteddp.training.last_words import leave
+from wasteddp.training.lineage import Lineage
 from wasteddp.training.meter import Meter
+from wasteddp.training.step_record import StepRecord
 from wasteddp.training.tracking import NoTracker, Tracker, TrackerScope, run_tracker
 from wasteddp.training.watchdog import Watchdog
 
@@ -75,11 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch.start(settings)
             world = runtime.start(settings, watch)  # all ranks
             with contextlib.closing(world), inputs.opened(settings, world) as data:
-                steps, resume = 1 if arguments.check else None, arguments.resume
+                start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
+                steps = 1 if arguments.check else None
                 code = divergence.rolling_back(
-                    lambda retreat: train(settings, world, data, resume=resume, retreat=retreat, max_steps=steps),
-                    settings,
-                    world,
+                    lambda retreat: train(settings, world, data, start, retreat, max_steps=steps), settings, world
                 )
                 if arguments.check:
                     world.say("checked: one step, one evaluation, one checkpoint; all of it removed again")
@@ -94,14 +98,18 @@ def train(
     settings: Settings,
     world: runtime.Runtime,
     data: inputs.Inputs,
-    *,
-    resume: str,
+    start: tuple[str, Sequence[str]],
     retreat: Retreat,
+    *,
     max_steps: int | None = None,
 ) -> int:
-    """All ranks: the run, from wherever it stands to its end, or to `max_steps`. Returns the exit code."""
+    """All ranks: the run, from wherever it stands to its end, or `max_steps` further. Returns the exit code.
+
+    Args:
+        start: --resume and --accept-changes.
+        retreat: what a divergence before this beginning has changed.
+    """
     plan, manifest = data.plan, data.manifest
-    last_step = max_steps or plan.steps_per_epoch * settings.train.epochs
     evaluate_every = settings.evaluate.every_steps or plan.steps_per_epoch
     checkpoint_every = settings.checkpoint.every_steps
 
@@ -118,30 +126,29 @@ def train(
     augment = Augment.of(settings.augment, settings.run.seed)
     mix = Mixing(settings.run.seed, len(manifest.classes), settings.augment.mixup, settings.augment.cutmix)
 
+    ddp, stepper = world.prepare(model, optimizer)  # all ranks
+
     # --- resume: from the checkpoint asked for, else the newest whole one, else the beginning -----------------------
-    lineage = Lineage.of(settings, manifest)
-    progress = Progress(lineage)
-    with world.together():
-        checkpoint = checkpoints.starting_point(Path(settings.run.out) / "checkpoints", resume, lineage, world.say)
-    if checkpoint:
-        model.load_state_dict(checkpoint.model)
-        optim.load_state_tensors(optimizer, model, checkpoint.optimizer)
-        progress = replace(checkpoint.progress, attempt=checkpoint.progress.attempt + 1)
+    keeper = Keeper(settings, world, data, model, optimizer)  # all ranks
+    progress = Progress(Lineage.of(settings, manifest))
+    if checkpoint := keeper.starting_point(*start, lineage=progress.lineage):  # all ranks
+        keeper.restore(checkpoint)  # all ranks
+        progress = checkpoint.progress.started_again(progress.lineage)
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
     progress = retreat.applied(progress)
-    ddp, stepper = world.prepare(model, optimizer)  # all ranks
-    world.load_scaler(progress.scaler)
+    all_steps = plan.steps_per_epoch * settings.train.epochs
+    last_step = progress.step + max_steps if max_steps else min(all_steps, settings.train.stop_at_step or all_steps)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
-    keeper = Keeper(settings, world, data, model, optimizer)  # all ranks
     tracker = _tracker(settings, world, data, progress, last_step, checkpoint)  # all ranks
     progress = replace(progress, tracker_id=tracker.id)
+    record = StepRecord(settings, world, progress.step)
     guard = Guard(settings, world, model, optimizer, num_classes=len(manifest.classes), progress=progress)
     meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
     with keeper, TrackerScope(tracker), world.watch:
         world.watch.detail = data.at_work
         tracker.say(messages.facts(settings, world, data, last_step, origin))
-        if progress.stopped_early(settings.train.early_stop_epochs):
+        if progress.stopped_early(settings.train.early_stop_epochs) and not max_steps:
             last_step = progress.step
         if progress.step == 0:
             tracker.show_augmented(data, augment)
@@ -149,7 +156,8 @@ def train(
         for batch in meter.waiting(world.watch.steps(batches, progress.step)):
             # agree: all ranks
             ends = bool(signals.STOP) or batch.failure is not None
-            stops, damaged, *sums = world.totals(ends, len(batch.damage), *coverage.of(batch, plan.seed))
+            counts = ends, keeper.asks(), len(batch.damage), *coverage.of(batch, plan.seed)
+            stops, asked, damaged, *sums = world.totals(*counts)
             if stops:
                 if meter.num_steps:
                     progress = guard.judge(progress, meter.read(world, settings.train.batch_size), saves=True)
@@ -177,7 +185,7 @@ def train(
                     meter.add(loss)
             next_step = progress.step + 1
             evaluates = next_step % evaluate_every == 0 or next_step == last_step
-            saves = evaluates or (checkpoint_every > 0 and next_step % checkpoint_every == 0)
+            saves = evaluates or asked > 0 or (checkpoint_every > 0 and next_step % checkpoint_every == 0)
             # what is saved is measured first, or a diverged model could push out the last good checkpoint
             saves = saves or keeper.notice.wants_a_save()
             logs = saves or next_step % settings.train.log_every_steps == 0
@@ -189,6 +197,7 @@ def train(
             covered = coverage.added(progress.covered, [*sums, damaged], batch)
             progress = replace(progress, step=progress.step + 1, covered=covered)
             meter.step_done(skipped)
+            record.add(progress.step, batch, model)
 
             # measure: all ranks
             row: dict[str, float] = {}
@@ -206,7 +215,7 @@ def train(
                 )
                 progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
                 better = seen if progress.best_step == progress.step else None
-                row |= scores | {"best/value": progress.best_value or 0.0}
+                row |= scores | progress.best_metric
                 tracker.show_mistakes(progress.step, data, seen)
 
             # report
@@ -248,7 +257,7 @@ def _tracker(
     data: inputs.Inputs,
     progress: Progress,
     last_step: int,
-    checkpoint: checkpoints.Checkpoint | None,
+    checkpoint: Checkpoint | None,
 ) -> Tracker:
     """All ranks: rank 0 writes the run's folder, the others nothing."""
     tracker: Tracker = NoTracker()
@@ -287,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, metavar="YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH")
+    parser.add_argument("--accept-changes", default="", metavar="NAME,...")
     parser.add_argument("--check", action="store_true")
     return parser
 

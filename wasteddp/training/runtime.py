@@ -116,6 +116,14 @@ class Runtime:
         for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def stack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks: the ranks' tensors, of one shape on all: [R, ...]."""
+        if self.world_size == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.stack(parts)
+
     def load_scaler(self, state: Mapping[str, float] | None) -> None:
         """The loss scale of fp16, where there is one."""
         if self.accelerator.scaler and state:

@@ -1,0 +1,125 @@
+"""What a checkpoint was made from, what has changed since, and which of the changes may be accepted knowingly."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import yaml
+
+from wasteddp.data.manifest import Manifest
+from wasteddp.errors import CheckpointError
+from wasteddp.settings import Settings
+
+_OTHER_ORDER = "from here on the order is another: the epoch that has begun repeats some images and misses others"
+
+# What a difference means to the run that goes on.
+ACCEPTABLE: dict[str, str] = {
+    "manifest": "from here on the images are those of another shard set, in another order",
+    "seed": "from here on the order and the crops are others: the epoch that has begun repeats some images",
+    "batch_size": "the same step is now another place in the epochs and in the learning rate's schedule",
+    "lanes": _OTHER_ORDER,
+    "block": _OTHER_ORDER,
+    "window": _OTHER_ORDER,
+    "train_split": "from here on the images are those of another split",
+    "image_size": "the network, trained at one size, goes on at another",
+}
+REFUSED: dict[str, str] = {
+    "classes": "the network's outputs would stand for other classes",
+    "arch": "the weights are those of another network",
+    "optimizer": "the state kept for each weight is that of another optimizer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What a checkpoint is continued with; the names are those of the settings or the manifest."""
+
+    manifest: str  # sha256
+    classes: tuple[str, ...]
+    arch: str
+    seed: int
+    batch_size: int
+    lanes: int
+    block: int
+    window: int
+    train_split: str
+    image_size: int
+    optimizer: str
+
+    @classmethod
+    def of(cls, settings: Settings, manifest: Manifest) -> Lineage:
+        return cls(
+            manifest=manifest.sha256,
+            classes=manifest.classes,
+            arch=settings.model.arch,
+            seed=settings.run.seed,
+            batch_size=settings.train.batch_size,
+            lanes=settings.num_lanes,
+            block=settings.data.block,
+            window=settings.data.window,
+            train_split=settings.data.train_split,
+            image_size=settings.data.image_size,
+            optimizer=settings.optimizer.name,
+        )
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Lineage:
+        return cls(**{**raw, "classes": tuple(raw["classes"])})
+
+
+def accepted_changes(then: Lineage, now: Lineage, accepted: Collection[str], *, where: object) -> list[str]:
+    """A line for each difference that was accepted.
+
+    Args:
+        then: of the checkpoint.
+        now: of this run.
+        accepted: names of fields that may differ: `--accept-changes`.
+        where: the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: a difference that was not, or cannot be, accepted; or a name that there is not.
+    """
+    if unknown := sorted(set(accepted) - ACCEPTABLE.keys()):
+        why = "; ".join(f"{name}: {REFUSED[name]}" for name in unknown if name in REFUSED)
+        raise CheckpointError(
+            f"--accept-changes {','.join(unknown)}: no such change can be accepted{f' ({why})' if why else ''}",
+            "",
+            f"those that can be: {', '.join(ACCEPTABLE)}",
+        )
+    old, new = asdict(then), asdict(now)
+    names = [field.name for field in fields(Lineage) if old[field.name] != new[field.name]]
+    refused = [name for name in names if name not in accepted]
+    lines = {name: f"{name} was {old[name]!r} and is {new[name]!r}" for name in names}
+    if refused:
+        can_be = all(name in ACCEPTABLE for name in refused)
+        remedy = f", or accept it: --accept-changes {','.join(refused)}" if can_be else ""
+        raise CheckpointError(
+            f"{where} belongs to another run: " + "; ".join(lines[name] for name in refused),
+            "; ".join(dict.fromkeys((ACCEPTABLE | REFUSED)[name] for name in refused)),
+            f"restore the settings of that run, or set run.out to a new folder{remedy}",
+        )
+    return [f"accepted: {lines[name]}; {ACCEPTABLE[name]}" for name in names]
+
+
+def changed_settings(then: str, now: Settings) -> list[str]:
+    """A line for each setting that differs from a checkpoint's; where the run writes is left out.
+
+    Args:
+        then: the YAML in the checkpoint.
+    """
+    old, new = dict(_leaves(yaml.safe_load(then), "")), dict(_leaves(now.model_dump(mode="json"), ""))
+    return [
+        f"changed: {key} was {old[key]!r} and is {value!r}"
+        for key, value in new.items()
+        if key in old and old[key] != value and key != "run.out"
+    ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
