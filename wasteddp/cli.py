@@ -429,6 +429,47 @@ def _dashboard(arguments: argparse.Namespace) -> None:
         print(f"saved: {dashboard.save(loaded, entity=arguments.entity, project=arguments.project)}")
 
 
+def _add_verify_resume(commands: Commands) -> None:
+    command = commands.add_parser(
+        "verify-resume",
+        help="prove that a training that is killed ends like one that is not",
+        description="Trains some steps undisturbed, then once more with SIGKILL and SIGTERM at random moments, and "
+        "prints both side by side. Exit code 0: the same samples, images and, at one number of processes, weights "
+        "bit for bit; 2: not. Removes the two runs if they are the same; the receipt stays.",
+    )
+    command.add_argument("--config", required=True, metavar="YAML")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--steps", type=_positive, default=20, metavar="N", help="to train (default: %(default)s)")
+    command.add_argument("--kills", type=_positive, default=3, metavar="N", help="default: %(default)s")
+    command.add_argument(
+        "--processes", default="1", metavar="N,...", help="of the attempts in turn, such as 1,2 (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, metavar="S", help="of the moments and signals (default: a new one)")
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/verify-resume"), metavar="FOLDER", help="of the receipt"
+    )
+    command.set_defaults(run=_verify_resume)
+
+
+def _verify_resume(arguments: argparse.Namespace) -> None:
+    import secrets
+
+    from wasteddp.training import resume_proof, resume_receipt
+
+    proof = resume_proof.prove(
+        arguments.config,
+        arguments.set,
+        steps=arguments.steps,
+        kills=arguments.kills,
+        processes=tuple(_positive(part) for part in _words(arguments.processes)),
+        seed=secrets.randbelow(10**6) if arguments.seed is None else arguments.seed,
+        out=arguments.out,
+        say=lambda line: print(line, flush=True),
+    )
+    resume_receipt.show(proof, arguments.out)
+    resume_receipt.refuse(proof, arguments.out)
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -469,6 +510,7 @@ def parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_predict,
         _add_doctor,
+        _add_verify_resume,
         _add_settings,
     ):
         add(commands)
