@@ -3,6 +3,7 @@
     python -m launch.bench train      images/s of the real training program beside a bare loop on tensors in memory
     python -m launch.bench loader     images/s of the loader beside torchvision's, webdataset and decoding alone
     python -m launch.bench checks     what all checks of a training cost, as a share of a step
+    python -m launch.bench checkpoint the loop's wait for a save beside a copy in memory; --starts 3: resumed starts
 
 Read the ratio; the figures themselves are the machine's. Leave the machine alone meanwhile: a second busy process on
 two cores can cost either side most of its speed.
@@ -19,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from launch import bench_loader
+from launch import bench_checkpoint, bench_loader
 from wasteddp import settings as settings_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ def main() -> None:
     bare = commands.add_parser("bare")  # one side of `train`, in a process of its own
     bare.add_argument("settings")
     bare.add_argument("steps", type=int)
+    bench_checkpoint.add(commands)
     arguments = parser.parse_args()
     if arguments.command == "bare":
         print(json.dumps(bare_loop(arguments.settings, arguments.steps)))
@@ -53,6 +55,8 @@ def main() -> None:
         from launch import bench_checks
 
         bench_checks.main(arguments.config, arguments.set, arguments.rounds)
+    elif arguments.command == "checkpoint":
+        bench_checkpoint.compare(arguments)
     else:
         compare_train(arguments.config, arguments.set, arguments.rounds, arguments.steps)
 

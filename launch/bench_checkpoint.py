@@ -1,0 +1,115 @@
+"""python -m launch.bench checkpoint: what a checkpoint costs the loop, and what a resume costs at the start."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from wasteddp import settings as settings_file
+from wasteddp.settings import Settings
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def add(commands: Any) -> None:
+    """The subcommand of `launch.bench`."""
+    command = commands.add_parser("checkpoint", help="stall of the loop by a save; start of a resumed run")
+    command.add_argument("--config", default="configs/trashnet-scratch.yaml", help="settings of the network")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--rounds", type=int, default=7)
+    command.add_argument("--starts", type=int, default=0, help="pairs of a fresh and a resumed start; needs the shards")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Both comparisons, as asked for."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_file.load(arguments.config, [*arguments.set, f"run.out={folder}/run"])
+        compare_stall(settings, arguments.rounds)
+    if arguments.starts:
+        compare_starts(arguments.config, arguments.set, arguments.starts)
+
+
+def compare_stall(settings: Settings, rounds: int) -> None:
+    """Interleaves the loop's wait for a save with a plain copy of as many bytes, and prints the medians."""
+    import torch
+
+    from wasteddp.model import resnet
+    from wasteddp.training import optim, runtime
+    from wasteddp.training.checkpoints import Progress
+    from wasteddp.training.inputs import Inputs
+    from wasteddp.training.keeper import Keeper
+    from wasteddp.training.lineage import Lineage
+
+    world = runtime.start(settings)
+    model = resnet.build(settings.model.arch, 6).to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optim.build(model, settings.optimizer)
+    model(torch.randn(2, 3, 64, 64, device=world.device)).sum().backward()
+    optimizer.step()  # so that it has a state
+    keeper = Keeper(settings, world, cast(Inputs, None), model, optimizer)
+    states = [*model.state_dict().values(), *optim.state_tensors(optimizer, model).values()]
+    num_bytes = sum(tensor.nbytes for tensor in states)
+    source = torch.ones(num_bytes // 4, device=world.device)
+    target = torch.zeros(num_bytes // 4, pin_memory=source.is_cuda)
+    lineage = Lineage("0" * 64, (), "", 0, 1, 1, 1, 0, "train", 224, "")
+    stalls, copies, writes = [], [], []
+    with keeper:
+        for step in range(1, rounds + 2):
+            began = time.perf_counter()
+            target.copy_(source, non_blocking=True)
+            if source.is_cuda:
+                torch.cuda.synchronize()
+            copies.append(1000 * (time.perf_counter() - began))
+            stalls.append(keeper.save(Progress(lineage, step=step), epoch=0, best=None))
+            began = time.perf_counter()
+            keeper.drain()
+            writes.append(1000 * (time.perf_counter() - began))
+        keeper.close()
+    world.close()
+    stall, copy = statistics.median(stalls[1:]), statistics.median(copies[1:])
+    print(
+        f"{settings.model.arch}, {settings.optimizer.name}, {num_bytes / 1e6:.0f} MB, median of {rounds}: the loop "
+        f"waits {stall:.1f} ms (the first time {stalls[0]:.1f}), a copy of as many bytes takes {copy:.1f} ms: "
+        f"{stall / copy:.2f} times; written behind it in {statistics.median(writes[1:]):.0f} ms"
+    )
+
+
+def compare_starts(config: str, overrides: list[str], pairs: int) -> None:
+    """Alternates fresh and resumed starts of the real program; from the process's start to its first step."""
+    fresh: list[float] = []
+    resumed: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        once = Path(folder) / "once"
+        _start(config, overrides, once)
+        (checkpoint,) = (once / "checkpoints").glob("step-*")
+        for number in range(pairs):
+            sides = [(fresh, "auto"), (resumed, str(checkpoint))]
+            for times, resume in sides if number % 2 else reversed(sides):
+                times.append(
+                    _start(config, overrides, Path(folder) / f"run-{number}-{len(times)}-{resume[:4]}", resume)
+                )
+    ratio = statistics.median(resumed) / statistics.median(fresh)
+    print(
+        f"from the process's start to the end of its first step, median of {pairs}: fresh "
+        f"{statistics.median(fresh):.2f} s, resumed {statistics.median(resumed):.2f} s: {ratio:.3f} times"
+    )
+
+
+def _start(config: str, overrides: list[str], out: Path, resume: str = "auto") -> float:
+    """Seconds until the first line of a step; the run is then asked to stop, and saves."""
+    fixed = [f"run.out={out}", "track.wandb=disabled", "train.log_every_steps=1", "evaluate.every_steps=1000000"]
+    command = [sys.executable, "wasteddp/train.py", "--config", config, "--resume", resume]
+    command += [part for override in [*overrides, *fixed] for part in ("--set", override)]
+    began, seconds = time.perf_counter(), 0.0
+    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step ") and not seconds:
+                seconds = time.perf_counter() - began
+                process.terminate()
+    return seconds

@@ -1,0 +1,90 @@
+"""python -m tests.chaos --kills 200 --seed 0: disturbs trainings so often, and prints what happened as a table."""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"  # before numpy and torch: no threads before the forks
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from wasteddp.data import drawing
+from wasteddp.data.sharding import Job, Options, make_shards
+
+from .harness import Record, disturb_many
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="events, faults included (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no new event behind these (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder that stays; results are added to its results.jsonl")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        out = arguments.out or Path(temporary)
+        shards = make_small_shards(out)
+        until = time.monotonic() + 60 * arguments.minutes
+        began = time.monotonic()
+        trainings = disturb_many(
+            out,
+            shards,
+            events=arguments.kills,
+            seed=arguments.seed,
+            say=lambda line: print(line, flush=True),
+            until=lambda: time.monotonic() > until,
+        )
+        records = [record for training in trainings for record in training.records]
+        with (out / "results.jsonl").open("a") as file:
+            for record in records:
+                file.write(json.dumps([record.event.name, record.ended, record.steps_lost, record.outcome.had_to_kill]))
+                file.write("\n")
+        print(table(records))
+        print(
+            f"{len(records)} events in {len(trainings)} trainings, seed {arguments.seed}, "
+            f"{time.monotonic() - began:.0f} s: every training ended as the undisturbed one"
+        )
+
+
+def make_small_shards(out: Path) -> Path:
+    """100 training images in 3 classes, drawn: 8 steps an epoch and 4 images that each epoch leaves out."""
+    if not (out / "shards" / "manifest.json").exists():
+        kinds = drawing.KINDS[:3]
+        for split, count, seed in (("train", 34, 1), ("val", 5, 2)):
+            drawing.draw_folder(out / "images" / split, kinds=kinds, images_per_class=count, size_px=48, seed=seed)
+        for extra in sorted((out / "images" / "train").rglob("*.*"))[:2]:
+            extra.unlink()
+        make_shards(Job(out / "images", out / "shards", Options(shard_mb=0.05)), workers=1)
+    return out / "shards"
+
+
+def table(records: list[Record]) -> str:
+    """Markdown: a row a kind of event."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.event.name].append(record)
+    lines = [
+        "| what was done | processes | times | how the attempt ended | steps to do again: median, most |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, group in sorted(groups.items()):
+        counts = Counter(record.ended for record in group)
+        ended = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+        numbers = sorted({record.event.processes for record in group})
+        lost = [record.steps_lost for record in group]
+        lines.append(
+            f"| {name} | {' or '.join(map(str, numbers))} | {len(group)} | {ended} "
+            f"| {statistics.median(lost):g}, {max(lost)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What is done to an attempt of a training: drawn from a seed, so that any of it can be done again."""
+
+from __future__ import annotations
+
+import errno
+import random
+from dataclasses import dataclass
+
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1")
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
+WRITES = ("write", "fsync", "rename")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One attempt and what happens to it.
+
+    kind: signal   `signal` from outside, `delay_s` after all ranks are up, to `target`
+          save     rank 0 kills itself, or all, at the `nth` operation on the disk while it keeps a checkpoint or model
+          epoch    a rank kills itself, or all, as the evaluation at an epoch's end begins
+          fault    `nth` write, fsync or rename of rank 0 fails with `error`, or writes half of it first ("short")
+          read     reading the newest checkpoint fails with `error`, or gives bytes with one bit changed
+          flip     a bit of the newest checkpoint is changed on the disk before the attempt, which then gets `signal`
+    """
+
+    number: int
+    kind: str
+    processes: int
+    target: str = "all"  # all; one (the last rank); first (rank 0)
+    signal: str = "SIGKILL"
+    delay_s: float = 0.0
+    nth: int = 0
+    operation: str = ""
+    error: int = 0  # an errno; 0 with `operation` flip
+    short: bool = False
+
+    @property
+    def name(self) -> str:
+        """The row of the table that it belongs to."""
+        if self.kind == "signal":
+            ranks = {"all": "all ranks", "one": "the last rank", "first": "rank 0"}[self.target]
+            return f"{self.signal} to {ranks if self.processes > 1 else 'the only rank'}"
+        if self.kind == "save":
+            return "SIGKILL in the middle of a save"
+        if self.kind == "epoch":
+            return "SIGKILL at an epoch's edge"
+        if self.kind == "fault":
+            short = " behind half of the bytes" if self.short else ""
+            return f"{self.operation}: {errno.errorcode[self.error]}{short}"
+        if self.kind == "read":
+            return f"read: {errno.errorcode[self.error] if self.error else 'a bit changed'}"
+        return "a bit of the newest checkpoint changed on the disk"
+
+
+def draw(draws: random.Random, number: int, processes: int) -> Event:
+    """One event; about seven of ten are kills."""
+    kind = draws.choices(["signal", "save", "epoch", "fault", "read", "flip"], weights=[45, 22, 10, 14, 5, 4])[0]
+    event = {"number": number, "kind": kind, "processes": processes, "target": draws.choice(["all", "one", "first"])}
+    if kind in ("signal", "flip"):
+        # the longest is about a third of an undisturbed training: some come before the first step, some in saves
+        event |= {"signal": draws.choice(SIGNALS), "delay_s": round(draws.uniform(0.0, 1.2) ** 2, 4)}
+    elif kind == "save":
+        event |= {"nth": draws.randint(1, 60)}  # a save is 16 operations, with a new best model 22
+    elif kind == "epoch":
+        event |= {"nth": draws.randint(1, 2)}
+    elif kind == "fault":
+        operation = draws.choice(WRITES)
+        short = operation == "write" and draws.random() < 0.4
+        event |= {"nth": draws.randint(1, 25), "operation": operation, "error": draws.choice(ERRORS), "short": short}
+    else:
+        error = draws.choice([errno.EIO, errno.EACCES, 0])
+        event |= {"nth": 1, "operation": "read", "error": error}
+    return Event(**event)  # type: ignore[arg-type]
