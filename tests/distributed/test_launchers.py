@@ -13,7 +13,7 @@ from trainings import CPU2, ROOT, config_of, launch, launch_command, rows
 from wasteddp.training import checkpoints
 from wasteddp.training.claim import Claim
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def command_of(launcher: str, arguments: list[str]) -> list[str]:

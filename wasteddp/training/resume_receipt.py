@@ -10,12 +10,14 @@ from rich.table import Table
 from wasteddp.errors import CheckpointError
 from wasteddp.training.resume_proof import Proof
 
+_WIDTH = 110  # characters: where there is no terminal rich takes 80, and would cut the hashes
 _DIGITS = 8  # of a hash, in the table; the receipt has more
 
 
 def show(proof: Proof, out: Path) -> None:
     """Prints the receipt."""
     console = Console()
+    console = Console(width=max(console.width, _WIDTH))
     kills = Table("attempt", "processes", "signal", "after step", "exit codes", title="killed")
     for kill in proof.kills:
         codes = " ".join(map(str, kill.exit_codes))
