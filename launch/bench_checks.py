@@ -24,9 +24,10 @@ from wasteddp.model import resnet
 from wasteddp.settings import Settings
 from wasteddp.training import coverage, optim, runtime
 from wasteddp.training.board import Beat, Board
-from wasteddp.training.checkpoints import Lineage, Progress
+from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard
 from wasteddp.training.journal import Journal
+from wasteddp.training.lineage import Lineage
 from wasteddp.training.meter import Meter
 
 _CLASSES = 6
@@ -85,7 +86,7 @@ def _costs(
     folder: Path,
     rounds: int,
 ) -> list[Cost]:
-    lineage = Lineage("", tuple("abcdef"), "", 0, 0, 0, 0, "")
+    lineage = Lineage("", tuple("abcdef"), "", 0, 0, 0, 1, 0, "train", 0, "")
     progress, meter = Progress(lineage, covered=[0, 0, 0]), Meter(world.device)
     guard = Guard(settings, world, model, optimizer, num_classes=_CLASSES, progress=progress)
     samples = np.arange(settings.train.batch_size)

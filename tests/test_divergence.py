@@ -20,10 +20,11 @@ from wasteddp.data.augment import Augment
 from wasteddp.errors import DivergedError
 from wasteddp.settings import parse
 from wasteddp.training import optim, runtime
-from wasteddp.training.checkpoints import Lineage, Progress
+from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard, RollBack
+from wasteddp.training.lineage import Lineage
 
-LINEAGE = Lineage("0", ("a", "b"), "resnet18", 0, 4, 4, 32, "sgd")
+LINEAGE = Lineage("0", ("a", "b"), "resnet18", 0, 4, 4, 1, 0, "train", 32, "sgd")
 Poison = tuple[int, int, float]
 
 

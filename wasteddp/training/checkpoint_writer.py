@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,6 +77,7 @@ class CheckpointWriter:
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._work: Callable[[], None] = lambda: None
         self._host = HostCopy()
 
     @property
@@ -105,7 +107,12 @@ class CheckpointWriter:
         """
         self.wait()
         copies = self._host.of(states)
-        self._pending = self._thread.submit(self._keep, progress, copies, settings_yaml, before, after)
+        self._work = partial(self._keep, progress, copies, settings_yaml, before, after)
+        self.again()
+
+    def again(self) -> None:
+        """Hands over once more what was handed over last: after a save that failed."""
+        self._pending = self._thread.submit(self._work)
 
     def wait(self) -> None:
         """Until what was handed over is on the disk.
@@ -139,7 +146,11 @@ class CheckpointWriter:
         }
         if before:
             before(states["model"])
-        self._write(progress, states, settings_yaml)
+        try:
+            self._write(progress, states, settings_yaml)
+        except StorageError:  # a full disk needs its space back
+            shutil.rmtree(_temporary(self._folder / f"step-{progress.step:08d}"), ignore_errors=True)
+            raise
         if after:
             after()
 
