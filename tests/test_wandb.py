@@ -29,7 +29,7 @@ def forget() -> None:
     """As in a new process: wandb reads its environment once."""
     import wandb
 
-    with contextlib.suppress(ConnectionError):  # its service was killed
+    with contextlib.suppress(ConnectionError, SystemExit):  # its service was killed
         wandb.teardown()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
@@ -215,6 +215,20 @@ def test_a_server_that_is_dead_at_the_end_does_not_hold_the_process(
     assert "sent 0 of 3 rows" in synced(tmp_path, server)
     exactly(server, tmp_path)
     assert server.runs["run1"].state == "finished"
+
+
+def test_a_server_that_never_answers_holds_neither_the_loop_nor_the_end(
+    tmp_path: Path, server: WandbServer, synced: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ.update(server.environment)
+    server.hang_s = 600  # a wait for it would be the end of this test
+    tracker = tracker_of(tmp_path, finish_s=1)
+    log(tracker, 1, 3)
+    tracker.close(0)
+    assert "it did not take everything within 1 s" in capsys.readouterr().out
+    server.hang_s = 0
+    synced(tmp_path, server)
+    exactly(server, tmp_path)
 
 
 def test_killed_online_and_continued_offline_is_one_exact_run(

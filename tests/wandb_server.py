@@ -125,7 +125,9 @@ class WandbServer:
         """(status, JSON) of a request; None: no answer at all."""
         secret = headers.pop("Authorization", "")
         self.traffic.append(f"{method} {path} {headers}\n".encode() + body)
-        time.sleep(self.hang_s)
+        until = time.monotonic() + self.hang_s
+        while self.hang_s and time.monotonic() < until:
+            time.sleep(0.05)
         if self.refuse:
             return None
         with self._lock:

@@ -53,6 +53,7 @@ class WandbMirror:
         self._queue: queue.SimpleQueue[Row | _End] = queue.SimpleQueue()
         self._lock: IO[bytes] | None = None
         self._failed = False
+        self._over = threading.Event()  # the run has ended, whatever the thread is still waiting for
         self._thread: threading.Thread | None = None
         self._resumed_step = history[-1]["step"] if history else -1
         if self.is_on:
@@ -77,6 +78,7 @@ class WandbMirror:
         self._thread.join(self._track.finish_s)
         if self._thread.is_alive():
             self._say(self._too_slow)
+            self._over.set()
             stop_service()
         self._say = lambda _: None  # the log is closed next
         if self._lock:
@@ -132,6 +134,8 @@ class WandbMirror:
             try:
                 run = self._opened(mode)
             except Exception as error:
+                if self._over.is_set():
+                    raise
                 mode = Mode("offline", reason_of(error))
         if run is None:
             run = self._opened(mode)
