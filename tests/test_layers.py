@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "wasteddp"
 # From the bottom; a room may import those before it, and itself. settings and errors may be imported by all.
-ROOMS = ["errors", "redaction", "settings", "data", "model", "inference", "training", "train", "doctor", "cli"]
+ROOMS = ["errors", "redaction", "settings", "data", "model", "inference", "training", "report", "train", "doctor", "cli"]
 
 
 def _room(module: str) -> str:
@@ -46,6 +46,7 @@ def test_imports_point_down(path: Path) -> None:
         "data.manifest",
         "data.reading",
         "data.shard_set",
+        "report.page",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
@@ -57,5 +58,5 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
     code = "import sys; from wasteddp import cli; print(cli.parser().format_help()); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for command in ("shard", "verify", "index", "draw", "plan", "evaluate", "predict", "doctor", "settings"):
+    for command in ("shard", "verify", "index", "draw", "plan", "evaluate", "predict", "report", "doctor", "settings"):
         assert f"\n    {command} " in done.stdout

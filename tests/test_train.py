@@ -45,7 +45,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) ->
 def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert {path.name for path in undisturbed.iterdir()} == {
         "settings.yaml", "environment.json", "tracking.json", "metrics.jsonl", "log.txt", "checkpoints", "model",
-        "evaluations",
+        "evaluations", "report.html",
     }  # fmt: skip
     found = rows(undisturbed)
     assert [row["step"] for row in found] == list(range(1, 9))
@@ -56,6 +56,7 @@ def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     for fact in ("1 x cpu", "fp32 (as set)", "1 processes x 6 images x 2 accumulated", "50 training and 13 val images"):
         assert fact in log
     assert "finished at step 8" in log
+    assert f"report: {undisturbed}/report.html" in log
     assert "hostname" not in (undisturbed / "environment.json").read_text()
 
 
@@ -124,6 +125,7 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed: Path, small_shards: P
     assert process.returncode == 75
     assert (tmp_path / "run" / "RESUMABLE").exists()
     assert "stopped by SIGTERM at step" in said
+    assert "by a signal, and saved" in (tmp_path / "run" / "report.html").read_text()
     assert launch(arguments).returncode == 0
     assert not (tmp_path / "run" / "RESUMABLE").exists()
     assert final_weights(tmp_path / "run") == final_weights(undisturbed)

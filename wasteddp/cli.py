@@ -341,6 +341,26 @@ def _predict(arguments: argparse.Namespace) -> None:
     )
 
 
+def _add_report(commands: Commands) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write a run, or a comparison of several, as one HTML page",
+        description="Writes one HTML file that needs no server and no network: curves, confusion matrix, classes with "
+        "intervals, reliability, mistakes, settings and lineage. Training writes RUN/report.html itself at its end.",
+    )
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run; several are compared")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html (several: comparison.html) in the first run"
+    )
+    command.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from wasteddp.report.page import ReportOptions, run
+
+    run(ReportOptions(tuple(arguments.runs), arguments.out))
+
+
 def _add_compute(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",
@@ -509,6 +529,7 @@ def parser() -> argparse.ArgumentParser:
         _add_plan,
         _add_evaluate,
         _add_predict,
+        _add_report,
         _add_doctor,
         _add_verify_resume,
         _add_settings,

@@ -15,6 +15,7 @@
     ├── DivergedError          a loss that is no number any more
     ├── CoverageError          an epoch that did not see each of its samples exactly once
     ├── BundleError            a model bundle
+    ├── RunError               a run's folder
     ├── TrackingError          W&B, when a command asks for it; a training goes on without
     └── StorageError           disk full, no permission, no such place
 
@@ -106,6 +107,10 @@ class CoverageError(WastedError):
 
 
 class BundleError(WastedError):
+    pass
+
+
+class RunError(WastedError):
     pass
 
 

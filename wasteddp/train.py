@@ -13,7 +13,7 @@
 While it runs, `touch RUN/SAVE_NOW` asks for a checkpoint; the file goes when that is on the disk.
 
 Written to run.out: settings.yaml, environment.json, tracking.json, metrics.jsonl, log.txt, checkpoints/, model/ (the
-bundle), media/ (pictures for W&B).
+bundle), evaluations/ (what it was measured at), report.html (all of it as one page), media/ (pictures for W&B).
 Exit codes: 0 finished; 2 something to mend, the message says what; 75 stopped by a signal and saved: start it again;
 70 a rank failed, hung or vanished and all were stopped: start it again, from the newest checkpoint.
 A launcher may turn 75 into 1, so a run that can go on also has the file RESUMABLE in run.out.
@@ -52,6 +52,7 @@ from wasteddp.data.manifest import write_atomically
 from wasteddp.data.mixing import Mixing
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.model import resnet, weights
+from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
 from wasteddp.training import coverage, divergence, environment, inputs, messages, optim, runtime
 from wasteddp.training.checkpoints import Checkpoint, Progress
@@ -145,7 +146,8 @@ def train(
     record = StepRecord(settings, world, progress.step)
     guard = Guard(settings, world, model, optimizer, num_classes=len(manifest.classes), progress=progress)
     meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
-    with keeper, TrackerScope(tracker), world.watch:
+    report = reported(Path(settings.run.out), tracker.say, is_main=world.is_main)
+    with keeper, TrackerScope(tracker), report, world.watch:
         world.watch.detail = data.at_work
         tracker.say(messages.facts(settings, world, data, last_step, origin))
         if progress.stopped_early(settings.train.early_stop_epochs) and not max_steps:

@@ -1,0 +1,65 @@
+"""A run with everything that a report shows, in miniature, and how to read the figures back out of a page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+from small_run import write_run
+
+from wasteddp.cli import main
+
+STEPS_PER_EPOCH = 20
+
+
+def metric_rows(num_rows: int) -> Iterable[dict[str, float]]:
+    """Rows as training logs them: a noisy loss, an evaluation every 20 steps, a second start in the middle."""
+    for step in range(1, num_rows + 1):
+        row = {
+            "step": step,
+            "time_s": 1.8e9 + step * 0.5 + (900 if step > num_rows // 2 else 0),
+            "epoch": step / STEPS_PER_EPOCH,
+            "lr": 0.05 * (1 - step / num_rows),
+            "train/loss": 1.7 * math.exp(-2 * step / num_rows) + 0.2 * math.sin(step * 1.7),
+            "train/grad_norm": 2 + math.sin(step),
+            "train/images_per_s": 400 + 30 * math.sin(step / 3),
+            "train/step_ms": 80 - 5 * math.sin(step / 3),
+            "train/wait_fraction": 0.01 + 0.005 * math.cos(step),
+            "train/damaged": 0,
+            "checkpoint/stall_ms": 12.5,
+            "attempt": 1 + (step > num_rows // 2),
+        }
+        if step % STEPS_PER_EPOCH == 0:
+            share = step / num_rows
+            row |= {"val/loss": 1.6 - share, "val/accuracy": 0.3 + share / 2, "val/macro_recall": 0.25 + share / 2}
+            row |= {"val/macro_f1": 0.2 + share / 2, "val/samples": 10, "val/seconds": 0.4, "best/value": 0.8}
+        yield row
+
+
+def write_metrics(run: Path, rows: Iterable[dict[str, float]]) -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_reported_run(folder: Path, num_rows: int = 100) -> Path:
+    """`folder/run`: a model, 100 rows, an evaluation of 10 images of which some are wrong."""
+    run = write_run(folder)
+    write_metrics(run, metric_rows(num_rows))
+    (run / "environment.json").write_text(json.dumps({"commit": "abc", "cores": 2, "packages": {"torch": "2.14.1"}}))
+    assert main(["evaluate", str(run)]) == 0
+    return run
+
+
+def charts_of(page: str) -> dict[str, dict[str, Any]]:
+    """The data of each chart by its title."""
+    charts = {}
+    for figure in page.split("<figure")[1:]:
+        data = re.search(r'<script type="application/json">(.*?)</script>', figure, re.DOTALL)
+        title = re.search(r"<figcaption>(.*?)(?: <span|</figcaption>)", figure)
+        if data and title:
+            charts[unescape(title[1])] = json.loads(data[1])
+    return charts

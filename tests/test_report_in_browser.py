@@ -1,0 +1,103 @@
+"""A report in a real browser: no error, no request, nothing cut off, and the figures under the pointer.
+
+Skipped where there is no Chromium: `apt-get install chromium` (or set CHROMIUM to another one's path).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reported_run import write_reported_run
+
+from wasteddp.report.page import write_report
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_reported_run(tmp_path_factory.mktemp("browser"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+@pytest.mark.parametrize("script", [True, False], ids=["", "without its script"])
+def test_the_page_opens_without_an_error_or_a_request_and_fits(
+    browser: Any, run: Path, width: int, height: int, scheme: str, script: bool
+) -> None:
+    page_path = write_report([run])
+    page = browser.new_page(
+        viewport={"width": width, "height": height}, color_scheme=scheme, java_script_enabled=script
+    )
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(message.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on(
+        "request", lambda request: trouble.append(request.url) if request.url[:5] not in ("file:", "data:") else None
+    )
+    page.goto(page_path.as_uri())
+    assert page.title() == "run"
+    assert page.locator("svg").count() >= 7
+    assert page.get_by_text("Surest mistakes").is_visible()
+    if script:  # evaluating needs one
+        root = "document.documentElement"
+        assert page.evaluate(f"{root}.scrollWidth") <= width, "the page is wider than the screen"
+        broken = "[...document.images].filter((image) => !image.complete || !image.naturalWidth).length"
+        assert page.evaluate(broken) == 0
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (int(paper.strip("rgb()").split(",")[0]) < 128) == (scheme == "dark")
+    page.close()
+    assert [one for one in trouble if not one.startswith(("file://" + str(page_path), "data:"))] == []
+
+
+def test_the_figures_in_the_browser_are_those_of_the_files(browser: Any, run: Path) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(write_report([run]).as_uri())
+    rows = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    charts = dict(
+        page.evaluate("""[...document.querySelectorAll("[data-chart]")].map((one) => [
+            one.querySelector("figcaption").textContent.trim().split(" ")[0],
+            JSON.parse(one.querySelector("script").textContent)])""")
+    )
+    loss = charts["Loss"]["lines"][0]
+    assert loss["values"] == pytest.approx([rows[step]["train/loss"] for step in loss["steps"]], rel=1e-5)
+    assert loss["steps"] == list(rows)
+    record = json.loads((run / "evaluations" / "test" / "metrics.json").read_text())
+    cells = page.locator("[data-confusion=test] tbody td").all_text_contents()
+    assert [int(cell or 0) for cell in cells] == [count for row in record["confusion"] for count in row]
+
+    plot = page.locator("[data-chart] .plot").first
+    box = plot.bounding_box()
+    plot.hover(position={"x": box["width"] - 4, "y": box["height"] / 2})
+    tip = plot.locator(".tip div").all_text_contents()
+    for words, metric in zip(tip, ("train/loss", "val/loss"), strict=True):
+        _, value, _, _, step = words.split()  # such as: train 0.2994 · step 100
+        assert float(value) == pytest.approx(rows[int(step)][metric], rel=1e-4)
+        assert int(step) > 90
+    page.close()
+
+
+def test_the_page_prints(browser: Any, run: Path) -> None:
+    page = browser.new_page()
+    page.goto(write_report([run]).as_uri())
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()

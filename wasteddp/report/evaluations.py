@@ -1,0 +1,152 @@
+"""One evaluation as the page shows it: classes with their intervals, confusions, reliability, mistakes.
+
+Legend: K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.report.pictures import thumbnails
+from wasteddp.report.run_record import RunRecord
+
+_MISTAKES_SHOWN = 12  # of each kind
+_CONFUSIONS_NAMED = 5
+_LARGEST_MATRIX = 40  # classes; beyond it a table of K x K is neither readable nor small
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A proportion with its 95 % interval, all in percent; `value` is None where it is 0 / 0."""
+
+    value: float | None
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, part: int, whole: int) -> Share:
+        if whole == 0:
+            return cls(None, 0.0, 100.0)
+        low, high = wilson_interval(part, whole)
+        return cls(100 * part / whole, 100 * low, 100 * high)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRow:
+    name: str
+    bin: str
+    images: int
+    recall: Share
+    precision: Share
+    f1: str
+
+
+def evaluation_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the template says of one evaluation."""
+    surest = record["surest_mistakes"][:_MISTAKES_SHOWN]
+    there = {mistake["sample"] for mistake in surest}
+    worst = [mistake for mistake in record["worst_mistakes"] if mistake["sample"] not in there][:_MISTAKES_SHOWN]
+    samples = [mistake["sample"] for mistake in (*surest, *worst)]
+    pictures, missing = thumbnails(one.manifest, record, samples)
+    bars = _reliability_bars(record["reliability"])
+    sure = sum(bar.confidence * bar.count for bar in bars) / max(1, sum(bar.count for bar in bars))
+    return {
+        "record": record,
+        "split": record["options"]["split"],
+        "chosen_on": record["options"]["split"] == one.settings.get("data.eval_split"),
+        "by_training": record["options"].get("by") == "training",
+        "stale": one.card is not None and record["hashes"]["weights"] != one.card.hashes.weights,
+        "classes": _class_rows(one, record),
+        "matrix": _matrix(record),
+        "longest_name": min(14, max(map(len, record["classes"]))),
+        "confusions": _confusions(record),
+        "bars": bars,
+        "mean_confidence": sure,
+        "surest": surest,
+        "worst": worst,
+        "num_wrong": record["num_samples"] - record["num_correct"],
+        "pictures": pictures,
+        "pictures_missing": missing,
+    }
+
+
+def _class_rows(run: RunRecord, record: Mapping[str, Any]) -> list[ClassRow]:
+    """Each class of an evaluation, with intervals of what was counted."""
+    confusion = np.asarray(record["confusion"])
+    bins = run.card.bins if run.card else {}
+    counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True)
+    return [
+        ClassRow(
+            name=name,
+            bin=bins.get(name, ""),
+            images=true,
+            recall=Share.of(hits, true),
+            precision=Share.of(hits, predicted),
+            f1="–" if figures["f1"] is None else percent(figures["f1"]),
+        )
+        for name, figures, (hits, true, predicted) in zip(record["classes"], record["per_class"], counts, strict=True)
+    ]
+
+
+def _matrix(record: Mapping[str, Any]) -> list[list[tuple[int, float]]]:
+    """(count, share of its row) of each cell; empty where there are too many classes to look at."""
+    confusion = np.asarray(record["confusion"], np.int64)
+    if len(confusion) > _LARGEST_MATRIX:
+        return []
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    return [list(zip(row, share, strict=True)) for row, share in zip(confusion.tolist(), shares.tolist(), strict=True)]
+
+
+def _confusions(record: Mapping[str, Any]) -> list[tuple[str, str, int, str]]:
+    """(true, predicted, images, share of the true class), the most frequent first."""
+    confusion, classes = np.array(record["confusion"], np.int64), record["classes"]
+    support = confusion.sum(1)
+    np.fill_diagonal(confusion, 0)
+    largest = np.argsort(-confusion, axis=None, kind="stable")[:_CONFUSIONS_NAMED]
+    pairs = [divmod(int(cell), len(classes)) for cell in largest]
+    return [
+        (classes[true], classes[guess], int(confusion[true, guess]), percent(confusion[true, guess] / support[true]))
+        for true, guess in pairs
+        if confusion[true, guess]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class ReliabilityBar:
+    """One bin of confidence: everything in 0..100 % of the diagram."""
+
+    left: float
+    width: float
+    count: int
+    share: float  # of all answers, relative to the fullest bin
+    accuracy: float
+    low: float  # 95 % interval
+    high: float
+    confidence: float
+
+
+def _reliability_bars(record: Mapping[str, Any]) -> list[ReliabilityBar]:
+    """The bins that hold answers, of an evaluation's "reliability"."""
+    fullest = max((one["count"] for one in record["bins"]), default=0)
+    bars = []
+    for one in record["bins"]:
+        if one["count"]:
+            low, high = wilson_interval(one["correct"], one["count"])
+            bars.append(
+                ReliabilityBar(
+                    left=100 * one["from"],
+                    width=100 * (one["to"] - one["from"]),
+                    count=one["count"],
+                    share=100 * one["count"] / fullest,
+                    accuracy=100 * one["correct"] / one["count"],
+                    low=100 * low,
+                    high=100 * high,
+                    confidence=100 * one["mean_confidence"],
+                )
+            )
+    return bars

@@ -1,0 +1,190 @@
+"""`wasteddp report`: one or several runs as a single HTML file that needs nothing else: no server, no network.
+
+The page's own policy forbids every request. It reads without its script, which only shows values under the pointer.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from wasteddp import __version__
+from wasteddp.data.manifest import write_atomically
+from wasteddp.errors import RunError
+from wasteddp.report import tables
+from wasteddp.report.charts import Chart, Form, chart
+from wasteddp.report.evaluations import evaluation_context
+from wasteddp.report.run_record import RunRecord, read_run
+from wasteddp.training.tracking import METRICS
+
+_HERE = Path(__file__).parent
+_MOST_LINES = 8  # as many colours as can be told apart
+
+# A * stands for a class or a rank, as in METRICS.
+_FORMS = (
+    Form("Loss", ("train/loss", "val/loss"), "nats"),
+    Form("Accuracy and recall", ("val/accuracy", "val/macro_recall", "val/macro_f1"), percent=True),
+    Form("Recall by class", ("val/recall/*",), percent=True),
+    Form("Learning rate", ("lr",), from_zero=True),
+    Form("Gradient norm", ("train/grad_norm",), log=True, about="Logarithmic."),
+    Form("Speed", ("train/images_per_s",), "images/s", from_zero=True),
+    Form("Speed by rank", ("rank/*/images_per_s",), "images/s", from_zero=True),
+    Form("Waiting for data", ("train/wait_fraction", "train/wait_fraction_max"), "of the time", True, from_zero=True),
+)
+# Metrics that a chart would not make clearer, or that another figure of the page shows.
+_NO_CHART = {
+    "step", "time_s", "epoch", "attempt", "best/value", "val/samples", "val/seconds", "checkpoint/stall_ms",
+    "train/step_ms", "rank/*/wait_fraction",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ReportOptions:
+    """The command line of `wasteddp report`. `out` None: in the folder of the first run."""
+
+    runs: tuple[Path, ...]
+    out: Path | None = None
+
+
+def run(options: ReportOptions) -> None:
+    """Writes the page and says where."""
+    out = write_report(options.runs, options.out)
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, opens in any browser, needs no network")
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes `report.html` of one run, or `comparison.html` of several; returns its path.
+
+    Raises:
+        RunError: a folder is no run's, or there are too many.
+    """
+    if len(folders) > _MOST_LINES:
+        raise RunError(
+            f"{len(folders)} runs were named; {_MOST_LINES} at most can be told apart in one chart",
+            "the comparison could not be read",
+            "compare fewer runs",
+        )
+    runs = [read_run(folder) for folder in folders]
+    path = out or folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    write_atomically(path, render(runs).encode("utf-8", "replace"))
+    return path
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    return environment.get_template("page.html").render(
+        title=" · ".join(one.name for one in runs),
+        style=(_HERE / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        tool=f"wasteddp {__version__}",
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        runs=[_run_context(one) for one in runs],
+    )
+
+
+def _run_context(one: RunRecord) -> dict[str, Any]:
+    """All that the template says of one run."""
+    word, explanation = tables.state(one)
+    counts, named, unnamed = tables.left_out(one)
+    return {
+        "run": one,
+        "state": word,
+        "state_note": explanation,
+        "tiles": tables.tiles(one),
+        "charts": _charts(one),
+        "evaluations": [evaluation_context(one, record) for record in one.evaluations],
+        "left_out": counts,
+        "left_out_named": named,
+        "left_out_unnamed": unnamed,
+        "starts": tables.starts(one),
+        "timings": tables.timings(one),
+        "settings": tables.settings_rows(one),
+        "lineage": tables.lineage(one),
+        "environment": tables.environment_rows(one),
+        "duration": tables.duration,
+    }
+
+
+def _charts(one: RunRecord) -> list[Chart]:
+    """The charts of `_FORMS`, then one of each further metric that changes."""
+    known = [*_NO_CHART, *(metric for form in _FORMS for metric in form.metrics)]
+    forms = list(_FORMS)
+    for name in one.columns:
+        if not any(fnmatchcase(name, pattern) for pattern in known) and len(set(one.logged(name))) > 1:
+            unit, meaning = METRICS.get(name, ("", name))
+            forms.append(Form(meaning[:1].upper() + meaning[1:], (name,), "" if unit == "1" else unit))
+    found = []
+    for form in forms:
+        full = _spelt_out(form, one)
+        found.append(chart(full, [one], names=[_line_name(one, metric) for metric in full.metrics]))
+    return [drawn for drawn in found if drawn]
+
+
+def _spelt_out(form: Form, one: RunRecord) -> Form:
+    """A form with the run's own metrics in place of a *: as many as there are colours."""
+    names = [name for pattern in form.metrics for name in one.columns if fnmatchcase(name, pattern)]
+    left = len(names) - _MOST_LINES
+    about = f"{form.about} {left} more are in metrics.jsonl.".strip() if left > 0 else form.about
+    return replace(form, metrics=tuple(names[:_MOST_LINES]), about=about)
+
+
+def _line_name(one: RunRecord, metric: str) -> str:
+    """val/macro_recall -> macro recall; train/loss -> train"""
+    parts = metric.split("/")
+    if parts[-1] == "loss":
+        return str(one.settings.get("data.eval_split", "val")) if parts[0] == "val" else parts[0]
+    if parts[0] == "rank":
+        return f"rank {parts[1]}"
+    return parts[-1] if "recall" in parts[:-1] else parts[-1].replace("_", " ")
+
+
+def _comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Several runs beside each other."""
+    names = _distinct([one.name for one in runs])
+    splits = dict.fromkeys(record["options"]["split"] for one in runs for record in one.evaluations)
+    forms = [
+        Form(_comparison_title(form, metric), (metric,), form.unit, form.percent, form.log, form.from_zero, form.about)
+        for form in _FORMS
+        for metric in form.metrics
+        if "*" not in metric
+    ]
+    sets = {record["hashes"]["manifest"] for one in runs for record in one.evaluations}
+    return {
+        "names": names,
+        "splits": list(splits),
+        "rows": [
+            {
+                "name": name,
+                "state": tables.state(one)[0],
+                "evaluations": {record["options"]["split"]: record for record in one.evaluations},
+                "epochs": one.last_step / one.steps_per_epoch,
+                "tiles": {tile.label: tile.value for tile in tables.tiles(one)},
+            }
+            for name, one in zip(names, runs, strict=True)
+        ],
+        "other_sets": len(sets) > 1,
+        "settings": tables.different_settings(runs),
+        "charts": [drawn for form in forms if (drawn := chart(form, runs, names=names))],
+    }
+
+
+def _comparison_title(form: Form, metric: str) -> str:
+    return form.title if len(form.metrics) == 1 else metric.replace("/", " ").replace("_", " ").capitalize()
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Two runs of one name, in two folders, get a number."""
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
