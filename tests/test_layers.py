@@ -11,7 +11,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "wasteddp"
 # From the bottom; a room may import those before it, and itself. settings and errors may be imported by all.
-ROOMS = ["errors", "redaction", "settings", "data", "model", "inference", "training", "report", "train", "doctor", "cli"]
+ROOMS = [
+    "errors",
+    "redaction",
+    "settings",
+    "data",
+    "model",
+    "inference",
+    "training",
+    "report",
+    "train",
+    "doctor",
+    "cli",
+]
 
 
 def _room(module: str) -> str:

@@ -237,6 +237,8 @@ class Track(_Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online with a key that answers, else offline; WANDB_MODE wins over it. Never a prompt."""
     project: str = "wasteddp"
+    tensorboard: bool = False
+    """Write RUN/tensorboard beside metrics.jsonl; needs the extra `tensorboard`."""
     entity: str = ""
     """User or team on W&B; empty: the key's own."""
     group: str = ""

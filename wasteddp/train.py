@@ -232,7 +232,9 @@ def train(
                     "attempt": progress.attempt,
                 }
                 tracker.log(progress.step, row | static)
-                tracker.say(messages.progress_line(progress.step, last_step, row, better is not None))
+                tracker.say(
+                    messages.progress_line(progress.step, last_step, row, better is not None), in_passing=not evaluates
+                )
 
             # keep: all ranks
             if saves:
@@ -249,7 +251,8 @@ def train(
             world.raise_together(batch.failure)  # all ranks: what one of them could not read, now that all is saved
         if world.is_main and exit_code == EXIT_RESUMABLE:
             write_atomically(Path(settings.run.out) / RESUMABLE_MARK, b"")  # launchers replace our exit code by 1
-        tracker.say(messages.closing(settings, progress, exit_code, signals.STOP.signal_name))
+        signal_name = signals.STOP.signal_name
+        tracker.say(messages.closing(settings, progress, exit_code, signal_name, splits=manifest.splits))
     return exit_code
 
 

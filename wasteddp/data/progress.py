@@ -10,6 +10,14 @@ from contextlib import contextmanager
 _LINE_EVERY_S = 10.0
 
 
+def duration(seconds: float) -> str:
+    """3725 -> 1 h 2 min"""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 @contextmanager
 def progress(doing: str, total: int) -> Iterator[Callable[[], None]]:
     """Yields a function to call once for each item done."""

@@ -17,6 +17,7 @@ import jinja2
 
 from wasteddp import __version__
 from wasteddp.data.manifest import write_atomically
+from wasteddp.data.progress import duration
 from wasteddp.errors import RunError
 from wasteddp.report import tables
 from wasteddp.report.charts import Chart, Form, chart
@@ -114,7 +115,7 @@ def _run_context(one: RunRecord) -> dict[str, Any]:
         "settings": tables.settings_rows(one),
         "lineage": tables.lineage(one),
         "environment": tables.environment_rows(one),
-        "duration": tables.duration,
+        "duration": duration,
     }
 
 

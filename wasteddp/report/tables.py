@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from wasteddp.data.progress import duration
 from wasteddp.inference.metrics import percent
 from wasteddp.report.run_record import RunRecord, flat
 from wasteddp.settings import Settings
@@ -175,14 +176,6 @@ def left_out(run: RunRecord) -> tuple[list[tuple[str, int]], list[tuple[str, str
     counts = Counter(one.reason.replace("_", " ") for one in run.manifest.left_out)
     named = [(one.source, one.reason.replace("_", " "), one.detail) for one in run.manifest.left_out[:_LEFT_OUT_NAMED]]
     return counts.most_common(), named, len(run.manifest.left_out) - len(named)
-
-
-def duration(seconds: float) -> str:
-    """3725 -> 1 h 2 min"""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _clock(time_s: float) -> str:

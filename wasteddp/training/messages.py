@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Collection, Mapping
 
 from wasteddp.data import quality
 from wasteddp.data.loader import Damage
+from wasteddp.data.progress import duration
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
 from wasteddp.settings import Settings
 from wasteddp.training import environment
@@ -17,34 +19,37 @@ _MOST_NAMED = 10
 
 
 def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, origin: str) -> str:
-    """What this run is, so that a log alone is enough to judge it."""
+    """What this run is, in one line: enough to judge a log by, and to find it with grep."""
     manifest, plan = data.manifest, data.plan
     val = manifest.splits[settings.data.eval_split]
     order = [quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
-    return "\n".join(
-        [
-            f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
-            f"{world.world_size} x {world.device.type}, {world.threads} threads each; "
-            f"{world.precision} ({world.precision_reason})",
-            f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
-            f"x {world.accumulation} accumulated",
-            f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
-            f"{len(manifest.classes)} classes, {settings.data.image_size} px, seed {settings.run.seed}",
-            f"{last_step} steps, {plan.steps_per_epoch} an epoch; each epoch leaves out {plan.left_out_per_epoch} "
-            "images, others each time",
-            *order,
-        ]
-    )
+    parts = [
+        f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
+        f"{world.world_size} x {world.device_name}, {world.threads} threads each",
+        f"{world.precision} ({world.precision_reason})",
+        f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
+        f"x {world.accumulation} accumulated",
+        f"{last_step} steps, {plan.steps_per_epoch} an epoch, which leaves out {plan.left_out_per_epoch} images, "
+        "others each time",
+        f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
+        f"{len(manifest.classes)} classes, {settings.data.image_size} px",
+        f"seed {settings.run.seed}",
+    ]
+    return "\n".join(["; ".join(parts), *order])
 
 
 def progress_line(step: int, last_step: int, row: Mapping[str, float], better: bool) -> str:
-    """One row of metrics in words."""
+    """One row of metrics in words: for a log, and where there is no terminal."""
     parts = [f"step {step}/{last_step}"]
     if "train/step_ms" in row:
         parts.append(
             f"epoch {row['epoch']:.2f}  loss {_loss(row)}  lr {row['lr']:.3g}  "
             f"{row['train/images_per_s']:.1f} images/s  waiting {row['train/wait_fraction']:.1%}"
         )
+        if "memory/peak_mb" in row:
+            parts.append(f"{row['memory/peak_mb']:.0f} MB")
+        if step < last_step:
+            parts.append(f"{duration(round(row['train/step_ms'] / 1000 * (last_step - step)))} left")
     if "val/loss" in row:
         parts.append(
             f"val: loss {row['val/loss']:.4f}  accuracy {row['val/accuracy']:.2%}  macro recall "
@@ -97,8 +102,10 @@ def early_stop(settings: Settings, progress: Progress) -> str:
     )
 
 
-def closing(settings: Settings, progress: Progress, exit_code: int, signal_name: str) -> str:
-    """How it ended and what to do next."""
+def closing(
+    settings: Settings, progress: Progress, exit_code: int, signal_name: str, *, splits: Collection[str]
+) -> str:
+    """How it ended and what to do next: commands that can be copied. `splits`: those that the shard set has."""
     out = settings.run.out
     if exit_code == EXIT_RESUMABLE:
         return (
@@ -106,11 +113,12 @@ def closing(settings: Settings, progress: Progress, exit_code: int, signal_name:
             f"(exit code {EXIT_RESUMABLE})"
         )
     best = "none" if progress.best_value is None else f"{progress.best_value:.2%} at step {progress.best_step}"
+    run, split = shlex.quote(out), "test" if "test" in splits else settings.data.eval_split
     return "\n".join(
         [
-            f"finished at step {progress.step}: best {settings.evaluate.metric} {best}",
-            f"  model:    {out}/model",
-            f"  test it:  wasteddp evaluate {out} --split test",
-            f"  use it:   wasteddp predict {out} IMAGES...",
+            f"finished at step {progress.step}: best {settings.evaluate.metric} {best}; the model is in {out}/model",
+            f"  measure it:  wasteddp evaluate {run} --split {split}",
+            f"  use it:      wasteddp predict {run} IMAGES...",
+            f"  compare it:  wasteddp report {run} OTHER_RUN",
         ]
     )

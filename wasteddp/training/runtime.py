@@ -47,6 +47,12 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """cpu, mps, or cuda with the name of the card."""
+        kind = self.device.type
+        return f"{kind} ({torch.cuda.get_device_name(self.device)})" if kind == "cuda" else kind
+
     @contextmanager
     def together(self, doing: str = "preparing or saving") -> Iterator[None]:
         """All ranks: a `WastedError` of any rank inside the block is raised on every rank at its end.

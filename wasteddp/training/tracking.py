@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl (the truth), W&B (a mirror of it), log.txt and the terminal.
+"""What a run tells: metrics.jsonl (the truth), W&B and TensorBoard (mirrors of it), log.txt and the terminal.
 
 Rank 0 writes, the others are quiet.
 """
@@ -16,16 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from wasteddp.errors import StorageError, storage
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
 from wasteddp.training import gallery
 from wasteddp.training import label as labels
+from wasteddp.training.display import Display
 from wasteddp.training.gallery import Gallery
 from wasteddp.training.journal import Journal
 from wasteddp.training.label import Label
+from wasteddp.training.tensorboard_mirror import TensorBoardMirror
 from wasteddp.training.wandb_mirror import WandbMirror
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class Tracker(Protocol):
     id: str
     exit_code: int
 
-    def say(self, message: str) -> None: ...
+    def say(self, message: str, *, in_passing: bool = False) -> None: ...
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def show_augmented(self, data: Inputs, augment: Augment) -> None: ...
     def show_mistakes(self, step: int, data: Inputs, seen: Seen) -> None: ...
@@ -92,7 +94,7 @@ class NoTracker:
     id = ""
     exit_code = 0
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, *, in_passing: bool = False) -> None:
         pass
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -117,7 +119,7 @@ class NoTracker:
 class ConsoleTracker(NoTracker):
     """Says things and keeps nothing: for a check."""
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, *, in_passing: bool = False) -> None:
         print(message, flush=True)
 
 
@@ -130,10 +132,13 @@ class RunTracker:
         track: settings.track.
         total_steps: of the run, for the progress bar.
         resumed_step: rows behind it are rolled back: they will be written again.
+
+    Raises:
+        SettingsError: TensorBoard is asked for and not installed.
     """
 
     def __init__(self, folder: Path, label: Label, *, track: Track, total_steps: int, resumed_step: int) -> None:
-        self._bar: Progress | None = None
+        self._display: Display | None = None
         with storage("writing the run's folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._log_file = Journal(folder / "log.txt", self._print)
@@ -142,18 +147,23 @@ class RunTracker:
             label.save(folder)
         self.id, self.exit_code = label.id, 0
         self._folder, self._label, self._images = folder, label, track.images
-        self._bar = _progress_bar(total_steps, resumed_step)
+        if sys.stdout.isatty():
+            self._display = Display(Console(), total_steps=total_steps, done=resumed_step)
+        self._tensorboard: TensorBoardMirror | None = None
+        if track.tensorboard:
+            self._tensorboard = TensorBoardMirror(folder, resumed_step=resumed_step, history=kept, say=self.say)
         self._wandb = WandbMirror(folder, label, track, history=kept, say=self.say)
 
-    def say(self, message: str) -> None:
-        """A line on the terminal and in log.txt."""
+    def say(self, message: str, *, in_passing: bool = False) -> None:
+        """A line on the terminal and in log.txt. `in_passing`: a terminal's display shows it anyway."""
         message = redacted(message)
         self._log_file.append("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
-        self._print(message)
+        if not (in_passing and self._display):
+            self._print(message)
 
     def _print(self, message: str) -> None:
-        if self._bar:
-            self._bar.console.print(message, markup=False, highlight=False)
+        if self._display:
+            self._display.print(message)
         else:
             print(message, flush=True)
 
@@ -163,6 +173,10 @@ class RunTracker:
             raise KeyError(f"not in the table of metrics: {unknown}")
         row = {"step": step, "time_s": round(time.time(), 3), **metrics}
         self._metrics_file.append(json.dumps(row) + "\n")
+        if self._display:
+            self._display.update(metrics)
+        if self._tensorboard:
+            self._tensorboard.log(row)
         self._wandb.log(row)
 
     def show_augmented(self, data: Inputs, augment: Augment) -> None:
@@ -183,17 +197,21 @@ class RunTracker:
 
     def advance(self, step: int, text: str) -> None:
         """Moves the progress bar, where there is a terminal."""
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=step, description=text)
+        if self._display:
+            self._display.advance(step, text)
 
     def flush(self) -> None:
         """Before a checkpoint: the rows up to it are on the disk."""
         self._metrics_file.sync()
+        if self._tensorboard:
+            self._tensorboard.flush()
 
     def close(self, exit_code: int) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        if self._display:
+            self._display.close()
+            self._display = None
+        if self._tensorboard:
+            self._tensorboard.close()
         with suppress(StorageError):  # of a full disk the last save has told
             replace(self._label, exit_code=exit_code).save(self._folder)
         self._wandb.finish(exit_code)
@@ -256,14 +274,3 @@ class TrackerScope:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._tracker.close(self._tracker.exit_code if error is None else 1)
-
-
-def _progress_bar(total_steps: int, done: int) -> Progress | None:
-    if not sys.stdout.isatty():
-        return None
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
-    )
-    bar.add_task("starting", total=total_steps, completed=done)
-    bar.start()
-    return bar

@@ -1,0 +1,66 @@
+"""TensorBoard as a mirror of metrics.jsonl: the same names, steps and times, in RUN/tensorboard/."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wasteddp.errors import SettingsError
+
+
+class TensorBoardMirror:
+    """Event files that `tensorboard --logdir RUN` reads. Nothing that fails in it ends a training.
+
+    Args:
+        folder: of the run.
+        resumed_step: rows behind it are withdrawn: they will be written again.
+        history: rows of metrics.jsonl up to there, for a mirror that is switched on in the middle of a run.
+
+    Raises:
+        SettingsError: the package is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, *, resumed_step: int, history: Sequence[Mapping[str, Any]], say: Callable[[str], None]
+    ) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise SettingsError(
+                "track.tensorboard is true and the package tensorboard is not installed",
+                "the run would leave nothing for TensorBoard to show",
+                "pip install 'wasteddp[tensorboard]', or set track.tensorboard to false",
+            )
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._say = say
+        out = folder / "tensorboard"
+        goes_on = any(out.glob("events.out.tfevents.*"))
+        # purge_step withdraws what an earlier start wrote behind its last checkpoint; `flush` kept what was before.
+        self._writer: Any = SummaryWriter(str(out), purge_step=resumed_step + 1 if goes_on else None)
+        if not goes_on:
+            for row in history:
+                self.log(row)
+        say(f"TensorBoard: tensorboard --logdir {folder}")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl."""
+        for name, value in row.items():
+            if name not in ("step", "time_s"):
+                self._do("add_scalar", name, value, row["step"], walltime=row["time_s"])
+
+    def flush(self) -> None:
+        """Before a checkpoint: what is written by now will not be written again."""
+        self._do("flush")
+
+    def close(self) -> None:
+        self._do("close")
+
+    def _do(self, method: str, *arguments: Any, **named: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments, **named)
+        except Exception as error:
+            self._writer = None
+            self._say(f"TensorBoard: {type(error).__name__}: {error}; it ends here, metrics.jsonl has every row")
