@@ -253,6 +253,13 @@ class Track(_Section):
     """Most seconds that the end of a run waits for W&B; keep it below the scheduler's time between signal and kill."""
 
 
+class Profile(_Section):
+    steps: Count = 0
+    """Steps to look into: a trace and a verdict in RUN/profile; 0: none. The steps watched are slower."""
+    skip: Count = 5
+    """Steps of this start before those: the first ones also warm up."""
+
+
 class Settings(_Section):
     """All of a run. Sections may be left out; what is written must be known."""
 
@@ -269,6 +276,7 @@ class Settings(_Section):
     checkpoint: Checkpoint = Checkpoint()
     ddp: Ddp = Ddp()
     track: Track = Track()
+    profile: Profile = Profile()
 
     @model_validator(mode="after")
     def _possible_together(self) -> Self:

@@ -62,6 +62,7 @@ from wasteddp.training.keeper import Keeper
 from wasteddp.training.last_words import leave
 from wasteddp.training.lineage import Lineage
 from wasteddp.training.meter import Meter
+from wasteddp.training.profiling import Profiler
 from wasteddp.training.step_record import StepRecord
 from wasteddp.training.tracking import NoTracker, Tracker, TrackerScope, run_tracker
 from wasteddp.training.watchdog import Watchdog
@@ -145,6 +146,7 @@ def train(
     progress = replace(progress, tracker_id=tracker.id)
     record = StepRecord(settings, world, progress.step)
     guard = Guard(settings, world, model, optimizer, num_classes=len(manifest.classes), progress=progress)
+    profiler = Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say)
     meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
     report = reported(Path(settings.run.out), tracker.say, is_main=world.is_main)
     with keeper, TrackerScope(tracker), report, world.watch:
@@ -154,7 +156,7 @@ def train(
             last_step = progress.step
         if progress.step == 0:
             tracker.show_augmented(data, augment)
-        batches = data.batches(progress.step, last_step, world)
+        batches = profiler.watched(data.batches(progress.step, last_step, world))
         for batch in meter.waiting(world.watch.steps(batches, progress.step)):
             # agree: all ranks
             ends = bool(signals.STOP) or batch.failure is not None
@@ -199,6 +201,7 @@ def train(
             covered = coverage.added(progress.covered, [*sums, damaged], batch)
             progress = replace(progress, step=progress.step + 1, covered=covered)
             meter.step_done(skipped)
+            profiler.step_done()  # all ranks
             record.add(progress.step, batch, model)
 
             # measure: all ranks
