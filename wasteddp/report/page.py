@@ -149,7 +149,12 @@ def _line_name(one: RunRecord, metric: str) -> str:
         return str(one.settings.get("data.eval_split", "val")) if parts[0] == "val" else parts[0]
     if parts[0] == "rank":
         return f"rank {parts[1]}"
-    return parts[-1] if "recall" in parts[:-1] else parts[-1].replace("_", " ")
+    return parts[-1] if "recall" in parts[:-1] else _words(parts[-1])
+
+
+def _words(metric: str) -> str:
+    """macro_f1 -> macro F1"""
+    return metric.replace("/", " ").replace("_", " ").replace("f1", "F1")
 
 
 def _comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -183,7 +188,7 @@ def _comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _comparison_title(form: Form, metric: str) -> str:
-    return form.title if len(form.metrics) == 1 else metric.replace("/", " ").replace("_", " ").capitalize()
+    return form.title if len(form.metrics) == 1 else _words(metric[:1].upper() + metric[1:])
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
