@@ -14,7 +14,7 @@ from wasteddp import cli
 from wasteddp.errors import SettingsError
 from wasteddp.training import dashboard
 from wasteddp.training.delivery import MEDIA
-from wasteddp.training.tracking import METRICS
+from wasteddp.training.metric_names import METRICS
 
 
 @pytest.fixture(autouse=True)

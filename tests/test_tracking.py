@@ -10,7 +10,8 @@ from tracked import log, tracker_of
 from trainings import rows
 
 from wasteddp.training.delivery import BEST, MEDIA
-from wasteddp.training.tracking import METRICS, is_known, rolled_back
+from wasteddp.training.metric_names import METRICS, is_known
+from wasteddp.training.tracking import rolled_back
 
 
 def test_rows_behind_the_checkpoint_are_rolled_back_and_a_cut_line_with_them(tmp_path: Path) -> None:

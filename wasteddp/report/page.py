@@ -23,7 +23,7 @@ from wasteddp.report import tables
 from wasteddp.report.charts import Chart, Form, chart
 from wasteddp.report.evaluations import evaluation_context
 from wasteddp.report.run_record import RunRecord, read_run
-from wasteddp.training.tracking import METRICS
+from wasteddp.training.metric_names import METRICS
 
 _HERE = Path(__file__).parent
 _MOST_LINES = 8  # as many colours as can be told apart

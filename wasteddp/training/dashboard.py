@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from wasteddp.errors import SettingsError, TrackingError, storage
 from wasteddp.training.delivery import MEDIA
-from wasteddp.training.tracking import METRICS, is_known
+from wasteddp.training.metric_names import METRICS, is_known
 from wasteddp.training.wandb_connection import choose, reason_of
 
 DEFAULT_PATH = Path(__file__).resolve().parents[2] / "configs" / "dashboard.yaml"
