@@ -11,7 +11,7 @@ from wasteddp.cli import parser
 from wasteddp.training.checkpoints import Lineage, Progress
 from wasteddp.training.messages import closing, progress_line
 
-LINEAGE = Lineage("0" * 64, ("glass", "metal"), "resnet18", 0, 12, 12, 32, "sgd")
+LINEAGE = Lineage("0" * 64, ("glass", "metal"), "resnet18", 0, 12, 12, 1, 0, "train", 32, "sgd")
 ROW = {
     "epoch": 1.5,
     "train/loss": 1.25,
