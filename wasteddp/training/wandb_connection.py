@@ -132,6 +132,7 @@ def stop_service() -> None:
 
         connection = wandb_setup.singleton()._connection
         connection._proc._process.kill()
+        connection._proc._process.wait()  # a killed process is a child until somebody asks for it
         connection._cleanup()  # what waits at the exit
 
 
