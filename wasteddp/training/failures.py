@@ -41,9 +41,12 @@ def explained(error: Exception, settings: Settings, place: str) -> Exception:
 
 def told(error: Exception, where: str) -> str:
     """The message of a failed rank; `where` names it, if there are others."""
-    if isinstance(error, WastedError):  # its first note says where it was raised, if that was another rank
-        where = where and next(iter(getattr(error, "__notes__", ())), where)
-        return f"{error}\n  at: {where}" if where else str(error)
+    if isinstance(error, WastedError):
+        notes = getattr(error, "__notes__", ())
+        # a note says on which rank it was raised, if that was another one; others say in which thread
+        rank = next((note for note in notes if note.startswith("rank ")), where)
+        threads = [note for note in notes if not note.startswith("rank ")]
+        return f"{error}\n  at: {', '.join([rank, *threads])}" if where else str(error)
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
     return (
         f"{where or 'the training'}: {type(error).__name__}: {_first_line(error)}{notes}\n"
