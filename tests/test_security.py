@@ -91,7 +91,7 @@ def test_every_file_of_a_run_is_read_by_safe_readers_alone(finished: Path) -> No
             assert all(isinstance(tensor, torch.Tensor) for tensor in load(content).values())
         elif path.suffix in (".png", ".jpg"):
             Image.open(io.BytesIO(content)).verify()
-        elif path.suffix in (".txt", ".csv", ".html"):
+        elif path.suffix in (".txt", ".csv", ".html") or path.name == ".lock":
             content.decode("utf-8")
         else:
             pytest.fail(f"{path} is of a kind that no safe reader is known for")
