@@ -223,7 +223,8 @@ def test_closing_does_not_wait_for_a_stalled_store(data: Callable[..., Data], se
     plan = TrainPlan(50, 2, seed=0, lanes=1)
     with shard_set.opened(data(read_timeout_s=100, read_attempts=4)) as shards, shards.reader("train") as reader:
         server.faults = lambda name, number: "stall"
-        next(reader.ahead(training_steps(plan, 0, 5, rank=0, world_size=1), in_flight=1))
+        steps = reader.ahead(training_steps(plan, 0, 5, rank=0, world_size=1), in_flight=1)
+        next(steps)  # `steps` is kept: what is let go of is not fetched any more
         until(lambda: server.fetches())
 
 
