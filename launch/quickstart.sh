@@ -53,6 +53,7 @@ shards        $shards
 model         $run/model
 log, metrics  $run/log.txt, $run/metrics.jsonl
 evaluation    $run/evaluations/test/ (metrics.json, confusion.csv, confusion.png, predictions.csv)
+report        $run/report.html (open it in a browser)
 checkpoints   $run/checkpoints
 
 classify more:  .venv/bin/wasteddp predict $run PHOTO.jpg MORE/*.jpg
