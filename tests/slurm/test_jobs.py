@@ -271,6 +271,8 @@ def test_a_job_whose_node_died_goes_on_by_itself(outcome: Callable[[str], Ran]) 
     assert ran.state == "COMPLETED"
     assert "on n[5-6]" in ran.text
     assert "on n[5,8]" in ran.text
+    crashes = ran.run / "crashes.txt"
+    assert not crashes.exists() or len(crashes.read_text().splitlines()) == 1
     assert "attempt 2: finished" in ran.text
     assert final_weights(ran.run) == final_weights(outcome("undisturbed").run)
 
