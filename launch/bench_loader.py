@@ -7,8 +7,8 @@ seconds behind its first batches. All do RandomResizedCrop (8 to 100 % of the ar
     v2 tensors      torchvision: decode_image, transforms.v2 crop and flip on uint8 tensors, DataLoader
     ImageFolder     torchvision: Pillow, transforms crop and flip, ToTensor, DataLoader
     webdataset      the same transforms behind webdataset.WebDataset on the same tars, DataLoader
-    decode alone    libjpeg-turbo on bytes in memory, two processes; whole images, no crop, no batch. A loader that decodes
-                    large photos at a fraction of their size can be faster than this
+    decode alone    libjpeg-turbo on bytes in memory, two processes; whole images, no crop, no batch. A loader
+                    that decodes large photos at a fraction of their size can be faster
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _unpack(shards: Path, out: Path) -> None:
 
 
 def _draw_photos(out: Path) -> None:
-    """JPEGs of 2 to 3 MB: soft colours with the grain of a sensor, so that decoding costs what a photo's does."""
+    """JPEGs of 3.5 MB: soft colours with the grain of a sensor, so that decoding costs what a photo's does."""
     import simplejpeg
 
     generator = np.random.default_rng(0)
