@@ -53,5 +53,9 @@ requeue() {
     trap - TERM
     sleep 60
   fi
-  say "Slurm did not requeue it: submit it again, with RUN_OUT=${RUN_OUT:-} if it is a training, and it goes on"
+  if is_running; then
+    say "Slurm did not requeue it: submit it again, with RUN_OUT=${RUN_OUT:-} if it is a training, and it goes on"
+  else
+    say "Slurm put it back or ended it before that: if its node failed, it comes back by itself"
+  fi
 }
