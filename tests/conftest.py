@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import jpeg
 from small_run import write_images
 
 from wasteddp.data.sharding import Job, Options, make_shards
 
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
-
-
-def jpeg(seed: int, *, size: tuple[int, int] = (48, 40), mode: str = "RGB", **save: object) -> bytes:
-    """A JPEG of soft random patches: every seed another picture, width x height as `size`."""
-    cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    image = Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, **save)
-    return buffer.getvalue()
 
 
 @pytest.fixture

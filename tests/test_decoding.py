@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import jpeg
+from pictures import jpeg
 from PIL import Image, ImageOps
 
 from wasteddp.data import decoding

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import jpeg
+from pictures import jpeg
 from PIL import Image
 
 from wasteddp.cli import main

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import jpeg
+from pictures import jpeg
 
 from wasteddp.data import intake
 from wasteddp.data.layout import Picture, read_folders

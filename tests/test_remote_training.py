@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import webdataset
 from accelerate.state import AcceleratorState
-from conftest import jpeg
 from faulty_server import Fault, serving
+from pictures import jpeg
 from test_indexing import write_tar
 from trainings import config_of, final_weights, rows
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import jpeg
+from pictures import jpeg
 from PIL import Image
 from safetensors.torch import load, save
 from trainings import ROOT, config_of

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import jpeg
+from pictures import jpeg
 from PIL import Image
 
 from wasteddp.data import intake, recipes, set_folder, shard_writer, splits

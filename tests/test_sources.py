@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import jpeg
+from pictures import jpeg
 
 from wasteddp.data.layout import Layout, read_folders, read_table
 from wasteddp.data.sources import FolderSource, open_source
