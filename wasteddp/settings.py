@@ -67,7 +67,13 @@ class Data(_Section):
     image_size: Annotated[int, Field(ge=16, le=2048)] = 224
     """Side of the square that the network sees, px."""
     eval_resize: Count = 0
-    """Shorter side before the centre crop at evaluation, px; 0: image_size * 8 / 7, as ImageNet's 256 to 224."""
+    """Shorter side before the centre crop at evaluation, px; 0: eval_size * 8 / 7, as ImageNet's 256 to 224."""
+    eval_size: Count = 0
+    """Side of the square at evaluation and in use, px; 0: image_size. Random crops magnify, so a network trained at 112
+    knows objects as large as they are at 128 (FixRes)."""
+    balance: Fraction = 0.0
+    """How evenly the classes are drawn: 0 as often as their images, 1 all equally often, 0.5 by the root of their
+    number. Images of rare classes then come several times in an epoch, those of common ones not in each."""
     workers: Count = 0
     """Decoding threads of each process; 0: one for each of its CPU threads, 8 at most."""
     prefetch: PositiveInt = 2
@@ -95,13 +101,17 @@ class Data(_Section):
     """Seconds without a byte after which an attempt has failed."""
 
     @property
+    def eval_size_px(self) -> int:
+        return self.eval_size or self.image_size
+
+    @property
     def eval_resize_px(self) -> int:
-        return self.eval_resize or round(self.image_size * 8 / 7)
+        return self.eval_resize or round(self.eval_size_px * 8 / 7)
 
     @model_validator(mode="after")
     def _resize_covers_crop(self) -> Self:
-        if self.eval_resize and self.eval_resize < self.image_size:
-            raise ValueError(f"eval_resize {self.eval_resize} is smaller than image_size {self.image_size}")
+        if self.eval_resize and self.eval_resize < self.eval_size_px:
+            raise ValueError(f"eval_resize {self.eval_resize} is smaller than the evaluated square {self.eval_size_px}")
         return self
 
     @model_validator(mode="after")
@@ -127,6 +137,12 @@ class Augment(_Section):
     saturation: Fraction = 0.0
     erase: Fraction = 0.0
     """Probability that a random rectangle is replaced by the mean colour."""
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Random operations on each image. trivialaugment: one, of random strength; randaugment: as below."""
+    policy_ops: PositiveInt = 2
+    """randaugment only: operations on each image, one after another."""
+    policy_strength: Fraction = 0.3
+    """randaugment only: 0.3 is torchvision's magnitude 9 of 30."""
     mixup: NotNegative = 0.0
     """MixUp: alpha of the Beta distribution that says how two images are blended; 0: never. 0.2 is usual."""
     cutmix: NotNegative = 0.0
@@ -147,31 +163,57 @@ class Model(_Section):
     """imagenet: torchvision's default weights; none: random; or the path of a .safetensors or .pth file."""
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "backbone"] = "none"
     """What is not trained: everything up to and with that stage. Frozen BatchNorm keeps its statistics."""
+    unfreeze_every_epochs: NotNegative = 0.0
+    """Epochs after which the last frozen stage is trained too, then the one before it, and so on; 0: never."""
     channels_last: bool = True
+    stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that an image passes by the last block, less for those before it, nothing for the first."""
+    zero_init_residual: bool = True
+    """The last BatchNorm of each block starts at zero, so that each block starts as the identity."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the micro-batches of all ranks: for micro-batches of few images. Slower, and the result then hangs
+    on the number of ranks."""
+    compile: bool = False
+    """torch.compile: minutes at the start; worth it on a GPU, next to nothing on a CPU."""
 
 
 class Optimizer(_Section):
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw", "lars", "lamb"] = "sgd"
+    """lars, lamb: SGD and AdamW with steps in proportion to each layer's weights, for global batches of thousands."""
     lr: Positive = 0.1
     """Peak learning rate, for the global batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """SGD only."""
+    """SGD and LARS only."""
     nesterov: bool = True
     """SGD only."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Adam and AdamW only."""
+    """Adam, AdamW and LAMB only."""
     weight_decay: NotNegative = 5e-5
     """Not on biases and norms."""
     clip_norm: NotNegative = 0.0
     """Largest norm of the gradient; 0 is no clipping."""
+    adaptive_clip: NotNegative = 0.0
+    """Largest norm of a unit's gradient, as a part of the norm of its weights, the head excepted; 0 is no clipping.
+    0.01 is usual: one noisy batch then moves no layer far, whatever the scale of the loss."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each stage learns with this part of the rate of the stage behind it, the head with all of it; 1: all alike."""
 
 
 class Schedule(_Section):
-    name: Literal["cosine", "step", "constant"] = "cosine"
+    name: Literal["cosine", "cosine_restarts", "step", "constant"] = "cosine"
     warmup_epochs: NotNegative = 0.0
     """Linear from 1 % of the peak."""
     final_fraction: Fraction = 0.0
-    """Cosine only: where it ends, as a part of the peak."""
+    """Both cosines: where it ends, as a part of the peak."""
+    cycle_epochs: PositiveInt = 10
+    """cosine_restarts only: epochs of the first cycle, behind the warm-up."""
+    cycle_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    """cosine_restarts only: how much longer each cycle is than the one before."""
+    start_size: Count = 0
+    """Progressive sizes: side of the images in the first epoch, px, growing in steps of 16; 0: always
+    data.image_size."""
+    full_size_at: Fraction = 0.75
+    """Progressive sizes: part of the epochs after which the images have data.image_size."""
     step_epochs: PositiveInt = 30
     """Step only: epochs between two drops."""
     step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -182,12 +224,28 @@ class Train(_Section):
     epochs: PositiveInt = 90
     batch_size: PositiveInt = 256
     """The global batch: all processes, all micro-batches."""
-    max_micro_batch: PositiveInt = 64
-    """Most images that one process takes through the network at once; accumulation follows."""
+    max_micro_batch: Count = 64
+    """Most images that one process takes through the network at once; accumulation follows. 0: the most that fit, tried
+    once in a run; BatchNorm's groups, and so the result, then hang on the machine."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weighting: Literal["none", "inverse_frequency", "effective_number"] = "none"
     early_stop_epochs: Count = 0
     """Stop after so many evaluations without a better one; 0: never."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Exponential moving average of the weights, which is then what is evaluated, kept as the best and exported; 0:
+    none. 0.999 averages over about 1,000 steps; fewer at the beginning."""
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: NotNegative = 2.0
+    """focal only: how much less the images count that are right already."""
+    logit_adjustment: NotNegative = 0.0
+    """tau: the logits of rare classes are lowered in training by tau * ln(their share), so that they are raised in use;
+    1 makes up for the imbalance, 0 is none."""
+    teacher: str = ""
+    """Knowledge distillation: folder of a run or model whose answers are learned too; '': none."""
+    teacher_weight: Fraction = 0.5
+    """Part of the loss that is the distance from the teacher's answers."""
+    teacher_temperature: Positive = 2.0
+    """By which both sides' logits are divided for it."""
     log_every_steps: PositiveInt = 10
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """When loss or gradient are no finite numbers, or the loss explodes. skip: such a step changes nothing; rollback:
@@ -229,6 +287,8 @@ class Ddp(_Section):
 
     compression: Literal["none", "bf16"] = "none"
     """bf16: half the bytes, and gradients rounded to 8 bits of mantissa before they are averaged."""
+    static_graph: bool = False
+    """Tells DDP that each step is alike, which lets it plan its messages once."""
     bucket_mb: PositiveInt = 25
     """MiB of gradients that are sent at once, while the backward pass goes on computing others."""
 
@@ -286,6 +346,11 @@ class Settings(_Section):
             )
         if self.data.lanes and self.train.batch_size % self.data.lanes:
             raise ValueError(f"data.lanes {self.data.lanes} does not divide train.batch_size {self.train.batch_size}")
+        if self.schedule.start_size and not 16 <= self.schedule.start_size <= self.data.image_size:
+            raise ValueError(
+                f"schedule.start_size {self.schedule.start_size} is not from 16 to data.image_size "
+                f"{self.data.image_size}"
+            )
         return self
 
     @property
