@@ -37,25 +37,20 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import json
-import math
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from wasteddp import settings as settings_file
-from wasteddp.data.augment import Augment
-from wasteddp.data.manifest import write_atomically
-from wasteddp.data.mixing import Mixing
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.model import resnet, weights
 from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
-from wasteddp.training import coverage, divergence, environment, inputs, messages, optim, runtime
-from wasteddp.training.checkpoints import Checkpoint, Progress
+from wasteddp.training import coverage, divergence, inputs, messages, optim, run_folder, runtime
+from wasteddp.training.agenda import Agenda, agree
+from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard, Retreat
 from wasteddp.training.evaluation import evaluate
 from wasteddp.training.keeper import Keeper
@@ -63,11 +58,10 @@ from wasteddp.training.last_words import leave
 from wasteddp.training.lineage import Lineage
 from wasteddp.training.meter import Meter
 from wasteddp.training.profiling import Profiler
+from wasteddp.training.recipe import Recipe
 from wasteddp.training.step_record import StepRecord
-from wasteddp.training.tracking import NoTracker, Tracker, TrackerScope, run_tracker
+from wasteddp.training.tracking import TrackerScope
 from wasteddp.training.watchdog import Watchdog
-
-RESUMABLE_MARK = "RESUMABLE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_file.load(arguments.config, arguments.set)
         with (
             batch_job.mistake_marked(Path(settings.run.out)),
-            _rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings,
+            run_folder.rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings,
         ):
             watch.start(settings)
             world = runtime.start(settings, watch)  # all ranks
@@ -111,9 +105,7 @@ def train(
         start: --resume and --accept-changes.
         retreat: what a divergence before this beginning has changed.
     """
-    plan, manifest = data.plan, data.manifest
-    evaluate_every = settings.evaluate.every_steps or plan.steps_per_epoch
-    checkpoint_every = settings.checkpoint.every_steps
+    plan, manifest, out = data.plan, data.manifest, Path(settings.run.out)
 
     # --- model, optimizer, loss -------------------------------------------------------------------------------------
     torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
@@ -124,10 +116,7 @@ def train(
     layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = optim.build(model, settings.optimizer)
-    loss_of = optim.loss(settings.train, data.train.samples_per_class).to(world.device)
-    augment = Augment.of(settings.augment, settings.run.seed)
-    mix = Mixing(settings.run.seed, len(manifest.classes), settings.augment.mixup, settings.augment.cutmix)
-
+    recipe = Recipe(settings, world, data, model)
     ddp, stepper = world.prepare(model, optimizer)  # all ranks
 
     # --- resume: from the checkpoint asked for, else the newest whole one, else the beginning -----------------------
@@ -142,82 +131,63 @@ def train(
     last_step = progress.step + max_steps if max_steps else min(all_steps, settings.train.stop_at_step or all_steps)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
-    tracker = _tracker(settings, world, data, progress, last_step, checkpoint)  # all ranks
+    tracker = run_folder.begun(settings, world, data, progress, checkpoint, last_step=last_step)  # all ranks
     progress = replace(progress, tracker_id=tracker.id)
-    record = StepRecord(settings, world, progress.step)
+    agenda = Agenda.of(settings, plan, last_step)
     guard = Guard(settings, world, model, optimizer, num_classes=len(manifest.classes), progress=progress)
-    profiler = Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say)
-    meter, stall_ms, exit_code = Meter(world.device), 0.0, EXIT_FINISHED
-    report = reported(Path(settings.run.out), tracker.say, is_main=world.is_main)
-    with keeper, TrackerScope(tracker), report, world.watch:
+    profiler = Profiler(settings.profile, world, out / "profile", tracker.say)
+    record, meter, exit_code = StepRecord(settings, world, progress.step), Meter(world.device), EXIT_FINISHED
+    with keeper, TrackerScope(tracker), reported(out, tracker.say, is_main=world.is_main), world.watch:
         world.watch.detail = data.at_work
         tracker.say(messages.facts(settings, world, data, last_step, origin))
         if progress.stopped_early(settings.train.early_stop_epochs) and not max_steps:
             last_step = progress.step
         if progress.step == 0:
-            tracker.show_augmented(data, augment)
+            tracker.show_augmented(data, recipe.augment)
         batches = profiler.watched(data.batches(progress.step, last_step, world))
         for batch in meter.waiting(world.watch.steps(batches, progress.step)):
             # agree: all ranks
-            ends = bool(signals.STOP) or batch.failure is not None
-            counts = ends, keeper.asks(), len(batch.damage), *coverage.of(batch, plan.seed)
-            stops, asked, damaged, *sums = world.totals(*counts)
-            if stops:
+            agreed = agree(batch, world, seed=plan.seed, asks=keeper.asks())
+            if agreed.stops:
                 if meter.num_steps:
                     progress = guard.judge(progress, meter.read(world, settings.train.batch_size), saves=True)
                 keeper.save(progress, epoch=batch.epoch, best=None)
                 exit_code = tracker.exit_code = EXIT_RESUMABLE
                 break
-            if damaged:
-                progress = replace(progress, damaged=progress.damaged + damaged)
+            if agreed.damaged:
+                progress = replace(progress, damaged=progress.damaged + agreed.damaged)
                 messages.report_damage(world, tracker.say, batch.damage, progress.damaged, settings.data.max_damaged)
+            due = agenda.due(progress.step + 1, is_asked=agreed.saves or keeper.notice.wants_a_save())
 
             # update: all ranks
-            resnet.train_mode(model, settings.model.freeze)
             guard.begin_step()
-            rate = optim.learning_rate(progress.step, settings, plan.steps_per_epoch) * progress.lr_factor
-            optim.set_learning_rate(optimizer, rate)
-            for number, micro in enumerate(batch.split(world.micro_batch), start=1):
-                # gradients are averaged over the ranks once, behind the last micro-batch
-                with contextlib.nullcontext() if number == world.accumulation else world.accelerator.no_sync(ddp):
-                    images_BCHW = micro.images_BCHW.to(world.device, non_blocking=True)
-                    labels_B = micro.labels_B.to(world.device, non_blocking=True)
-                    images_BCHW = augment(images_BCHW, micro.samples, batch.epoch)
-                    images_BCHW, targets = mix(images_BCHW, labels_B, micro.samples, batch.epoch)
-                    loss = loss_of(ddp(images_BCHW), targets) / (world.micro_batch * world.accumulation)
-                    world.accelerator.backward(loss)
-                    meter.add(loss)
-            next_step = progress.step + 1
-            evaluates = next_step % evaluate_every == 0 or next_step == last_step
-            saves = evaluates or asked > 0 or (checkpoint_every > 0 and next_step % checkpoint_every == 0)
-            # what is saved is measured first, or a diverged model could push out the last good checkpoint
-            saves = saves or keeper.notice.wants_a_save()
-            logs = saves or next_step % settings.train.log_every_steps == 0
-            norm = None
-            if settings.optimizer.clip_norm or logs or guard.skips:  # the norm alone takes 1 % of a step on a CPU
-                norm = world.accelerator.clip_grad_norm_(model.parameters(), settings.optimizer.clip_norm or math.inf)
+            rate = recipe.begin_step(optimizer, progress)
+            for micro in world.micro_batches(batch, ddp):
+                images_BCHW, targets = recipe.inputs(micro, batch.epoch)
+                loss = recipe.loss(ddp(images_BCHW), targets)
+                world.accelerator.backward(loss)
+                meter.add(loss)
+            norm = recipe.clip(is_asked=due.logs or guard.skips)
             skipped = guard.step(stepper, meter.step_loss, norm)
             stepper.zero_grad()
-            covered = coverage.added(progress.covered, [*sums, damaged], batch)
+            covered = coverage.added(progress.covered, agreed.sums, batch)
             progress = replace(progress, step=progress.step + 1, covered=covered)
             meter.step_done(skipped)
             profiler.step_done()  # all ranks
-            record.add(progress.step, batch, model)
+            record.add(progress.step, batch, model)  # all ranks
 
             # measure: all ranks
             row: dict[str, float] = {}
             if batch.step_in_epoch + 1 == plan.steps_per_epoch:
                 row |= coverage.prove(progress, plan, batch.epoch, world, tracker)
-            if logs:
+            if due.logs:
                 row |= meter.read(world, settings.train.batch_size)
                 row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm or 0)}
-                progress = guard.judge(progress, row, saves=saves)
+                progress = guard.judge(progress, row, saves=due.saves)
             better = None
-            if evaluates:
+            if due.evaluates:
                 keeper.reconcile()
-                scores, seen = evaluate(
-                    ddp, data.val_loader, data.val, manifest.classes, world, settings.evaluate.batch_size
-                )
+                scores, seen = evaluate(ddp, data, world, settings.evaluate.batch_size)
                 progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
                 better = seen if progress.best_step == progress.step else None
                 row |= scores | progress.best_metric
@@ -226,75 +196,27 @@ def train(
             # report
             tracker.advance(progress.step, f"epoch {progress.step / plan.steps_per_epoch:.1f}")
             if row:
-                static = {
-                    "train/damaged": progress.damaged,
-                    "train/skipped": progress.skipped,
-                    "train/rollbacks": progress.rollbacks,
-                    "checkpoint/stall_ms": stall_ms,
-                    "checkpoint/failed": keeper.num_failed,
-                    "attempt": progress.attempt,
-                }
-                tracker.log(progress.step, row | static)
-                tracker.say(
-                    messages.progress_line(progress.step, last_step, row, better is not None), in_passing=not evaluates
-                )
+                tracker.log(progress.step, row | progress.counts | keeper.metrics)
+                line = messages.progress_line(progress.step, last_step, row, better is not None)
+                tracker.say(line, in_passing=not due.evaluates)
 
             # keep: all ranks
-            if saves:
+            if due.saves:
                 tracker.flush()
-                stall_ms = keeper.save(progress, epoch=batch.epoch, best=better)
+                keeper.save(progress, epoch=batch.epoch, best=better)
                 meter.restart()  # an evaluation is no training time
                 if comment := keeper.notice.comment(row):
                     tracker.say(comment)
-            if evaluates and progress.stopped_early(settings.train.early_stop_epochs):
+            if due.evaluates and progress.stopped_early(settings.train.early_stop_epochs):
                 tracker.say(messages.early_stop(settings, progress))
                 break
         keeper.close()  # all ranks
         if exit_code == EXIT_RESUMABLE:
             world.raise_together(batch.failure)  # all ranks: what one of them could not read, now that all is saved
-        if world.is_main and exit_code == EXIT_RESUMABLE:
-            write_atomically(Path(settings.run.out) / RESUMABLE_MARK, b"")  # launchers replace our exit code by 1
-        signal_name = signals.STOP.signal_name
-        tracker.say(messages.closing(settings, progress, exit_code, signal_name, splits=manifest.splits))
+            if world.is_main:
+                run_folder.mark_resumable(out)
+        tracker.say(messages.closing(settings, progress, exit_code, signals.STOP.signal_name, splits=manifest.splits))
     return exit_code
-
-
-def _tracker(
-    settings: Settings,
-    world: runtime.Runtime,
-    data: inputs.Inputs,
-    progress: Progress,
-    last_step: int,
-    checkpoint: Checkpoint | None,
-) -> Tracker:
-    """All ranks: rank 0 writes the run's folder, the others nothing."""
-    tracker: Tracker = NoTracker()
-    with world.together():
-        if world.is_main:
-            out = Path(settings.run.out)
-            (out / RESUMABLE_MARK).unlink(missing_ok=True)
-            (out / batch_job.MISTAKE_MARK).unlink(missing_ok=True)
-            write_atomically(out / "settings.yaml", settings.to_yaml().encode())
-            write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
-            own = checkpoint is not None and out.resolve() in checkpoint.path.resolve().parents
-            tracker = run_tracker(
-                settings, data.manifest, progress, last_step=last_step, own=own, world_size=world.world_size
-            )
-    return tracker
-
-
-@contextlib.contextmanager
-def _rehearsal(settings: Settings) -> Iterator[Settings]:
-    """The same run in a folder beside run.out that is removed: same disk, same permissions, nothing left."""
-    out = f"{settings.run.out}.check"
-    if os.environ.get("RANK", "0") == "0":  # before it joins the others: a check that was killed may have left one
-        shutil.rmtree(out, ignore_errors=True)
-    track = settings.track.model_copy(update={"wandb": "disabled"})
-    try:
-        yield settings.model_copy(update={"run": settings.run.model_copy(update={"out": out}), "track": track})
-    finally:
-        if os.environ.get("RANK", "0") == "0":
-            shutil.rmtree(out, ignore_errors=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -76,6 +76,16 @@ class Progress:
         """As a row of metrics; empty before the first evaluation, and 0.0 is a value like others."""
         return {} if self.best_value is None else {"best/value": self.best_value}
 
+    @property
+    def counts(self) -> dict[str, float]:
+        """What has happened to the run so far, as a row of metrics."""
+        return {
+            "train/damaged": self.damaged,
+            "train/skipped": self.skipped,
+            "train/rollbacks": self.rollbacks,
+            "attempt": self.attempt,
+        }
+
     def started_again(self, lineage: Lineage) -> Progress:
         """One more attempt, with what was accepted to differ."""
         return replace(self, lineage=lineage, attempt=self.attempt + 1)

@@ -12,20 +12,18 @@ import torch
 from torch import nn
 
 from wasteddp.data.images import normalise
-from wasteddp.data.loader import Loader, evaluation_steps
-from wasteddp.data.manifest import Split
+from wasteddp.data.loader import evaluation_steps
 from wasteddp.data.plan import PADDING, EvaluationPlan
 from wasteddp.errors import ShardError, WastedError
 from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.metrics import summarise
+from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: Loader, split: Split, classes: tuple[str, ...], runtime: Runtime, batch: int
-) -> tuple[dict[str, float], Seen]:
-    """All ranks: the "val/..." metrics of the whole split, and the split in figures; the same on every rank.
+def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tuple[dict[str, float], Seen]:
+    """All ranks: the "val/..." metrics of the evaluation split, and the split in figures; the same on every rank.
 
     Args:
         model: prepared by Accelerate; its running statistics the same on every rank. Left in eval mode.
@@ -36,6 +34,7 @@ def evaluate(
         ShardError: the samples counted are not those of the manifest.
     """
     began = time.perf_counter()
+    split, classes = data.val, data.manifest.classes
     plan = EvaluationPlan(split.num_samples, batch)
     num_classes = len(classes)
     # Everything stays on the device until the end, so that no batch waits for the one before it:
@@ -46,7 +45,7 @@ def evaluate(
     model.eval()
     failure: WastedError | None = None
     try:
-        batches = loader.batches(evaluation_steps(plan, rank=runtime.rank, world_size=runtime.world_size))
+        batches = data.val_loader.batches(evaluation_steps(plan, rank=runtime.rank, world_size=runtime.world_size))
         for item in runtime.watch.over(batches, "evaluating"):
             real = torch.from_numpy(item.samples != PADDING).to(runtime.device)
             labels_B = item.labels_B.to(runtime.device, non_blocking=True)

@@ -76,7 +76,7 @@ class Keeper:
         self._saved_at = clock()
         self._owed: Callable[[], None] | None = None  # writes the best model, which could not be written yet
         self._failed = False  # the last save
-        self.num_failed = 0
+        self.num_failed, self._stall_ms = 0, 0.0
         self.notice = Notice.of(os.environ)
         with world.together():
             if world.is_main:
@@ -152,6 +152,11 @@ class Keeper:
             _fill(running_statistics(self._model), own[self._world.rank])
         self._world.load_scaler(checkpoint.progress.scaler)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The "checkpoint/..." metrics."""
+        return {"checkpoint/stall_ms": self._stall_ms, "checkpoint/failed": self.num_failed}
+
     def asks(self) -> bool:
         """Whether a save is due by the clock, or was asked for by the file SAVE_NOW. False on all ranks but the first,
         whose clock and disk decide, and while a checkpoint is being written: nobody would gain by waiting for it."""
@@ -199,7 +204,8 @@ class Keeper:
                 if self._writer:
                     self._writer.wait()
             self.notice.save_s = time.perf_counter() - began
-        return 1000 * (time.perf_counter() - began)
+        self._stall_ms = 1000 * (time.perf_counter() - began)
+        return self._stall_ms
 
     def drain(self) -> None:
         """All ranks: until what was handed over is on the disk.

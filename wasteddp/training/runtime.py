@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
+from wasteddp.data.loader import Batch
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
@@ -134,6 +135,15 @@ class Runtime:
         """The loss scale of fp16, where there is one."""
         if self.accelerator.scaler and state:
             self.accelerator.scaler.load_state_dict(dict(state))
+
+    def micro_batches(self, batch: Batch, ddp: nn.Module) -> Iterator[Batch]:
+        """All ranks: the micro-batches of a rank's batch. The backward pass of the last one averages the gradients over
+        the ranks, once for all."""
+        *earlier, last = batch.split(self.micro_batch)
+        for micro in earlier:
+            with self.accelerator.no_sync(ddp):
+                yield micro
+        yield last
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """All ranks: the model under DDP and autocast, with rank 0's weights; the optimizer behind the loss scale."""

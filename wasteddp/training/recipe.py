@@ -1,0 +1,69 @@
+"""What the settings ask for between the loader and the optimizer's step: augmentation, targets, loss, rates, clipping.
+
+Legend: B images of a micro-batch, C = 3, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+from torch import nn
+
+from wasteddp.data.augment import Augment
+from wasteddp.data.loader import Batch
+from wasteddp.data.mixing import Mixing
+from wasteddp.model import resnet
+from wasteddp.settings import Settings
+from wasteddp.training import optim
+from wasteddp.training.checkpoints import Progress
+from wasteddp.training.inputs import Inputs
+from wasteddp.training.runtime import Runtime
+
+
+class Recipe:
+    """Of one run, on every rank. Everything is a function of the settings, the step and the samples: no state.
+
+    Args:
+        model: bare; on the device, frozen as set.
+    """
+
+    def __init__(self, settings: Settings, world: Runtime, data: Inputs, model: nn.Module) -> None:
+        self._settings, self._world, self._model = settings, world, model
+        self._steps_per_epoch = data.plan.steps_per_epoch
+        num_classes = len(data.manifest.classes)
+        self.augment = Augment.of(settings.augment, settings.run.seed)
+        self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
+        self._loss = optim.loss(settings.train, data.train.samples_per_class).to(world.device)
+
+    def begin_step(self, optimizer: torch.optim.Optimizer, progress: Progress) -> float:
+        """Before the forward passes of a step: the network in training mode. Returns the step's learning rate."""
+        resnet.train_mode(self._model, self._settings.model.freeze)
+        rate = optim.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
+        optim.set_learning_rate(optimizer, rate)
+        return rate
+
+    def inputs(self, micro: Batch, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images, targets) on the device: float32 [B, C, H, W] augmented and mixed; int64 [B], or float [B, K]."""
+        images_BCHW = micro.images_BCHW.to(self._world.device, non_blocking=True)
+        labels_B = micro.labels_B.to(self._world.device, non_blocking=True)
+        images_BCHW = self.augment(images_BCHW, micro.samples, epoch)
+        return self._mix(images_BCHW, labels_B, micro.samples, epoch)
+
+    def loss(self, logits_BK: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """This micro-batch's part of the rank's mean loss, [].
+
+        The parts of a step add up to the mean over the rank's images, and DDP averages over the ranks.
+        """
+        images = self._world.micro_batch * self._world.accumulation
+        total: torch.Tensor = self._loss(logits_BK, targets) / images
+        return total
+
+    def clip(self, *, is_asked: bool) -> torch.Tensor | None:
+        """All ranks, behind the last backward pass: clips the averaged gradient. Its norm before that, [], where it is
+        asked for or needed: on a CPU it takes 1 % of a step."""
+        limit = self._settings.optimizer.clip_norm
+        if not limit and not is_asked:
+            return None
+        norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), limit or inf)
+        return norm

@@ -1,0 +1,64 @@
+"""The folder of a run at its two ends: what a start writes into it, and the mark of one that can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from wasteddp.data.manifest import write_atomically
+from wasteddp.settings import Settings
+from wasteddp.training import batch_job, environment
+from wasteddp.training.checkpoints import Checkpoint, Progress
+from wasteddp.training.inputs import Inputs
+from wasteddp.training.runtime import Runtime
+from wasteddp.training.tracking import NoTracker, Tracker, run_tracker
+
+_RESUMABLE_MARK = "RESUMABLE"
+
+
+def begun(
+    settings: Settings,
+    world: Runtime,
+    data: Inputs,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+    *,
+    last_step: int,
+) -> Tracker:
+    """All ranks: rank 0 writes what the run is and tracks it; the others do neither."""
+    tracker: Tracker = NoTracker()
+    with world.together():
+        if world.is_main:
+            out = Path(settings.run.out)
+            (out / _RESUMABLE_MARK).unlink(missing_ok=True)
+            (out / batch_job.MISTAKE_MARK).unlink(missing_ok=True)
+            write_atomically(out / "settings.yaml", settings.to_yaml().encode())
+            write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
+            own = checkpoint is not None and out.resolve() in checkpoint.path.resolve().parents
+            tracker = run_tracker(
+                settings, data.manifest, progress, last_step=last_step, own=own, world_size=world.world_size
+            )
+    return tracker
+
+
+def mark_resumable(out: Path) -> None:
+    """For those who see no exit code of ours: launchers replace it by 1."""
+    write_atomically(out / _RESUMABLE_MARK, b"")
+
+
+@contextlib.contextmanager
+def rehearsal(settings: Settings) -> Iterator[Settings]:
+    """The same run in a folder beside run.out that is removed: same disk, same permissions, nothing left."""
+    out = f"{settings.run.out}.check"
+    if os.environ.get("RANK", "0") == "0":  # before it joins the others: a check that was killed may have left one
+        shutil.rmtree(out, ignore_errors=True)
+    track = settings.track.model_copy(update={"wandb": "disabled"})
+    try:
+        yield settings.model_copy(update={"run": settings.run.model_copy(update={"out": out}), "track": track})
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(out, ignore_errors=True)
