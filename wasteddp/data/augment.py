@@ -8,7 +8,7 @@ or batch it is in. The random crop happens earlier, while decoding (`images.trai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ class Augment:
     @classmethod
     def of(cls, settings: settings.Augment, seed: int) -> Augment:
         """The part of the settings that happens on the device to one image."""
-        return cls(seed, **settings.model_dump(exclude={"crop_scale", "crop_ratio", "mixup", "cutmix"}))
+        return cls(seed, **settings.model_dump(include={field.name for field in fields(cls)}))
 
     def __call__(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
         """uint8 [B, 3, H, W] -> normalised float32 of the same shape and memory format.
