@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
@@ -46,6 +47,7 @@ class SplitReader:
             self._index = np.concatenate(indexes) if indexes else np.zeros(0, INDEX_DTYPE)
             # first sample of each shard, and the total: [num_shards + 1]
             self._starts = np.cumsum([0, *(shard.num_samples for shard in split.shards)])
+            self._begins: list[int] = self._starts.tolist()
             self._check_labels(len(manifest.classes))
         except ShardError:
             self.close()
@@ -69,9 +71,11 @@ class SplitReader:
         record = self._index[sample]
         length, offset, digest = int(record["length"]), int(record["offset"]), record["sha256"].tobytes()
         data = self._pread(sample, length, offset)
-        if hashlib.sha256(data).digest() != digest and self._tars.renew(self._shard_of(sample)):
+        is_whole = hashlib.sha256(data).digest() == digest
+        if not is_whole and self._tars.renew(self._shard_of(sample)):
             data = self._pread(sample, length, offset)
-        if hashlib.sha256(data).digest() != digest:
+            is_whole = hashlib.sha256(data).digest() == digest
+        if not is_whole:
             raise DamagedSampleError(
                 f"{self.describe(sample)}: its {len(data)} bytes do not have the sha256 of the index",
                 "the image would not be the one that was sharded",
@@ -105,7 +109,7 @@ class SplitReader:
         """Where a sample lies, for messages."""
         shard = self._shard_of(sample)
         return (
-            f"{self._tars.where(shard)}, sample {sample - int(self._starts[shard])} "
+            f"{self._tars.where(shard)}, sample {sample - self._begins[shard]} "
             f"at byte {int(self._index[sample]['offset'])}"
         )
 
@@ -142,7 +146,7 @@ class SplitReader:
         self.close()
 
     def _shard_of(self, sample: int) -> int:
-        return int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return bisect_right(self._begins, sample) - 1  # 0.3 us; numpy's search takes 5 of one number
 
     def _pread(self, sample: int, length: int, offset: int) -> bytes:
         try:
