@@ -15,7 +15,7 @@ from wasteddp.data.loader import Batch
 from wasteddp.data.mixing import Mixing
 from wasteddp.model import resnet
 from wasteddp.settings import Settings
-from wasteddp.training import optim
+from wasteddp.training import losses, optim
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
@@ -34,7 +34,9 @@ class Recipe:
         num_classes = len(data.manifest.classes)
         self.augment = Augment.of(settings.augment, settings.run.seed)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
-        self._loss = optim.loss(settings.train, data.train.samples_per_class).to(world.device)
+        counts = data.train.samples_per_class
+        shares = [count / sum(counts) for count in counts]
+        self._loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
 
     def begin_step(self, optimizer: torch.optim.Optimizer, progress: Progress) -> float:
         """Before the forward passes of a step: the network in training mode. Returns the step's learning rate."""
