@@ -243,11 +243,12 @@ class Train(_Section):
     """tau: the logits of rare classes are lowered in training by tau * ln(their share), so that they are raised in use;
     1 makes up for the imbalance, 0 is none. Shares are those that are drawn: data.balance 1 leaves nothing to do."""
     teacher: str = ""
-    """Knowledge distillation: folder of a run or model whose answers are learned too; '': none."""
+    """Knowledge distillation: folder of a run or model, of the same classes, whose answers to the augmented images are
+    learned too; '': none. Its network may be any, its images of any size; its calibration is left out."""
     teacher_weight: Fraction = 0.5
-    """Part of the loss that is the distance from the teacher's answers."""
+    """Part of the loss that is the distance from the teacher's answers, beside that of the labels; 0: no teacher."""
     teacher_temperature: Positive = 2.0
-    """By which both sides' logits are divided for it."""
+    """By which both sides' logits are divided for it: the higher, the more the unlikely classes count."""
     log_every_steps: PositiveInt = 10
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """When loss or gradient are no finite numbers, or the loss explodes. skip: such a step changes nothing; rollback:
@@ -354,6 +355,11 @@ class Settings(_Section):
                 f"{self.data.image_size}"
             )
         self._refuse_two_remedies_for_imbalance()
+        out = Path(self.run.out).resolve()
+        if self.train.teacher and Path(self.train.teacher).resolve() in (out, out / "model"):
+            raise ValueError(
+                f"train.teacher {self.train.teacher} is the model of the run itself, which changes while it trains"
+            )
         return self
 
     def _refuse_two_remedies_for_imbalance(self) -> None:
