@@ -96,6 +96,18 @@ def test_a_kill_while_saving_leaves_the_old_bundle_or_the_new_one(
     assert load_bundle(tmp_path)[0] == saved
 
 
+def test_a_card_of_version_1_is_read(tmp_path: Path) -> None:
+    """It has no teacher."""
+    saved = save_bundle(tmp_path, CARD, SMALL)
+
+    def older(content: dict[str, Any]) -> None:
+        content["format_version"] = 1
+        del content["hashes"]["teacher"]
+
+    change_card(tmp_path, older)
+    assert load_bundle(tmp_path)[0] == saved
+
+
 def test_saving_the_same_weights_again_keeps_them(tmp_path: Path) -> None:
     first = save_bundle(tmp_path, CARD, SMALL)
     assert save_bundle(tmp_path, CARD, SMALL) == first
@@ -165,7 +177,7 @@ def test_weights_that_are_no_safetensors_are_refused_though_their_hash_is_right(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=2, tool="wasteddp 9.0"), "has format version 2, made by wasteddp 9.0"),
+        (lambda c: c.update(format_version=3, tool="wasteddp 9.0"), "has format version 3, made by wasteddp 9.0"),
         (lambda c: c.update(format="onnx"), "its format is 'onnx', not 'wasteddp-model'"),
         (lambda c: c.pop("classes"), "not a model's card: KeyError: 'classes'"),
         (lambda c: c.update(colour="red"), "unexpected keyword argument 'colour'"),

@@ -46,8 +46,8 @@ def test_a_checkpoint_of_format_1_is_read() -> None:
         ("cut", "with sha256"),
         ("file missing", "No such file"),
         ("not complete", "No such file"),
-        ("newer format", "its format is wasteddp-checkpoint 3; this wasteddp reads wasteddp-checkpoint 1, 2"),
-        ("foreign", "its format is lightning 2"),
+        ("newer format", "its format is wasteddp-checkpoint 4; this wasteddp reads wasteddp-checkpoint 1, 2, 3"),
+        ("foreign", "its format is lightning 3"),
         ("path outside", "is not a plain file name"),
         ("not json", "Expecting property name"),
         ("a list", "list indices"),
@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
     else:
         complete.write_text(
             {
-                "newer format": text.replace('"format_version": 2', '"format_version": 3'),
+                "newer format": text.replace('"format_version": 3', '"format_version": 4'),
                 "foreign": text.replace('"wasteddp-checkpoint"', '"lightning"'),
                 "path outside": text.replace("model.safetensors", "../../model.safetensors"),
                 "not json": "{",

@@ -1,10 +1,9 @@
-"""Learning rates, decay, loss weights, and optimizer states that come back exactly."""
+"""Learning rates, decay, and optimizer states that come back exactly."""
 
 from __future__ import annotations
 
 from math import cos, pi
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,25 +89,3 @@ def test_a_loaded_state_takes_the_memory_format_of_its_weight(name: str) -> None
     step(whole, optimizer, 2)
     step(resumed, again, 2)
     assert torch.equal(whole.weight, resumed.weight)
-
-
-def test_class_weights_follow_their_formulas_and_average_to_one() -> None:
-    counts = np.array([900, 90, 10])
-    assert optim.class_weights("none", counts) is None
-    inverse = optim.class_weights("inverse_frequency", counts)
-    effective = optim.class_weights("effective_number", counts)
-    assert inverse is not None
-    assert effective is not None
-    assert inverse == pytest.approx(1000 / (3 * counts), rel=1e-6)
-    reference = [(1 - 0.999) / (1 - 0.999**n) for n in counts.tolist()]
-    assert effective / effective[0] == pytest.approx([r / reference[0] for r in reference], rel=1e-5)
-    for weights in (inverse, effective):
-        assert (weights * counts).sum() / counts.sum() == pytest.approx(1, rel=1e-6)
-
-
-def test_losses_of_micro_batches_add_up_to_the_loss_of_the_whole() -> None:
-    train = settings.parse("train: {class_weighting: inverse_frequency, label_smoothing: 0.1}").train
-    loss = optim.loss(train, [70, 20, 10])
-    logits, labels = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
-    parts = sum(loss(logits[i : i + 4], labels[i : i + 4]) / 12 for i in range(0, 12, 4))
-    assert torch.allclose(parts, loss(logits, labels) / 12)

@@ -229,6 +229,8 @@ class Train(_Section):
     once in a run; BatchNorm's groups, and so the result, then hang on the machine."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weighting: Literal["none", "inverse_frequency", "effective_number"] = "none"
+    """What an image of a class of n counts in the loss: as 1 / n, or as (1 - b) / (1 - b^n) with b = 0.999, which
+    hardly tells classes of thousands apart; the mean over the training images is 1."""
     early_stop_epochs: Count = 0
     """Stop after so many evaluations without a better one; 0: never."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -236,16 +238,17 @@ class Train(_Section):
     none. 0.999 averages over about 1,000 steps; fewer at the beginning."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     focal_gamma: NotNegative = 2.0
-    """focal only: how much less the images count that are right already."""
+    """focal only: how much less the images count that are right already; 0 is cross-entropy."""
     logit_adjustment: NotNegative = 0.0
     """tau: the logits of rare classes are lowered in training by tau * ln(their share), so that they are raised in use;
-    1 makes up for the imbalance, 0 is none."""
+    1 makes up for the imbalance, 0 is none. Shares are those that are drawn: data.balance 1 leaves nothing to do."""
     teacher: str = ""
-    """Knowledge distillation: folder of a run or model whose answers are learned too; '': none."""
+    """Knowledge distillation: folder of a run or model, of the same classes, whose answers to the augmented images are
+    learned too; '': none. Its network may be any, its images of any size; its calibration is left out."""
     teacher_weight: Fraction = 0.5
-    """Part of the loss that is the distance from the teacher's answers."""
+    """Part of the loss that is the distance from the teacher's answers, beside that of the labels; 0: no teacher."""
     teacher_temperature: Positive = 2.0
-    """By which both sides' logits are divided for it."""
+    """By which both sides' logits are divided for it: the higher, the more the unlikely classes count."""
     log_every_steps: PositiveInt = 10
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
     """When loss or gradient are no finite numbers, or the loss explodes. skip: such a step changes nothing; rollback:
@@ -351,7 +354,25 @@ class Settings(_Section):
                 f"schedule.start_size {self.schedule.start_size} is not from 16 to data.image_size "
                 f"{self.data.image_size}"
             )
+        self._refuse_two_remedies_for_imbalance()
+        out = Path(self.run.out).resolve()
+        if self.train.teacher and Path(self.train.teacher).resolve() in (out, out / "model"):
+            raise ValueError(
+                f"train.teacher {self.train.teacher} is the model of the run itself, which changes while it trains"
+            )
         return self
+
+    def _refuse_two_remedies_for_imbalance(self) -> None:
+        """Either of the others with class weights: the logits of rare classes would be raised by both, past their due.
+        The two others go together, since the logits are adjusted by the shares that are really drawn."""
+        train = self.train
+        others = {"train.logit_adjustment": train.logit_adjustment, "data.balance": self.data.balance}
+        for name, value in others.items():
+            if value and train.class_weighting != "none":
+                raise ValueError(
+                    f"train.class_weighting {train.class_weighting} and {name} {value:g} would make up for the "
+                    "imbalance of the classes twice: set one of them"
+                )
 
     @property
     def num_lanes(self) -> int:

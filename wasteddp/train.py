@@ -116,12 +116,12 @@ def train(
     layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = optim.build(model, settings.optimizer)
-    recipe = Recipe(settings, world, data, model)
+    recipe = Recipe(settings, world, data, model)  # all ranks
     ddp, stepper = world.prepare(model, optimizer)  # all ranks
 
     # --- resume: from the checkpoint asked for, else the newest whole one, else the beginning -----------------------
     keeper = Keeper(settings, world, data, model, optimizer)  # all ranks
-    progress = Progress(Lineage.of(settings, manifest))
+    progress = Progress(Lineage.of(settings, manifest, teacher=recipe.teacher.sha256))
     if checkpoint := keeper.starting_point(*start, lineage=progress.lineage):  # all ranks
         keeper.restore(checkpoint)  # all ranks
         progress = checkpoint.progress.started_again(progress.lineage)
@@ -139,7 +139,7 @@ def train(
     record, meter, exit_code = StepRecord(settings, world, progress.step), Meter(world.device), EXIT_FINISHED
     with keeper, TrackerScope(tracker), reported(out, tracker.say, is_main=world.is_main), world.watch:
         world.watch.detail = data.at_work
-        tracker.say(messages.facts(settings, world, data, last_step, origin))
+        tracker.say(messages.facts(settings, world, data, last_step, origin + recipe.teacher.words))
         if progress.stopped_early(settings.train.early_stop_epochs) and not max_steps:
             last_step = progress.step
         if progress.step == 0:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "wasteddp-model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the hashes have the teacher
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
 _HEAD = "fc.weight"  # [K, features]: what torchvision's ResNets call their last layer
@@ -59,6 +59,7 @@ class Hashes:
     settings: str
     code: str
     weights: str = ""  # filled in by `save_bundle`
+    teacher: str = ""  # weights of the model whose answers it learned too; "": none
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,28 @@ BATCH_SIZE_GPU = 64
 Item = TypeVar("Item")
 
 
+def load_network(path: str | Path) -> tuple[BundleCard, torch.nn.Module]:
+    """A bundle's card and network: fp32 whatever it was trained in, frozen, in evaluation mode, on the CPU.
+
+    Made without initial weights, so it draws no random numbers and costs no time for them.
+
+    Raises:
+        BundleError: see `load_bundle`; or the weights are not those of the card's architecture.
+    """
+    card, state_dict = load_bundle(path)
+    with torch.device("meta"):
+        model = build(card.arch, len(card.classes))
+    try:
+        model.load_state_dict(state_dict, assign=True)
+    except RuntimeError as error:
+        raise BundleError(
+            f"the weights in {path} are not those of a {card.arch}: {str(error).splitlines()[-1].strip()}",
+            "the model cannot be put together",
+            "copy the whole model folder again, or let the run write it anew (start its training again)",
+        ) from error
+    return card, model.float().eval().requires_grad_(False)
+
+
 class Classifier:
     """A model in evaluation mode, fp32, on one device."""
 
@@ -49,22 +71,12 @@ class Classifier:
             batch_size: images computed at once; None takes what suits the device.
 
         Raises:
-            BundleError: see `load_bundle`; or the weights are not those of the card's architecture.
+            BundleError: see `load_network`.
             LaunchError: no such device.
         """
         where = _device(device)
-        card, state_dict = load_bundle(path)
-        model = build(card.arch, len(card.classes))
-        try:
-            model.load_state_dict(state_dict)
-        except RuntimeError as error:
-            raise BundleError(
-                f"the weights in {path} are not those of a {card.arch}: {str(error).splitlines()[-1].strip()}",
-                "the model cannot be put together",
-                "copy the whole model folder again, or let the run write it anew (start its training again)",
-            ) from error
-        # .float() and eval() are contracts of this class, whatever precision the run trained in
-        model = model.float().eval().requires_grad_(False).to(where).to(memory_format=torch.channels_last)
+        card, model = load_network(path)
+        model = model.to(where).to(memory_format=torch.channels_last)
         default = BATCH_SIZE_CPU if where.type == "cpu" else BATCH_SIZE_GPU
         return cls(card, model, where, batch_size or default)
 

@@ -156,6 +156,8 @@ def lineage(run: RunRecord) -> list[tuple[str, str, str]]:
         rows.append(("settings", hashes.settings, ""))
         rows.append(("code", hashes.code, "with uncommitted changes" if hashes.code.endswith("+") else ""))
         rows.append(("weights", hashes.weights, f"step {run.card.trained.step:,}, model/{run.card.weights_name}"))
+        if hashes.teacher:
+            rows.append(("teacher", hashes.teacher, f"weights of {run.settings.get('train.teacher', 'a model')}"))
     elif "commit" in run.environment:
         rows.append(("code", str(run.environment["commit"]), ""))
     return rows

@@ -62,7 +62,10 @@ def card_of(settings: Settings, manifest: Manifest, progress: Progress, *, epoch
         ),
         trained=Trained(step=progress.step, epoch=epoch, metric=settings.evaluate.metric, value=progress.best_value),
         hashes=Hashes(
-            manifest=manifest.sha256, settings=hashlib.sha256(settings.to_yaml().encode()).hexdigest(), code=commit
+            manifest=manifest.sha256,
+            settings=hashlib.sha256(settings.to_yaml().encode()).hexdigest(),
+            code=commit,
+            teacher=progress.lineage.teacher,
         ),
         tool=f"wasteddp {__version__}",
         bins=dict(manifest.bins),

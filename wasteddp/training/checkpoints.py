@@ -33,7 +33,7 @@ from wasteddp.errors import CheckpointError
 from wasteddp.training.lineage import Lineage
 
 FORMAT = "wasteddp-checkpoint"
-FORMAT_VERSION = 2  # 2: the lineage has block, window and train_split
+FORMAT_VERSION = 3  # 2: the lineage has block, window and train_split; 3: and the teacher, if there is one
 COMPLETE = "complete.json"
 PROGRESS = "progress.json"
 SETTINGS = "settings.yaml"
@@ -219,4 +219,4 @@ def _lineage_2(raw: dict[str, Any], settings_yaml: str) -> Lineage:
     return Lineage.from_json(raw)
 
 
-_READERS: dict[int, Callable[[dict[str, Any], str], Lineage]] = {1: _lineage_1, 2: _lineage_2}
+_READERS: dict[int, Callable[[dict[str, Any], str], Lineage]] = {1: _lineage_1, 2: _lineage_2, 3: _lineage_2}

@@ -24,6 +24,7 @@ ACCEPTABLE: dict[str, str] = {
     "window": _OTHER_ORDER,
     "train_split": "from here on the images are those of another split",
     "image_size": "the network, trained at one size, goes on at another",
+    "teacher": "from here on the answers of another teacher, or none, are learned",
 }
 REFUSED: dict[str, str] = {
     "classes": "the network's outputs would stand for other classes",
@@ -47,9 +48,10 @@ class Lineage:
     train_split: str
     image_size: int
     optimizer: str
+    teacher: str = ""  # sha256 of its weights; "": none
 
     @classmethod
-    def of(cls, settings: Settings, manifest: Manifest) -> Lineage:
+    def of(cls, settings: Settings, manifest: Manifest, *, teacher: str = "") -> Lineage:
         return cls(
             manifest=manifest.sha256,
             classes=manifest.classes,
@@ -62,6 +64,7 @@ class Lineage:
             train_split=settings.data.train_split,
             image_size=settings.data.image_size,
             optimizer=settings.optimizer.name,
+            teacher=teacher,
         )
 
     @classmethod

@@ -1,18 +1,15 @@
-"""Optimizer, learning rate and loss weights: pure functions of the settings and the step."""
+"""Optimizer and learning rate: pure functions of the settings and the step."""
 
 from __future__ import annotations
 
 from math import cos, pi
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from wasteddp.settings import Optimizer, Settings, Train
+from wasteddp.settings import Optimizer, Settings
 
 _WARMUP_START = 0.01  # of the peak: BatchNorm has seen nothing yet
-_EFFECTIVE_NUMBER_BETA = 0.999
 
 
 def build(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
@@ -51,33 +48,6 @@ def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def class_weights(name: str, samples_per_class: npt.ArrayLike) -> npt.NDArray[np.float32] | None:
-    """Loss weight of each class, float32 [K], of mean 1 over the training samples; None for "none".
-
-    inverse_frequency: 1 / n. effective_number: (1 - b) / (1 - b^n) with b = 0.999.
-    Source: Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", eq. 2.
-    """
-    if name == "none":
-        return None
-    n = np.asarray(samples_per_class, dtype=np.float64)
-    beta = _EFFECTIVE_NUMBER_BETA
-    # expm1 and log1p: 1 - b^n loses digits for small n
-    weights = 1 / n if name == "inverse_frequency" else (1 - beta) / -np.expm1(n * np.log(beta))
-    scaled: npt.NDArray[np.float32] = (weights * n.sum() / (weights * n).sum()).astype(np.float32)
-    return scaled
-
-
-def loss(settings: Train, samples_per_class: npt.ArrayLike) -> nn.CrossEntropyLoss:
-    """Cross-entropy summed over a micro-batch, to be divided by the number of images: the mean that torch takes with
-    class weights divides by the weights' sum, which differs between micro-batches, so parts would not add up."""
-    weights = class_weights(settings.class_weighting, samples_per_class)
-    return nn.CrossEntropyLoss(
-        weight=None if weights is None else torch.from_numpy(weights),
-        label_smoothing=settings.label_smoothing,
-        reduction="sum",
-    )
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:

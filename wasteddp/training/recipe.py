@@ -15,8 +15,9 @@ from wasteddp.data.loader import Batch
 from wasteddp.data.mixing import Mixing
 from wasteddp.model import resnet
 from wasteddp.settings import Settings
-from wasteddp.training import optim
+from wasteddp.training import distillation, losses, optim
 from wasteddp.training.checkpoints import Progress
+from wasteddp.training.distillation import Targets
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
 
@@ -34,7 +35,11 @@ class Recipe:
         num_classes = len(data.manifest.classes)
         self.augment = Augment.of(settings.augment, settings.run.seed)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
-        self._loss = optim.loss(settings.train, data.train.samples_per_class).to(world.device)
+        counts = data.train.samples_per_class
+        shares = [count / sum(counts) for count in counts]
+        loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
+        self.teacher = distillation.teacher_of(settings, world, data.manifest.classes)  # all ranks
+        self._loss = self.teacher.completed(loss)
 
     def begin_step(self, optimizer: torch.optim.Optimizer, progress: Progress) -> float:
         """Before the forward passes of a step: the network in training mode. Returns the step's learning rate."""
@@ -43,14 +48,16 @@ class Recipe:
         optim.set_learning_rate(optimizer, rate)
         return rate
 
-    def inputs(self, micro: Batch, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(images, targets) on the device: float32 [B, C, H, W] augmented and mixed; int64 [B], or float [B, K]."""
+    def inputs(self, micro: Batch, epoch: int) -> tuple[torch.Tensor, Targets]:
+        """(images, targets) on the device: float32 [B, C, H, W] augmented and mixed; int64 [B], or float [B, K], with
+        the teacher's answers where there is one."""
         images_BCHW = micro.images_BCHW.to(self._world.device, non_blocking=True)
         labels_B = micro.labels_B.to(self._world.device, non_blocking=True)
         images_BCHW = self.augment(images_BCHW, micro.samples, epoch)
-        return self._mix(images_BCHW, labels_B, micro.samples, epoch)
+        images_BCHW, targets = self._mix(images_BCHW, labels_B, micro.samples, epoch)
+        return images_BCHW, self.teacher.asked(images_BCHW, targets)
 
-    def loss(self, logits_BK: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, logits_BK: torch.Tensor, targets: Targets) -> torch.Tensor:
         """This micro-batch's part of the rank's mean loss, [].
 
         The parts of a step add up to the mean over the rank's images, and DDP averages over the ranks.
