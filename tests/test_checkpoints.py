@@ -30,9 +30,10 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert {path.suffix for path in (tmp_path / "step-00000007").iterdir()} == {".safetensors", ".json", ".yaml"}
 
 
-def test_a_checkpoint_of_format_1_is_read() -> None:
-    found = checkpoints.read(STORED / "checkpoint-format-1" / "step-00000007")
-    # what format 1 did not have in its lineage comes from the settings beside it
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checkpoint_of_an_older_format_is_read(version: int) -> None:
+    found = checkpoints.read(STORED / f"checkpoint-format-{version}" / "step-00000007")
+    # what format 1 did not have in its lineage comes from the settings beside it; format 2 had no balance
     wanted = replace(LINEAGE, block=4, window=8)
     assert found.progress == Progress(wanted, step=7, best_value=0.5, best_step=7, tracker_id="abc")
     assert found.states["model"]["fc.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -46,8 +47,8 @@ def test_a_checkpoint_of_format_1_is_read() -> None:
         ("cut", "with sha256"),
         ("file missing", "No such file"),
         ("not complete", "No such file"),
-        ("newer format", "its format is wasteddp-checkpoint 3; this wasteddp reads wasteddp-checkpoint 1, 2"),
-        ("foreign", "its format is lightning 2"),
+        ("newer format", "its format is wasteddp-checkpoint 4; this wasteddp reads wasteddp-checkpoint 1, 2, 3"),
+        ("foreign", "its format is lightning 3"),
         ("path outside", "is not a plain file name"),
         ("not json", "Expecting property name"),
         ("a list", "list indices"),
@@ -78,7 +79,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
     else:
         complete.write_text(
             {
-                "newer format": text.replace('"format_version": 2', '"format_version": 3'),
+                "newer format": text.replace('"format_version": 3', '"format_version": 4'),
                 "foreign": text.replace('"wasteddp-checkpoint"', '"lightning"'),
                 "path outside": text.replace("model.safetensors", "../../model.safetensors"),
                 "not json": "{",

@@ -109,6 +109,15 @@ class Data(_Section):
         return self.eval_resize or round(self.eval_size_px * 8 / 7)
 
     @model_validator(mode="after")
+    def _balances_single_images(self) -> Self:
+        if self.balance and self.block > 1:
+            raise ValueError(
+                f"balance {self.balance:g} needs block 1, and it is {self.block}: what is drawn more or less often is "
+                "single images, and a block brings its neighbours along"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _resize_covers_crop(self) -> Self:
         if self.eval_resize and self.eval_resize < self.eval_size_px:
             raise ValueError(f"eval_resize {self.eval_resize} is smaller than the evaluated square {self.eval_size_px}")

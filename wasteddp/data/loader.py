@@ -97,8 +97,8 @@ class Batch:
     step_in_epoch: int
     images_BCHW: torch.Tensor  # uint8, channels-last in memory
     labels_B: torch.Tensor  # int64; of no meaning where `samples` is PADDING
-    samples: I64  # [B]
-    read_B: I64  # the sample whose pixels stand in each row: that of `samples`, or its replacement
+    samples: I64  # [B], numbered as in `TrainPlan`: what the randomness of each row is keyed by
+    read_B: I64  # 0 .. N-1, whose pixels stand in each row: the sample of `samples`, or its replacement
     damage: tuple[Damage, ...]
     failure: WastedError | None = None  # why there is no such batch, told in its place: the other ranks must hear of it
 
@@ -241,7 +241,8 @@ class Loader:
             if sample == PADDING:
                 images[row] = 0
                 continue
-            used = self._fill_row(images[row], sample, pending.draws[row], pending.epoch, damage)
+            stored = sample % self._reader.num_samples
+            used = self._fill_row(images[row], stored, pending.draws[row], pending.epoch, damage)
             labels[row] = self._labels[used]
             pending.read[row] = used
         return damage

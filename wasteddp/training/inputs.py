@@ -36,6 +36,12 @@ class Inputs:
     val: Split
     train_labels: Labels
 
+    @property
+    def share_of_classes(self) -> tuple[float, ...]:
+        """Part of what is trained on that is of each class: of the draws, where they are balanced; sums to 1."""
+        counts = self.plan.balance.quotas.tolist() if self.plan.balance else self.train.samples_per_class
+        return tuple(count / sum(counts) for count in counts)
+
     def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
         """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run.
 
@@ -66,9 +72,9 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
-            plan = train_plan(train, settings)
             train_reader = stack.enter_context(shards.reader(train.name))
             val_reader = stack.enter_context(shards.reader(val.name))
+            plan = train_plan(train, settings, train_reader.labels)
             foresight = Foresight(
                 train_plan=plan,
                 train_reader=train_reader,

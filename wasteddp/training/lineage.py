@@ -22,6 +22,7 @@ ACCEPTABLE: dict[str, str] = {
     "lanes": _OTHER_ORDER,
     "block": _OTHER_ORDER,
     "window": _OTHER_ORDER,
+    "balance": "from here on the classes are drawn otherwise: the epoch that has begun is no whole one",
     "train_split": "from here on the images are those of another split",
     "image_size": "the network, trained at one size, goes on at another",
 }
@@ -47,6 +48,7 @@ class Lineage:
     train_split: str
     image_size: int
     optimizer: str
+    balance: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings, manifest: Manifest) -> Lineage:
@@ -62,6 +64,7 @@ class Lineage:
             train_split=settings.data.train_split,
             image_size=settings.data.image_size,
             optimizer=settings.optimizer.name,
+            balance=settings.data.balance,
         )
 
     @classmethod
