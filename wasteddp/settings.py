@@ -360,6 +360,8 @@ class Settings(_Section):
                 f"schedule.start_size {self.schedule.start_size} is not from 16 to data.image_size "
                 f"{self.data.image_size}"
             )
+        if self.schedule.start_size % 16:
+            raise ValueError(f"schedule.start_size {self.schedule.start_size} is not a multiple of 16")
         return self
 
     @property

@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -138,12 +138,12 @@ class _Pending:
 class Loader:
     """Decodes batches ahead of their use.
 
-    Memory: (prefetch + 1) batches of B * 3 * S^2 bytes and one decoded image a worker.
+    Memory: (prefetch + 1) batches of B * 3 * S^2 bytes, S the largest, and one decoded image a worker.
 
     Args:
         reader: of the split.
         view: what a sample's bytes become.
-        image_size_px: S.
+        image_size_px: S, or what it is in each epoch: batches of two epochs may be on their way at once.
         workers: decoding threads.
         prefetch: batches decoded ahead.
         replace: whether a sample that cannot be decoded is replaced (training) or raises (evaluation).
@@ -156,7 +156,7 @@ class Loader:
         reader: SplitReader,
         view: View,
         *,
-        image_size_px: int,
+        image_size_px: int | Callable[[int], int],
         workers: int,
         prefetch: int = 2,
         replace: bool = False,
@@ -207,7 +207,8 @@ class Loader:
         self.close()
 
     def _start(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
-        images = torch.empty((len(samples), self._size, self._size, 3), dtype=torch.uint8, pin_memory=self._pin)
+        side = self._size(epoch) if callable(self._size) else self._size
+        images = torch.empty((len(samples), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
         labels = torch.zeros(len(samples), dtype=torch.int64, pin_memory=self._pin)
         read, draws = np.full(len(samples), PADDING), self._view.draws(samples, epoch)
         pending = _Pending(epoch, step_in_epoch, images, labels, samples, read, draws, [])
@@ -289,7 +290,7 @@ def training_loader(
     reader: SplitReader,
     *,
     seed: int,
-    image_size_px: int,
+    image_size_px: int | Callable[[int], int],
     crop_scale: tuple[float, float],
     crop_ratio: tuple[float, float],
     workers: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from wasteddp.data.forecast import train_plan
 from wasteddp.data.loader import Batch, Loader, evaluation_loader, training_loader, training_steps
@@ -18,6 +19,7 @@ from wasteddp.settings import Settings
 from wasteddp.training.copying import copied_ahead
 from wasteddp.training.foresight import Foresight, ranks_here
 from wasteddp.training.runtime import Runtime
+from wasteddp.training.sizes import side_px
 
 _MAX_WORKERS = 8
 
@@ -93,7 +95,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
         train_loader = training_loader(
             train_reader,
             seed=settings.run.seed,
-            image_size_px=settings.data.image_size,
+            image_size_px=partial(side_px, settings=settings),
             crop_scale=settings.augment.crop_scale,
             crop_ratio=settings.augment.crop_ratio,
             workers=workers,

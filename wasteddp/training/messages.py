@@ -10,7 +10,7 @@ from wasteddp.data.loader import Damage
 from wasteddp.data.progress import duration
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
 from wasteddp.settings import Settings
-from wasteddp.training import environment
+from wasteddp.training import environment, sizes
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
@@ -34,7 +34,7 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
         f"{last_step} steps, {plan.steps_per_epoch} an epoch"
         + ("" if plan.balance else f", which leaves out {plan.left_out_per_epoch} images, others each time"),
         f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
-        f"{len(manifest.classes)} classes, {settings.data.image_size} px",
+        f"{len(manifest.classes)} classes, {sizes.describe(settings)}",
         f"seed {settings.run.seed}",
     ]
     return "\n".join(["; ".join(parts), *order])
