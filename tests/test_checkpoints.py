@@ -30,9 +30,10 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert {path.suffix for path in (tmp_path / "step-00000007").iterdir()} == {".safetensors", ".json", ".yaml"}
 
 
-def test_a_checkpoint_of_format_1_is_read() -> None:
-    found = checkpoints.read(STORED / "checkpoint-format-1" / "step-00000007")
-    # what format 1 did not have in its lineage comes from the settings beside it
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checkpoint_of_an_older_format_is_read(version: int) -> None:
+    found = checkpoints.read(STORED / f"checkpoint-format-{version}" / "step-00000007")
+    # what format 1 did not have in its lineage comes from the settings beside it; format 2 had no balance
     wanted = replace(LINEAGE, block=4, window=8)
     assert found.progress == Progress(wanted, step=7, best_value=0.5, best_step=7, tracker_id="abc")
     assert found.states["model"]["fc.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -109,9 +109,19 @@ class Data(_Section):
         return self.eval_resize or round(self.eval_size_px * 8 / 7)
 
     @model_validator(mode="after")
+    def _balances_single_images(self) -> Self:
+        if self.balance and self.block > 1:
+            raise ValueError(
+                f"balance {self.balance:g} needs block 1, and it is {self.block}: what is drawn more or less often is "
+                "single images, and a block brings its neighbours along"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _resize_covers_crop(self) -> Self:
         if self.eval_resize and self.eval_resize < self.eval_size_px:
-            raise ValueError(f"eval_resize {self.eval_resize} is smaller than the evaluated square {self.eval_size_px}")
+            side = "eval_size" if self.eval_size else "image_size"
+            raise ValueError(f"eval_resize {self.eval_resize} is smaller than {side} {self.eval_size_px}")
         return self
 
     @model_validator(mode="after")
@@ -360,6 +370,8 @@ class Settings(_Section):
             raise ValueError(
                 f"train.teacher {self.train.teacher} is the model of the run itself, which changes while it trains"
             )
+        if self.schedule.start_size % 16:
+            raise ValueError(f"schedule.start_size {self.schedule.start_size} is not a multiple of 16")
         return self
 
     def _refuse_two_remedies_for_imbalance(self) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from wasteddp.data import quality, traffic
+from wasteddp.data.balance import Balance
 from wasteddp.data.manifest import Manifest, Split, read_index
 from wasteddp.data.plan import TrainPlan
 from wasteddp.settings import Settings
 
 
-def train_plan(split: Split, settings: Settings) -> TrainPlan:
-    """The order that these settings give to a split."""
-    return TrainPlan(
+def train_plan(split: Split, settings: Settings, labels: quality.Labels) -> TrainPlan:
+    """The order that these settings give to a split. `labels` of its samples, [N], are for data.balance."""
+    plan = TrainPlan(
         num_samples=split.num_samples,
         global_batch=settings.train.batch_size,
         seed=settings.run.seed,
@@ -23,6 +25,16 @@ def train_plan(split: Split, settings: Settings) -> TrainPlan:
         window=settings.data.window,
         shard_samples=tuple(shard.num_samples for shard in split.shards),
     )
+    if not settings.data.balance:
+        return plan
+    balance = Balance.of(
+        labels,
+        settings.data.balance,
+        num_classes=len(split.samples_per_class),
+        num_draws=plan.steps_per_epoch * plan.global_batch,
+        seed=plan.seed,
+    )
+    return replace(plan, balance=balance)
 
 
 def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) -> str:
@@ -33,13 +45,14 @@ def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) ->
         SettingsError: a batch that the split cannot fill.
     """
     split = manifest.split(settings.data.train_split)
-    plan = train_plan(split, settings)
     labels = np.concatenate([read_index(manifest.folder, shard)["label"] for shard in split.shards])
+    plan = train_plan(split, settings, labels)
     epochs = settings.train.epochs
     lines = [
         f"{manifest.name}: {plan.num_samples} {split.name} samples in {plan.num_shards} shards",
         f"{plan.steps_per_epoch} steps an epoch of {plan.global_batch}, {plan.steps_per_epoch * epochs} in {epochs} "
-        f"epochs; each epoch leaves out {plan.left_out_per_epoch}, others each time",
+        + ("epochs" if plan.balance else f"epochs; each epoch leaves out {plan.left_out_per_epoch}, others each time"),
+        *([plan.balance.describe(manifest.classes)] if plan.balance else []),
         quality.describe(plan, labels),
         "",
         "nodes  shards a node  fetched, of its share  shards within 10 steps",

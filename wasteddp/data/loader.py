@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -97,8 +97,8 @@ class Batch:
     step_in_epoch: int
     images_BCHW: torch.Tensor  # uint8, channels-last in memory
     labels_B: torch.Tensor  # int64; of no meaning where `samples` is PADDING
-    samples: I64  # [B]
-    read_B: I64  # the sample whose pixels stand in each row: that of `samples`, or its replacement
+    samples: I64  # [B], numbered as in `TrainPlan`: what the randomness of each row is keyed by
+    read_B: I64  # 0 .. N-1, whose pixels stand in each row: the sample of `samples`, or its replacement
     damage: tuple[Damage, ...]
     failure: WastedError | None = None  # why there is no such batch, told in its place: the other ranks must hear of it
 
@@ -138,12 +138,12 @@ class _Pending:
 class Loader:
     """Decodes batches ahead of their use.
 
-    Memory: (prefetch + 1) batches of B * 3 * S^2 bytes and one decoded image a worker.
+    Memory: (prefetch + 1) batches of B * 3 * S^2 bytes, S the largest, and one decoded image a worker.
 
     Args:
         reader: of the split.
         view: what a sample's bytes become.
-        image_size_px: S.
+        image_size_px: S, or what it is in each epoch: batches of two epochs may be on their way at once.
         workers: decoding threads.
         prefetch: batches decoded ahead.
         replace: whether a sample that cannot be decoded is replaced (training) or raises (evaluation).
@@ -156,7 +156,7 @@ class Loader:
         reader: SplitReader,
         view: View,
         *,
-        image_size_px: int,
+        image_size_px: int | Callable[[int], int],
         workers: int,
         prefetch: int = 2,
         replace: bool = False,
@@ -207,7 +207,8 @@ class Loader:
         self.close()
 
     def _start(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
-        images = torch.empty((len(samples), self._size, self._size, 3), dtype=torch.uint8, pin_memory=self._pin)
+        side = self._size(epoch) if callable(self._size) else self._size
+        images = torch.empty((len(samples), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
         labels = torch.zeros(len(samples), dtype=torch.int64, pin_memory=self._pin)
         read, draws = np.full(len(samples), PADDING), self._view.draws(samples, epoch)
         pending = _Pending(epoch, step_in_epoch, images, labels, samples, read, draws, [])
@@ -241,7 +242,8 @@ class Loader:
             if sample == PADDING:
                 images[row] = 0
                 continue
-            used = self._fill_row(images[row], sample, pending.draws[row], pending.epoch, damage)
+            stored = sample % self._reader.num_samples
+            used = self._fill_row(images[row], stored, pending.draws[row], pending.epoch, damage)
             labels[row] = self._labels[used]
             pending.read[row] = used
         return damage
@@ -288,7 +290,7 @@ def training_loader(
     reader: SplitReader,
     *,
     seed: int,
-    image_size_px: int,
+    image_size_px: int | Callable[[int], int],
     crop_scale: tuple[float, float],
     crop_ratio: tuple[float, float],
     workers: int,

@@ -14,6 +14,10 @@ R that divides P, and a rank computes its own part of any step without knowing t
 
 Nothing is stored: a permutation is a keyed Feistel network evaluated at the positions that are asked for, so seeking
 into any epoch and step costs the same as starting, and memory does not grow with N. Block mode keeps a table of S.
+
+With a `Balance` it is not the N samples that are cut into lanes but the D = T * G draws of the epoch, of which some are
+of the same sample. Such a draw has the number sample + k * N: the number % N is what lies in the shards, and all that
+is keyed by the number (crops, flips) differs between the draws of a sample.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from wasteddp.data.balance import Balance
 from wasteddp.data.blocks import Cuts, block_order
 from wasteddp.data.draws import BLOCKS, I64, WINDOW, permute
 from wasteddp.errors import SettingsError
@@ -45,6 +50,7 @@ class TrainPlan:
             neighbourhood; 0 or 1 is none. Needed only where `block` is larger than 1.
         shard_samples: samples of each shard, N together. Needed only where `block` is larger than 1: no block spans two
             shards. Empty: one shard.
+        balance: how often each class is drawn, T * G draws an epoch. None: each sample once. Only where `block` is 1.
     """
 
     num_samples: int
@@ -54,6 +60,7 @@ class TrainPlan:
     block: int = 1
     window: int = 0
     shard_samples: tuple[int, ...] = field(default=(), repr=False)
+    balance: Balance | None = field(default=None, repr=False)
     _cuts: Cuts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +79,9 @@ class TrainPlan:
         shard_samples = self.shard_samples or (self.num_samples,)
         if sum(shard_samples) != self.num_samples:
             raise ValueError(f"shards of {sum(shard_samples)} samples together, and a plan for {self.num_samples}")
+        fits = self.steps_per_epoch * self.global_batch
+        if self.balance and (self.block > 1 or self.balance.num_draws != fits):
+            raise ValueError(f"{self.balance.num_draws} draws, blocks of {self.block}, and {fits} samples an epoch")
         object.__setattr__(self, "_cuts", Cuts.of(shard_samples, self.block))
 
     @property
@@ -87,9 +97,14 @@ class TrainPlan:
         return self.steps_per_epoch * self.global_batch // self.lanes
 
     @property
+    def num_draws(self) -> int:
+        """Positions of an epoch's order: N, or D."""
+        return self.balance.num_draws if self.balance else self.num_samples
+
+    @property
     def left_out_per_epoch(self) -> int:
-        """Samples that do not fill a global batch: others in each epoch."""
-        return self.num_samples - self.steps_per_epoch * self.global_batch
+        """Samples that do not fill a global batch: others in each epoch. Of balanced draws, none."""
+        return self.num_draws - self.steps_per_epoch * self.global_batch
 
     def step_samples(self, epoch: int, step_in_epoch: int, *, rank: int = 0, world_size: int = 1) -> I64:
         """Sample numbers of one rank's part of a step: int64 [G / R], lane by lane."""
@@ -117,12 +132,13 @@ class TrainPlan:
     def left_out_samples(self, epoch: int) -> I64:
         """The samples that an epoch has no step for: int64 [left_out_per_epoch]."""
         first = self.steps_per_epoch * self.global_batch
-        return self.samples_at(epoch, np.arange(first, self.num_samples, dtype=np.int64))
+        return self.samples_at(epoch, np.arange(first, self.num_draws, dtype=np.int64))
 
     def samples_at(self, epoch: int, position: I64) -> I64:
         """The samples at positions 0 .. N-1 of an epoch's order; lane p has p * L .. (p + 1) * L - 1 of them."""
         if self.block == 1:
-            return permute(position, self.num_samples, BLOCKS, self.seed, epoch)
+            draw = permute(position, self.num_draws, BLOCKS, self.seed, epoch)
+            return self.balance.samples(epoch, draw) if self.balance else draw
         # The order of blocks is a ring with an epoch's own starting point. What is left out is at its end: without
         # that, it would always be the end of a block, and the samples at the blocks' beginnings never.
         start = permute(np.zeros((), np.int64), self.num_samples, BLOCKS, self.seed, epoch, _START)
@@ -137,7 +153,7 @@ class TrainPlan:
 
     def shard_of(self, samples: I64) -> I64:
         """The shard of each sample."""
-        return np.searchsorted(self._cuts.shard_begins, samples, side="right") - 1
+        return np.searchsorted(self._cuts.shard_begins, samples % self.num_samples, side="right") - 1
 
     def block_begins(self, epoch: int) -> I64:
         """Positions at which a block begins, ascending; 0 is one. Grows with N / B."""

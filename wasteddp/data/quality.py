@@ -73,8 +73,8 @@ def measure(plan: TrainPlan, labels: Labels | None = None, *, most_groups: int =
         batch_errors += [((one / plan.global_batch - fractions) ** 2).sum() for one in counts]
         recent_errors.append(((counts.sum(0) / (recent * plan.global_batch) - fractions) ** 2).sum())
     return Quality(
-        _share(plan.num_samples, plan.global_batch, fractions, float(np.mean(batch_errors))),
-        _share(plan.num_samples, recent * plan.global_batch, fractions, float(np.mean(recent_errors))),
+        _share(plan.num_draws, plan.global_batch, fractions, float(np.mean(batch_errors))),
+        _share(plan.num_draws, recent * plan.global_batch, fractions, float(np.mean(recent_errors))),
     )
 
 
@@ -121,6 +121,9 @@ def describe(plan: TrainPlan, labels: Labels | None = None) -> str:
 
 def _fractions(plan: TrainPlan, labels: Labels | None) -> npt.NDArray[np.float64]:
     """p_c: [C]."""
+    if plan.balance:
+        shares: npt.NDArray[np.float64] = plan.balance.quotas / plan.num_draws
+        return shares
     if labels is not None:
         return np.bincount(labels) / plan.num_samples
     num = min(_STRETCHES, plan.num_samples)
@@ -131,7 +134,7 @@ def _fractions(plan: TrainPlan, labels: Labels | None) -> npt.NDArray[np.float64
 
 def _kinds(plan: TrainPlan, labels: Labels | None, samples: I64) -> npt.NDArray[np.integer]:
     if labels is not None:
-        return labels[samples]
+        return labels[samples % plan.num_samples]
     return samples * min(_STRETCHES, plan.num_samples) // plan.num_samples
 
 

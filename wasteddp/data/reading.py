@@ -122,8 +122,8 @@ class SplitReader:
         return self._tars.ahead(steps, self.shards_of, in_flight=in_flight)
 
     def shards_of(self, samples: I64) -> frozenset[int]:
-        """Numbers of the shards that the samples lie in; `PADDING` lies in none."""
-        numbers = np.searchsorted(self._starts, samples[samples != PADDING], side="right") - 1
+        """Numbers of the shards that the samples lie in, numbered as in `TrainPlan`; `PADDING` lies in none."""
+        numbers = np.searchsorted(self._starts, samples[samples != PADDING] % self.num_samples, side="right") - 1
         return frozenset(np.unique(numbers).tolist())
 
     def needs(self, samples: I64) -> dict[str, int]:

@@ -33,7 +33,7 @@ from wasteddp.errors import CheckpointError
 from wasteddp.training.lineage import Lineage
 
 FORMAT = "wasteddp-checkpoint"
-FORMAT_VERSION = 3  # 2: the lineage has block, window and train_split; 3: and the teacher, if there is one
+FORMAT_VERSION = 3  # 2: the lineage has block, window and train_split; 3: balance and teacher
 COMPLETE = "complete.json"
 PROGRESS = "progress.json"
 SETTINGS = "settings.yaml"
@@ -212,11 +212,16 @@ def _proved(folder: Path, name: str, sha256: str) -> bytes:
 def _lineage_1(raw: dict[str, Any], settings_yaml: str) -> Lineage:
     """Format 1 (until 2026-11): what the order hangs on, beside the lanes, was in the settings only."""
     data = yaml.safe_load(settings_yaml)["data"]
-    return Lineage.from_json({**raw, **{name: data[name] for name in ("block", "window", "train_split")}})
+    return _lineage_2({**raw, **{name: data[name] for name in ("block", "window", "train_split")}}, settings_yaml)
 
 
 def _lineage_2(raw: dict[str, Any], settings_yaml: str) -> Lineage:
+    """Format 2 (until 2026-11): every image was drawn once in an epoch, and nobody taught."""
+    return Lineage.from_json({**raw, "balance": 0.0, "teacher": ""})
+
+
+def _lineage_3(raw: dict[str, Any], settings_yaml: str) -> Lineage:
     return Lineage.from_json(raw)
 
 
-_READERS: dict[int, Callable[[dict[str, Any], str], Lineage]] = {1: _lineage_1, 2: _lineage_2, 3: _lineage_2}
+_READERS: dict[int, Callable[[dict[str, Any], str], Lineage]] = {1: _lineage_1, 2: _lineage_2, 3: _lineage_3}

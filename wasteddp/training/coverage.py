@@ -1,8 +1,16 @@
-"""Proves at the end of each epoch that all ranks together trained on each of its samples exactly once.
+"""Proves at the end of each epoch that all ranks together trained on each of its samples exactly once; with
+data.balance, on each exactly as often as the epoch draws it.
 
 What is counted is what the loader read for each row of a batch, not what the plan had asked for; that the bytes are
 those of the sample's number, the reader has checked by sha256. What is expected comes from the number of samples in
 the manifest and the few that the epoch leaves out, so an order that is no permutation is noticed too.
+
+Balanced, what is proved is: (1) the epoch had as many draws as the quotas of the classes together; (2) added to what
+the epochs before and behind it draw of the passes that it shares with them (`data.balance`), what was read is each
+sample of each class once for each of those passes. The sum over the draws does not depend on their order, lane, rank or
+step. A shuffle that loses or doubles draws breaks (1) or (2), and so does a pass that is no permutation of its class:
+the samples of whole passes come from the index, those of the other epochs from the rest of the pass, and neither from
+the draws that were read. That each class has its quota follows from (2), as the parts of a pass are cut by it.
 
 A damaged sample that was replaced counts as itself, its stand-in as nothing; how many these were is told beside.
 """
@@ -13,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wasteddp.data.coverage import digest, digest_of_range, signed
+from wasteddp.data.coverage import digest, digest_of_epoch, signed
 from wasteddp.data.draws import I64
 from wasteddp.data.loader import Batch
 from wasteddp.data.plan import PADDING, TrainPlan
@@ -42,19 +50,19 @@ def added(covered: Sequence[int], of_step: Sequence[int], batch: Batch) -> list[
 def prove(progress: Progress, plan: TrainPlan, epoch: int, world: Runtime, tracker: Tracker) -> dict[str, float]:
     """All ranks, behind the last step of an epoch: the "coverage/..." metrics.
 
-    Costs each rank about 10 ns for each of its N / R samples, and two small messages.
+    Costs each rank about 10 ns for each of its N / R samples, and two small messages; balanced, another 1 us for each
+    of its part of the other epochs' draws, which are fewer than two passes of each class.
 
     Raises:
         CoverageError: on every rank, with the numbers, once the row of metrics is written.
     """
-    first, last = (plan.num_samples * r // world.world_size for r in (world.rank, world.rank + 1))
-    [whole] = world.totals(digest_of_range(plan.seed, first, last))  # all ranks
+    [expected] = world.totals(digest_of_epoch(plan, epoch, part=world.rank, parts=world.world_size))  # all ranks
+    expected = signed(expected)
     if not progress.covered:
         tracker.say(f"epoch {epoch}: not proved, its first steps were taken by a version that did not count samples")
         return {}
     samples, found, replaced = progress.covered
-    expected = signed(whole - digest(plan.seed, plan.left_out_samples(epoch)))
-    num_expected = plan.num_samples - plan.left_out_per_epoch
+    num_expected = plan.num_draws - plan.left_out_per_epoch
     whole_epoch = (samples, found) == (num_expected, expected)
     row = {
         "coverage/samples": samples,

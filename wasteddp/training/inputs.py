@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from wasteddp.data.forecast import train_plan
 from wasteddp.data.loader import Batch, Loader, evaluation_loader, training_loader, training_steps
@@ -18,6 +19,7 @@ from wasteddp.settings import Settings
 from wasteddp.training.copying import copied_ahead
 from wasteddp.training.foresight import Foresight, ranks_here
 from wasteddp.training.runtime import Runtime
+from wasteddp.training.sizes import side_px
 
 _MAX_WORKERS = 8
 
@@ -35,6 +37,12 @@ class Inputs:
     train: Split
     val: Split
     train_labels: Labels
+
+    @property
+    def share_of_classes(self) -> tuple[float, ...]:
+        """Part of what is trained on that is of each class: of the draws, where they are balanced; sums to 1."""
+        counts = self.plan.balance.quotas.tolist() if self.plan.balance else self.train.samples_per_class
+        return tuple(count / sum(counts) for count in counts)
 
     def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
         """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run.
@@ -66,9 +74,9 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
-            plan = train_plan(train, settings)
             train_reader = stack.enter_context(shards.reader(train.name))
             val_reader = stack.enter_context(shards.reader(val.name))
+            plan = train_plan(train, settings, train_reader.labels)
             foresight = Foresight(
                 train_plan=plan,
                 train_reader=train_reader,
@@ -87,7 +95,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
         train_loader = training_loader(
             train_reader,
             seed=settings.run.seed,
-            image_size_px=settings.data.image_size,
+            image_size_px=partial(side_px, settings=settings),
             crop_scale=settings.augment.crop_scale,
             crop_ratio=settings.augment.crop_ratio,
             workers=workers,

@@ -22,6 +22,7 @@ ACCEPTABLE: dict[str, str] = {
     "lanes": _OTHER_ORDER,
     "block": _OTHER_ORDER,
     "window": _OTHER_ORDER,
+    "balance": "from here on the classes are drawn otherwise: the epoch that has begun is no whole one",
     "train_split": "from here on the images are those of another split",
     "image_size": "the network, trained at one size, goes on at another",
     "teacher": "from here on the answers of another teacher, or none, are learned",
@@ -49,6 +50,7 @@ class Lineage:
     image_size: int
     optimizer: str
     teacher: str = ""  # sha256 of its weights; "": none
+    balance: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings, manifest: Manifest, *, teacher: str = "") -> Lineage:
@@ -65,6 +67,7 @@ class Lineage:
             image_size=settings.data.image_size,
             optimizer=settings.optimizer.name,
             teacher=teacher,
+            balance=settings.data.balance,
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from wasteddp.data.loader import Damage
 from wasteddp.data.progress import duration
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
 from wasteddp.settings import Settings
-from wasteddp.training import environment
+from wasteddp.training import environment, sizes
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
@@ -23,16 +23,18 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
     manifest, plan = data.manifest, data.plan
     val = manifest.splits[settings.data.eval_split]
     order = [quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
+    if plan.balance:
+        order.append(plan.balance.describe(manifest.classes))
     parts = [
         f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
         f"{world.world_size} x {world.device_name}, {world.threads} threads each",
         f"{world.precision} ({world.precision_reason})",
         f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
         f"x {world.accumulation} accumulated",
-        f"{last_step} steps, {plan.steps_per_epoch} an epoch, which leaves out {plan.left_out_per_epoch} images, "
-        "others each time",
+        f"{last_step} steps, {plan.steps_per_epoch} an epoch"
+        + ("" if plan.balance else f", which leaves out {plan.left_out_per_epoch} images, others each time"),
         f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
-        f"{len(manifest.classes)} classes, {settings.data.image_size} px",
+        f"{len(manifest.classes)} classes, {sizes.describe(settings)}",
         f"seed {settings.run.seed}",
     ]
     return "\n".join(["; ".join(parts), *order])
@@ -57,7 +59,7 @@ def progress_line(step: int, last_step: int, row: Mapping[str, float], better: b
             + ("  best so far" if better else "")
         )
     if "coverage/ok" in row:
-        parts.append(f"epoch proved: {row['coverage/samples']:.0f} images, each once")
+        parts.append(f"epoch proved: {row['coverage/samples']:.0f} images, each as often as planned")
     return "  ".join(parts)
 
 

@@ -15,7 +15,7 @@ from wasteddp.data.loader import Batch
 from wasteddp.data.mixing import Mixing
 from wasteddp.model import resnet
 from wasteddp.settings import Settings
-from wasteddp.training import distillation, losses, optim
+from wasteddp.training import distillation, losses, optim, sizes
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.distillation import Targets
 from wasteddp.training.inputs import Inputs
@@ -32,11 +32,11 @@ class Recipe:
     def __init__(self, settings: Settings, world: Runtime, data: Inputs, model: nn.Module) -> None:
         self._settings, self._world, self._model = settings, world, model
         self._steps_per_epoch = data.plan.steps_per_epoch
+        self._new_sizes = {epoch * self._steps_per_epoch for epoch, _ in sizes.changes(settings)[1:]}
         num_classes = len(data.manifest.classes)
         self.augment = Augment.of(settings.augment, settings.run.seed)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
-        counts = data.train.samples_per_class
-        shares = [count / sum(counts) for count in counts]
+        counts, shares = data.train.samples_per_class, data.share_of_classes
         loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
         self.teacher = distillation.teacher_of(settings, world, data.manifest.classes)  # all ranks
         self._loss = self.teacher.completed(loss)
@@ -46,6 +46,8 @@ class Recipe:
         resnet.train_mode(self._model, self._settings.model.freeze)
         rate = optim.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
         optim.set_learning_rate(optimizer, rate)
+        if progress.step in self._new_sizes:
+            self._world.watch.at("computing at a new image size", slow=True)  # a network may be compiled anew for it
         return rate
 
     def inputs(self, micro: Batch, epoch: int) -> tuple[torch.Tensor, Targets]:
