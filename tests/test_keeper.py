@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +14,13 @@ from kept import LINEAGE, steps_in
 from torch import nn
 
 from wasteddp import settings
-from wasteddp.errors import CheckpointError
+from wasteddp.errors import CheckpointError, StorageError
 from wasteddp.training import runtime
+from wasteddp.training.checkpoint_writer import CheckpointWriter
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.keeper import Keeper, Stateful
+from wasteddp.training.metric_names import is_known
 from wasteddp.training.runtime import Runtime
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -147,6 +150,36 @@ def test_further_states_come_back_or_are_missed(tmp_path: Path, world: Runtime) 
         pytest.raises(CheckpointError, match="has no state of: twin"),
     ):
         keeper.restore(found)
+
+
+def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
+    tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = CheckpointWriter._write
+
+    def slow(self: CheckpointWriter, *arguments: Any) -> None:
+        time.sleep(0.2)
+        real(self, *arguments)
+
+    def no_room(*_: Any) -> None:
+        raise StorageError("no room", "", "")
+
+    monkeypatch.setattr(CheckpointWriter, "_write", slow)
+    with keeper_of(tmp_path, world, network()) as keeper:
+        assert keeper.metrics == {"checkpoint/failed": 0}, "there has been none"
+        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        assert "checkpoint/seconds" not in keeper.metrics, "it is being written"
+        keeper.drain()
+        seconds = keeper.metrics["checkpoint/seconds"]
+        assert 0.2 <= seconds < 10
+        monkeypatch.setattr(CheckpointWriter, "_write", no_room)
+        keeper.save(Progress(LINEAGE, step=2), epoch=0, best=None)
+        keeper.save(Progress(LINEAGE, step=3), epoch=0, best=None)  # tells of the one before
+        assert keeper.metrics == {"checkpoint/failed": 1, "checkpoint/seconds": seconds}
+        monkeypatch.setattr(CheckpointWriter, "_write", real)
+        keeper.close()  # tries once more
+        assert keeper.metrics["checkpoint/seconds"] < 0.2
+    assert all(is_known(name) for name in keeper.metrics)
 
 
 def test_two_keepers_of_one_run_are_refused(tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
