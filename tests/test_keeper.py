@@ -74,25 +74,29 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, l
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize(
+    ("saved_compiled", "loaded_compiled"),
+    [(False, False), (True, True), (True, False), (False, True)],
+    ids=["", "compiled", "compiled then not", "compiled only then"],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_after_a_restore_are_those_of_a_run_without_one(
-    name: str, compiled: bool, tmp_path: Path, world: Runtime
+    name: str, saved_compiled: bool, loaded_compiled: bool, tmp_path: Path, world: Runtime
 ) -> None:
-    def start() -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    def start(*, compiled: bool) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
         model = network()
         used: nn.Module = torch.compile(model, backend="eager") if compiled else model  # type: ignore[assignment]
         return model, used, OPTIMIZERS[name](used.parameters())
 
-    undisturbed, used, optimizer = start()
+    undisturbed, used, optimizer = start(compiled=loaded_compiled)
     take_steps(used, optimizer, 0, 6)
 
-    _, used, optimizer = start()
+    _, used, optimizer = start(compiled=saved_compiled)
     take_steps(used, optimizer, 0, 3)
     with keeper_of(tmp_path, world, used, optimizer) as keeper:
         keeper.save(Progress(LINEAGE, step=3), epoch=0, best=None)
         keeper.close()
-    model, used, optimizer = start()
+    model, used, optimizer = start(compiled=loaded_compiled)
     take_steps(used, optimizer, 7, 8)  # what is there is replaced
     with keeper_of(tmp_path, world, used, optimizer) as keeper:
         found = keeper.starting_point("auto", [], lineage=LINEAGE)
