@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from trainings import config_of, rows
 
-from wasteddp.data.loader import Batch
-from wasteddp.training.copying import copied_ahead
+from wasteddp import train
+from wasteddp.data.loader import Batch, Loader, TrainingView
+from wasteddp.errors import DamagedSampleError
+from wasteddp.training import inputs
+from wasteddp.training.copying import copied_ahead, one_ahead
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def batches(count: int) -> list[Batch]:
@@ -25,6 +42,104 @@ def test_a_cpu_gets_the_batches_themselves(count: int) -> None:
     passed = list(copied_ahead(iter(made), torch.device("cpu")))
     assert len(passed) == count
     assert all(one is other for one, other in zip(passed, made, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_fails_comes_in_its_own_place_behind_all_that_was_begun(count: int, fails: bool) -> None:
+    begun: list[int] = []
+
+    def items() -> Iterator[int]:
+        yield from range(count)
+        if fails:
+            raise OSError("no more")
+
+    taken = []
+    with pytest.raises(OSError, match="no more") if fails else contextlib.nullcontext():
+        for item in one_ahead(items(), lambda item: begun.append(item) or item):  # type: ignore[func-returns-value]
+            taken.append(item)
+            assert begun == list(range(min(item + 2, count))), "one is begun ahead, and no more"
+    assert taken == list(range(count))
+
+
+def test_an_item_that_cannot_be_begun_comes_behind_those_that_were() -> None:
+    ahead = one_ahead(iter([4, 2, 0]), lambda item: 8 // item)
+    assert [next(ahead), next(ahead)] == [2, 4]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_a_batch_that_was_copied_already_is_trained_on_when_the_next_cannot_be_read(
+    looks_ahead: bool,
+    small_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = Loader.batches
+
+    def third_fails(self: Loader, steps: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(real(self, steps)):
+            if number == 2 and isinstance(self._view, TrainingView):
+                raise DamagedSampleError("train-000000.tar is full of holes", "", "copy it again")
+            yield batch
+
+    monkeypatch.setattr(Loader, "batches", third_fails)
+    if looks_ahead:  # as on a GPU, without one
+        monkeypatch.setattr(inputs, "copied_ahead", lambda batches, device: one_ahead(batches, lambda batch: batch))
+    assert train.main(config_of(tmp_path, small_shards)) == 2
+    assert "train-000000.tar is full of holes" in capsys.readouterr().err
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))[-1] == "step-00000002"
+
+
+class Tape:
+    """Stands for a GPU's streams: what is asked of them, in its order."""
+
+    def __init__(self, asked: list[str]) -> None:
+        self._asked = asked
+
+    def record_event(self) -> str:
+        self._asked.append("event")
+        return self._asked[-2].replace("copy", "copied")
+
+    def wait_event(self, event: str) -> None:
+        self._asked.append(f"wait until {event}")
+
+
+class Tensor:
+    """Stands for images or labels that know their batch's number."""
+
+    def __init__(self, asked: list[str], number: int) -> None:
+        self._asked, self._number = asked, number
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> Tensor:
+        assert non_blocking
+        self._asked.append(f"copy {self._number}")
+        return self
+
+    def record_stream(self, stream: Tape) -> None:
+        self._asked.append(f"in use {self._number}")
+
+
+def test_the_network_waits_for_the_copy_of_its_own_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Tape(asked))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Tape(asked))
+    made: list[Any] = [
+        replace(batch, images_BCHW=Tensor(asked, number), labels_B=Tensor(asked, number))  # type: ignore[arg-type]
+        for number, batch in enumerate(batches(3))
+    ]
+    for batch in copied_ahead(iter(made), torch.device("cuda")):
+        asked.append(f"train {batch.step_in_epoch}")
+    copies = [["copy 0"] * 2 + ["event"], ["copy 1"] * 2 + ["event"], ["copy 2"] * 2 + ["event"], []]
+    expected = copies[0]
+    for number in range(3):
+        expected += copies[number + 1]
+        expected += [f"wait until copied {number}", *[f"in use {number}"] * 2, f"train {number}"]
+    assert asked == expected
 
 
 @pytest.mark.gpu

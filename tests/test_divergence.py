@@ -180,7 +180,13 @@ def test_weights_that_are_not_finite_are_never_saved() -> None:
     row = {"train/loss": 0.5, "train/grad_norm": 1.0}
     assert guard.judge(Progress(LINEAGE), dict(row), saves=True) == Progress(LINEAGE)
     with torch.no_grad():
-        model.weight[0, 0] = float("inf")
+        model.weight[0, 0] = 1e30  # a number, and what the next step would make of it is none
+    with pytest.raises(RollBack, match="the weights are as large as 1e\\+30 after this step"):
+        guard.judge(Progress(LINEAGE), dict(row), saves=True)
+    with torch.no_grad():
+        model.weight[0, 1] = float("nan")
+    with pytest.raises(RollBack, match="the mean loss since the last row of metrics is nan"):
+        guard.judge(Progress(LINEAGE), row | {"train/loss": float("nan")}, saves=True)  # the cause comes first
     with pytest.raises(RollBack, match="the weights are no finite numbers"):
         guard.judge(Progress(LINEAGE), dict(row), saves=True)
     with pytest.raises(DivergedError, match="after going back 1 times"):

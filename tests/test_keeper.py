@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +14,13 @@ from kept import LINEAGE, steps_in
 from torch import nn
 
 from wasteddp import settings
-from wasteddp.errors import CheckpointError
+from wasteddp.errors import CheckpointError, StorageError
 from wasteddp.training import runtime
+from wasteddp.training.checkpoint_writer import CheckpointWriter
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.keeper import Keeper, Stateful
+from wasteddp.training.metric_names import is_known
 from wasteddp.training.runtime import Runtime
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -71,25 +74,29 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, l
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize(
+    ("saved_compiled", "loaded_compiled"),
+    [(False, False), (True, True), (True, False), (False, True)],
+    ids=["", "compiled", "compiled then not", "compiled only then"],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_after_a_restore_are_those_of_a_run_without_one(
-    name: str, compiled: bool, tmp_path: Path, world: Runtime
+    name: str, saved_compiled: bool, loaded_compiled: bool, tmp_path: Path, world: Runtime
 ) -> None:
-    def start() -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    def start(*, compiled: bool) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
         model = network()
         used: nn.Module = torch.compile(model, backend="eager") if compiled else model  # type: ignore[assignment]
         return model, used, OPTIMIZERS[name](used.parameters())
 
-    undisturbed, used, optimizer = start()
+    undisturbed, used, optimizer = start(compiled=loaded_compiled)
     take_steps(used, optimizer, 0, 6)
 
-    _, used, optimizer = start()
+    _, used, optimizer = start(compiled=saved_compiled)
     take_steps(used, optimizer, 0, 3)
     with keeper_of(tmp_path, world, used, optimizer) as keeper:
         keeper.save(Progress(LINEAGE, step=3), epoch=0, best=None)
         keeper.close()
-    model, used, optimizer = start()
+    model, used, optimizer = start(compiled=loaded_compiled)
     take_steps(used, optimizer, 7, 8)  # what is there is replaced
     with keeper_of(tmp_path, world, used, optimizer) as keeper:
         found = keeper.starting_point("auto", [], lineage=LINEAGE)
@@ -147,6 +154,36 @@ def test_further_states_come_back_or_are_missed(tmp_path: Path, world: Runtime) 
         pytest.raises(CheckpointError, match="has no state of: twin"),
     ):
         keeper.restore(found)
+
+
+def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
+    tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = CheckpointWriter._write
+
+    def slow(self: CheckpointWriter, *arguments: Any) -> None:
+        time.sleep(0.2)
+        real(self, *arguments)
+
+    def no_room(*_: Any) -> None:
+        raise StorageError("no room", "", "")
+
+    monkeypatch.setattr(CheckpointWriter, "_write", slow)
+    with keeper_of(tmp_path, world, network()) as keeper:
+        assert keeper.metrics == {"checkpoint/failed": 0}, "there has been none"
+        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        assert "checkpoint/seconds" not in keeper.metrics, "it is being written"
+        keeper.drain()
+        seconds = keeper.metrics["checkpoint/seconds"]
+        assert 0.2 <= seconds < 10
+        monkeypatch.setattr(CheckpointWriter, "_write", no_room)
+        keeper.save(Progress(LINEAGE, step=2), epoch=0, best=None)
+        keeper.save(Progress(LINEAGE, step=3), epoch=0, best=None)  # tells of the one before
+        assert keeper.metrics == {"checkpoint/failed": 1, "checkpoint/seconds": seconds}
+        monkeypatch.setattr(CheckpointWriter, "_write", real)
+        keeper.close()  # tries once more
+        assert keeper.metrics["checkpoint/seconds"] < 0.2
+    assert all(is_known(name) for name in keeper.metrics)
 
 
 def test_two_keepers_of_one_run_are_refused(tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,16 @@ def test_the_curves_are_the_rows(finished: Path) -> None:
             assert line["values"] == pytest.approx([row[metric] for row in there], rel=1e-5)
 
 
+def test_the_time_is_told_by_the_rows(finished: Path) -> None:
+    page = page_of(finished)
+    for what, value in (
+        ("longest wait for a checkpoint", "12.5 ms"),
+        ("longest write of a checkpoint, in the background", "1.5 s"),
+    ):
+        assert f'<th scope="row">{what}</th><td class="number">{value}</td>' in page
+    assert not [title for title in charts_of(page) if "checkpoint" in title]
+
+
 def test_the_figures_are_those_of_the_evaluation(finished: Path) -> None:
     page = page_of(finished)
     record = json.loads((finished / "evaluations" / "test" / "metrics.json").read_text())

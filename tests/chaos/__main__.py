@@ -1,4 +1,8 @@
-"""python -m tests.chaos --kills 200 --seed 0: disturbs trainings so often, and prints what happened as a table."""
+"""Disturbs trainings so often, and prints what happened as a table.
+
+python -m tests.chaos --kills 200 --seed 0       processes that are forked from here
+python -m tests.chaos --launchers 20 --seed 0    through accelerate launch and torchrun
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,14 @@ from pathlib import Path
 from wasteddp.data import drawing
 from wasteddp.data.sharding import Job, Options, make_shards
 
+from . import launchers
 from .harness import Record, disturb_many
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="events, faults included (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, help="events, faults included (default: 200, or none with --launchers)")
+    parser.add_argument("--launchers", type=int, default=0, help="signals to real launchers and their ranks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="no new event behind these (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder that stays; results are added to its results.jsonl")
@@ -31,26 +37,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         out = arguments.out or Path(temporary)
         shards = make_small_shards(out)
-        until = time.monotonic() + 60 * arguments.minutes
         began = time.monotonic()
-        trainings = disturb_many(
-            out,
-            shards,
-            events=arguments.kills,
-            seed=arguments.seed,
-            say=lambda line: print(line, flush=True),
-            until=lambda: time.monotonic() > until,
-        )
-        records = [record for training in trainings for record in training.records]
-        with (out / "results.jsonl").open("a") as file:
-            for record in records:
-                file.write(json.dumps([record.event.name, record.ended, record.steps_lost, record.outcome.had_to_kill]))
-                file.write("\n")
-        print(table(records))
-        print(
-            f"{len(records)} events in {len(trainings)} trainings, seed {arguments.seed}, "
-            f"{time.monotonic() - began:.0f} s: every training ended as the undisturbed one"
-        )
+        how = {
+            "seed": arguments.seed,
+            "say": lambda line: print(line, flush=True),
+            "until": lambda: time.monotonic() > began + 60 * arguments.minutes,
+        }
+        kills = (0 if arguments.launchers else 200) if arguments.kills is None else arguments.kills
+        if kills:
+            trainings = disturb_many(out, shards, events=kills, **how)
+            records = [record for training in trainings for record in training.records]
+            results = [[one.event.name, one.ended, one.steps_lost, one.outcome.had_to_kill] for one in records]
+            _tell(out, table(records), results, len(trainings), began)
+        if arguments.launchers:
+            began_launching = time.monotonic()
+            shots = launchers.disturb_launched(out, shards, events=arguments.launchers, **how)
+            results = [[f"{one.shot.signal}: {one.shot.name}", one.outcome, one.steps_lost, 0] for one in shots]
+            _tell(out, launchers.table(shots), results, len({one.training for one in shots}), began_launching)
+
+
+def _tell(out: Path, lines: str, results: list[list[object]], trainings: int, began: float) -> None:
+    with (out / "results.jsonl").open("a") as file:
+        file.write("".join(f"{json.dumps(result)}\n" for result in results))
+    print(lines)
+    print(
+        f"{len(results)} events in {trainings} trainings, {time.monotonic() - began:.0f} s: "
+        "every training ended as the undisturbed one"
+    )
 
 
 def make_small_shards(out: Path) -> Path:

@@ -88,7 +88,7 @@ class Training:
         if event.kind == "flip":
             allowed = self._flip_a_bit(event)
         outcome = attempt(self.arguments, self.run, event, event.processes)
-        kept = self._newest_whole()
+        kept = self.newest_whole()
         record = Record(event, outcome, self.steps_done, kept)
         self.records.append(record)
         if kept < allowed:
@@ -100,7 +100,7 @@ class Training:
         graceful = event.kind == "signal" and event.signal != "SIGKILL"
         if graceful and not (set(outcome.codes) <= {0, EXIT_RESUMABLE}):
             raise LostError(f"a signal that asks ended it otherwise: {record}")
-        self._check_model()
+        self.check_model()
         self.newest = kept
         return record
 
@@ -119,16 +119,18 @@ class Training:
         content = bytearray(path.read_bytes())
         content[-1 - event.number % len(content)] ^= 1 << event.number % 8
         path.write_bytes(content)
-        return self._newest_whole()
+        return self.newest_whole()
 
-    def _newest_whole(self) -> int:
+    def newest_whole(self) -> int:
+        """Step of the newest checkpoint that proves its bytes; 0 where there is none."""
         folder = self.run / "checkpoints"
         if not checkpoints.listed(folder):
             return 0
         found = checkpoints.newest(folder, lambda line: None)
         return found.progress.step if found else 0
 
-    def _check_model(self) -> None:
+    def check_model(self) -> None:
+        """Raises if the model that was there is not whole, or gone."""
         if (self.run / "model" / "model.json").exists():
             load_bundle(self.run)
             self.had_model = True
@@ -170,6 +172,22 @@ def _metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def training_in(run: Path, shards: Path) -> Training:
+    """One that has not begun."""
+    config = run.with_name("config.yaml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(SETTINGS)
+    return Training(run, ["--config", str(config), "--set", f"data.shards={shards}", "--set", f"run.out={run}"])
+
+
+def undisturbed(out: Path, shards: Path, processes: int) -> Path:
+    """The run to compare with; it is made once."""
+    training = training_in(out / f"undisturbed-{processes}", shards)
+    if not training.run.exists():
+        training.finish(processes)
+    return training.run
+
+
 def disturb_many(
     out: Path, shards: Path, *, events: int, seed: int, say: Callable[[str], None], until: Callable[[], bool]
 ) -> list[Training]:
@@ -178,21 +196,10 @@ def disturb_many(
     Raises:
         LostError, HangError: at the first thing that does not hold; what it left stays in `out`.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(SETTINGS)
-
-    def arguments(run: Path) -> list[str]:
-        return ["--config", str(out / "config.yaml"), "--set", f"data.shards={shards}", "--set", f"run.out={run}"]
-
-    for processes in (1, 2):
-        undisturbed = Training(out / f"undisturbed-{processes}", arguments(out / f"undisturbed-{processes}"))
-        if not undisturbed.run.exists():
-            undisturbed.finish(processes)
     draws, done, trainings = random.Random(seed), 0, []
     while done < events and not until():
         mode = (1, 2, 0)[len(trainings) % 3]  # 0: another number at each start
-        run = out / f"disturbed-{seed}-{len(trainings)}"
-        training = Training(run, arguments(run))
+        training = training_in(out / f"disturbed-{seed}-{len(trainings)}", shards)
         trainings.append(training)
         while training.steps_done < STEPS and done < events and len(training.records) < _MAX_EVENTS_A_TRAINING:
             event = draw(draws, done, mode or draws.choice([1, 2]))
@@ -204,7 +211,7 @@ def disturb_many(
             if record.outcome.finished or until():
                 break
         training.finish(mode or 1)
-        compare(run, out / f"undisturbed-{mode or 1}", same_processes=bool(mode))
-        say(f"{run.name}: {len(training.records)} events, as undisturbed; {done} of {events}")
-        shutil.rmtree(run)
+        compare(training.run, undisturbed(out, shards, mode or 1), same_processes=bool(mode))
+        say(f"{training.run.name}: {len(training.records)} events, as undisturbed; {done} of {events}")
+        shutil.rmtree(training.run)
     return trainings

@@ -1,4 +1,4 @@
-"""The short form: twenty disturbances, forked; the long form is `python -m tests.chaos`."""
+"""The short form: twenty disturbances, forked, and one through torchrun; the long ones are `python -m tests.chaos`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_trainings_that_are_killed_and_starved_end_as_undisturbed_ones(tmp_path: Path) -> None:
+def chaos(folder: Path, *arguments: str) -> str:
     # a process of its own, since it forks: here pytest may have threads
-    command = [sys.executable, "-m", "tests.chaos", "--kills", "20", "--seed", "7", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.chaos", *arguments, "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("disturbed-*.log"))
+    logs = "".join(path.read_text()[-2000:] for path in folder.glob("*-*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    assert "20 events in" in done.stdout
     assert "every training ended as the undisturbed one" in done.stdout
+    return done.stdout
+
+
+def test_trainings_that_are_killed_and_starved_end_as_undisturbed_ones(tmp_path: Path) -> None:
+    assert "20 events in" in chaos(tmp_path, "--kills", "20", "--seed", "7")
+
+
+def test_a_signal_to_one_rank_of_a_real_launcher_saves_all(tmp_path: Path) -> None:
+    said = chaos(tmp_path, "--launchers", "1", "--seed", "17")
+    assert "| torchrun, two: the last rank | 1 SIGUSR1 | 1 saved and stopped | 0 |" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ def test_a_rank_that_fails_stops_the_others_and_is_named(
     assert f"exitcode  : {code}" in done.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-0000000*/complete.json"))
     assert said[0] in (tmp_path / "run" / "log.txt").read_text()
+    # the launcher may have killed rank 0 meanwhile; what writes the report goes on
+    until = time.monotonic() + 60
+    while not (tmp_path / "run" / "report.html").exists():
+        assert time.monotonic() < until, "no report"
+        time.sleep(0.1)
 
 
 def test_a_step_that_one_rank_spoils_is_skipped_on_all(

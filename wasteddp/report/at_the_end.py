@@ -1,6 +1,7 @@
 """The report at the end of a training, whatever that end is: in a process of its own, in bounded time.
 
-That it cannot be written is said, and is no failure of the training.
+That it cannot be written is said, and is no failure of the training. There is none where rank 0 is killed, or leaves at
+once at a second SIGINT: the next end of the run, or `wasteddp report`, makes it.
 """
 
 from __future__ import annotations
@@ -9,27 +10,36 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from wasteddp.errors import WastedError
-from wasteddp.training import signals
+from wasteddp.training import last_words, signals
 
 _LIMIT_S = 60.0
-_LIMIT_WHEN_STOPPED_S = 15.0  # a scheduler kills half a minute after its signal; everything else is saved by then
+# A scheduler kills half a minute after its signal, and a launcher so long after one of its processes has ended.
+# Everything else is saved by then. A report that is begun ends by itself even so: it is no child of the launcher's.
+_LIMIT_IN_HASTE_S = 15.0
 
 
 @contextmanager
 def reported(run: Path, say: Callable[[str], None], *, is_main: bool) -> Iterator[None]:
-    """Rank 0 writes `RUN/report.html` behind the block, also behind an error; the other ranks do not wait for it."""
+    """Rank 0 writes `RUN/report.html` behind the block, also behind an error, or where the block hangs and the process
+    leaves; the other ranks do not wait for it."""
+
+    def instead() -> None:
+        message = write_within(_LIMIT_IN_HASTE_S, run)
+        print(message, flush=True)
+        last_words.append_to_log(run, message)  # `say` may be what hangs
+
     try:
-        yield
-    except WastedError:
+        with last_words.at_a_hard_exit(instead) if is_main else nullcontext():
+            yield
+    except Exception:
         if is_main:
-            say(write_within(_LIMIT_S, run))
+            say(write_within(_LIMIT_IN_HASTE_S, run))
         raise
     if is_main:
-        say(write_within(_LIMIT_WHEN_STOPPED_S if signals.STOP else _LIMIT_S, run))
+        say(write_within(_LIMIT_IN_HASTE_S if signals.STOP else _LIMIT_S, run))
 
 
 def write_within(limit_s: float, run: Path) -> str:

@@ -42,7 +42,7 @@ _FORMS = (
 # Metrics that a chart would not make clearer, or that another figure of the page shows.
 _NO_CHART = {
     "step", "time_s", "epoch", "attempt", "best/value", "val/samples", "val/seconds", "checkpoint/stall_ms",
-    "train/step_ms", "rank/*/wait_fraction",
+    "checkpoint/seconds", "train/step_ms", "rank/*/wait_fraction",
 }  # fmt: skip
 
 

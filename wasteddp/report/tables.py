@@ -104,11 +104,8 @@ def starts(run: RunRecord) -> list[Start]:
 def timings(run: RunRecord) -> list[tuple[str, str]]:
     """Where the time went, by the rows."""
     found = []
-    step_ms, evaluation_s, stall_ms = (
-        run.logged("train/step_ms"),
-        run.logged("val/seconds"),
-        run.logged("checkpoint/stall_ms"),
-    )
+    step_ms, evaluation_s = run.logged("train/step_ms"), run.logged("val/seconds")
+    stall_ms, write_s = run.logged("checkpoint/stall_ms"), run.logged("checkpoint/seconds")
     if step_ms.size:
         found.append(("a step, median of the rows", f"{np.median(step_ms):,.4g} ms"))
         found.append(("a step, slowest row", f"{step_ms.max():,.4g} ms"))
@@ -116,6 +113,8 @@ def timings(run: RunRecord) -> list[tuple[str, str]]:
         found.append((f"{evaluation_s.size} evaluations", duration(float(evaluation_s.sum()))))
     if stall_ms.size:
         found.append(("longest wait for a checkpoint", f"{stall_ms.max():,.3g} ms"))
+    if write_s.size:
+        found.append(("longest write of a checkpoint, in the background", f"{write_s.max():,.3g} s"))
     damaged = run.logged("train/damaged")
     if damaged.size:
         found.append(("training samples replaced", f"{damaged[-1]:,.0f}"))

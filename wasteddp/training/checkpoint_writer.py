@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -79,6 +80,8 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
         self._work: Callable[[], None] = lambda: None
         self._host = HostCopy()
+        self._handed_over_at = 0.0
+        self.seconds: float | None = None  # that the last checkpoint took from being handed over to lying on the disk
 
     @property
     def is_busy(self) -> bool:
@@ -112,6 +115,7 @@ class CheckpointWriter:
 
     def again(self) -> None:
         """Hands over once more what was handed over last: after a save that failed."""
+        self._handed_over_at = time.perf_counter()
         self._pending = self._thread.submit(self._work)
 
     def wait(self) -> None:
@@ -151,6 +155,7 @@ class CheckpointWriter:
         except StorageError:  # a full disk needs its space back
             shutil.rmtree(_temporary(self._folder / f"step-{progress.step:08d}"), ignore_errors=True)
             raise
+        self.seconds = time.perf_counter() - self._handed_over_at
         if after:
             after()
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from wasteddp.data.loader import Batch
+
+Item = TypeVar("Item")
+Begun = TypeVar("Begun")
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -20,23 +24,41 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
         yield from batches
         return
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    ahead = _copied(next(batches, None), device, side)
-    while ahead is not None:
-        torch.cuda.current_stream(device).wait_stream(side)
-        batch = ahead
+    for batch, copied in one_ahead(batches, lambda batch: _copied(batch, device, side)):
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)  # of this batch: the one behind it is being copied on the same stream
         for tensor in (batch.images_BCHW, batch.labels_B):
             # it was allocated on the side stream: without this its memory could be given out again while it is read
-            tensor.record_stream(torch.cuda.current_stream(device))
-        ahead = _copied(next(batches, None), device, side)
+            tensor.record_stream(current)
         yield batch
 
 
-def _copied(batch: Batch | None, device: torch.device, side: torch.cuda.Stream) -> Batch | None:
-    if batch is None:
-        return None
+def one_ahead(items: Iterator[Item], begin: Callable[[Item], Begun]) -> Iterator[Begun]:
+    """`begin` of each item, called while the one before it is still to be given out.
+
+    What ends the items with an error is raised in the place of the item that failed, behind all that came before it:
+    raised when it is met, it would cost the one that was begun already, which the other ranks go on with.
+    """
+    begun: list[Begun] = []
+    failure: Exception | None = None
+    try:
+        for item in items:
+            begun.append(begin(item))
+            if len(begun) > 1:
+                yield begun.pop(0)
+    except Exception as error:
+        failure = error
+    yield from begun
+    if failure:
+        raise failure
+
+
+def _copied(batch: Batch, device: torch.device, side: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
+    """The copy, and what tells when it is whole."""
     with torch.cuda.stream(side):
-        return replace(
+        copy = replace(
             batch,
             images_BCHW=batch.images_BCHW.to(device, non_blocking=True),
             labels_B=batch.labels_B.to(device, non_blocking=True),
         )
+        return copy, side.record_event()

@@ -131,9 +131,7 @@ class Guard:
                 )
         if (self.skips or fp16) and not isfinite(row.get("train/grad_norm", 0.0)):
             del row["train/grad_norm"]
-        reason = self._reason(row)
-        if not reason and saves and not _is_finite(self._model):
-            reason = "the weights are no finite numbers after this step"
+        reason = self._reason(row) or (_unusable_weights(self._model) if saves else "")
         if not reason:
             return progress
         if train.on_divergence != "rollback" or progress.rollbacks >= train.max_rollbacks:
@@ -203,7 +201,16 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _is_finite(model: nn.Module) -> bool:
-    """Whether all weights are: one look at the device."""
+def _unusable_weights(model: nn.Module) -> str:
+    """Why nothing can be trained from these weights, though the loss that led to them was fine; '' where it can.
+
+    One look at the device: the tensors' norms. In fp32 these are no numbers either for weights above some 1e19, whose
+    squares are too large, and so is all that is computed from them.
+    """
     tensors = [*model.parameters(), *running_statistics(model)]
-    return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
+    if bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all()):
+        return ""
+    largest = float(torch.stack([tensor.abs().max() for tensor in tensors]).max())
+    if isfinite(largest):
+        return f"the weights are as large as {largest:.3g} after this step"
+    return "the weights are no finite numbers after this step"

@@ -165,6 +165,12 @@ class Keeper:
         every_s = 60 * self._settings.checkpoint.every_minutes
         return (every_s > 0 and self._clock() - self._saved_at >= every_s) or (self._folder / SAVE_REQUEST).exists()
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a row says of the saves, on rank 0; `checkpoint/seconds` once there has been one."""
+        seconds = self._writer.seconds if self._writer else None
+        return {"checkpoint/failed": self.num_failed} | ({} if seconds is None else {"checkpoint/seconds": seconds})
+
     def reconcile(self) -> None:
         """All ranks: BatchNorm's running statistics become their mean, since each rank saw other images."""
         self._world.average_(running_statistics(self._model))

@@ -1,16 +1,22 @@
-"""What a process that ends before its time leaves behind: its threads' stacks, a line in the log, its exit code."""
+"""What a process that ends before its time leaves behind: its threads' stacks, a line in the log, its exit code; and
+what else was to be done at the end of a block that it will not come to."""
 
 from __future__ import annotations
 
 import faulthandler
 import os
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
+
+_WORDS_S = 25.0  # a launcher kills 30 s after the first of its processes has ended
+_acts: list[Callable[[], object]] = []
 
 
 def write_stacks(run: Path, rank: int) -> None:
@@ -27,6 +33,37 @@ def append_to_log(run: Path, message: str) -> None:
     if path.exists():
         with suppress(OSError), path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
+
+
+@contextmanager
+def at_a_hard_exit(act: Callable[[], object]) -> Iterator[None]:
+    """If the process leaves by `leave_with_words` inside the block, `act` is called first, in a thread: it must neither
+    trust the loop's objects, at which the loop may hang, nor take long."""
+    _acts.append(act)
+    try:
+        yield
+    finally:
+        _acts.remove(act)
+
+
+def leave_with_words(code: int, run: Path, rank: int) -> NoReturn:
+    """Ends the process whatever its loop hangs at, from the thread that watches it: stacks first, then what was asked
+    for by `at_a_hard_exit`. A disk that does not answer holds it for a while, not for ever."""
+
+    def speak() -> None:
+        write_stacks(run, rank)
+        for act in _acts:
+            act()
+
+    within(_WORDS_S, speak)
+    leave_now(code)
+
+
+def within(limit_s: float, act: Callable[[], object]) -> None:
+    """Does it in a thread of its own, which is left behind when its time is up: a disk may never answer."""
+    thread = threading.Thread(target=act, name="last words", daemon=True)
+    thread.start()
+    thread.join(limit_s)
 
 
 def leave(code: int) -> NoReturn:

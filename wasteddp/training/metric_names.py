@@ -30,6 +30,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "val/seconds": ("s", "time of the evaluation"),
     "best/value": ("1", "best value of evaluate.metric so far"),
     "checkpoint/stall_ms": ("ms", "time that the loop waited to hand over the last checkpoint"),
+    "checkpoint/seconds": ("s", "that the last checkpoint took in the background, from being handed over to the disk"),
     "rank/*/images_per_s": ("images/s", "that one rank trained on while it did not wait for data, since the last row"),
     "rank/*/wait_fraction": ("1", "part of the time that one rank waited for data"),
     "memory/peak_mb": ("MB", "most that a process held since its start, of all ranks: on the GPU, else of main memory"),

@@ -36,6 +36,7 @@ _STUCK_S = 5.0  # that a rank which hears of a failure is given to meet it by it
 _UNWINDING_S = 90.0  # that a failed rank is given to close its dashboard and its files
 _CONNECTING_S = 3.0
 _LOST_BEATS = 3
+_DISK_S = 3.0  # that the run's disk is given to take a line
 
 Item = TypeVar("Item")
 
@@ -219,14 +220,13 @@ class Watchdog:
                 self._stop_all(quiet_s)
             self._leave_in_s -= passed_s
             if self._exit_code is not None and self._leave_in_s < 0:
-                last_words.write_stacks(self._run, self._rank)
-                last_words.leave_now(self._exit_code)
+                last_words.leave_with_words(self._exit_code, self._run, self._rank)
         with suppress(LostBoardError):
             self._post(0.0, left=self._exit_code is None)
 
     def _log(self, message: str) -> None:
         if self._rank == 0:
-            last_words.append_to_log(self._run, f"error: {message}")
+            last_words.within(_DISK_S, lambda: last_words.append_to_log(self._run, f"error: {message}"))
 
     @property
     def _run(self) -> Path:

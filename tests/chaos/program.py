@@ -1,0 +1,21 @@
+"""wasteddp/train.py with the tiny network, for the launchers that users have; only `python -m tests.chaos` runs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from wasteddp.training import signals
+
+if __name__ == "__main__":
+    signals.install()  # where train.py does it: before torch is imported
+
+from tests.chaos import inside
+from wasteddp import train
+from wasteddp.training.last_words import leave
+
+if __name__ == "__main__":
+    inside.prepare(None, Path(), 0)
+    leave(train.main())
