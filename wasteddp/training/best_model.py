@@ -55,7 +55,7 @@ def card_of(settings: Settings, manifest: Manifest, progress: Progress, *, epoch
         arch=settings.model.arch,
         classes=manifest.classes,
         preprocessing=Preprocessing(
-            image_size_px=settings.data.image_size,
+            image_size_px=settings.data.eval_size_px,
             resize_px=settings.data.eval_resize_px,
             mean=MEAN_RGB,
             std=STD_RGB,
