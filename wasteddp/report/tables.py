@@ -155,7 +155,9 @@ def lineage(run: RunRecord) -> list[tuple[str, str, str]]:
         rows.append(("shard set", hashes.manifest, found))
         rows.append(("settings", hashes.settings, ""))
         rows.append(("code", hashes.code, "with uncommitted changes" if hashes.code.endswith("+") else ""))
-        rows.append(("weights", hashes.weights, f"step {run.card.trained.step:,}, model/{run.card.weights_name}"))
+        averaged = f", {run.card.averaged}" if str(run.card.averaged) else ""
+        known = f"step {run.card.trained.step:,}{averaged}, model/{run.card.weights_name}"
+        rows.append(("weights", hashes.weights, known))
     elif "commit" in run.environment:
         rows.append(("code", str(run.environment["commit"]), ""))
     return rows
