@@ -290,6 +290,7 @@ def _add_evaluate(commands: Commands) -> None:
     command.add_argument("--split", default="test", help="split to measure on (default: %(default)s)")
     command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
     _add_compute(command)
+    _add_tta(command)
     command.set_defaults(run=_evaluate)
 
 
@@ -303,6 +304,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             shards=arguments.shards,
             batch_size=arguments.batch_size,
             device=arguments.device,
+            tta=arguments.tta,
         )
     )
 
@@ -322,6 +324,7 @@ def _add_predict(commands: Commands) -> None:
         "--top", type=_positive, default=3, metavar="N", help="classes to print (default: %(default)s)"
     )
     _add_compute(command)
+    _add_tta(command)
     command.set_defaults(run=_predict)
 
 
@@ -337,6 +340,7 @@ def _predict(arguments: argparse.Namespace) -> None:
             top=arguments.top,
             batch_size=arguments.batch_size,
             device=arguments.device,
+            tta=arguments.tta,
         )
     )
 
@@ -370,6 +374,18 @@ def _add_compute(command: argparse.ArgumentParser) -> None:
         "of a probability)",
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+
+
+def _add_tta(command: argparse.ArgumentParser) -> None:
+    from wasteddp.inference.views import VIEWS
+
+    command.add_argument(
+        "--tta",
+        choices=tuple(VIEWS),
+        default="none",
+        help="test-time augmentation: the mean over the image and its mirror image (flip, twice the time) or all four "
+        "flips (flips, four times)",
+    )
 
 
 def _positive(text: str) -> int:
