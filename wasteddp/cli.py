@@ -345,6 +345,50 @@ def _predict(arguments: argparse.Namespace) -> None:
     )
 
 
+def _add_average(commands: Commands) -> None:
+    command = commands.add_parser(
+        "average",
+        help="make a model of the mean of a run's newest checkpoints",
+        description="Averages the weights of the newest checkpoints, takes BatchNorm's statistics anew from training "
+        "images, measures the result beside the run's model on data.eval_split, and writes it to RUN/average/, which "
+        "`evaluate` and `predict` take like a run.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument(
+        "--last",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="checkpoints, or as many as there are, 2 at least: see checkpoint.keep_last (default: %(default)s)",
+    )
+    command.add_argument(
+        "--images", type=_positive, default=2048, metavar="N", help="for the statistics (default: %(default)s)"
+    )
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/average")
+    where.add_argument("--replace", action="store_true", help="put it in the place of RUN/model")
+    command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
+    _add_compute(command)
+    command.set_defaults(run=_average)
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    from wasteddp.training.averaging import AverageOptions, run
+
+    run(
+        AverageOptions(
+            run=arguments.run_folder,
+            last=arguments.last,
+            images=arguments.images,
+            out=arguments.out,
+            replace=arguments.replace,
+            shards=arguments.shards,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+        )
+    )
+
+
 def _add_report(commands: Commands) -> None:
     command = commands.add_parser(
         "report",
@@ -545,6 +589,7 @@ def parser() -> argparse.ArgumentParser:
         _add_plan,
         _add_evaluate,
         _add_predict,
+        _add_average,
         _add_report,
         _add_doctor,
         _add_verify_resume,
