@@ -18,7 +18,7 @@ from small_run import CARD, CLASSES, random_weights
 
 from wasteddp.errors import BundleError, WastedError
 from wasteddp.inference import bundle
-from wasteddp.inference.bundle import BundleCard, load_bundle, read_card, save_bundle
+from wasteddp.inference.bundle import Averaged, BundleCard, load_bundle, read_card, save_bundle
 
 SMALL = {"fc.weight": torch.arange(12.0).reshape(3, 4), "fc.bias": torch.zeros(3), "bn.count": torch.tensor(7)}
 
@@ -45,6 +45,19 @@ def test_what_was_saved_is_loaded_from_the_bundle_and_from_its_run(tmp_path: Pat
     assert replace(saved, hashes=card.hashes) == card
     names = sorted(path.name for path in (tmp_path / "run" / "model").iterdir())
     assert names == [f"model-{saved.hashes.weights[:12]}.safetensors", "model.json"]
+
+
+def test_a_card_of_the_first_format_is_read_and_is_of_no_average(tmp_path: Path) -> None:
+    saved = save_bundle(tmp_path, CARD, SMALL)
+    change_card(tmp_path, lambda card: (card.pop("averaged"), card.update(format_version=1)))
+    assert load_bundle(tmp_path)[0] == saved
+    assert str(saved.averaged) == ""
+
+
+@pytest.mark.parametrize("averaged", [Averaged(ema_decay=0.999), Averaged(steps=(10, 20))], ids=str)
+def test_a_card_says_of_what_the_weights_are_a_mean(tmp_path: Path, averaged: Averaged) -> None:
+    save_bundle(tmp_path, replace(CARD, averaged=averaged), SMALL)
+    assert load_bundle(tmp_path)[0].averaged == averaged
 
 
 def test_a_card_is_read_without_torch(tmp_path: Path) -> None:

@@ -75,6 +75,26 @@ def test_neither_place_nor_company_in_a_batch_changes_a_bit(classifier: Classifi
     assert len(answers) == 1
 
 
+@pytest.mark.parametrize(("tta", "flips"), [("flip", [(), (1,)]), ("flips", [(), (1,), (0,), (0, 1)])])
+def test_test_time_augmentation_is_the_mean_of_the_flips_probabilities(
+    folder: Path, tta: str, flips: list[tuple[int, ...]]
+) -> None:
+    views = random_views(3)
+    expected = np.mean([slowly([np.flip(view, axes) for view in views]) for axes in flips], axis=0)
+    found = Classifier.load(folder, device="cpu", tta=tta).probabilities(views)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert np.abs(found - slowly(views)).max() > 1e-3, "the flips make no difference: it would prove nothing"
+
+
+def test_with_all_flips_an_image_upside_down_gets_the_same_answer_to_the_last_bit(folder: Path) -> None:
+    classifier = Classifier.load(folder, device="cpu", tta="flips")
+    views = random_views(BATCH_SIZE_CPU + 1)
+    answers = classifier.probabilities(views)
+    for axes in ((0,), (1,), (0, 1)):
+        flipped = [np.ascontiguousarray(np.flip(view, axes)) for view in reversed(views)]  # in other company, too
+        assert classifier.probabilities(flipped)[::-1].tobytes() == answers.tobytes()
+
+
 def test_the_temperature_divides_the_logits(tmp_path: Path) -> None:
     save_bundle(tmp_path, replace(CARD, temperature=2.5), random_weights())
     views = random_views(2)

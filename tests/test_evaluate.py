@@ -133,13 +133,20 @@ def test_the_record_names_data_weights_and_options(finished: Path) -> None:
         record["hashes"]["manifest"] == hashlib.sha256(manifest).hexdigest() == record["hashes"]["manifest_trained_on"]
     )
     shards = str(finished.parent / "shards")
-    assert record["options"] == {"split": "test", "shards": shards, "batch_size": 3, "device": "cpu"}
+    assert record["options"] == {"split": "test", "shards": shards, "batch_size": 3, "device": "cpu", "tta": "none"}
     assert record["model"]["trained"] == {"step": 120, "epoch": 3, "metric": "val/macro_f1", "value": 0.5}
     wrong = sum(map(sum, record["confusion"])) - sum(record["confusion"][k][k] for k in range(3))
     mistakes = record["surest_mistakes"]
     assert len(mistakes) == wrong > 0
     assert [one["probability"] for one in mistakes] == sorted((one["probability"] for one in mistakes), reverse=True)
     assert all(one["true"] == one["source"].split("/")[1] != one["predicted"] for one in mistakes)
+
+
+def test_test_time_augmentation_is_in_the_record_and_in_the_answers(run: Path) -> None:
+    evaluate(run)
+    plain = (run / "evaluations" / "test" / "predictions.csv").read_bytes()
+    assert evaluate(run, "--tta", "flips")["options"]["tta"] == "flips"
+    assert (run / "evaluations" / "test" / "predictions.csv").read_bytes() != plain
 
 
 def test_the_same_evaluation_writes_the_same_bytes(run: Path) -> None:

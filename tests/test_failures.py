@@ -57,6 +57,10 @@ def test_out_of_gpu_memory_says_what_to_set() -> None:
     assert "with train.max_micro_batch 96 at 224 px: CUDA out of memory. Tried to allocate 2.00 GiB." in error.found
     assert "set train.max_micro_batch to 48 or less; the global batch, and so the result, stay the same" in error.remedy
     assert "set evaluate.batch_size to 128 or less" in str(explained(raised, settings, "evaluating"))
+    larger = parse("data: {eval_size: 288}\nevaluate: {batch_size: 1}")
+    assert "with evaluate.batch_size 1 at 288 px" in str(explained(raised, larger, "evaluating"))
+    assert "lower data.eval_size" in str(explained(raised, larger, "evaluating"))
+    assert "at 224 px" in str(explained(raised, larger, "computing"))
     one = parse("train: {max_micro_batch: 1}")
     assert "lower data.image_size" in str(explained(raised, one, "computing"))
 

@@ -148,6 +148,22 @@ def test_top_1_prints_no_runner_up_and_a_model_without_bins_no_bin(
     assert line.split()[2] == "%"
 
 
+def test_test_time_augmentation_is_named_in_the_json_and_answers_as_the_classifier_does(
+    model: Path, photos: Path
+) -> None:
+    out = photos / "out.json"
+    assert main(["predict", str(model), str(photos / "b.jpg"), "--tta", "flip", "--json", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert content["tta"] == "flip"
+    classifier = Classifier.load(model, tta="flip")
+    expected = classifier.probabilities([classifier.view((photos / "b.jpg").read_bytes())])[0]
+    assert list(content["predictions"][0]["probabilities"].values()) == [float(str(p)) for p in expected]
+    assert main(["predict", str(model), str(photos / "b.jpg"), "--json", str(out)]) == 0
+    plain = json.loads(out.read_text())
+    assert plain["tta"] == "none"
+    assert plain["predictions"][0]["probabilities"] != content["predictions"][0]["probabilities"]
+
+
 def test_csv_and_json_hold_all_probabilities_and_agree(model: Path, photos: Path) -> None:
     out = [str(photos / "out.csv"), str(photos / "out.json")]
     assert main(["predict", str(model), str(photos), "--csv", out[0], "--json", out[1]]) == 0

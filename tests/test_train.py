@@ -201,6 +201,21 @@ def test_other_settings_train_too(overrides: list[str], small_shards: Path, tmp_
     assert rows(tmp_path / "run")[-1]["step"] == 8
 
 
+def test_a_run_is_evaluated_and_used_at_a_size_of_its_own(small_shards: Path, tmp_path: Path) -> None:
+    more = ["--set", "data.eval_size=40", "--set", "train.epochs=1"]
+    assert train.main([*config_of(tmp_path, small_shards), *more]) == 0
+    assert "3 classes, 32 px, evaluated at 40 px" in (tmp_path / "run" / "log.txt").read_text()
+    card, _ = load_bundle(tmp_path / "run")
+    assert (card.preprocessing.image_size_px, card.preprocessing.resize_px) == (40, 46)
+    path = tmp_path / "run" / "evaluations" / "val" / "metrics.json"
+    by_training = json.loads(path.read_text())
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--split", "val", "--batch-size", "8"]) == 0
+    evaluated = json.loads(path.read_text())
+    assert evaluated["confusion"] == by_training["confusion"]
+    bins = [[one["mean_confidence"] for one in record["reliability"]["bins"]] for record in (evaluated, by_training)]
+    assert bins[0] == pytest.approx(bins[1], abs=1e-4)
+
+
 def test_early_stop_ends_the_run_and_stays_ended(small_shards: Path, tmp_path: Path) -> None:
     # a learning rate of almost nothing: the first evaluation stays the best
     arguments = [*config_of(tmp_path, small_shards), "--set", "train.epochs=9", "--set", "train.early_stop_epochs=1"]

@@ -290,6 +290,7 @@ def _add_evaluate(commands: Commands) -> None:
     command.add_argument("--split", default="test", help="split to measure on (default: %(default)s)")
     command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
     _add_compute(command)
+    _add_tta(command)
     command.set_defaults(run=_evaluate)
 
 
@@ -303,6 +304,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             shards=arguments.shards,
             batch_size=arguments.batch_size,
             device=arguments.device,
+            tta=arguments.tta,
         )
     )
 
@@ -322,6 +324,7 @@ def _add_predict(commands: Commands) -> None:
         "--top", type=_positive, default=3, metavar="N", help="classes to print (default: %(default)s)"
     )
     _add_compute(command)
+    _add_tta(command)
     command.set_defaults(run=_predict)
 
 
@@ -335,6 +338,51 @@ def _predict(arguments: argparse.Namespace) -> None:
             csv=arguments.csv,
             json=arguments.json,
             top=arguments.top,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            tta=arguments.tta,
+        )
+    )
+
+
+def _add_average(commands: Commands) -> None:
+    command = commands.add_parser(
+        "average",
+        help="make a model of the mean of a run's newest checkpoints",
+        description="Averages the weights of the newest checkpoints, takes BatchNorm's statistics anew from training "
+        "images, measures the result beside the run's model on data.eval_split, and writes it to RUN/average/, which "
+        "`evaluate` and `predict` take like a run.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument(
+        "--last",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="checkpoints, or as many as there are, 2 at least: see checkpoint.keep_last (default: %(default)s)",
+    )
+    command.add_argument(
+        "--images", type=_positive, default=2048, metavar="N", help="for the statistics (default: %(default)s)"
+    )
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/average")
+    where.add_argument("--replace", action="store_true", help="put it in the place of RUN/model")
+    command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
+    _add_compute(command)
+    command.set_defaults(run=_average)
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    from wasteddp.training.averaging import AverageOptions, run
+
+    run(
+        AverageOptions(
+            run=arguments.run_folder,
+            last=arguments.last,
+            images=arguments.images,
+            out=arguments.out,
+            replace=arguments.replace,
+            shards=arguments.shards,
             batch_size=arguments.batch_size,
             device=arguments.device,
         )
@@ -370,6 +418,18 @@ def _add_compute(command: argparse.ArgumentParser) -> None:
         "of a probability)",
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+
+
+def _add_tta(command: argparse.ArgumentParser) -> None:
+    from wasteddp.inference.views import VIEWS
+
+    command.add_argument(
+        "--tta",
+        choices=tuple(VIEWS),
+        default="none",
+        help="test-time augmentation: the mean over the image and its mirror image (flip, twice the time) or all four "
+        "flips (flips, four times)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -529,6 +589,7 @@ def parser() -> argparse.ArgumentParser:
         _add_plan,
         _add_evaluate,
         _add_predict,
+        _add_average,
         _add_report,
         _add_doctor,
         _add_verify_resume,

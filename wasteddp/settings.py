@@ -68,7 +68,7 @@ class Data(_Section):
     """Side of the square that the network sees, px."""
     eval_resize: Count = 0
     """Shorter side before the centre crop at evaluation, px; 0: eval_size * 8 / 7, as ImageNet's 256 to 224."""
-    eval_size: Count = 0
+    eval_size: Annotated[int, Field(ge=0, le=2048)] = 0
     """Side of the square at evaluation and in use, px; 0: image_size. Random crops magnify, so a network trained at 112
     knows objects as large as they are at 128 (FixRes)."""
     balance: Fraction = 0.0
@@ -119,6 +119,8 @@ class Data(_Section):
 
     @model_validator(mode="after")
     def _resize_covers_crop(self) -> Self:
+        if 0 < self.eval_size < 16:
+            raise ValueError(f"eval_size {self.eval_size} is neither 0 nor from 16 to 2048")
         if self.eval_resize and self.eval_resize < self.eval_size_px:
             side = "eval_size" if self.eval_size else "image_size"
             raise ValueError(f"eval_resize {self.eval_resize} is smaller than {side} {self.eval_size_px}")

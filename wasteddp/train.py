@@ -45,7 +45,7 @@ import torch
 
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
-from wasteddp.model import resnet, weights
+from wasteddp.model import ema, resnet, weights
 from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
 from wasteddp.training import coverage, divergence, inputs, messages, optim, run_folder, runtime
@@ -118,9 +118,10 @@ def train(
     optimizer = optim.build(model, settings.optimizer)
     recipe = Recipe(settings, world, data, model)  # all ranks
     ddp, stepper = world.prepare(model, optimizer)  # all ranks
+    average = ema.of(settings.train.ema_decay, model, ddp)
 
     # --- resume: from the checkpoint asked for, else the newest whole one, else the beginning -----------------------
-    keeper = Keeper(settings, world, data, model, optimizer)  # all ranks
+    keeper = Keeper(settings, world, data, model, optimizer, further=average.states)  # all ranks
     progress = Progress(Lineage.of(settings, manifest, teacher=recipe.teacher.sha256))
     if checkpoint := keeper.starting_point(*start, lineage=progress.lineage):  # all ranks
         keeper.restore(checkpoint)  # all ranks
@@ -169,6 +170,7 @@ def train(
                 meter.add(loss)
             norm = recipe.clip(is_asked=due.logs or guard.skips)
             skipped = guard.step(stepper, meter.step_loss, norm)
+            average.update(progress.step, skipped)
             stepper.zero_grad()
             covered = coverage.added(progress.covered, agreed.sums, batch)
             progress = replace(progress, step=progress.step + 1, covered=covered)
@@ -187,7 +189,7 @@ def train(
             better = None
             if due.evaluates:
                 keeper.reconcile()
-                scores, seen = evaluate(ddp, data, world, settings.evaluate.batch_size)
+                scores, seen = evaluate(average.network, data, world, settings.evaluate.batch_size)
                 progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
                 better = seen if progress.best_step == progress.step else None
                 row |= scores | progress.best_metric

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "wasteddp-model"
-FORMAT_VERSION = 2  # 2: the hashes have the teacher
+FORMAT_VERSION = 2  # 2: of what the weights are a mean, and the teacher among the hashes
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
 _HEAD = "fc.weight"  # [K, features]: what torchvision's ResNets call their last layer
@@ -52,6 +52,19 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
+class Averaged:
+    """What the weights are a mean of; by default of nothing: they are as the optimizer left them."""
+
+    ema_decay: float = 0.0  # of a moving average over the steps of the training; 0: none
+    steps: tuple[int, ...] = ()  # of the checkpoints of which the weights are the mean
+
+    def __str__(self) -> str:
+        if self.steps:
+            return f"mean of the checkpoints of steps {', '.join(map(str, self.steps))}"
+        return f"moving average of decay {self.ema_decay:g}" if self.ema_decay else ""
+
+
+@dataclass(frozen=True, slots=True)
 class Hashes:
     """What the model came from. sha256 but for `code`, which is the version or commit that trained it."""
 
@@ -75,6 +88,7 @@ class BundleCard:
     bins: Mapping[str, str] = field(default_factory=dict)  # class -> bin it is thrown into; may be empty
     temperature: float = 1.0  # logits are divided by it; 1 until the model is calibrated
     thresholds: Mapping[str, float] = field(default_factory=dict)  # empty until the model is calibrated
+    averaged: Averaged = Averaged()
 
     @property
     def weights_name(self) -> str:
@@ -206,6 +220,8 @@ def _parse(raw: dict[str, Any]) -> BundleCard:
     rest["trained"] = Trained(**rest["trained"])
     rest["hashes"] = Hashes(**rest["hashes"])
     rest["classes"] = tuple(rest["classes"])
+    averaged = rest.get("averaged", {})  # format 1 has none
+    rest["averaged"] = Averaged(**{**averaged, "steps": tuple(averaged.get("steps", ()))})
     card = BundleCard(**rest)
     if len(set(card.classes)) != len(card.classes) or not all(isinstance(name, str) for name in card.classes):
         raise ValueError("the classes are not different names")

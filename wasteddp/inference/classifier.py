@@ -5,12 +5,12 @@ Legend: B images in a batch, C = 3, S side of the view, K classes.
 The same image gets the same probabilities, bit for bit, whichever program asks and whatever else is in its batch. For
 that every batch has one shape, filled up with black images whose answers are dropped: libraries choose their kernels by
 shape, and with 1 instead of 8 images ResNet50's logits differ by up to 1e-5. Across devices, numbers of threads and
-batch sizes equality is not bit for bit.
+batch sizes equality is not bit for bit. With test-time augmentation each view of the images is such a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +23,7 @@ from wasteddp.data.decoding import ImageHWC
 from wasteddp.data.images import evaluation_view, normalise
 from wasteddp.errors import BundleError, LaunchError
 from wasteddp.inference.bundle import BundleCard, load_bundle
+from wasteddp.inference.views import VIEWS
 from wasteddp.model.resnet import build
 
 # On two cores ResNet50 at 224 px answers 15-20 images/s at any batch size from 1 to 64, and one image alone costs
@@ -34,51 +35,79 @@ Item = TypeVar("Item")
 
 
 def load_network(path: str | Path) -> tuple[BundleCard, torch.nn.Module]:
-    """A bundle's card and network: fp32 whatever it was trained in, frozen, in evaluation mode, on the CPU.
+    """A bundle's card and its network, on the CPU.
+
+    Raises:
+        BundleError: see `load_bundle` and `network_of`.
+    """
+    card, state_dict = load_bundle(path)
+    return card, network_of(card, state_dict, where=path)
+
+
+def network_of(card: BundleCard, state_dict: Mapping[str, torch.Tensor], *, where: str | Path) -> torch.nn.Module:
+    """The card's network with these weights: fp32 whatever it was trained in, frozen, in evaluation mode, on the CPU.
 
     Made without initial weights, so it draws no random numbers and costs no time for them.
 
+    Args:
+        where: the weights came from, for the message.
+
     Raises:
-        BundleError: see `load_bundle`; or the weights are not those of the card's architecture.
+        BundleError: the weights are not those of the card's architecture.
     """
-    card, state_dict = load_bundle(path)
     with torch.device("meta"):
         model = build(card.arch, len(card.classes))
     try:
         model.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:
         raise BundleError(
-            f"the weights in {path} are not those of a {card.arch}: {str(error).splitlines()[-1].strip()}",
+            f"the weights in {where} are not those of a {card.arch}: {str(error).splitlines()[-1].strip()}",
             "the model cannot be put together",
             "copy the whole model folder again, or let the run write it anew (start its training again)",
         ) from error
-    return card, model.float().eval().requires_grad_(False)
+    return model.float().eval().requires_grad_(False)
 
 
 class Classifier:
-    """A model in evaluation mode, fp32, on one device."""
+    """A model in evaluation mode, fp32, on one device.
 
-    def __init__(self, card: BundleCard, model: torch.nn.Module, device: torch.device, batch_size: int) -> None:
-        self.card, self.device, self.batch_size = card, device, batch_size
-        self._model = model
+    Args:
+        state_dict: of the card's architecture.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
+        batch_size: images computed at once; None takes what suits the device.
+        tta: the views of each image whose probabilities are averaged, a name in `VIEWS`.
+        where: the model came from, for the message.
+
+    Raises:
+        BundleError: the weights are not those of the card's architecture.
+        LaunchError: no such device.
+    """
+
+    def __init__(
+        self,
+        card: BundleCard,
+        state_dict: Mapping[str, torch.Tensor],
+        *,
+        device: str = "auto",
+        batch_size: int | None = None,
+        tta: str = "none",
+        where: str | Path = "memory",
+    ) -> None:
+        self.card, self.device, self.tta = card, find_device(device), tta
+        model = network_of(card, state_dict, where=where).to(self.device)
+        self._model = model.to(memory_format=torch.channels_last)
+        self.batch_size = batch_size or (BATCH_SIZE_CPU if self.device.type == "cpu" else BATCH_SIZE_GPU)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto", batch_size: int | None = None) -> Classifier:
+    def load(
+        cls, path: str | Path, *, device: str = "auto", batch_size: int | None = None, tta: str = "none"
+    ) -> Classifier:
         """The classifier of a bundle's or a run's folder.
 
-        Args:
-            device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
-            batch_size: images computed at once; None takes what suits the device.
-
         Raises:
-            BundleError: see `load_network`.
-            LaunchError: no such device.
+            BundleError, LaunchError: see `load_bundle` and the class.
         """
-        where = _device(device)
-        card, model = load_network(path)
-        model = model.to(where).to(memory_format=torch.channels_last)
-        default = BATCH_SIZE_CPU if where.type == "cpu" else BATCH_SIZE_GPU
-        return cls(card, model, where, batch_size or default)
+        return cls(*load_bundle(path), device=device, batch_size=batch_size, tta=tta, where=path)
 
     def view(self, data: bytes) -> ImageHWC:
         """An image file's bytes as the model sees them: uint8 [S, S, 3]. Safe to call from many threads.
@@ -96,7 +125,8 @@ class Classifier:
             yield batch
 
     def probabilities(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.float32]:
-        """Softmax of logits / temperature for any number of views: float32 [B, K], each row a sum of 1.
+        """Softmax of logits / temperature, or its mean over the flips of each view, for any number of views: float32
+        [B, K], each row a sum of 1.
 
         Raises:
             BundleError: the model answers with numbers that are not finite.
@@ -124,13 +154,19 @@ class Classifier:
         preprocessing = self.card.preprocessing
         # fp32 means fp32 (no TF32), and the same kernel each time, on any GPU; no effect on a CPU
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        parts = []
         with torch.inference_mode(), exact:
-            logits_BK = self._model(normalise(images_BCHW, preprocessing.mean, preprocessing.std))
-            answers_BK: npt.NDArray[np.float32] = (logits_BK / self.card.temperature).softmax(dim=1).cpu().numpy()
+            for axes in VIEWS[self.tta]:
+                view_BCHW = images_BCHW.flip(axes) if axes else images_BCHW
+                logits_BK = self._model(normalise(view_BCHW, preprocessing.mean, preprocessing.std))
+                parts.append((logits_BK / self.card.temperature).softmax(dim=1))
+            while len(parts) > 1:  # in pairs: see VIEWS
+                parts = [(one + other) / 2 for one, other in zip(parts[::2], parts[1::2], strict=True)]
+            answers_BK: npt.NDArray[np.float32] = parts[0].cpu().numpy()
         return answers_BK[: len(views)]
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """The device called `name`, tried out: torch believes in cuda:7 until the first tensor goes there."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)

@@ -46,14 +46,15 @@ class EvaluateOptions:
     shards: str | None = None  # folder or URL
     batch_size: int | None = None
     device: str = "auto"
+    tta: str = "none"
 
 
 def run(options: EvaluateOptions) -> None:
     """Evaluates, prints, and saves under `RUN/evaluations/<split>/`."""
-    classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size)
+    classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size, tta=options.tta)
     data = data_of(options.run, options.shards)
     with shard_set.opened(data) as shards:
-        evaluation = _evaluate(classifier, shards, options, console := Console())
+        evaluation = evaluate_split(classifier, shards, options.split, console := Console())
     folder = options.run / "evaluations" / options.split
     save_evaluation(
         folder,
@@ -65,6 +66,7 @@ def run(options: EvaluateOptions) -> None:
             "shards": shards.manifest.where,
             "batch_size": classifier.batch_size,
             "device": str(classifier.device),
+            "tta": classifier.tta,
         },
     )
     seen = evaluation.seen
@@ -72,7 +74,8 @@ def run(options: EvaluateOptions) -> None:
     console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _evaluate(classifier: Classifier, shards: ShardSet, options: EvaluateOptions, console: Console) -> Evaluation:
+def evaluate_split(classifier: Classifier, shards: ShardSet, split: str, console: Console) -> Evaluation:
+    """One split of an open set through the model, with a bar, and a warning if it is not the set trained on."""
     manifest = shards.manifest
     check_classes(manifest, classifier.card.classes)
     if manifest.sha256 != classifier.card.hashes.manifest:
@@ -85,11 +88,11 @@ def _evaluate(classifier: Classifier, shards: ShardSet, options: EvaluateOptions
             highlight=False,
             soft_wrap=True,
         )
-    with shards.reader(options.split) as reader, progress("evaluating", reader.num_samples) as advance:
+    with shards.reader(split) as reader, progress("evaluating", reader.num_samples) as advance:
         samples = np.arange(reader.num_samples)
         at_once = _STEP * _STEPS_IN_FLIGHT
         shards.require_room(reader.needs(samples[first : first + at_once]) for first in range(0, len(samples), _STEP))
-        return evaluate(classifier, reader, manifest.split(options.split), advance=advance)
+        return evaluate(classifier, reader, manifest.split(split), advance=advance)
 
 
 def evaluate(classifier: Classifier, reader: SplitReader, split: Split, *, advance: Callable[[], None]) -> Evaluation:

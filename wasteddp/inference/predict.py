@@ -38,6 +38,7 @@ class PredictOptions:
     top: int = 3
     batch_size: int | None = None
     device: str = "auto"
+    tta: str = "none"
 
 
 def run(options: PredictOptions) -> None:
@@ -47,14 +48,14 @@ def run(options: PredictOptions) -> None:
         SourceError: a path names nothing, or not one image could be classified.
     """
     images = find_images(options.paths)
-    classifier = Classifier.load(options.model, device=options.device, batch_size=options.batch_size)
+    classifier = Classifier.load(options.model, device=options.device, batch_size=options.batch_size, tta=options.tta)
     terminal = Terminal(classifier.card, top=options.top)
     with ExitStack() as stack:
         records: list[Record] = [terminal]
         if options.csv:
             records.append(stack.enter_context(csv_record(options.csv, classifier.card)))
         if options.json:
-            records.append(stack.enter_context(json_record(options.json, classifier.card)))
+            records.append(stack.enter_context(json_record(options.json, classifier.card, tta=classifier.tta)))
         for prediction in predict(classifier, images):
             for record in records:
                 record.add(prediction)

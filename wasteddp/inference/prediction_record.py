@@ -120,12 +120,12 @@ class CsvRecord:
 
 
 class JsonRecord:
-    """One object: the model, and a list with a line an image."""
+    """One object: the model, the test-time augmentation, and a list with a line an image."""
 
-    def __init__(self, file: TextIO, card: BundleCard) -> None:
+    def __init__(self, file: TextIO, card: BundleCard, tta: str) -> None:
         self._file, self._card, self._num_added = file, card, 0
         model = {"arch": card.arch, "weights": card.hashes.weights, "classes": list(card.classes)}
-        file.write(f'{{"model": {json.dumps(model, ensure_ascii=False)},\n"predictions": [')
+        file.write(f'{{"model": {json.dumps(model, ensure_ascii=False)},\n"tta": {json.dumps(tta)},\n"predictions": [')
 
     def add(self, prediction: Prediction) -> None:
         entry: dict[str, Any]
@@ -158,10 +158,10 @@ def csv_record(path: Path, card: BundleCard) -> Iterator[CsvRecord]:
 
 
 @contextmanager
-def json_record(path: Path, card: BundleCard) -> Iterator[JsonRecord]:
+def json_record(path: Path, card: BundleCard, *, tta: str = "none") -> Iterator[JsonRecord]:
     # JSON must be UTF-8: such bytes become \\udcXX, which json.loads turns into the name that Python knows.
     with _file_in_place(path, errors="backslashreplace") as file:
-        record = JsonRecord(file, card)
+        record = JsonRecord(file, card, tta)
         yield record
         record.finish()
 

@@ -154,7 +154,9 @@ def lineage(run: RunRecord) -> list[tuple[str, str, str]]:
         rows.append(("shard set", hashes.manifest, found))
         rows.append(("settings", hashes.settings, ""))
         rows.append(("code", hashes.code, "with uncommitted changes" if hashes.code.endswith("+") else ""))
-        rows.append(("weights", hashes.weights, f"step {run.card.trained.step:,}, model/{run.card.weights_name}"))
+        averaged = f", {run.card.averaged}" if str(run.card.averaged) else ""
+        known = f"step {run.card.trained.step:,}{averaged}, model/{run.card.weights_name}"
+        rows.append(("weights", hashes.weights, known))
         if hashes.teacher:
             rows.append(("teacher", hashes.teacher, f"weights of {run.settings.get('train.teacher', 'a model')}"))
     elif "commit" in run.environment:

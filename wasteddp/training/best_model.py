@@ -12,7 +12,7 @@ from wasteddp import __version__
 from wasteddp.data.images import MEAN_RGB, STD_RGB
 from wasteddp.data.manifest import Manifest
 from wasteddp.inference.answers import Seen
-from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained, save_bundle
+from wasteddp.inference.bundle import Averaged, BundleCard, Hashes, Preprocessing, Trained, save_bundle
 from wasteddp.inference.evaluation_record import save_seen
 from wasteddp.settings import Settings
 from wasteddp.training.checkpoints import Progress
@@ -55,7 +55,7 @@ def card_of(settings: Settings, manifest: Manifest, progress: Progress, *, epoch
         arch=settings.model.arch,
         classes=manifest.classes,
         preprocessing=Preprocessing(
-            image_size_px=settings.data.image_size,
+            image_size_px=settings.data.eval_size_px,
             resize_px=settings.data.eval_resize_px,
             mean=MEAN_RGB,
             std=STD_RGB,
@@ -69,4 +69,5 @@ def card_of(settings: Settings, manifest: Manifest, progress: Progress, *, epoch
         ),
         tool=f"wasteddp {__version__}",
         bins=dict(manifest.bins),
+        averaged=Averaged(ema_decay=settings.train.ema_decay),
     )

@@ -94,14 +94,14 @@ class CheckpointWriter:
         states: States,
         settings_yaml: str,
         *,
-        before: Callable[[Mapping[str, torch.Tensor]], object] | None = None,
+        before: Callable[[States], object] | None = None,
         after: Callable[[], object] | None = None,
     ) -> None:
         """Copies the tensors and returns; the copy is written by a thread.
 
         Args:
             states: named states; "model" and "optimizer" must be among them.
-            before: called in that thread with the model's copy, before the checkpoint is written: after a kill between
+            before: called in that thread with the copies, before the checkpoint is written: after a kill between
                 the two, the run goes on from the checkpoint before and comes to the same place again.
             after: called in that thread once the checkpoint is on the disk.
 
@@ -140,7 +140,7 @@ class CheckpointWriter:
         progress: Progress,
         copies: dict[str, State],
         settings_yaml: str,
-        before: Callable[[Mapping[str, torch.Tensor]], object] | None,
+        before: Callable[[States], object] | None,
         after: Callable[[], object] | None,
     ) -> None:
         # contiguous: safetensors refuses channels-last
@@ -149,7 +149,7 @@ class CheckpointWriter:
             for name, state in copies.items()
         }
         if before:
-            before(states["model"])
+            before(states)
         try:
             self._write(progress, states, settings_yaml)
         except StorageError:  # a full disk needs its space back

@@ -2,6 +2,7 @@
 
     checkpoints/step-00001234/model.safetensors       a file for each state, with inner keys: no `module.`, `_orig_mod.`
                               optimizer.safetensors   "key:parameter name"
+                              ema.safetensors         the weights' moving average, where train.ema_decay asks for it
                               ranks.safetensors       what each rank has of its own; only where there are several
                               progress.json           where the run is, and what it was made from
                               settings.yaml

@@ -29,13 +29,15 @@ def explained(error: Exception, settings: Settings, place: str) -> Exception:
     evaluates = place == "evaluating"
     key = "evaluate.batch_size" if evaluates else "train.max_micro_batch"
     images = settings.evaluate.batch_size if evaluates else settings.train.max_micro_batch
+    size_px = settings.data.eval_size_px if evaluates else settings.data.image_size
+    size_key = "data.eval_size" if evaluates and settings.data.eval_size else "data.image_size"
     same = "" if evaluates else "; the global batch, and so the result, stay the same: accumulation follows"
     return DeviceMemoryError(
-        f"out of GPU memory while {place} with {key} {images} at {settings.data.image_size} px: {_first_line(error)}",
+        f"out of GPU memory while {place} with {key} {images} at {size_px} px: {_first_line(error)}",
         f"one device cannot take {images} images through {settings.model.arch} at once",
         f"set {key} to {max(1, images // 2)} or less{same}; or close what else uses the GPU (nvidia-smi shows it)"
         if images > 1
-        else "lower data.image_size, or take a smaller model.arch; or close what else uses the GPU",
+        else f"lower {size_key}, or take a smaller model.arch; or close what else uses the GPU",
     )
 
 

@@ -105,7 +105,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
         )
         val_loader = evaluation_loader(
             val_reader,
-            image_size_px=settings.data.image_size,
+            image_size_px=settings.data.eval_size_px,
             resize_px=settings.data.eval_resize_px,
             workers=workers,
             pin_memory=pin_memory,

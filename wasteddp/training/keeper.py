@@ -17,12 +17,13 @@ from torch import nn
 
 from wasteddp.errors import CheckpointError, StorageError
 from wasteddp.inference.answers import Seen
+from wasteddp.model import ema
 from wasteddp.model.resnet import running_statistics
 from wasteddp.settings import Settings
 from wasteddp.training import checkpoints, claim, environment, messages, optim
 from wasteddp.training.batch_job import Notice
 from wasteddp.training.best_model import card_of, save_best
-from wasteddp.training.checkpoint_writer import CheckpointWriter, recover, refuse_full_disk
+from wasteddp.training.checkpoint_writer import CheckpointWriter, States, recover, refuse_full_disk
 from wasteddp.training.checkpoints import Checkpoint, Progress
 from wasteddp.training.claim import Claim
 from wasteddp.training.inputs import Inputs
@@ -35,6 +36,7 @@ _RANKS = "ranks"  # the state that holds what each rank has of its own
 _STATISTICS = "running_statistics"
 
 SaveBest = Callable[[Mapping[str, torch.Tensor]], None]
+OfStates = Callable[[States], None]
 
 
 class Stateful(Protocol):
@@ -52,7 +54,9 @@ class Keeper:
     Args:
         model: bare, or as DDP or `torch.compile` wrap it.
         optimizer: bare, not as Accelerate wraps it.
-        further: other things with a state, by the name that their file gets; the same on every rank.
+        further: other things with a state, by the name that their file gets; the same on every rank. Of networks the
+            running statistics are each rank's own, as the model's are. One called `ema.STATE` is what is evaluated, so
+            it is what the best model is taken from.
         clock: seconds, for checkpoint.every_minutes; only rank 0's counts.
     """
 
@@ -70,6 +74,9 @@ class Keeper:
         self._settings, self._world, self._data = settings, world, data
         self._model: nn.Module = world.accelerator.unwrap_model(model, keep_torch_compile=False)
         self._optimizer, self._further, self._clock = optimizer, further or {}, clock
+        networks = {name: thing for name, thing in self._further.items() if isinstance(thing, nn.Module)}
+        self._networks: dict[str, nn.Module] = {"model": self._model, **networks}
+        self._evaluated = ema.STATE if ema.STATE in self._further else "model"
         self._commit = environment.commit()
         self._writer: CheckpointWriter | None = None
         self._claim: Claim | None = None
@@ -147,15 +154,18 @@ class Keeper:
         optim.load_state_tensors(self._optimizer, self._model, checkpoint.states["optimizer"])
         for name, thing in self._further.items():
             thing.load_state_dict(checkpoint.states[name])
-        own = checkpoint.states.get(_RANKS, {}).get(_STATISTICS)
-        if own is not None and len(own) == self._world.world_size:  # another number of ranks takes the mean
-            _fill(running_statistics(self._model), own[self._world.rank])
+        for name, network in self._networks.items():
+            own = checkpoint.states.get(_RANKS, {}).get(_own_statistics(name))
+            if own is not None and len(own) == self._world.world_size:  # another number of ranks takes the mean
+                _fill(running_statistics(network), own[self._world.rank])
         self._world.load_scaler(checkpoint.progress.scaler)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The "checkpoint/..." metrics."""
-        return {"checkpoint/stall_ms": self._stall_ms, "checkpoint/failed": self.num_failed}
+        """The "checkpoint/..." metrics, on rank 0; `checkpoint/seconds` once a save has ended."""
+        seconds = self._writer.seconds if self._writer else None
+        row = {"checkpoint/stall_ms": self._stall_ms, "checkpoint/failed": self.num_failed}
+        return row if seconds is None else {**row, "checkpoint/seconds": seconds}
 
     def asks(self) -> bool:
         """Whether a save is due by the clock, or was asked for by the file SAVE_NOW. False on all ranks but the first,
@@ -165,15 +175,9 @@ class Keeper:
         every_s = 60 * self._settings.checkpoint.every_minutes
         return (every_s > 0 and self._clock() - self._saved_at >= every_s) or (self._folder / SAVE_REQUEST).exists()
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What a row says of the saves, on rank 0; `checkpoint/seconds` once there has been one."""
-        seconds = self._writer.seconds if self._writer else None
-        return {"checkpoint/failed": self.num_failed} | ({} if seconds is None else {"checkpoint/seconds": seconds})
-
     def reconcile(self) -> None:
         """All ranks: BatchNorm's running statistics become their mean, since each rank saw other images."""
-        self._world.average_(running_statistics(self._model))
+        self._world.average_([tensor for network in self._networks.values() for tensor in running_statistics(network)])
 
     def save(self, progress: Progress, *, epoch: int, best: Seen | None) -> float:
         """All ranks: keeps this state. Returns the ms that the loop waited.
@@ -191,7 +195,7 @@ class Keeper:
             if self._writer:
                 self._settle()
                 scaler, request = self._world.accelerator.scaler, self._folder / SAVE_REQUEST
-                keep_best: SaveBest = self._save_owed
+                keep_best: OfStates = self._save_owed
                 if best:
                     settings, data = self._settings, self._data
                     card = card_of(settings, data.manifest, progress, epoch=epoch, commit=self._commit)
@@ -253,8 +257,9 @@ class Keeper:
             self._writer.wait()
             self._failed = False
 
-    def _save_best(self, save: SaveBest, weights: Mapping[str, torch.Tensor]) -> None:
+    def _save_best(self, save: SaveBest, states: States) -> None:
         """In the writer's thread: the best model. One that cannot be written waits in memory for the next save."""
+        weights = states[self._evaluated]
         try:
             save(weights)
         except StorageError:
@@ -262,7 +267,7 @@ class Keeper:
             raise
         self._owed = None
 
-    def _save_owed(self, _: Mapping[str, torch.Tensor]) -> None:
+    def _save_owed(self, _: States) -> None:
         """In the writer's thread: the best model, if it could not be written when it was due."""
         if self._owed:
             self._owed()
@@ -273,23 +278,25 @@ class Keeper:
             self._claim.release()
 
     def _states(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        """All ranks: what a checkpoint holds. The model's running statistics are the mean over the ranks, for any
+        """All ranks: what a checkpoint holds. The networks' running statistics are the mean over the ranks, for any
         number of them to load; each rank's own are kept beside it, so that the same number goes on bit for bit."""
-        model: dict[str, torch.Tensor] = dict(self._model.state_dict())
         states: dict[str, Mapping[str, torch.Tensor]] = {
-            "model": model,
+            "model": self._model.state_dict(),
             "optimizer": optim.state_tensors(self._optimizer, self._model),
             **{name: thing.state_dict() for name, thing in self._further.items()},
         }
-        own = running_statistics(self._model)
-        if self._world.world_size > 1 and own:
-            of_ranks = self._world.stack(torch.cat([tensor.reshape(-1) for tensor in own]))  # all ranks: [R, F]
-            means = [torch.empty_like(tensor) for tensor in own]
-            _fill(means, of_ranks.mean(0))
-            names = {id(buffer): name for name, buffer in self._model.named_buffers()}
-            model |= {names[id(tensor)]: mean for tensor, mean in zip(own, means, strict=True)}
-            states[_RANKS] = {_STATISTICS: of_ranks}
-        return states
+        if self._world.world_size == 1:
+            return states
+        of_ranks = {}
+        for name, network in self._networks.items():
+            if own := running_statistics(network):
+                flat_RF = self._world.stack(torch.cat([tensor.reshape(-1) for tensor in own]))  # all ranks
+                means = [torch.empty_like(tensor) for tensor in own]
+                _fill(means, flat_RF.mean(0))
+                names = {id(buffer): key for key, buffer in network.named_buffers()}
+                states[name] = {**states[name], **{names[id(t)]: mean for t, mean in zip(own, means, strict=True)}}
+                of_ranks[_own_statistics(name)] = flat_RF
+        return {**states, _RANKS: of_ranks} if of_ranks else states
 
     def _num_bytes(self) -> int:
         return room_for_run(self._settings, sum(tensor.nbytes for tensor in self._model.state_dict().values()))
@@ -304,13 +311,18 @@ class Keeper:
 
 
 def room_for_checkpoint(settings: Settings, model_bytes: int) -> int:
-    """Bytes of one: the weights, and one more for each moment that the optimizer keeps."""
-    return model_bytes * (2 if settings.optimizer.name == "sgd" else 3)
+    """Bytes of one: the weights, their average, and one more for each moment that the optimizer keeps."""
+    return model_bytes * ((2 if settings.optimizer.name == "sgd" else 3) + (settings.train.ema_decay > 0))
 
 
 def room_for_run(settings: Settings, model_bytes: int) -> int:
     """Bytes that checkpoints and bundles take at most: those kept, the best, and the ones being written."""
     return room_for_checkpoint(settings, model_bytes) * (settings.checkpoint.keep_last + 2) + 2 * model_bytes
+
+
+def _own_statistics(name: str) -> str:
+    """What the ranks' own running statistics of a network are called."""
+    return _STATISTICS if name == "model" else f"{name}_{_STATISTICS}"
 
 
 def _fill(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:

@@ -25,6 +25,8 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
     order = [quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
     if plan.balance:
         order.append(plan.balance.describe(manifest.classes))
+    size_px = settings.data.eval_size_px
+    evaluated_at = f", evaluated at {size_px} px" if size_px != settings.data.image_size else ""
     parts = [
         f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
         f"{world.world_size} x {world.device_name}, {world.threads} threads each",
@@ -34,7 +36,7 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
         f"{last_step} steps, {plan.steps_per_epoch} an epoch"
         + ("" if plan.balance else f", which leaves out {plan.left_out_per_epoch} images, others each time"),
         f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
-        f"{len(manifest.classes)} classes, {sizes.describe(settings)}",
+        f"{len(manifest.classes)} classes, {sizes.describe(settings)}{evaluated_at}",
         f"seed {settings.run.seed}",
     ]
     return "\n".join(["; ".join(parts), *order])
