@@ -76,6 +76,9 @@ class Data(_Section):
     number. Images of rare classes then come several times in an epoch, those of common ones not in each."""
     workers: Count = 0
     """Decoding threads of each process; 0: one for each of its CPU threads, 8 at most."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """gpu: training's plain JPEGs are decoded by nvJPEG, for nodes whose cores cannot keep their GPUs busy. The pixels
+    differ by a few levels from the CPU's."""
     prefetch: PositiveInt = 2
     """Batches decoded ahead."""
     lanes: Count = 0

@@ -47,6 +47,13 @@ class Header(NamedTuple):
     turn: int
 
 
+class Encoded(NamedTuple):
+    """A plain JPEG that is left to be decoded on the device, and what is wanted of it: top, left, height, width, px."""
+
+    data: bytes
+    box: tuple[int, int, int, int]
+
+
 class UndecodableError(ValueError):
     """The bytes are no image that can be decoded. `reason` is a word of `manifest.REASONS`."""
 

@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wasteddp.data.decoding import ImageHWC, UndecodableError
+from wasteddp.data.decoding import Encoded, ImageHWC, UndecodableError, header, is_plain_jpeg
 from wasteddp.data.draws import CROP, I64, uniform
-from wasteddp.data.images import evaluation_view, training_view
+from wasteddp.data.images import crop_box, evaluation_view, training_view
 from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
 from wasteddp.data.reading import SplitReader
 from wasteddp.errors import DamagedSampleError, WastedError
@@ -39,6 +39,7 @@ _PLANNED_SAMPLES = 1 << 12  # of a rank, computed at once
 _TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker
 
 Draws = npt.NDArray[np.float64]
+Filled = tuple[int, Encoded | None]  # the sample whose view was made, and what of it is left to the device
 
 
 class View(Protocol):
@@ -47,8 +48,9 @@ class View(Protocol):
     def draws(self, samples: I64, epoch: int) -> Draws:
         """The random numbers of each sample, [B, any]: in one go, since numpy's overhead is that of a call (60 us)."""
 
-    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> None:
-        """Writes the view of one sample, uint8 [S, S, C]. `draws` is its row. UndecodableError: it cannot be had."""
+    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> Encoded | None:
+        """Writes the view of one sample, uint8 [S, S, C], or returns what is left to the device. `draws` is its row.
+        UndecodableError: it cannot be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +60,17 @@ class TrainingView:
     seed: int
     scale: tuple[float, float]
     ratio: tuple[float, float]
+    on_device: bool = False  # plain JPEGs are left to the device
 
     def draws(self, samples: I64, epoch: int) -> Draws:
         return uniform(CROP, self.seed, epoch, samples, num=4)
 
-    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> None:
+    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> Encoded | None:
+        if self.on_device and is_plain_jpeg(data):
+            height, width, _ = header(data)
+            return Encoded(data, crop_box(height, width, scale=self.scale, ratio=self.ratio, uniform=draws))
         training_view(data, image_size_px=len(out), scale=self.scale, ratio=self.ratio, uniform=draws, out=out)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +107,14 @@ class Batch:
     samples: I64  # [B], numbered as in `TrainPlan`: what the randomness of each row is keyed by
     read_B: I64  # 0 .. N-1, whose pixels stand in each row: the sample of `samples`, or its replacement
     damage: tuple[Damage, ...]
+    encoded_B: tuple[Encoded | None, ...] = ()  # what is still to be decoded into its row, on the device
     failure: WastedError | None = None  # why there is no such batch, told in its place: the other ranks must hear of it
 
     @classmethod
     def failed(cls, error: WastedError) -> Batch:
         """The last batch of a rank that cannot go on."""
         nothing, none = torch.empty(0, dtype=torch.int64), np.empty(0, np.int64)
-        return cls(-1, -1, nothing, nothing, none, none, (), error)
+        return cls(-1, -1, nothing, nothing, none, none, (), failure=error)
 
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of `size` samples, views of this one."""
@@ -132,6 +140,7 @@ class _Pending:
     samples: I64
     read: I64  # the samples that were used
     draws: Draws
+    encoded: list[Encoded | None]
     tasks: list[tuple[range, Future[list[Damage]]]]  # rows of the batch, and the thread's promise to fill them
 
 
@@ -211,7 +220,7 @@ class Loader:
         images = torch.empty((len(samples), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
         labels = torch.zeros(len(samples), dtype=torch.int64, pin_memory=self._pin)
         read, draws = np.full(len(samples), PADDING), self._view.draws(samples, epoch)
-        pending = _Pending(epoch, step_in_epoch, images, labels, samples, read, draws, [])
+        pending = _Pending(epoch, step_in_epoch, images, labels, samples, read, draws, [None] * len(samples), [])
         chunk = max(1, -(-len(samples) // (self._workers * _TASKS_PER_WORKER)))
         for at in range(0, len(samples), chunk):
             rows = range(at, min(at + chunk, len(samples)))
@@ -231,6 +240,7 @@ class Loader:
             pending.samples,
             pending.read,
             tuple(damage),
+            tuple(pending.encoded) if any(pending.encoded) else (),
         )
 
     def _fill(self, pending: _Pending, rows: range) -> list[Damage]:
@@ -243,12 +253,12 @@ class Loader:
                 images[row] = 0
                 continue
             stored = sample % self._reader.num_samples
-            used = self._fill_row(images[row], stored, pending.draws[row], pending.epoch, damage)
-            labels[row] = self._labels[used]
+            used, left = self._fill_row(images[row], stored, pending.draws[row], pending.epoch, damage)
+            labels[row], pending.encoded[row] = self._labels[used], left
             pending.read[row] = used
         return damage
 
-    def _fill_row(self, out: ImageHWC, sample: int, draws: Draws, epoch: int, damage: list[Damage]) -> int:
+    def _fill_row(self, out: ImageHWC, sample: int, draws: Draws, epoch: int, damage: list[Damage]) -> Filled:
         """As `_read_row`, so that a thread that hangs or fails in it can be named."""
         name = threading.current_thread().name
         self._at_work[name] = sample, time.monotonic()
@@ -260,24 +270,25 @@ class Loader:
         finally:
             del self._at_work[name]
 
-    def _read_row(self, out: ImageHWC, sample: int, draws: Draws, epoch: int, damage: list[Damage]) -> int:
-        """Writes the view of `sample`, or of the next sample that can be read; returns the one that was used."""
+    def _read_row(self, out: ImageHWC, sample: int, draws: Draws, epoch: int, damage: list[Damage]) -> Filled:
+        """Writes the view of `sample`, or of the next sample that can be read."""
         try:
-            self._view.fill(out, self._reader.read(sample), draws)
+            return sample, self._view.fill(out, self._reader.read(sample), draws)
         except (UndecodableError, DamagedSampleError) as error:
-            damage.append(self._replaced(out, sample, epoch, error))
-            return damage[-1].replaced_by
-        return sample
+            replacement, left = self._replaced(out, sample, epoch, error)
+            damage.append(replacement)
+            return replacement.replaced_by, left
 
-    def _replaced(self, out: ImageHWC, sample: int, epoch: int, error: Exception) -> Damage:
+    def _replaced(self, out: ImageHWC, sample: int, epoch: int, error: Exception) -> tuple[Damage, Encoded | None]:
         """Writes the view of the next sample that can be read in the place of `sample`, which cannot."""
         where = self._reader.describe(sample)
         reason = error.found if isinstance(error, DamagedSampleError) else str(error)
         for behind in range(1, _MAX_REPLACEMENTS if self._replace else 0):
             used = (sample + behind) % self._reader.num_samples
             with contextlib.suppress(UndecodableError, DamagedSampleError):
-                self._view.fill(out, self._reader.read(used), self._view.draws(np.array([used]), epoch)[0])
-                return Damage(sample, where, reason, used)
+                draws = self._view.draws(np.array([used]), epoch)[0]
+                left = self._view.fill(out, self._reader.read(used), draws)
+                return Damage(sample, where, reason, used), left
         raise DamagedSampleError(
             f"{where} cannot be used: {reason}"
             + (f"; nor can the {_MAX_REPLACEMENTS - 1} samples behind it" if self._replace else ""),
@@ -297,11 +308,12 @@ def training_loader(
     prefetch: int,
     pin_memory: bool,
     idle: bool = False,
+    on_device: bool = False,
 ) -> Loader:
-    """Loader of random crops; what cannot be decoded is replaced."""
+    """Loader of random crops; what cannot be decoded is replaced. `on_device`: plain JPEGs are left to be decoded."""
     return Loader(
         reader,
-        TrainingView(seed, crop_scale, crop_ratio),
+        TrainingView(seed, crop_scale, crop_ratio, on_device),
         image_size_px=image_size_px,
         workers=workers,
         prefetch=prefetch,

@@ -1,4 +1,5 @@
-"""Batches to the device, one ahead: the next batch is copied on a stream of its own while this one is computed."""
+"""Batches to the device, one ahead: the next batch is copied, and with data.decode: gpu decoded, on a stream of its own
+while this one is computed."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from wasteddp.data import device_decoding
 from wasteddp.data.loader import Batch
 
 Item = TypeVar("Item")
@@ -56,9 +58,8 @@ def one_ahead(items: Iterator[Item], begin: Callable[[Item], Begun]) -> Iterator
 def _copied(batch: Batch, device: torch.device, side: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
     """The copy, and what tells when it is whole."""
     with torch.cuda.stream(side):
-        copy = replace(
-            batch,
-            images_BCHW=batch.images_BCHW.to(device, non_blocking=True),
-            labels_B=batch.labels_B.to(device, non_blocking=True),
-        )
+        images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
+        device_decoding.fill(images_BCHW, batch.encoded_B)
+        labels_B = batch.labels_B.to(device, non_blocking=True)
+        copy = replace(batch, images_BCHW=images_BCHW, labels_B=labels_B, encoded_B=())
         return copy, side.record_event()

@@ -14,7 +14,7 @@ from wasteddp.data.plan import EvaluationPlan, TrainPlan
 from wasteddp.data.quality import Labels
 from wasteddp.data.reading import SplitReader
 from wasteddp.data.shard_set import opened as opened_set
-from wasteddp.errors import ShardError, WastedError
+from wasteddp.errors import SettingsError, ShardError, WastedError
 from wasteddp.settings import Settings
 from wasteddp.training.copying import copied_ahead
 from wasteddp.training.foresight import Foresight, ranks_here
@@ -90,6 +90,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             num_steps, in_flight = plan.steps_per_epoch * settings.train.epochs, settings.data.prefetch + 1
             shards.require_room(foresight.train_windows(num_steps, in_flight), foresight.val_windows(in_flight))
         refuse_different_sets(manifest, world)
+        refuse_device_decoding(settings, world.device.type)
         workers = settings.data.workers or min(world.threads, _MAX_WORKERS)
         pin_memory = world.device.type == "cuda"
         train_loader = training_loader(
@@ -102,6 +103,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             prefetch=settings.data.prefetch,
             pin_memory=pin_memory,
             idle=world.device.type == "cpu",
+            on_device=settings.data.decode == "gpu",
         )
         val_loader = evaluation_loader(
             val_reader,
@@ -122,6 +124,16 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             train=train,
             val=val,
             train_labels=train_reader.labels,
+        )
+
+
+def refuse_device_decoding(settings: Settings, device_type: str) -> None:
+    """Where there is no GPU to decode on."""
+    if settings.data.decode == "gpu" and device_type != "cuda":
+        raise SettingsError(
+            f"data.decode is gpu and this process computes on {device_type}",
+            "its images would never be decoded",
+            "set data.decode to cpu, or start it on a machine with a CUDA device",
         )
 
 
