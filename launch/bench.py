@@ -1,12 +1,14 @@
 """Benchmarks that anybody can run. Each compares in one run, interleaved, and prints medians.
 
+    python -m launch.bench step       the model's step alone, on images in memory, beside timm's and torchvision's loops
     python -m launch.bench train      images/s of the real training program beside a bare loop on tensors in memory
     python -m launch.bench loader     images/s of the loader beside torchvision's, webdataset and decoding alone
     python -m launch.bench checks     what all checks of a training cost, as a share of a step
     python -m launch.bench checkpoint the loop's wait for a save beside a copy in memory; --starts 3: resumed starts
+    python -m launch.bench scaling    images/s with ranks through the launcher, and the share of communication
 
-Read the ratio; the figures themselves are the machine's. Leave the machine alone meanwhile: a second busy process on
-two cores can cost either side most of its speed.
+The first line says on what they ran. Read the ratio; the figures themselves are the machine's. Leave the machine alone
+meanwhile: a second busy process on two cores can cost either side most of its speed.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from launch import bench_checkpoint, bench_loader
+from launch import bench_checkpoint, bench_loader, bench_scaling, bench_step
+from launch.machine import headline
 from wasteddp import settings as settings_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,10 +47,17 @@ def main() -> None:
     bare = commands.add_parser("bare")  # one side of `train`, in a process of its own
     bare.add_argument("settings")
     bare.add_argument("steps", type=int)
-    bench_checkpoint.add(commands)
+    for module in (bench_checkpoint, bench_step, bench_scaling):
+        module.add(commands)
     arguments = parser.parse_args()
     if arguments.command == "bare":
         print(json.dumps(bare_loop(arguments.settings, arguments.steps)))
+        return
+    print(headline() + "\n", flush=True)
+    if arguments.command == "step":
+        bench_step.compare(arguments)
+    elif arguments.command == "scaling":
+        bench_scaling.compare(arguments)
     elif arguments.command == "loader":
         bench_loader.compare(arguments.shards, arguments.rounds, arguments.seconds)
     elif arguments.command == "checks":
@@ -115,35 +124,10 @@ def _program_side(config: str, overrides: list[str], steps: int, folder: Path) -
 
 def bare_loop(settings_path: str, steps: int) -> float:
     """images/s of forward, backward and step on one random batch in memory: no loader, no log, nothing around it."""
-    import torch
-    from accelerate import Accelerator
-
-    from wasteddp.data.parallel import num_usable_cores
-    from wasteddp.model import resnet
-    from wasteddp.training import optim, runtime
-
     settings = settings_file.load(settings_path)
-    has_gpu = torch.cuda.is_available()
-    torch.set_num_threads(settings.run.threads or num_usable_cores())
-    precision = runtime.choose_precision(settings.precision, has_gpu)[0]
-    accelerator = Accelerator(cpu=not has_gpu, mixed_precision={"fp32": "no"}.get(precision, precision))
-    model = resnet.build(settings.model.arch, 6).to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = optim.build(model, settings.optimizer)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    size, px = settings.train.max_micro_batch, settings.data.image_size
-    images = torch.randn(size, 3, px, px, device=accelerator.device).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 6, (size,), device=accelerator.device)
-    for step in range(steps + 10):
-        if step == 10:
-            began = time.perf_counter()
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    if has_gpu:
-        torch.cuda.synchronize()
-    return size * steps / (time.perf_counter() - began)
+    size = settings.train.max_micro_batch
+    alone = settings_file.parse(settings.to_yaml(), [f"train.batch_size={size}", "data.lanes=0"])
+    return bench_step.rate("bare loop", alone, steps=steps, warm=10)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from launch.bench import ROOT
 from launch.link import ADDRESSES, DEVICE, ENDS
+from launch.machine import headline
 
 WARM_STEPS, TIMED_STEPS, ROW_STEPS = 4, 12, 2
 IMAGES_A_NODE = 16  # of one micro-batch
@@ -70,6 +71,7 @@ def main() -> int:
         link = ["launch.link", "--mbit", str(arguments.mbit), "--delay-ms", str(arguments.delay_ms)]
         own = [sys.executable, "-m", "launch.bench_network", *sys.argv[1:]]
         return subprocess.run([sys.executable, "-m", *link, *own], cwd=ROOT, check=False).returncode
+    print(headline(), flush=True)
     rate_mbit, round_trip_ms = measure_link()
     print(f"the link as measured: {rate_mbit:.0f} Mbit/s, {round_trip_ms:.2f} ms there and back\n", flush=True)
     print("| | images a step | step | images/s |\n| --- | --- | --- | --- |", flush=True)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from launch.machine import headline
 from wasteddp import settings as settings_file
 from wasteddp.data.encoding import encode_jpeg
 from wasteddp.data.parallel import num_usable_cores
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     settings = settings_file.load(arguments.config, arguments.set)
+    print(headline(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.yaml"
         path.write_text(settings.to_yaml())

@@ -106,7 +106,7 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_teacher_sees_what_the_student_sees_and_stays_as_it_is(teacher: Path, precision: str) -> None:
-    recipe = recipe_of(teacher, f"precision={precision}")
+    recipe = recipe_of(teacher, f"precision={precision}", "train.loss=focal", "train.logit_adjustment=1")
     assert isinstance(recipe.teacher, Teacher)
     images, taught = recipe.inputs(batch(), 0)
     assert isinstance(taught, Taught)
@@ -120,8 +120,10 @@ def test_the_teacher_sees_what_the_student_sees_and_stays_as_it_is(teacher: Path
     assert not taught.logits_BK.requires_grad
     kept = recipe.teacher.network.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in random_weights().items())
-    loss = recipe.loss(torch.zeros(6, 3, requires_grad=True), taught)
-    loss.backward()
+    logits = torch.zeros(6, 3, requires_grad=True)
+    recipe.loss(logits, taught).backward()
+    assert logits.grad is not None
+    assert (logits.grad != 0).all()
 
 
 def test_loading_a_teacher_draws_no_random_numbers(teacher: Path) -> None:

@@ -1,0 +1,276 @@
+"""python -m launch.bench step: the model's step alone, on a batch in memory, beside the same work in others' loops.
+
+Each side runs in a process of its own, in turns, on as many images, threads and bits, behind some steps that are not
+timed. The loops are written after the scripts that they are named for, with their models, losses and optimizers, but
+without loader, log and schedule:
+
+    wasteddp        the update of train.py on one uint8 batch: augmentation, forward, backward, step, sums
+    bare loop       our network and optimizer under Accelerate on ready float images, and nothing else
+    timm            train_one_epoch of timm's train.py with --channels-last --amp: its ResNet, optimizer and loss
+    torchvision     train_one_epoch of references/classification/train.py: an unfused optimizer, the accuracies that it
+                    reads back in each step, and plain memory layout, since that script offers no other; with
+                    channels_last: the same, as if it did
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from launch.drawn import NUM_CLASSES, drawn_set
+from wasteddp import settings as settings_file
+from wasteddp.data.parallel import num_usable_cores
+from wasteddp.model import resnet
+from wasteddp.settings import Settings
+from wasteddp.training import optim, runtime
+
+_ROOT = Path(__file__).resolve().parents[1]
+OURS, TIMM = "wasteddp", "timm"
+
+Step = Callable[[], object]
+
+
+def add(commands: Any) -> None:
+    """The subcommand of `launch.bench`."""
+    command = commands.add_parser("step", help="the model's step alone beside timm's and torchvision's loops")
+    command.add_argument("--config", default="configs/trashnet-scratch.yaml", help="settings of all sides")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--steps", type=int, default=10, help="timed steps of each side in each round")
+    command.add_argument("--warm", type=int, default=5, help="steps before them")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Prints a line a side: the median of its rounds, and the median of what ours was of it in the same round."""
+    sides = [side for side in SIDES if side != TIMM or find_spec("timm")]
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as name:
+        settings = one_micro_batch(settings_file.load(arguments.config, arguments.set), Path(name))
+        path = Path(name) / "settings.yaml"
+        path.write_text(settings.to_yaml())
+        for number in range(arguments.rounds):
+            for side in sides if number % 2 == 0 else reversed(sides):
+                command = [sys.executable, "-m", "launch.bench_step", side, str(path)]
+                command += [str(arguments.steps), str(arguments.warm)]
+                done = subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.PIPE, text=True)
+                found[side].append(float(json.loads(done.stdout.splitlines()[-1])))
+    images, precision = settings.train.batch_size, runtime.choose_precision(settings.precision, _has_gpu())[0]
+    print(
+        f"{settings.model.arch}, {images} images of {settings.data.image_size} px in memory, {precision}, "
+        f"{settings.optimizer.name}; median of {arguments.rounds} rounds of {arguments.steps} steps, in turns\n"
+    )
+    print(table(found, images))
+    if TIMM not in found:
+        print("\ntimm is not installed: pip install --no-deps timm")
+
+
+def table(found: dict[str, list[float]], images: int) -> str:
+    """Markdown of images/s by side and round, all sides in the same rounds."""
+    lines = ["| side | images/s | ms a step | wasteddp is |", "| --- | --- | --- | --- |"]
+    for side, rates in found.items():
+        rate = statistics.median(rates)
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(found[OURS], rates, strict=True))
+        lines.append(f"| {side} | {rate:.1f} | {1000 * images / rate:.1f} | {ratio:.3f} of it |")
+    return "\n".join(lines)
+
+
+def one_micro_batch(settings: Settings, folder: Path) -> Settings:
+    """The settings with a step of one micro-batch on one process, and a set drawn for it in `folder`."""
+    images = min(settings.train.max_micro_batch or settings.train.batch_size, settings.train.batch_size)
+    shards = drawn_set(folder, num_images=images, size_px=settings.data.image_size)
+    changes = [f"train.batch_size={images}", f"train.max_micro_batch={images}", "data.lanes=0", "model.weights=none"]
+    changes += [f"data.shards={shards}", "data.train_split=train", "data.eval_split=val", f"run.out={folder / 'run'}"]
+    return settings_file.parse(settings.to_yaml(), changes)
+
+
+def rate(side: str, settings: Settings, *, steps: int, warm: int) -> float:
+    """images/s of one side in this process."""
+    has_gpu = _has_gpu()
+    torch.set_num_threads(settings.run.threads or num_usable_cores())
+    with ExitStack() as stack:
+        step = SIDES[side](settings, stack)
+        for number in range(warm + steps):
+            if number == warm:
+                if has_gpu:
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+            step()
+        if has_gpu:
+            torch.cuda.synchronize()
+        return settings.train.batch_size * steps / (time.perf_counter() - began)
+
+
+# --- the sides: each makes a step from the settings -------------------------------------------------------------------
+
+
+def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
+    from wasteddp.training import inputs
+    from wasteddp.training.checkpoints import Progress
+    from wasteddp.training.divergence import Guard
+    from wasteddp.training.lineage import Lineage
+    from wasteddp.training.meter import Meter
+    from wasteddp.training.recipe import Recipe
+
+    world = runtime.start(settings)
+    data = stack.enter_context(inputs.opened(settings, world))
+    model = resnet.build(settings.model.arch, NUM_CLASSES)
+    model = model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optim.build(model, settings.optimizer)
+    recipe, meter = Recipe(settings, world, data, model), Meter(world.device)
+    ddp, stepper = world.prepare(model, optimizer)
+    progress = Progress(Lineage.of(settings, data.manifest))
+    guard = Guard(settings, world, model, optimizer, num_classes=NUM_CLASSES, progress=progress)
+    batch = next(data.batches(0, 1, world))
+
+    def step() -> None:
+        guard.begin_step()
+        recipe.begin_step(optimizer, progress)
+        for micro in world.micro_batches(batch, ddp):
+            images_BCHW, targets = recipe.inputs(micro, batch.epoch)
+            loss = recipe.loss(ddp(images_BCHW), targets)
+            world.accelerator.backward(loss)
+            meter.add(loss)
+        skipped = guard.step(stepper, meter.step_loss, recipe.clip(is_asked=guard.skips))
+        stepper.zero_grad()
+        meter.step_done(skipped)
+
+    return step
+
+
+def _bare(settings: Settings, stack: ExitStack) -> Step:
+    from accelerate import Accelerator
+
+    precision = runtime.choose_precision(settings.precision, _has_gpu())[0]
+    accelerator = Accelerator(cpu=not _has_gpu(), mixed_precision={"fp32": "no"}.get(precision, precision))
+    model = resnet.build(settings.model.arch, NUM_CLASSES)
+    model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = optim.build(model, settings.optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    images, labels = _batch(settings, channels_last=True)
+
+    def step() -> None:
+        loss = nn.functional.cross_entropy(model(images), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _timm(settings: Settings, stack: ExitStack) -> Step:
+    import timm
+    from timm.loss import LabelSmoothingCrossEntropy
+    from timm.optim import create_optimizer_v2
+
+    torch.backends.cudnn.benchmark = True  # as its script does
+    asked, smoothing = settings.optimizer, settings.train.label_smoothing
+    model = timm.create_model(settings.model.arch, num_classes=NUM_CLASSES).to(_device())
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = create_optimizer_v2(
+        model, asked.name, lr=asked.lr, weight_decay=asked.weight_decay, momentum=asked.momentum
+    )
+    criterion = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+    images, labels = _batch(settings, channels_last=True)
+    autocast, scaler = _precision(settings)
+
+    def step() -> None:
+        with autocast:
+            loss = criterion(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _torchvision(settings: Settings, stack: ExitStack, *, channels_last: bool = False) -> Step:
+    torch.backends.cudnn.benchmark = True  # as its script does
+    import torchvision
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    asked = settings.optimizer
+    model: nn.Module = torchvision.models.get_model(settings.model.arch, weights=None, num_classes=NUM_CLASSES)
+    model = model.to(device=_device(), memory_format=layout).train()  # type: ignore[call-overload]
+    criterion = nn.CrossEntropyLoss(label_smoothing=settings.train.label_smoothing)
+    optimizer: torch.optim.Optimizer
+    if asked.name == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=asked.lr, weight_decay=asked.weight_decay)
+    else:  # the script's other choices are no more ours
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=asked.lr, momentum=asked.momentum, weight_decay=asked.weight_decay
+        )
+    images, labels = _batch(settings, channels_last=channels_last)
+    autocast, scaler = _precision(settings)
+
+    def step() -> None:
+        with autocast:
+            output = model(images)
+            loss = criterion(output, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        correct = output.topk(5, dim=1).indices == labels[:, None]
+        loss.item(), correct[:, :1].sum().item(), correct.sum().item()
+
+    return step
+
+
+def _torchvision_channels_last(settings: Settings, stack: ExitStack) -> Step:
+    return _torchvision(settings, stack, channels_last=True)
+
+
+SIDES: dict[str, Callable[[Settings, ExitStack], Step]] = {
+    OURS: _wasteddp,
+    "bare loop": _bare,
+    TIMM: _timm,
+    "torchvision": _torchvision,
+    "torchvision, channels_last": _torchvision_channels_last,
+}
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if _has_gpu() else "cpu")
+
+
+def _batch(settings: Settings, *, channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images, normalised as it were, and labels, on the device."""
+    size, px = settings.train.batch_size, settings.data.image_size
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.randn(size, 3, px, px, device=_device()).contiguous(memory_format=layout)
+    return images, torch.randint(0, NUM_CLASSES, (size,), device=_device())
+
+
+def _precision(settings: Settings) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    """The contexts of the scripts for the same precision as ours; they do nothing where it needs none."""
+    precision = runtime.choose_precision(settings.precision, _has_gpu())[0]
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    kind = _device().type
+    return (
+        torch.autocast(kind, dtype, enabled=precision != "fp32"),
+        torch.amp.GradScaler(kind, enabled=precision == "fp16"),
+    )
+
+
+if __name__ == "__main__":
+    side, path, steps, warm = sys.argv[1:]
+    print(json.dumps(rate(side, settings_file.load(path), steps=int(steps), warm=int(warm))))

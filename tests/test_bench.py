@@ -1,0 +1,107 @@
+"""The benchmarks' sides take steps, and their tables say what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from launch import bench_scaling, bench_step
+from launch.bench_scaling import Found
+from launch.drawn import drawn_set
+from launch.machine import headline
+from wasteddp import settings as settings_file
+from wasteddp.data.manifest import Manifest
+from wasteddp.settings import Settings
+from wasteddp.training import profiling
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps one state a process, with the precision of its first use."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A step of one micro-batch of 6, of what would be 4 of them."""
+    text = "precision: fp32\nrun: {threads: 1}\ndata: {image_size: 32}\nmodel: {arch: resnet18}"
+    asked = settings_file.parse(text, ["train.batch_size=24", "train.max_micro_batch=6", "data.workers=1"])
+    return bench_step.one_micro_batch(asked, tmp_path_factory.mktemp("bench"))
+
+
+@pytest.mark.parametrize("side", bench_step.SIDES)
+def test_each_side_trains(side: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    if side == bench_step.TIMM and not find_spec("timm"):
+        pytest.skip("timm is not installed")
+    made: list[torch.optim.Optimizer] = []
+    init = torch.optim.Optimizer.__init__
+
+    def noted(self: torch.optim.Optimizer, *rest: object, **how: object) -> None:
+        made.append(self)
+        init(self, *rest, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", noted)
+    with ExitStack() as stack:
+        step = bench_step.SIDES[side](settings, stack)
+        weight = max((p for group in made[0].param_groups for p in group["params"]), key=torch.numel)
+        before = weight.detach().clone()
+        step()
+    assert not torch.equal(weight, before)
+
+
+def test_a_rate_is_that_of_the_timed_steps(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 14.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    steps: list[int] = []
+    monkeypatch.setitem(bench_step.SIDES, "counting", lambda settings, stack: lambda: steps.append(1))
+    assert bench_step.rate("counting", settings, steps=8, warm=3) == 6 * 8 / 4
+    assert len(steps) == 11
+
+
+def test_the_steps_table_compares_within_each_round() -> None:
+    text = bench_step.table({"wasteddp": [100.0, 50.0, 90.0], "timm": [50.0, 50.0, 100.0]}, 10)
+    assert "| wasteddp | 90.0 | 111.1 | 1.000 of it |" in text
+    assert "| timm | 50.0 | 200.0 | 1.000 of it |" in text
+
+
+def test_the_scaling_table_has_efficiency_and_communication() -> None:
+    found = {2: [Found(100.0, (0.0, 0.0))], 4: [Found(60.0, (0.05, 0.2))]}
+    text = bench_scaling.table(found, {2: 10, 4: 10})
+    assert "| 2 | 10 | 100.0 | 100.0 | 100.0% | 0.0% to 0.0% |" in text
+    assert "| 4 | 10 | 60.0 | 166.7 | 83.3% | 5.0% to 20.0% |" in text
+
+
+def test_communication_is_read_from_the_profilers_verdict() -> None:
+    shares = [
+        dict.fromkeys(profiling.KINDS, 0.0) | {"device": 1 - talk, "communication": talk} for talk in (0.25, 0.05)
+    ]
+    verdict = profiling.verdict(shares, step_ms=10.0, steps=4)
+    assert bench_scaling.talk_of(verdict) == (0.05, 0.25)
+
+
+def test_the_headline_names_hardware_and_versions() -> None:
+    line, version = headline(), torch.__version__.partition("+")[0]
+    for part in (
+        "cores",
+        f"torch {version}",
+        "torchvision ",
+        "accelerate ",
+        "load ",
+        "GPU",
+    ):
+        assert part in line
+
+
+@pytest.mark.parametrize("num_images", [1, 30])
+def test_a_drawn_set_has_the_images_asked_for(num_images: int, tmp_path: Path) -> None:
+    manifest = Manifest.load(drawn_set(tmp_path, num_images=num_images, size_px=16))
+    assert manifest.split("train").num_samples >= num_images
+    assert all(manifest.split("train").samples_per_class)
+    assert manifest.split("val").num_samples > 0
