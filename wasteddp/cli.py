@@ -182,7 +182,8 @@ def _add_verify(commands: Commands) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from wasteddp.data.parallel import num_usable_cores
-    from wasteddp.data.remote import is_url, shown
+    from wasteddp.data.remote import is_url
+    from wasteddp.data.stores import shown
     from wasteddp.data.verifying import require_whole, verify, verify_remote
 
     workers = arguments.workers or num_usable_cores()
