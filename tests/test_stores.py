@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
 import pytest
 from faulty_server import Fault, FaultyServer, serving
 from store_stubs import GOOGLE_URL, HUB_URL, TOKEN, google, hub
@@ -178,6 +179,15 @@ def test_without_a_network_and_without_credentials_nothing_waits_or_asks(
     assert not of_drivers(caplog)
 
 
+def test_a_login_that_cannot_be_proved_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_google(monkeypatch, NOBODY, tmp_path)
+    monkeypatch.setenv("HTTPS_PROXY", NOBODY)  # where gcsfs would send it to
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "ya29.secret"})  # FSSPEC_GS_TOKEN, which is read at import
+    with pytest.raises(SettingsError, match=r"^gs://waste/set cannot be opened: ProxyError") as caught:
+        stores.opened(GOOGLE_URL, 5.0)
+    assert "secret" not in str(caught.value)
+
+
 def test_the_hubs_login_goes_to_the_hub_alone(
     monkeypatch: pytest.MonkeyPatch, small_shards: Path, tmp_path: Path
 ) -> None:
@@ -246,8 +256,6 @@ def test_what_is_no_folder_of_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_driver_that_hangs_has_our_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is not asynchronous: fsspec's memory, for once slow."""
-    import fsspec
-
     memory = type(fsspec.filesystem("memory"))
     monkeypatch.setattr(memory, "cat_file", lambda *args, **limits: time.sleep(3))
     folder = remote.RemoteFolder("memory://set", remote.Patience(0.1, 1))

@@ -97,8 +97,10 @@ def opened(url: str, timeout_s: float) -> Store:
     except SettingsError:
         raise
     except Exception as error:  # each driver has a tree of its own
+        # the text of other errors may hold a login: gcsfs sends one in the address that it proves it at
+        why = str(error) if isinstance(error, ValueError) else type(error).__name__
         raise SettingsError(
-            f"{shown(url)} cannot be opened: {error or type(error).__name__}",
+            f"{shown(url)} cannot be opened: {why}",
             "",
             "name a folder, or a URL of a protocol that fsspec knows; credentials are those of the store's own tools",
         ) from error
