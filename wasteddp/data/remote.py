@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 from wasteddp.data import stores
 from wasteddp.data.stores import shown, status_of
 from wasteddp.errors import DamagedShardError, RemoteError, StoppedError
+from wasteddp.redaction import redacted
 
 Result = TypeVar("Result")
 Stopped = Callable[[], bool]  # whether whoever waits is to stop waiting
@@ -209,7 +210,7 @@ class _WrongSizeError(Exception):
 def _why(error: BaseException) -> str:
     status = status_of(error)
     known = status in HTTPStatus._value2member_map_
-    text = str(error).splitlines()[0] if str(error) else ""
+    text = redacted(str(error).splitlines()[0]) if str(error) else ""  # a redirect's address may be a signed one
     if isinstance(error, _WrongSizeError):
         return text
     if known and status is not None:
