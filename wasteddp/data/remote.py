@@ -109,16 +109,31 @@ class RemoteFolder:
         found = ""
         for _ in range(_FETCHES):
             file.seek(0)
-            digest, at = hashlib.sha256(), 0
-            while at < num_bytes:
-                data = self._range(name, at, num_bytes, stopped)
-                file.write(data)
-                digest.update(data)
-                at += len(data)
-            found = digest.hexdigest()
+            found = self._copy(name, num_bytes, file, stopped)
             if found == sha256:
                 break
         return found
+
+    def fetch(self, name: str, file: BinaryIO) -> None:
+        """Writes a file that no manifest tells of into `file`.
+
+        Raises:
+            DamagedShardError: there is no such file. RemoteError: it cannot be had.
+        """
+        num_bytes = self._size(name)
+        if num_bytes is None:  # there is none, or the store does not say
+            file.write(self.read(name))
+        else:
+            self._copy(name, num_bytes, file, never)
+
+    def names(self) -> list[str]:
+        """What the folder holds, sorted. A web server may list nothing.
+
+        Raises:
+            DamagedShardError: there is no such folder. RemoteError: it cannot be listed.
+        """
+        limit_s, look = 2 * self._patience.timeout_s, partial(self.look, f"{self.url} cannot be listed", never)
+        return self._persistently("", 0, None, never, lambda: self._store.names(limit_s=limit_s, look=look))
 
     def look(self, where: str, stopped: Stopped) -> None:
         """While somebody waits for a file; `where` is for the message.
@@ -134,6 +149,16 @@ class RemoteFolder:
     def close(self) -> None:
         """Ends what is under way: it raises `RemoteError`."""
         self._closed.set()
+
+    def _copy(self, name: str, num_bytes: int, file: BinaryIO, stopped: Stopped) -> str:
+        """Its bytes, once; returns their sha256."""
+        digest, at = hashlib.sha256(), 0
+        while at < num_bytes:
+            data = self._range(name, at, num_bytes, stopped)
+            file.write(data)
+            digest.update(data)
+            at += len(data)
+        return digest.hexdigest()
 
     def _range(self, name: str, begin: int, num_bytes: int, stopped: Stopped) -> bytes:
         """At least one byte of a file of `num_bytes`, from `begin` on: up to a range, or all if all was sent."""
@@ -158,7 +183,7 @@ class RemoteFolder:
     def _persistently(
         self, name: str, byte: int, num_bytes: int | None, stopped: Stopped, once: Callable[[], Result]
     ) -> Result:
-        place = f"{self.url}/{name}"
+        place = f"{self.url}/{name}".rstrip("/")
         where = f"{place} cannot be read" + (f" at byte {byte:,} of {num_bytes:,}" if num_bytes else "")
         attempt = 0
         while True:
@@ -174,7 +199,7 @@ class RemoteFolder:
                     raise RemoteError(
                         where_and_why,
                         "its samples would be missing from the epoch",
-                        "look after the network and the store, then start again: it goes on from the newest "
+                        "look after the network and the store, then start again: a training goes on from the newest "
                         "checkpoint; if the store is slow, raise data.read_timeout_s or data.read_attempts",
                     ) from error
                 self._pause(self._patience.wait_s(place, byte, attempt), stopped)

@@ -137,8 +137,8 @@ def _manifest(folder: RemoteFolder, cache: Path) -> Manifest:
         raise ShardError(
             error.found,
             "without a manifest nobody knows how many samples there are, so no epoch could be proved whole",
-            "check data.shards; if other tools made the tars, run `wasteddp index` on a copy and put the manifest.json "
-            "and *.idx that it writes beside them",
+            "check data.shards; if other tools made the tars, run `wasteddp index URL --out FOLDER` and copy what it "
+            "writes beside them, the manifest last",
         ) from error
 
 
