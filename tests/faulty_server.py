@@ -7,8 +7,10 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.message import Message
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -18,20 +20,38 @@ Fault = str  # "500", "404", ..., "cut", "reset", "stall", "flip", "short"
 Faults = Callable[[str, int], Fault | None]  # file name, how often it was asked for before -> what goes wrong
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What is sent in the place of a file."""
+
+    status: int
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Route = Callable[[str, Message], "str | Answer"]  # what is asked for, and its headers -> the file's name, or an answer
+
+
+def plain(asked: str, headers: Message) -> str:
+    """A web server: the path is the name."""
+    return unquote(asked.partition("?")[0].lstrip("/"))
+
+
 class FaultyServer(http.server.ThreadingHTTPServer):
     """Counts what is asked of it.
 
     Args:
         folder: served.
         ranges: whether `Range` is understood; `python -m http.server` does not.
+        route: how files are named in what is asked.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+    def __init__(self, folder: Path, *, ranges: bool = True, route: Route = plain) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.ranges = folder, ranges
+        self.folder, self.ranges, self.route = folder, ranges, route
         self.faults: Faults = lambda name, number: None
         self.asked: Counter[str] = Counter()
         self.bytes_sent: Counter[str] = Counter()
@@ -55,7 +75,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        name = unquote(self.path.partition("?")[0].lstrip("/"))
+        name = self.server.route(self.path, self.headers)
+        if isinstance(name, Answer):
+            self._head(name.status, len(name.body), name.headers)
+            self.wfile.write(name.body)
+            return
         path = self.server.folder / name
         wanted = self.headers.get("Range") if self.server.ranges else None
         first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
@@ -78,7 +102,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(body, fault)
 
     def do_HEAD(self) -> None:
-        path = self.server.folder / unquote(self.path.lstrip("/"))
+        name = self.server.route(self.path, self.headers)
+        if isinstance(name, Answer):
+            self._head(name.status, len(name.body), name.headers)
+            return
+        path = self.server.folder / name
         self._head(200 if path.is_file() else 404, path.stat().st_size if path.is_file() else 0)
 
     def _send(self, body: bytes, fault: Fault | None) -> None:
@@ -98,10 +126,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "stall":
             self.server.ended.wait(60)
 
-    def _head(self, status: int, length: int) -> None:
+    def _head(self, status: int, length: int, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(length))
         self.send_header("Accept-Ranges", "bytes" if self.server.ranges else "none")
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -109,10 +139,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path, *, ranges: bool = True) -> Iterator[FaultyServer]:
+def serving(folder: Path, *, ranges: bool = True, route: Route = plain) -> Iterator[FaultyServer]:
     """A server of the folder, in threads of this process."""
     pytest.importorskip("aiohttp", reason="fsspec's driver for http comes with the extra remote")
-    with FaultyServer(folder, ranges=ranges) as server:
+    with FaultyServer(folder, ranges=ranges, route=route) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +15,9 @@ import pytest
 from faulty_server import Fault, FaultyServer, serving
 
 from wasteddp.data import remote
-from wasteddp.data.remote import Patience, RemoteFolder, is_url, shown
-from wasteddp.errors import DamagedShardError, RemoteError, SettingsError
+from wasteddp.data.remote import Patience, RemoteFolder, is_url
+from wasteddp.data.stores import shown
+from wasteddp.errors import DamagedShardError, RemoteError, SettingsError, StoppedError
 
 CONTENT = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -146,6 +149,26 @@ def test_closing_ends_a_read_that_waits(folder: RemoteFolder, server: FaultyServ
     server.faults = stall_and_close
     with pytest.raises(RemoteError, match="was closed meanwhile"):
         copied(folder)
+
+
+@pytest.mark.parametrize("fault", ["stall", "500"], ids=["for an answer", "between two attempts"])
+def test_a_wait_ends_when_it_is_to_stop(server: FaultyServer, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 60.0)
+    folder = RemoteFolder(server.url, Patience(60.0, attempts=3))
+    asked = threading.Event()
+
+    def fail(name: str, number: int) -> Fault:
+        threading.Timer(0.3, asked.set).start()
+        return fault
+
+    server.faults = fail
+    began = time.monotonic()
+    with pytest.raises(StoppedError, match=r"cannot be read at byte 0 of 10,240: the run was asked to stop"):
+        folder.copy(NAME, len(CONTENT), SHA256, io.BytesIO(), stopped=asked.is_set)
+    assert 0.2 < time.monotonic() - began < 5
+    server.faults = lambda name, number: None
+    assert copied(folder) == CONTENT  # who does not ask to stop is served as before
+    folder.close()
 
 
 def test_waits_grow_and_differ_between_ranks_and_are_the_same_in_every_run() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import webdataset
 from accelerate.state import AcceleratorState
-from faulty_server import Fault, serving
+from faulty_server import Fault, serving, until
 from pictures import jpeg
 from test_indexing import write_tar
 from trainings import config_of, final_weights, rows
@@ -23,6 +25,8 @@ from wasteddp.data.indexing import index_folder
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reading import SplitReader
 from wasteddp.settings import load
+from wasteddp.training import inputs, signals
+from wasteddp.training.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +62,18 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
         return capsys.readouterr().err
 
     return message
+
+
+def last_needed(shards: Path, arguments: list[str]) -> tuple[str, int]:
+    """The training tar that the first epoch needs last, and the step that needs it first."""
+    _, config, *overrides = arguments
+    split = Manifest.load(shards).split("train")
+    plan = train_plan(split, load(config, overrides[1::2]))
+    needed = [set(plan.shard_of(plan.step_samples(0, step)).tolist()) for step in range(plan.steps_per_epoch)]
+    first_use = {number: step for step in reversed(range(len(needed))) for number in needed[step]}
+    late = max(first_use, key=lambda number: first_use[number])
+    assert first_use[late] >= 2, "the tests need a shard that the first steps do not need"
+    return split.shards[late].tar, first_use[late]
 
 
 def test_a_url_gives_the_weights_of_the_folder_and_evaluates(small_shards: Path, local: bytes, tmp_path: Path) -> None:
@@ -117,26 +133,75 @@ def test_a_store_that_goes_away_ends_the_run_saved_and_it_goes_on_later(
 def test_a_store_that_refuses_ends_the_run_saved_where_it_stands(
     small_shards: Path, local: bytes, tmp_path: Path, refused: Callable[[list[str]], str]
 ) -> None:
-    _, config, *overrides = arguments_of(tmp_path, small_shards)
-    split = Manifest.load(small_shards).split("train")
-    plan = train_plan(split, load(config, overrides[1::2]))
-    needed = [set(plan.shard_of(plan.step_samples(0, step)).tolist()) for step in range(plan.steps_per_epoch)]
-    first_use = {number: step for step in reversed(range(len(needed))) for number in needed[step]}
-    late = max(first_use, key=lambda number: first_use[number])
-    assert first_use[late] >= 2, "the test needs a shard that the first steps do not need"
+    late, first_use = last_needed(small_shards, arguments_of(tmp_path, small_shards))
     arguments = lambda url: arguments_of(  # noqa: E731
         tmp_path, url, "checkpoint.every_steps=0", "data.prefetch=1", "data.ahead_steps=1"
     )
     with serving(small_shards) as server:
-        server.faults = lambda name, number: "403" if name == split.shards[late].tar else None
+        server.faults = lambda name, number: "403" if name == late else None
         said = refused(arguments(server.url))
-        assert f"{split.shards[late].tar} cannot be read at byte 0" in said
+        assert f"{late} cannot be read at byte 0" in said
         assert "(attempt 1 of 5): 403 Forbidden" in said
         [saved] = (tmp_path / "run" / "checkpoints").glob("step-*")
-        assert 1 <= int(saved.name[5:]) <= first_use[late]
+        assert 1 <= int(saved.name[5:]) <= first_use
         server.faults = lambda name, number: None
         assert train.main(arguments(server.url)) == 0
     assert final_weights(tmp_path / "run") == local
+
+
+@pytest.mark.parametrize("held_by", ["the reader", "the thread that fetches ahead"])
+def test_a_signal_ends_the_wait_for_a_store_and_the_run_saves_and_goes_on_later(
+    held_by: str, small_shards: Path, local: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "STOP", stop := signals.StopRequest())
+    monkeypatch.setattr(inputs, "STOP", stop)
+    ahead = 1 if held_by == "the reader" else 32
+    settings = ("checkpoint.every_steps=0", "data.prefetch=1", f"data.ahead_steps={ahead}")
+    settings += ("data.read_timeout_s=60", "data.read_attempts=1")
+    late, first_use = last_needed(small_shards, arguments_of(tmp_path, small_shards, *settings))
+    with serving(small_shards) as server:
+        asked_at = [0.0]
+
+        def ask_to_stop() -> None:
+            asked_at[0] = time.monotonic()
+            stop.signal_name = "SIGTERM"
+
+        def stall(name: str, number: int) -> Fault | None:
+            if name != late:
+                return None
+            # the steps before it are over by then, and the run waits
+            threading.Timer(1.5, ask_to_stop).start()
+            return "stall"
+
+        server.faults = stall
+        assert train.main(arguments_of(tmp_path, server.url, *settings)) == 75
+        assert 0 < time.monotonic() - asked_at[0] < 30
+        [saved] = (tmp_path / "run" / "checkpoints").glob("step-*")
+        assert 1 <= int(saved.name[5:]) <= first_use
+        assert (tmp_path / "run" / "RESUMABLE").exists()
+        stop.signal_name = ""
+        server.faults = lambda name, number: None
+        assert train.main(arguments_of(tmp_path, server.url, *settings)) == 0
+    assert final_weights(tmp_path / "run") == local
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_waits_for_a_store_leave_together(small_shards: Path, tmp_path: Path) -> None:
+    late, _ = last_needed(small_shards, arguments_of(tmp_path, small_shards))
+    with serving(small_shards) as server:
+        server.faults = lambda name, number: "stall" if name == late else None
+        settings = ("data.read_timeout_s=60", "data.read_attempts=1")
+        ranks = Ranks.started(arguments_of(tmp_path, server.url, *settings), 2, tmp_path / "run")
+        try:
+            until(lambda: server.asked[late] or not ranks.are_running, limit_s=120)
+            until(lambda: any(tmp_path.glob("run/checkpoints/step-00000002/complete.json")), limit_s=60)
+            began = time.monotonic()
+            ranks.send(signal.SIGTERM)
+            assert ranks.wait() == (75, 75), ranks.log.read_text()
+        finally:
+            ranks.send(signal.SIGKILL)
+        assert time.monotonic() - began < 30
+    assert "stopped by SIGTERM at step" in ranks.log.read_text()
 
 
 def test_a_missing_shard_is_one_message(

@@ -19,7 +19,7 @@ from test_demand import demand_of, fewest_fetches
 
 from wasteddp.data.demand import NEVER
 from wasteddp.data.shard_cache import AT_ONCE, Item, NotYet, ShardCache
-from wasteddp.errors import RemoteError, ShardError, StorageError
+from wasteddp.errors import RemoteError, ShardError, StoppedError, StorageError
 
 SIZE = 1000
 
@@ -61,10 +61,10 @@ def never(sha256: str) -> float:
     return NEVER
 
 
-def hold(cache: ShardCache, store: Store, letter: str, *, patience_s: float = 5.0) -> int:
-    return cache.hold(
-        item_of(letter), store.fetch(letter), distance=never, patience_s=patience_s, closed=threading.Event()
-    )
+def hold(
+    cache: ShardCache, store: Store, letter: str, *, patience_s: float = 5.0, look: Callable[[], None] = lambda: None
+) -> int:
+    return cache.hold(item_of(letter), store.fetch(letter), distance=never, patience_s=patience_s, look=look)
 
 
 def test_a_file_is_fetched_once_and_read_whole(cache: ShardCache, store: Store) -> None:
@@ -181,6 +181,10 @@ cache.try_hold(item_of("a"), fetch, distance=never, need=AT_ONCE)
 """
 
 
+def _stopped() -> None:
+    raise StoppedError("nobody waits")
+
+
 def test_while_one_process_fetches_others_wait_and_take_over_when_it_is_killed(cache: ShardCache, store: Store) -> None:
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", _FETCH_FOR_EVER, str(root), str(root / "tests"), str(cache.folder)]
@@ -193,6 +197,8 @@ def test_while_one_process_fetches_others_wait_and_take_over_when_it_is_killed(c
         assert refused.why == "another process is fetching it"
         with pytest.raises(ShardError, match=r"another process is fetching it\n.*nothing has moved there for 0 s"):
             hold(cache, store, "a", patience_s=0.1)
+        with pytest.raises(StoppedError):
+            hold(cache, store, "a", patience_s=60, look=_stopped)
         held: list[int] = []
         waiting = threading.Thread(target=lambda: held.append(hold(cache, store, "a", patience_s=60)))
         waiting.start()

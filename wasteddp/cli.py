@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -182,7 +183,8 @@ def _add_verify(commands: Commands) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from wasteddp.data.parallel import num_usable_cores
-    from wasteddp.data.remote import is_url, shown
+    from wasteddp.data.remote import is_url
+    from wasteddp.data.stores import shown
     from wasteddp.data.verifying import require_whole, verify, verify_remote
 
     workers = arguments.workers or num_usable_cores()
@@ -201,9 +203,14 @@ def _add_index(commands: Commands) -> None:
         "index",
         help="make a manifest for tars that another tool wrote",
         description="Reads WebDataset or img2dataset tars once and writes an index beside each, and a manifest. The "
-        "split is the start of a tar's name (train, val, test), otherwise train.",
+        "split is the start of a tar's name (train, val, test), otherwise train. Behind a URL each tar is fetched once "
+        "and not kept; indexes and manifest go to --out, to be copied beside the tars.",
     )
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="folder of .tar files")
+    command.add_argument("folder", metavar="FOLDER-OR-URL", help="where the .tar files are")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="where to write, if they are behind a URL")
+    command.add_argument(
+        "--tars", default="", metavar="NAMES", help="train-{000..146}.tar: needed if a web server lists no folders"
+    )
     command.add_argument("--classes", type=_words, default=(), metavar="A,B,C", help="class names in their order")
     command.add_argument("--classes-from", type=Path, metavar="FILE", help="the same, one a line")
     command.add_argument("--label-key", metavar="KEY", help="field of the .json that is the label")
@@ -215,6 +222,8 @@ def _add_index(commands: Commands) -> None:
 def _index(arguments: argparse.Namespace) -> None:
     from wasteddp.data import indexing
     from wasteddp.data.parallel import num_usable_cores
+    from wasteddp.data.remote import is_url
+    from wasteddp.data.stores import shown
     from wasteddp.data.summary import summarise
 
     classes: tuple[str, ...] = arguments.classes
@@ -222,14 +231,27 @@ def _index(arguments: argparse.Namespace) -> None:
         with storage("reading the class names", arguments.classes_from):
             lines = arguments.classes_from.read_text(encoding="utf-8").splitlines()
         classes = tuple(line.strip() for line in lines if line.strip())
-    manifest = indexing.index_folder(
-        arguments.folder,
+    remote = is_url(arguments.folder)
+    if remote != bool(arguments.out) or (arguments.tars and not remote):
+        raise SourceError(
+            f"{arguments.folder} is a {'URL, without --out' if remote else 'folder, and --out or --tars was given'}",
+            "tars in a folder have their indexes beside them; a store is only read, so its indexes need a place",
+            "wasteddp index FOLDER, or wasteddp index URL --out FOLDER",
+        )
+    index = (
+        partial(indexing.index_url, arguments.folder, arguments.out, tars=arguments.tars)
+        if remote
+        else partial(indexing.index_folder, Path(arguments.folder))
+    )
+    manifest = index(
         workers=arguments.workers or num_usable_cores(),
         classes=classes,
         label_keys=(arguments.label_key,) if arguments.label_key else indexing.DEFAULT_LABEL_KEYS,
         overwrite=arguments.overwrite,
     )
     print(summarise(manifest))
+    if remote:
+        print(f"now copy {arguments.out}/*.idx and then {arguments.out}/manifest.json to {shown(arguments.folder)}")
 
 
 def _add_plan(commands: Commands) -> None:

@@ -17,6 +17,7 @@
     ├── BundleError            a model bundle
     ├── RunError               a run's folder
     ├── TrackingError          W&B, when a command asks for it; a training goes on without
+    ├── StoppedError           a wait for a store that was ended because the run is to save and leave: nobody's mistake
     └── StorageError           disk full, no permission, no such place
 
 A user's mistake ends with the message and exit code 2, never with a traceback.
@@ -115,6 +116,10 @@ class RunError(WastedError):
 
 
 class TrackingError(WastedError):
+    pass
+
+
+class StoppedError(WastedError):
     pass
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from wasteddp.data.demand import NEVER, Demand
 from wasteddp.data.manifest import INDEX_DTYPE, Shard
-from wasteddp.data.remote import Patience, RemoteFolder
+from wasteddp.data.remote import Patience, RemoteFolder, Stopped, never
 from wasteddp.data.shard_cache import AT_ONCE, Fetch, Item, NotYet, ShardCache
 from wasteddp.errors import DamagedShardError, WastedError
 
@@ -60,17 +60,20 @@ class Fetcher:
         for thread in self._threads:
             thread.start()
 
-    def hold(self, shard: Shard) -> int:
+    def hold(self, shard: Shard, stopped: Stopped = never) -> int:
         """A descriptor of the whole tar; it stays in the cache until the descriptor is closed.
+
+        Args:
+            stopped: once it is true, neither the store nor another process is waited for.
 
         Raises:
             DamagedShardError: the store has it not, or of another size. RemoteError: it cannot be had.
-            ShardError: there is no room for it. StorageError: the disk.
+            ShardError: there is no room for it. StorageError: the disk. StoppedError: it was `stopped`.
         """
         if shard.sha256 in self._damaged:
             raise self._damaged[shard.sha256]
         try:
-            descriptor = self._hold(shard.sha256, shard.num_bytes, shard.tar)
+            descriptor = self._hold(shard.sha256, shard.num_bytes, shard.tar, stopped)
         except DamagedShardError as error:
             self._damaged[shard.sha256] = error
             raise
@@ -79,7 +82,7 @@ class Fetcher:
 
     def hold_index(self, shard: Shard) -> int:
         """As `hold`, for the shard's index."""
-        return self._hold(shard.index_sha256, shard.num_samples * INDEX_DTYPE.itemsize, shard.index)
+        return self._hold(shard.index_sha256, shard.num_samples * INDEX_DTYPE.itemsize, shard.index, never)
 
     def came_damaged(self, shard: Shard) -> bool:
         """Whether the store's own bytes are not those of the manifest."""
@@ -120,13 +123,14 @@ class Fetcher:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def _hold(self, sha256: str, num_bytes: int, name: str) -> int:
-        item, fetch = self._item(sha256, num_bytes, name)
-        return self._cache.hold(item, fetch, distance=self.distance, patience_s=self._patience_s, closed=self._closed)
+    def _hold(self, sha256: str, num_bytes: int, name: str, stopped: Stopped) -> int:
+        item, fetch = self._item(sha256, num_bytes, name, stopped)
+        look = partial(self._folder.look, f"{item.name} cannot be had", stopped)
+        return self._cache.hold(item, fetch, distance=self.distance, patience_s=self._patience_s, look=look)
 
-    def _item(self, sha256: str, num_bytes: int, name: str) -> tuple[Item, Fetch]:
+    def _item(self, sha256: str, num_bytes: int, name: str, stopped: Stopped = never) -> tuple[Item, Fetch]:
         item = Item(sha256, num_bytes, self.where(name))
-        return item, partial(self._folder.copy, name, num_bytes, sha256)
+        return item, partial(self._folder.copy, name, num_bytes, sha256, stopped=stopped)
 
     def _work(self) -> None:
         while not self._closed.is_set():

@@ -1,59 +1,34 @@
-"""Makes a manifest for tars that webdataset, img2dataset or anything else wrote; the tars themselves are not touched.
+"""Makes a manifest for tars that another tool wrote, in a folder or behind a URL; the tars themselves are not touched.
 
-A sample is a run of neighbouring members with one key: the name up to the first dot of its last part, as WebDataset has
-it. Its label comes from `.cls` (a number or a name) or from `.json`. Nothing is unpickled: other members are not read.
+What stands in them is for `foreign_tars`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
+from braceexpand import braceexpand
 
 from wasteddp import __version__
-from wasteddp.data.decoding import UndecodableError, decode_gray, is_plain_jpeg, size_px
+from wasteddp.data.foreign_tars import Found, ReadTar, read_tar
 from wasteddp.data.layout import SPLIT_WORDS, SPLITS, check_classes
-from wasteddp.data.limits import BoundedTarInfo
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, LeftOut, Manifest, Shard, Split, write_atomically
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, Split, write_atomically
 from wasteddp.data.parallel import in_order
 from wasteddp.data.progress import progress
-from wasteddp.data.shard_writer import sha256_of
+from wasteddp.data.remote import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
 
 DEFAULT_LABEL_KEYS = ("label", "class", "cls", "label_name")
-_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
-_BLOCK = 512
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    name: str
-    extension: str  # behind the first dot: `seg.png`
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """One sample of a tar. `label` is a number or a name, as it stands there."""
-
-    key: str
-    offset: int
-    length: int
-    sha256: bytes
-    label: str | int
-    problem: LeftOut | None
+_NAME_THEM = "where a server lists no folders, name the tars: --tars 'train-{000..146}.tar'"
 
 
 def index_folder(
@@ -69,240 +44,187 @@ def index_folder(
     Raises:
         ShardError: no tars, a compressed or cut or sparse one, a sample without a label, names and numbers mixed.
     """
-    tars = _list_tars(folder, overwrite=overwrite)
-    found: dict[Path, list[_Found]] = {}
-    with progress("indexing tars", len(tars)) as advance:
-        for tar, samples in zip(
-            tars, in_order(lambda tar: _read_tar(tar, label_keys), tars, workers=workers), strict=True
-        ):
-            found[tar] = samples
+    with storage("listing the tars", folder):
+        names = sorted(path.name for path in folder.iterdir())
+    tars = _tars_among(names, str(folder), overwrite=overwrite)
+    found = _collected(in_order(lambda name: read_tar(folder / name, label_keys), tars, workers=workers), len(tars))
+    return _write_set(folder, folder.resolve().name, str(folder), found, classes, label_keys)
+
+
+def index_url(
+    url: str,
+    out: Path,
+    *,
+    workers: int,
+    tars: str = "",
+    classes: Sequence[str] = (),
+    label_keys: Sequence[str] = DEFAULT_LABEL_KEYS,
+    overwrite: bool = False,
+) -> Manifest:
+    """The same for tars behind a URL: each is fetched once, into `out`, and removed when it was read.
+
+    What is written goes to `out`, not to the store: who may read there may seldom write, and a store cannot be made to
+    show the manifest last. At most `workers` tars are on the disk at once.
+
+    Args:
+        tars: their names, such as `train-{000..146}.tar`, where the store lists no folders.
+
+    Raises:
+        ShardError: as `index_folder`; or the store cannot be reached.
+        SettingsError: the URL.
+    """
+    folder = RemoteFolder(url, Patience())
+    try:
+        names = _expanded(tars) if tars else _listed(folder)
+        if (out / MANIFEST_NAME).exists() and not overwrite:
+            raise _finished(str(out))
+        wanted = _tars_among(names, folder.url, overwrite=overwrite)
+        with storage("making the folder for the indexes", out):
+            out.mkdir(parents=True, exist_ok=True)
+            work = TemporaryDirectory(prefix=".indexing-", dir=out)
+        with work:
+            read = partial(_fetched, folder, Path(work.name), label_keys)
+            found = _collected(in_order(read, wanted, workers=workers), len(wanted))
+    finally:
+        folder.close()
+    return _write_set(out, folder.url.rpartition("/")[2], folder.url, found, classes, label_keys)
+
+
+def _fetched(folder: RemoteFolder, work: Path, label_keys: Sequence[str], name: str) -> ReadTar:
+    path = work / name
+    with storage("fetching a tar", path):
+        with path.open("wb") as file:
+            folder.fetch(name, file)
+        found = read_tar(path, label_keys, where=f"{folder.url}/{name}")
+        path.unlink()
+    return found
+
+
+def _expanded(tars: str) -> list[str]:
+    try:
+        return list(braceexpand(tars))
+    except ValueError as error:
+        raise ShardError(f"--tars is {tars!r}: {error}", "the names of the tars are not known", _NAME_THEM) from error
+
+
+def _listed(folder: RemoteFolder) -> list[str]:
+    try:
+        return folder.names()
+    except ShardError as error:
+        raise ShardError(error.found, "the names of its tars are not known", f"check the URL; {_NAME_THEM}") from error
+
+
+def _tars_among(names: Sequence[str], where: str, *, overwrite: bool) -> list[str]:
+    compressed = [name for name in names if name.endswith(_COMPRESSED)]
+    if compressed:
+        raise ShardError(
+            f"{where} holds {len(compressed)} compressed tar(s), such as {compressed[0]}",
+            "a sample cannot be read from the middle of a compressed file",
+            "unpack them (gunzip): JPEGs do not get smaller by it",
+        )
+    if MANIFEST_NAME in names and not overwrite:
+        raise _finished(where)
+    tars = [name for name in names if name.endswith(".tar") and Path(name).name == name]
+    if not tars:
+        raise ShardError(
+            f"{where} holds no *.tar ({len(names)} other entries)",
+            "there is nothing to index",
+            "give the folder in which the tars lie; for images: wasteddp shard"
+            + (f"; {_NAME_THEM}" if is_url(where) else ""),
+        )
+    return tars
+
+
+def _finished(where: str) -> ShardError:
+    return ShardError(
+        f"{where} has a {MANIFEST_NAME} already", "it would be lost", "nothing is to be done, or give --overwrite"
+    )
+
+
+def _collected(found: Iterable[ReadTar], total: int) -> list[ReadTar]:
+    """All of them, with a line on how far they are."""
+    collected = []
+    with progress("indexing tars", total) as advance:
+        for tar in found:
+            collected.append(tar)
             advance()
-    good = [sample for samples in found.values() for sample in samples if sample.problem is None]
-    names = _class_names({sample.label for sample in good}, classes, folder)
+    return collected
+
+
+def _write_set(
+    out: Path, name: str, where: str, found: Sequence[ReadTar], classes: Sequence[str], label_keys: Sequence[str]
+) -> Manifest:
+    """The indexes, and last the manifest."""
+    good = [sample for tar in found for sample in tar.samples if sample.problem is None]
+    names = _class_names({sample.label for sample in good}, classes, where)
     number_of: dict[str | int, int] = {name: number for number, name in enumerate(names)}
     shards: dict[str, list[Shard]] = {}
     counts: dict[str, Counter[int]] = {}
-    for tar, samples in found.items():
-        kept = [sample for sample in samples if sample.problem is None]
+    for tar in found:
+        kept = [sample for sample in tar.samples if sample.problem is None]
         labels = [s.label if isinstance(s.label, int) else number_of[s.label] for s in kept]
-        split = _split_of(tar)
+        split = _split_of(tar.name)
         if kept:
-            shards.setdefault(split, []).append(_write_index(tar, kept, labels))
+            shards.setdefault(split, []).append(_write_index(out, tar, kept, labels))
             counts.setdefault(split, Counter()).update(labels)
     splits = {
         split: Split(split, tuple(shards[split]), tuple(counts[split][k] for k in range(len(names))))
         for split in SPLITS
         if split in shards
     }
-    left_out = tuple(s.problem for samples in found.values() for s in samples if s.problem is not None)
     recipe = {"indexed": "made by another tool; labels from .cls or .json", "label_keys": list(label_keys)}
     Manifest(
-        folder=folder,
-        name=folder.resolve().name,
+        folder=out,
+        name=name,
         classes=names,
         splits=splits,
-        left_out=left_out,
+        left_out=tuple(s.problem for tar in found for s in tar.samples if s.problem is not None),
         recipe=recipe,
         tool=f"wasteddp {__version__}",
     ).save()
-    return Manifest.load(folder)
+    return Manifest.load(out)
 
 
-def _list_tars(folder: Path, *, overwrite: bool) -> list[Path]:
-    with storage("listing the tars", folder):
-        names = sorted(path.name for path in folder.iterdir())
-    compressed = [name for name in names if name.endswith(_COMPRESSED)]
-    if compressed:
-        raise ShardError(
-            f"{folder} holds {len(compressed)} compressed tar(s), such as {compressed[0]}",
-            "a sample cannot be read from the middle of a compressed file",
-            "unpack them (gunzip): JPEGs do not get smaller by it",
-        )
-    if MANIFEST_NAME in names and not overwrite:
-        raise ShardError(
-            f"{folder} has a {MANIFEST_NAME} already", "it would be lost", "nothing is to be done, or give --overwrite"
-        )
-    tars = [folder / name for name in names if name.endswith(".tar")]
-    if not tars:
-        raise ShardError(
-            f"{folder} holds no *.tar ({len(names)} other entries)",
-            "there is nothing to index",
-            "give the folder in which the tars lie; for images: wasteddp shard",
-        )
-    return tars
-
-
-def _read_tar(tar: Path, label_keys: Sequence[str]) -> list[_Found]:
-    """All samples of a tar, each image read, hashed and decoded once."""
-    with storage("reading a tar", tar), tar.open("rb") as file:
-        samples = []
-        for key, members in _samples(tar):
-            image = _image_of(tar, key, members)
-            if image is None:
-                continue
-            data = os.pread(file.fileno(), image.size, image.offset)
-            label = _label_of(tar, key, {m.extension: m for m in members}, file.fileno(), label_keys)
-            samples.append(_examined(tar, key, image, data, label))
-        if not samples:
-            raise ShardError(
-                f"{tar} holds no image (.{', .'.join(_IMAGE_EXTENSIONS)})",
-                "it is no tar of image samples",
-                "move it out of the folder",
-            )
-        return samples
-
-
-def _examined(tar: Path, key: str, image: _Member, data: bytes, label: str | int) -> _Found:
-    problem = None
-    try:
-        size_px(data)
-        decode_gray(data, min_side_px=64, is_plain=is_plain_jpeg(data))
-    except UndecodableError as error:
-        problem = LeftOut(f"{tar.name}/{image.name}", error.reason, error.detail)
-    return _Found(key, image.offset, image.size, hashlib.sha256(data).digest(), label, problem)
-
-
-def _samples(tar: Path) -> Iterator[tuple[str, list[_Member]]]:
-    """Runs of members with one key, in the tar's order."""
-    seen: set[str] = set()
-    current, members = "", list[_Member]()
-    for member in _members(tar):
-        folder, _, base = member.name.rpartition("/")
-        stem, _, _ = base.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if members and key != current:
-            yield current, members
-            members = []
-        if not members and key in seen:
-            raise ShardError(
-                f"{tar}: the members of {key!r} are not neighbours",
-                "WebDataset would read them as two samples, and half of them has no label",
-                "write the tar with its names sorted (tar --sort=name)",
-            )
-        seen.add(key)
-        current = key
-        members.append(member)
-    if members:
-        yield current, members
-
-
-def _members(tar: Path) -> Iterator[_Member]:
-    """Regular members, GNU and PAX long names resolved.
-
-    Raises:
-        ShardError: sparse members, no tar, or a tar that is cut, in a member or between two.
-    """
-    size_bytes = tar.stat().st_size
-    try:
-        with tarfile.open(tar, "r:", tarinfo=BoundedTarInfo) as archive:
-            for info in archive:
-                if info.issparse():
-                    raise ShardError(
-                        f"{tar}: {info.name} is stored as a sparse file",
-                        "its bytes are not in one piece",
-                        "write the tar without --sparse",
-                    )
-                if info.offset_data + info.size > size_bytes:
-                    raise _cut(tar, f"in {info.name}, at byte {size_bytes:,}")
-                base = info.name.rpartition("/")[2]
-                if info.isreg() and "." in base and not base.startswith("."):
-                    yield _Member(info.name, base.partition(".")[2].lower(), info.offset_data, info.size)
-            end = archive.offset
-    except tarfile.ReadError as error:
-        raise _cut(tar, str(error)) from error
-    with tar.open("rb") as file:
-        # A whole tar ends in two blocks of zeros. tarfile, like most readers, takes the end of the file for the end.
-        file.seek(end)
-        if file.read(_BLOCK) != bytes(_BLOCK):
-            raise _cut(tar, f"behind a whole member, at byte {size_bytes:,}")
-
-
-def _cut(tar: Path, where: str) -> ShardError:
-    return ShardError(
-        f"{tar} is damaged or cut short: {where}", "an unknown part of it is missing", "copy or download it again"
-    )
-
-
-def _image_of(tar: Path, key: str, members: Sequence[_Member]) -> _Member | None:
-    """The image among a sample's members: `a.jpg` rather than `a.mask.png`."""
-    images = [m for m in members if m.extension.rpartition(".")[2] in _IMAGE_EXTENSIONS]
-    plain = [m for m in images if m.extension in _IMAGE_EXTENSIONS] or images
-    if len(plain) > 1:
-        raise ShardError(
-            f"{tar}: the sample {key!r} has {len(plain)} images: {', '.join(m.name for m in plain)}",
-            "which one is to be learned cannot be told",
-            "leave one image in each sample (.jpg, .jpeg, .png or .webp)",
-        )
-    return plain[0] if plain else None
-
-
-def _label_of(
-    tar: Path, key: str, members: dict[str, _Member], descriptor: int, label_keys: Sequence[str]
-) -> str | int:
-    def read(member: _Member) -> bytes:
-        return os.pread(descriptor, member.size, member.offset)
-
-    found: Any = None
-    if "cls" in members:
-        found = read(members["cls"]).decode("utf-8", "replace").strip()
-    elif "json" in members:
-        try:
-            fields = json.loads(read(members["json"]))
-        except ValueError:
-            fields = {}
-        if isinstance(fields, dict):
-            found = next((fields[name] for name in label_keys if name in fields), None)
-    if isinstance(found, str) and found:
-        return int(found) if found.isdecimal() else found
-    if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
-        return found
-    raise ShardError(
-        f"{tar}: the sample {key!r} ({', '.join(members)}) has no label",
-        "an image without a class cannot be learned from",
-        f"give it a .cls (number or name) or a .json with {' or '.join(label_keys)}; or name the field: --label-key",
-    )
-
-
-def _class_names(labels: set[str | int], classes: Sequence[str], folder: Path) -> tuple[str, ...]:
+def _class_names(labels: set[str | int], classes: Sequence[str], where: str) -> tuple[str, ...]:
     """Class names in their order. Numbers without `classes` are named by themselves: 0, 1, 2."""
     numbers = sorted(label for label in labels if isinstance(label, int))
     if not numbers:
-        return check_classes({str(label) for label in labels}, classes, folder)
+        return check_classes({str(label) for label in labels}, classes, where)
     if len(numbers) < len(labels):
         name = min(label for label in labels if isinstance(label, str))
         raise ShardError(
-            f"{folder}: some labels are numbers ({numbers[0]}) and some are names ({name})",
+            f"{where}: some labels are numbers ({numbers[0]}) and some are names ({name})",
             "one class would become two",
             "write all labels in one way, or choose the field with --label-key",
         )
     names = tuple(classes) or tuple(str(number) for number in range(numbers[-1] + 1))
     if numbers[-1] >= len(names) or len(names) < 2:
         raise ShardError(
-            f"{folder} has labels up to {numbers[-1]} and {len(names)} class name(s)",
+            f"{where} has labels up to {numbers[-1]} and {len(names)} class name(s)",
             "some labels have no name",
             f"name {max(numbers[-1] + 1, 2)} classes with --classes or --classes-from, that numbered 0 first",
         )
     return names
 
 
-def _split_of(tar: Path) -> str:
-    match = _SPLIT_PREFIX.match(tar.name)
+def _split_of(tar: str) -> str:
+    match = _SPLIT_PREFIX.match(tar)
     return SPLIT_WORDS[match[1].lower()] if match else "train"
 
 
-def _write_index(tar: Path, samples: Sequence[_Found], labels: Sequence[int]) -> Shard:
+def _write_index(out: Path, tar: ReadTar, samples: Sequence[Found], labels: Sequence[int]) -> Shard:
     index = np.zeros(len(samples), INDEX_DTYPE)
     for row, sample, label in zip(index, samples, labels, strict=True):
         row["offset"], row["length"], row["label"] = sample.offset, sample.length, label
         row["sha256"] = np.frombuffer(sample.sha256, np.uint8)
     content = index.tobytes()
-    path = tar.with_suffix(".idx")
+    path = out / Path(tar.name).with_suffix(".idx")
     write_atomically(path, content)
     return Shard(
         tar=tar.name,
         index=path.name,
         num_samples=len(samples),
-        num_bytes=tar.stat().st_size,
-        sha256=sha256_of(tar),
+        num_bytes=tar.num_bytes,
+        sha256=tar.sha256,
         index_sha256=hashlib.sha256(content).hexdigest(),
     )

@@ -7,28 +7,29 @@ another size than the manifest says. No URL reaches a shell, and nothing that is
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
 
-import fsspec
-
-from wasteddp.errors import DamagedShardError, RemoteError, SettingsError
+from wasteddp.data import stores
+from wasteddp.data.stores import shown, status_of
+from wasteddp.errors import DamagedShardError, RemoteError, StoppedError
+from wasteddp.redaction import redacted
 
 Result = TypeVar("Result")
+Stopped = Callable[[], bool]  # whether whoever waits is to stop waiting
 
 RANGE_BYTES = 8 << 20  # of one request: small enough that a broken connection costs little, large enough to be fast
 _SLOWEST_BYTES_PER_S = 256_000  # below that a request counts as stalled, though a byte may come now and then
 _FETCHES = 3  # of a file whose bytes do not have their hash: a cache on the way may have been at fault
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_LOOK_S = 0.2  # how often a wait looks whether it is to end
 _WORTH_ANOTHER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
-_EXTRA = "pip install 'wasteddp[remote]' (fsspec's drivers for http, s3, gs and hf)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,9 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
-def shown(url: str) -> str:
-    """The URL without user, password and query, which may hold keys: for messages, logs and files."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip("/")
+def never() -> bool:
+    """Nobody asks to stop waiting."""
+    return False
 
 
 class RemoteFolder:
@@ -68,7 +68,7 @@ class RemoteFolder:
     Args:
         url: of the folder; a query (such as a signature) is sent with each file.
         patience: with the store.
-        wait: sleeps between two attempts; until the folder is closed, if left out.
+        wait: sleeps between two attempts, for tests.
 
     Raises:
         SettingsError: fsspec knows no such protocol, or its driver is not installed.
@@ -78,11 +78,9 @@ class RemoteFolder:
         self.url = shown(url)
         self._patience = patience
         self._closed = threading.Event()
-        self._wait = wait or self._closed.wait
-        self._parts = urlsplit(url)
-        self._driver, self._root = _driver(url, patience.timeout_s)
+        self._wait = wait
+        self._store = stores.opened(url, patience.timeout_s)
         self._knows_ranges = False
-        self._running: set[Future[bytes]] = set()
 
     def read(self, name: str) -> bytes:
         """All of a small file whose size nobody knows yet.
@@ -91,10 +89,14 @@ class RemoteFolder:
             DamagedShardError: there is no such file.
             RemoteError: it cannot be had.
         """
-        return self._persistently(name, 0, None, lambda: self._request(name, {}, 2 * self._patience.timeout_s))
+        limit_s = 2 * self._patience.timeout_s
+        return self._persistently(name, 0, None, never, lambda: self._request(name, {}, limit_s, never))
 
-    def copy(self, name: str, num_bytes: int, sha256: str, file: BinaryIO) -> str:
+    def copy(self, name: str, num_bytes: int, sha256: str, file: BinaryIO, *, stopped: Stopped = never) -> str:
         """Writes a file into `file`, from its beginning.
+
+        Args:
+            stopped: is looked at while the store is waited for; once it is true, nothing is.
 
         Returns:
             the sha256 of what was written. It is another than `sha256` only if the file was fetched three times, with
@@ -102,36 +104,70 @@ class RemoteFolder:
 
         Raises:
             DamagedShardError: there is no such file, or it has another size.
-            RemoteError: it cannot be had.
+            RemoteError: it cannot be had. StoppedError: so it was `stopped`.
         """
         found = ""
         for _ in range(_FETCHES):
             file.seek(0)
-            digest, at = hashlib.sha256(), 0
-            while at < num_bytes:
-                data = self._range(name, at, num_bytes)
-                file.write(data)
-                digest.update(data)
-                at += len(data)
-            found = digest.hexdigest()
+            found = self._copy(name, num_bytes, file, stopped)
             if found == sha256:
                 break
         return found
 
+    def fetch(self, name: str, file: BinaryIO) -> None:
+        """Writes a file that no manifest tells of into `file`.
+
+        Raises:
+            DamagedShardError: there is no such file. RemoteError: it cannot be had.
+        """
+        num_bytes = self._size(name)
+        if num_bytes is None:  # there is none, or the store does not say
+            file.write(self.read(name))
+        else:
+            self._copy(name, num_bytes, file, never)
+
+    def names(self) -> list[str]:
+        """What the folder holds, sorted. A web server may list nothing.
+
+        Raises:
+            DamagedShardError: there is no such folder. RemoteError: it cannot be listed.
+        """
+        limit_s, look = 2 * self._patience.timeout_s, partial(self.look, f"{self.url} cannot be listed", never)
+        return self._persistently("", 0, None, never, lambda: self._store.names(limit_s=limit_s, look=look))
+
+    def look(self, where: str, stopped: Stopped) -> None:
+        """While somebody waits for a file; `where` is for the message.
+
+        Raises:
+            StoppedError: it was `stopped`. RemoteError: the folder was closed.
+        """
+        if stopped():
+            raise StoppedError(f"{where}: the run was asked to stop, and the store had not answered")
+        if self._closed.is_set():
+            raise RemoteError(f"{where}: the set was closed meanwhile")
+
     def close(self) -> None:
         """Ends what is under way: it raises `RemoteError`."""
         self._closed.set()
-        for future in list(self._running):
-            future.cancel()
 
-    def _range(self, name: str, begin: int, num_bytes: int) -> bytes:
+    def _copy(self, name: str, num_bytes: int, file: BinaryIO, stopped: Stopped) -> str:
+        """Its bytes, once; returns their sha256."""
+        digest, at = hashlib.sha256(), 0
+        while at < num_bytes:
+            data = self._range(name, at, num_bytes, stopped)
+            file.write(data)
+            digest.update(data)
+            at += len(data)
+        return digest.hexdigest()
+
+    def _range(self, name: str, begin: int, num_bytes: int, stopped: Stopped) -> bytes:
         """At least one byte of a file of `num_bytes`, from `begin` on: up to a range, or all if all was sent."""
         end = min(begin + RANGE_BYTES, num_bytes)
 
         def once() -> bytes:
             expected = end - begin if self._knows_ranges else num_bytes
             limit_s = self._patience.timeout_s + expected / _SLOWEST_BYTES_PER_S
-            data = self._request(name, {"start": begin, "end": end}, limit_s)
+            data = self._request(name, {"start": begin, "end": end}, limit_s, stopped)
             size = len(data) if len(data) > end - begin else None
             if len(data) < end - begin:
                 size = self._size(name)
@@ -142,115 +178,64 @@ class RemoteFolder:
             self._knows_ranges |= len(data) < num_bytes
             return data if size is None else data[begin:]
 
-        return self._persistently(name, begin, num_bytes, once)
+        return self._persistently(name, begin, num_bytes, stopped, once)
 
-    def _persistently(self, name: str, byte: int, num_bytes: int | None, once: Callable[[], Result]) -> Result:
-        place = f"{self.url}/{name}"
+    def _persistently(
+        self, name: str, byte: int, num_bytes: int | None, stopped: Stopped, once: Callable[[], Result]
+    ) -> Result:
+        place = f"{self.url}/{name}".rstrip("/")
         where = f"{place} cannot be read" + (f" at byte {byte:,} of {num_bytes:,}" if num_bytes else "")
-        for attempt in range(1, self._patience.attempts + 1):
-            if self._closed.is_set():
-                break
+        attempt = 0
+        while True:
+            attempt += 1
             try:
+                self.look(where, stopped)
                 return once()
             except Exception as error:  # each driver has a tree of its own
-                if self._closed.is_set():
-                    break
+                self.look(where, stopped)  # the attempt may have failed because of that
                 where_and_why = f"{where} (attempt {attempt} of {self._patience.attempts}): {_why(error)}"
                 _stop_if_certain(error, where_and_why)
-                if attempt == self._patience.attempts:
+                if attempt >= self._patience.attempts:
                     raise RemoteError(
                         where_and_why,
                         "its samples would be missing from the epoch",
-                        "look after the network and the store, then start again: it goes on from the newest "
+                        "look after the network and the store, then start again: a training goes on from the newest "
                         "checkpoint; if the store is slow, raise data.read_timeout_s or data.read_attempts",
                     ) from error
-                self._wait(self._patience.wait_s(place, byte, attempt))
-        raise RemoteError(f"{where}: the set was closed meanwhile")
+                self._pause(self._patience.wait_s(place, byte, attempt), stopped)
 
-    def _request(self, name: str, limits: dict[str, int], limit_s: float) -> bytes:
-        """One request, ended after `limit_s`; drivers that are not asynchronous have only limits of their own."""
-        path = self._path(name)
-        if not self._driver.async_impl:
-            return bytes(self._driver.cat_file(path, **limits))
-        answer = self._driver._cat_file(path, **limits)
-        future: Future[bytes] = asyncio.run_coroutine_threadsafe(answer, self._driver.loop)
-        self._running.add(future)
-        if self._closed.is_set():
-            future.cancel()
-        try:
-            return future.result(timeout=limit_s)
-        except TimeoutError as error:
-            future.cancel()
-            raise TimeoutError(str(error) or f"no whole answer within {limit_s:.0f} s") from error
-        finally:
-            self._running.discard(future)
+    def _pause(self, seconds: float, stopped: Stopped) -> None:
+        """Between two attempts."""
+        if self._wait:
+            self._wait(seconds)
+            return
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not stopped() and not self._closed.wait(min(left, _LOOK_S)):
+            pass
+
+    def _request(self, name: str, limits: dict[str, int], limit_s: float, stopped: Stopped) -> bytes:
+        """One request, ended after `limit_s`."""
+        look = partial(self.look, f"{self.url}/{name} cannot be read", stopped)
+        return bytes(self._store.ask("cat_file", name, limit_s=limit_s, look=look, **limits))
 
     def _size(self, name: str) -> int | None:
         """The file's size as the store tells it, asked only when bytes are missing."""
+        look = partial(self.look, self.url, never)
         try:
-            if not self._driver.async_impl:
-                size = self._driver.info(self._path(name)).get("size")
-            else:
-                answer = self._driver._info(self._path(name))
-                asked = asyncio.run_coroutine_threadsafe(answer, self._driver.loop)
-                size = asked.result(self._patience.timeout_s).get("size")
+            size = self._store.ask("info", name, limit_s=self._patience.timeout_s, look=look).get("size")
         except Exception:  # whatever it is, the read itself will say it
             return None
         return None if size is None else int(size)
-
-    def _path(self, name: str) -> str:
-        if self._parts.scheme not in ("http", "https"):
-            return f"{self._root.rstrip('/')}/{name}"
-        return urlunsplit(self._parts._replace(path=f"{self._parts.path.rstrip('/')}/{quote(name)}"))
 
 
 class _WrongSizeError(Exception):
     """The store has the file, and it cannot be the one of the manifest."""
 
 
-def _driver(url: str, timeout_s: float) -> tuple[Any, str]:
-    """fsspec's file system for a URL, with our limits and without its own attempts, and the path in it."""
-    protocol = url.partition("://")[0]
-    options: dict[str, Any] = {}
-    try:
-        if protocol in ("http", "https"):
-            from aiohttp import ClientTimeout
-
-            limits = ClientTimeout(total=None, connect=None, sock_connect=timeout_s, sock_read=timeout_s)
-            options["client_kwargs"] = {"timeout": limits, "trust_env": True}  # proxies of the environment
-        elif protocol in ("s3", "s3a"):
-            config = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"max_attempts": 0}}
-            options["config_kwargs"] = config
-        driver, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
-    except ImportError as error:
-        raise SettingsError(f"{protocol}:// needs a driver that is not installed: {error}", "", _EXTRA) from error
-    except ValueError as error:
-        raise SettingsError(
-            f"{shown(url)} cannot be opened: {error}", "", "name a folder, or a URL of a protocol that fsspec knows"
-        ) from error
-    if hasattr(driver, "retries"):
-        driver.retries = 1
-    return driver, root
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of any driver, as far as it can be told."""
-    if isinstance(error, FileNotFoundError):
-        return HTTPStatus.NOT_FOUND
-    if isinstance(error, PermissionError):
-        return HTTPStatus.FORBIDDEN
-    response = getattr(error, "response", None)  # httpx and requests: an object; botocore: a dictionary
-    told = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-    for status in (told, getattr(response, "status_code", None), getattr(error, "status", None)):
-        if isinstance(status, int):
-            return status
-    return _status(error.__cause__) if error.__cause__ else None
-
-
 def _why(error: BaseException) -> str:
-    status = _status(error)
+    status = status_of(error)
     known = status in HTTPStatus._value2member_map_
-    text = str(error).splitlines()[0] if str(error) else ""
+    text = redacted(str(error).splitlines()[0]) if str(error) else ""  # a redirect's address may be a signed one
     if isinstance(error, _WrongSizeError):
         return text
     if known and status is not None:
@@ -260,7 +245,7 @@ def _why(error: BaseException) -> str:
 
 def _stop_if_certain(error: Exception, found: str) -> None:
     """Raises where another attempt could not help."""
-    status = _status(error)
+    status = status_of(error)
     cut = status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
     if isinstance(error, _WrongSizeError) or cut or status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
         raise DamagedShardError(

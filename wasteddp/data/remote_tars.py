@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from wasteddp.data.demand import Demand
 from wasteddp.data.fetching import Fetcher
 from wasteddp.data.manifest import Index, Shard, parse_index
+from wasteddp.data.remote import Stopped, never
 from wasteddp.data.tars import ShardsOf, Step
 
 
@@ -28,10 +29,11 @@ class RemoteTars:
     Args:
         shards: of the split.
         fetcher: of the set.
+        stopped: once it is true, `pread` waits for no shard: it raises StoppedError.
     """
 
-    def __init__(self, shards: Sequence[Shard], fetcher: Fetcher) -> None:
-        self._shards, self._fetcher = shards, fetcher
+    def __init__(self, shards: Sequence[Shard], fetcher: Fetcher, stopped: Stopped = never) -> None:
+        self._shards, self._fetcher, self._stopped = shards, fetcher, stopped
         self._others: Iterable[frozenset[str]] = ()
         self._held: dict[int, _Held] = {}
         self._in_flight: frozenset[str] = frozenset()
@@ -97,7 +99,7 @@ class RemoteTars:
             if held:
                 held.readers += 1
         if not held:
-            descriptor = self._fetcher.hold(self._shards[number])
+            descriptor = self._fetcher.hold(self._shards[number], self._stopped)
             with self._lock:
                 held = self._held.setdefault(number, _Held(descriptor))
                 held.readers += 1

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,27 +78,29 @@ class ShardCache:
         """Whether it is there now; it may be removed at any time unless it is held."""
         return self._path(sha256).exists()
 
-    def hold(self, item: Item, fetch: Fetch, *, distance: Distance, patience_s: float, closed: threading.Event) -> int:
+    def hold(self, item: Item, fetch: Fetch, *, distance: Distance, patience_s: float, look: Callable[[], None]) -> int:
         """A descriptor of the file, fetched if need be; the file stays until the descriptor is closed.
 
         Args:
             patience_s: how long nothing may move, while another process fetches it or fills the cache.
-            closed: ends the waiting.
+            look: called while it waits; it raises where nobody waits for the file any longer.
 
         Raises:
-            ShardError: nothing moved; StorageError: the disk; and whatever `fetch` raises.
+            ShardError: nothing moved; StorageError: the disk; and whatever `fetch` and `look` raise.
         """
         seen, since = None, time.monotonic()
         while isinstance(found := self.try_hold(item, fetch, distance=distance, need=AT_ONCE), NotYet):
             if found != seen:
                 seen, since = found, time.monotonic()
-            if time.monotonic() - since > patience_s or closed.wait(_POLL_S):
+            look()
+            if time.monotonic() - since > patience_s:
                 raise ShardError(
                     f"{item.name} cannot be put into the cache {self.folder}: {found.why}",
                     f"nothing has moved there for {patience_s:.0f} s, and the run would wait for ever",
                     "end other processes that use this cache, or give this run another with data.cache, or raise "
                     "data.cache_gb",
                 )
+            time.sleep(_POLL_S)
         return found
 
     def try_hold(self, item: Item, fetch: Fetch, *, distance: Distance, need: float) -> int | NotYet:

@@ -11,7 +11,7 @@ from pathlib import Path
 from wasteddp.data.fetching import Fetcher
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest
 from wasteddp.data.reading import SplitReader
-from wasteddp.data.remote import Patience, RemoteFolder, is_url
+from wasteddp.data.remote import Patience, RemoteFolder, Stopped, is_url, never
 from wasteddp.data.remote_tars import RemoteTars
 from wasteddp.data.shard_cache import ShardCache
 from wasteddp.errors import DamagedShardError, SettingsError, ShardError, storage
@@ -26,8 +26,12 @@ class ShardSet:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
 
-    def reader(self, split: str) -> SplitReader:
-        """The split, open for reading."""
+    def reader(self, split: str, stopped: Stopped = never) -> SplitReader:
+        """The split, open for reading.
+
+        Args:
+            stopped: once it is true, a read waits for no store: it raises StoppedError. A folder is always read.
+        """
         return SplitReader(self.manifest, split)
 
     def require_room(self, *windows: Iterable[Needs]) -> None:
@@ -48,8 +52,9 @@ class RemoteShardSet(ShardSet):
         super().__init__(manifest)
         self._fetcher, self._cache = fetcher, cache
 
-    def reader(self, split: str) -> SplitReader:
-        return SplitReader(self.manifest, split, RemoteTars(self.manifest.split(split).shards, self._fetcher))
+    def reader(self, split: str, stopped: Stopped = never) -> SplitReader:
+        tars = RemoteTars(self.manifest.split(split).shards, self._fetcher, stopped)
+        return SplitReader(self.manifest, split, tars)
 
     def require_room(self, *windows: Iterable[Needs]) -> None:
         largest = [max(moments, key=lambda needs: sum(needs.values()), default={}) for moments in windows]
@@ -132,8 +137,8 @@ def _manifest(folder: RemoteFolder, cache: Path) -> Manifest:
         raise ShardError(
             error.found,
             "without a manifest nobody knows how many samples there are, so no epoch could be proved whole",
-            "check data.shards; if other tools made the tars, run `wasteddp index` on a copy and put the manifest.json "
-            "and *.idx that it writes beside them",
+            "check data.shards; if other tools made the tars, run `wasteddp index URL --out FOLDER` and copy what it "
+            "writes beside them, the manifest last",
         ) from error
 
 

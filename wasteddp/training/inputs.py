@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from wasteddp.data.forecast import train_plan
@@ -14,11 +14,12 @@ from wasteddp.data.plan import EvaluationPlan, TrainPlan
 from wasteddp.data.quality import Labels
 from wasteddp.data.reading import SplitReader
 from wasteddp.data.shard_set import opened as opened_set
-from wasteddp.errors import SettingsError, ShardError, WastedError
+from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
 from wasteddp.settings import Settings
 from wasteddp.training.copying import copied_ahead
 from wasteddp.training.foresight import Foresight, ranks_here
 from wasteddp.training.runtime import Runtime
+from wasteddp.training.signals import STOP
 from wasteddp.training.sizes import side_px
 
 _MAX_WORKERS = 8
@@ -47,12 +48,15 @@ class Inputs:
     def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
         """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run.
 
-        What ends them early is told in the place of a batch: raised here, the other ranks would wait for this one.
+        What ends them early is told in the place of a batch: raised here, the other ranks would wait for this one. A
+        wait for a store that a signal ended is no failure: the loop sees the signal, and all ranks save what they have.
         """
         steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
         self.foresight.train_reader.expect(self.foresight.others(first_step, last_step))
         try:
             yield from copied_ahead(self.train_loader.batches(steps), world.device)
+        except StoppedError as error:
+            yield replace(Batch.failed(error), failure=None)
         except WastedError as error:
             yield Batch.failed(error)
 
@@ -74,7 +78,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
-            train_reader = stack.enter_context(shards.reader(train.name))
+            train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
             val_reader = stack.enter_context(shards.reader(val.name))
             plan = train_plan(train, settings, train_reader.labels)
             foresight = Foresight(
