@@ -131,7 +131,7 @@ def bare_loop(settings_path: str, steps: int) -> float:
     optimizer = optim.build(model, settings.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    size, px = settings.train.max_micro_batch, settings.data.image_size
+    size, px = settings.train.max_micro_batch or runtime.MOST_UNTRIED, settings.data.image_size
     images = torch.randn(size, 3, px, px, device=accelerator.device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 6, (size,), device=accelerator.device)
     for step in range(steps + 10):
