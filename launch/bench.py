@@ -124,8 +124,10 @@ def _program_side(config: str, overrides: list[str], steps: int, folder: Path) -
 
 def bare_loop(settings_path: str, steps: int) -> float:
     """images/s of forward, backward and step on one random batch in memory: no loader, no log, nothing around it."""
+    from wasteddp.training.runtime import MOST_UNTRIED
+
     settings = settings_file.load(settings_path)
-    size = settings.train.max_micro_batch
+    size = settings.train.max_micro_batch or MOST_UNTRIED
     alone = settings_file.parse(settings.to_yaml(), [f"train.batch_size={size}", "data.lanes=0"])
     return bench_step.rate("bare loop", alone, steps=steps, warm=10)
 

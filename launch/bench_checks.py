@@ -52,7 +52,7 @@ def main(config: str, overrides: list[str], rounds: int) -> None:
     model = resnet.build(settings.model.arch, _CLASSES).to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.build(model, settings.optimizer)
     ddp, stepper = world.prepare(model, optimizer)
-    size, px = settings.train.max_micro_batch, settings.data.image_size
+    size, px = settings.train.max_micro_batch or world.micro_batch, settings.data.image_size
     images = torch.randn(size, 3, px, px, device=world.device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, _CLASSES, (size,), device=world.device)
 

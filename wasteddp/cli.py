@@ -479,6 +479,31 @@ def _doctor(arguments: argparse.Namespace) -> None:
     raise SystemExit(doctor.run(arguments))
 
 
+def _add_lr_find(commands: Commands) -> None:
+    command = commands.add_parser(
+        "lr-find",
+        help="try growing learning rates and suggest one",
+        description="A range test: trains some steps of a configuration with a learning rate that grows until the loss "
+        "bursts, and suggests one to set. One process; run.out is not touched.",
+    )
+    command.add_argument("--config", required=True, metavar="YAML")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--steps", type=_positive, default=100, metavar="N", help="default: %(default)s")
+    command.add_argument("--from", dest="lowest", type=float, default=1e-6, metavar="LR", help="default: %(default)s")
+    command.add_argument("--to", dest="highest", type=float, default=10.0, metavar="LR", help="default: %(default)s")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="of the result (default: run.out with .lr-find)")
+    command.set_defaults(run=_lr_find)
+
+
+def _lr_find(arguments: argparse.Namespace) -> None:
+    from wasteddp import settings as settings_file
+    from wasteddp.training import lr_find
+
+    settings = settings_file.load(arguments.config, arguments.set)
+    options = lr_find.Options(arguments.steps, arguments.lowest, arguments.highest)
+    lr_find.run(settings, options, arguments.out, lambda line: print(line, flush=True))
+
+
 # --- dashboards -------------------------------------------------------------------------------------------------------
 
 
@@ -614,6 +639,7 @@ def parser() -> argparse.ArgumentParser:
         _add_average,
         _add_report,
         _add_doctor,
+        _add_lr_find,
         _add_verify_resume,
         _add_settings,
     ):

@@ -48,7 +48,7 @@ from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.model import ema, resnet, weights
 from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
-from wasteddp.training import coverage, divergence, inputs, messages, optim, run_folder, runtime
+from wasteddp.training import coverage, divergence, fitting, inputs, messages, optim, run_folder, runtime
 from wasteddp.training.agenda import Agenda, agree
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard, Retreat
@@ -128,6 +128,7 @@ def train(
         progress = checkpoint.progress.started_again(progress.lineage)
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
     progress = retreat.applied(progress)
+    world, progress = fitting.settled(settings, world, recipe, model, progress)  # all ranks
     all_steps = plan.steps_per_epoch * settings.train.epochs
     last_step = progress.step + max_steps if max_steps else min(all_steps, settings.train.stop_at_step or all_steps)
 

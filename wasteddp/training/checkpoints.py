@@ -61,6 +61,7 @@ class Progress:
     skipped_in_a_row: int = 0
     rollbacks: int = 0  # times that the run went back because it diverged
     lr_factor: float = 1.0  # what they have made of the learning rate
+    micro_batch: int = 0  # that the run began with, where train.max_micro_batch left it open; 0: it did not
 
     def stopped_early(self, patience: int) -> bool:
         """Whether `patience` evaluations have passed without a better one; 0 is endless patience."""

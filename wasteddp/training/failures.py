@@ -29,6 +29,14 @@ def explained(error: Exception, settings: Settings, place: str) -> Exception:
     evaluates = place == "evaluating"
     key = "evaluate.batch_size" if evaluates else "train.max_micro_batch"
     images = settings.evaluate.batch_size if evaluates else settings.train.max_micro_batch
+    if not images:
+        return DeviceMemoryError(
+            f"out of GPU memory while {place} with the micro-batch of this run, which fitted when it began: "
+            f"{_first_line(error)}",
+            "something else takes the memory that was free then, or this GPU has less",
+            "close what else uses the GPU (nvidia-smi shows it), or set train.max_micro_batch to less than log.txt "
+            "names; BatchNorm's groups are others then",
+        )
     size_px = settings.data.eval_size_px if evaluates else settings.data.image_size
     size_key = "data.eval_size" if evaluates and settings.data.eval_size else "data.image_size"
     same = "" if evaluates else "; the global batch, and so the result, stay the same: accumulation follows"

@@ -32,7 +32,7 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
         f"{world.world_size} x {world.device_name}, {world.threads} threads each",
         f"{world.precision} ({world.precision_reason})",
         f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
-        f"x {world.accumulation} accumulated",
+        f"x {world.accumulation} accumulated" + (f" ({world.micro_batch_reason})" if world.micro_batch_reason else ""),
         f"{last_step} steps, {plan.steps_per_epoch} an epoch"
         + ("" if plan.balance else f", which leaves out {plan.left_out_per_epoch} images, others each time"),
         f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "

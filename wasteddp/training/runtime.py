@@ -27,6 +27,8 @@ from wasteddp.settings import Ddp, Settings
 from wasteddp.training import batch_job
 from wasteddp.training.watchdog import SLOW_FACTOR, Watchdog
 
+MOST_UNTRIED = 64  # images in a micro-batch, where train.max_micro_batch says none and none is tried (`fitting`)
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -43,6 +45,7 @@ class Runtime:
     accumulation: int
     control: Any  # a gloo group or None, for a few bytes between the hosts: never waits for a GPU's queue
     watch: Watchdog
+    micro_batch_reason: str = ""  # where the settings leave it open
 
     @property
     def is_main(self) -> bool:
@@ -171,8 +174,9 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
     has_gpu = torch.cuda.is_available()
     precision, reason = choose_precision(settings.precision, has_gpu)
     # Solved before the group is joined: a wrong number of processes then ends at once, everywhere.
+    asked = settings.train.max_micro_batch
     micro, accumulation = micro_batch(
-        global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=settings.train.max_micro_batch
+        global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=asked or MOST_UNTRIED
     )
     threads = _use_all_cores(settings.run.threads)
     # Longer than the watchdog waits, which can say more than that a collective timed out.
@@ -197,6 +201,7 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
         accumulation=accumulation,
         control=control,
         watch=watch or Watchdog(),
+        micro_batch_reason="" if asked else f"the largest part up to {MOST_UNTRIED}; what fits is tried on CUDA only",
     )
 
 
