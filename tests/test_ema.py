@@ -97,6 +97,20 @@ def test_a_skipped_step_does_not_count() -> None:
     assert not torch.equal(before["0.weight"], average.network.state_dict()["0.weight"])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_host_waits_for_no_update() -> None:
+    model = network().cuda()
+    average, skipped = Ema(model, DECAY), torch.tensor(False, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        average.update(0, None)
+        average.update(1, skipped)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(average.network.state_dict()["0.weight"], model.state_dict()["0.weight"])
+
+
 def test_a_network_without_counters_is_averaged_too() -> None:
     model = nn.Linear(2, 2)
     average = Ema(model, DECAY)

@@ -89,10 +89,10 @@ class Ema:
         if skipped is None:
             torch._foreach_lerp_(self._averages, self._live, weight)
         else:
-            # `lerp` takes a weight that lies on the device for each tensor alone only: hundreds of kernels
-            moves = torch._foreach_sub(self._live, self._averages)
-            torch._foreach_mul_(moves, torch.where(skipped, 0.0, weight))
-            torch._foreach_add_(self._averages, moves)
+            # In place, like the line above; a difference that is made and scaled first would be fresh memory for all
+            # the weights: 250 ms of a ResNet50 instead of 20 on a CPU. On a GPU it is a kernel for each tensor.
+            weights = [torch.where(skipped, 0.0, weight)] * len(self._averages)
+            torch._foreach_lerp_(self._averages, self._live, weights)
         if self._copies:  # torch refuses empty lists
             torch._foreach_copy_(self._copies, self._copied)
 
