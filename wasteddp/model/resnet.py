@@ -67,6 +67,13 @@ def frozen_stages(model: nn.Module, upto: str) -> list[nn.Module]:
     return [getattr(model, part) for stage in names[: names.index(upto) + 1] for part in STAGES[stage]]
 
 
+def distance_from_head(name: str) -> int:
+    """How many stages a parameter's is before the head, by the parameter's name: "fc.weight" 0, "conv1.weight" 5."""
+    stages = list(STAGES.values())
+    number = next((i for i, parts in enumerate(stages) if name.partition(".")[0] in parts), len(stages))
+    return len(stages) - number
+
+
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:
     """BatchNorm's running means and variances, which each rank gathers from its own micro-batches."""
     return [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]

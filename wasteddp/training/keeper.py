@@ -299,7 +299,7 @@ class Keeper:
 
 def room_for_checkpoint(settings: Settings, model_bytes: int) -> int:
     """Bytes of one: the weights, and one more for each moment that the optimizer keeps."""
-    return model_bytes * (2 if settings.optimizer.name == "sgd" else 3)
+    return model_bytes * (2 if settings.optimizer.name in ("sgd", "lars") else 3)
 
 
 def room_for_run(settings: Settings, model_bytes: int) -> int:
