@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import cos, pi
+from math import ceil, cos, pi
 
 import numpy as np
 import pytest
@@ -37,6 +37,42 @@ def test_constant_is_constant_after_its_warmup() -> None:
     found = rates("schedule: {name: constant, warmup_epochs: 0.5}")
     assert found[0] == 0.01
     assert set(found[5:]) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("factor", "lengths"), [(1.0, [30] * 3), (2.0, [30, 60]), (1.5, [30, 45, 67.5]), (1.001, [30, 30.03])]
+)
+def test_cosine_with_restarts_is_its_cycles_laid_end_to_end(factor: float, lengths: list[float]) -> None:
+    cycles = f"name: cosine_restarts, cycle_epochs: 3, cycle_factor: {factor}"
+    found = rates(f"schedule: {{{cycles}, warmup_epochs: 1, final_fraction: 0.2}}")
+    assert found[:10] == pytest.approx([0.01 + 0.99 * step / 10 for step in range(10)])
+    for step in range(90):
+        begin = 0.0
+        for length in lengths:  # the slow way: walks through the cycles
+            if step < begin + length - 1e-9:
+                assert found[10 + step] == pytest.approx(0.2 + 0.8 * (1 + cos(pi * (step - begin) / length)) / 2)
+                break
+            begin += length
+    assert found[10] == 1.0
+    if factor in (1.0, 2.0):
+        assert found[40] == 1.0
+        assert found[39] < 0.21
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-15, 1.0 + 1e-9, 1.01, 2.0, 3.0, 7.5, 1e6])
+def test_restarts_come_at_their_steps_in_the_longest_run(factor: float) -> None:
+    """A million epochs of 1000 steps: each cycle begins at the peak, at the first step behind the one before."""
+    schedule = f"schedule: {{name: cosine_restarts, cycle_epochs: 1, cycle_factor: {factor!r}}}"
+    parsed = settings.parse(f"train: {{epochs: 1000000}}\noptimizer: {{lr: 1.0}}\n{schedule}")
+    begin, length = 0.0, 1000.0
+    for _ in range(200):
+        if begin > 1e9:
+            break
+        first = ceil(begin - 1e-6)
+        assert optim.learning_rate(first, parsed, 1000) == pytest.approx(1, abs=3e-6)
+        if first:
+            assert optim.learning_rate(first - 1, parsed, 1000) < 0.01
+        begin, length = begin + length, length * factor
 
 
 @pytest.mark.parametrize("name", NAMES)

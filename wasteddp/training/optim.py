@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import cos, pi
+from math import cos, expm1, floor, log, log1p, pi
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wasteddp.model import resnet
-from wasteddp.settings import Optimizer, Settings, Train
+from wasteddp.settings import Optimizer, Schedule, Settings, Train
 from wasteddp.training.large_batch import LAMB, LARS
 
 _WARMUP_START = 0.01  # of the peak: BatchNorm has seen nothing yet
@@ -67,8 +67,26 @@ def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
         return peak
     if schedule.name == "step":
         return peak * schedule.step_factor ** (step // (schedule.step_epochs * steps_per_epoch))
-    done = (step - warmup) / max(1, total - warmup)
+    if schedule.name == "cosine_restarts":
+        done = _part_of_cycle(step - warmup, schedule, steps_per_epoch)
+    else:
+        done = (step - warmup) / max(1, total - warmup)
     return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * (1 + cos(pi * done)) / 2)
+
+
+def _part_of_cycle(step: int, schedule: Schedule, steps_per_epoch: int) -> float:
+    """How much of its cycle is done, in [0, 1); `step` counts from the warm-up's end.
+
+    With a first cycle of c steps and a factor f, cycle i begins at c (f^i - 1) / (f - 1) and takes c f^i. So i is the
+    logarithm of 1 + step (f - 1) / c to the base f, rounded down. Source: Loshchilov and Hutter 2017, section 3.
+    """
+    first, growth = schedule.cycle_epochs * steps_per_epoch, schedule.cycle_factor - 1
+    if growth == 0:
+        return step % first / first
+    # of log1p and expm1 a factor of 1.000001 loses no digits; what is added is less than a step of any run
+    number = floor(log1p(step * growth / first) / log(schedule.cycle_factor) + 1e-9)
+    begin = first * expm1(number * log(schedule.cycle_factor)) / growth
+    return max(0.0, step - begin) / (first * schedule.cycle_factor**number)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
