@@ -193,8 +193,8 @@ class Optimizer(_Section):
     clip_norm: NotNegative = 0.0
     """Largest norm of the gradient; 0 is no clipping."""
     adaptive_clip: NotNegative = 0.0
-    """Largest norm of a unit's gradient, as a part of the norm of its weights, the head excepted; 0 is no clipping.
-    0.01 is usual: one noisy batch then moves no layer far, whatever the scale of the loss."""
+    """Largest norm of a unit's gradient, as a part of the norm of its weights; head, biases and norms excepted; 0 is no
+    clipping. 0.01 is usual: one noisy batch then moves no layer far, whatever the scale of the loss."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each stage learns with this part of the rate of the stage behind it, the head with all of it; 1: all alike."""
 

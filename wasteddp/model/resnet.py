@@ -74,6 +74,11 @@ def distance_from_head(name: str) -> int:
     return len(stages) - number
 
 
+def is_head(name: str) -> bool:
+    """Whether the parameter of that name is behind all stages."""
+    return distance_from_head(name) == 0
+
+
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:
     """BatchNorm's running means and variances, which each rank gathers from its own micro-batches."""
     return [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]

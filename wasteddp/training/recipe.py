@@ -15,7 +15,7 @@ from wasteddp.data.loader import Batch
 from wasteddp.data.mixing import Mixing
 from wasteddp.model import resnet
 from wasteddp.settings import Settings
-from wasteddp.training import optim
+from wasteddp.training import adaptive_clip, optim
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
@@ -60,10 +60,15 @@ class Recipe:
         return total
 
     def clip(self, *, is_asked: bool) -> torch.Tensor | None:
-        """All ranks, behind the last backward pass: clips the averaged gradient. Its norm before that, [], where it is
-        asked for or needed: on a CPU it takes 1 % of a step."""
-        limit = self._settings.optimizer.clip_norm
-        if not limit and not is_asked:
+        """All ranks, behind the last backward pass: clips the averaged gradient of what is trained. Its norm before
+        that, [], where it is asked for or needed: on a CPU it takes 1 % of a step."""
+        adaptive, limit = self._settings.optimizer.adaptive_clip, self._settings.optimizer.clip_norm
+        if not adaptive and not limit and not is_asked:
             return None
-        norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), limit or inf)
+        before = inf if adaptive else limit or inf
+        norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), before)
+        if adaptive:
+            adaptive_clip.clip_(self._model, adaptive)
+            if limit:  # torch's: Accelerate's would take the loss scale off once more, which GradScaler refuses
+                nn.utils.clip_grad_norm_(self._model.parameters(), limit)
         return norm
