@@ -176,6 +176,12 @@ class Model(_Section):
     compile: bool = False
     """torch.compile: minutes at the start; worth it on a GPU, next to nothing on a CPU."""
 
+    @model_validator(mode="after")
+    def _frozen_before_it_is_unfrozen(self) -> Self:
+        if self.unfreeze_every_epochs and self.freeze == "none":
+            raise ValueError(f"unfreeze_every_epochs is {self.unfreeze_every_epochs:g} and freeze is none")
+        return self
+
 
 class Optimizer(_Section):
     name: Literal["sgd", "adam", "adamw", "lars", "lamb"] = "sgd"

@@ -112,7 +112,7 @@ def train(
     with world.together():
         model = resnet.build(settings.model.arch, len(manifest.classes))
         origin = weights.initialise(model, settings.model.arch, settings.model.weights)
-    resnet.freeze(model, settings.model.freeze)
+    resnet.freeze(model, resnet.frozen_to_the_end(settings.model, settings.train.epochs))
     layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
     model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = optim.build(model, settings.optimizer)

@@ -35,10 +35,13 @@ class Recipe:
         self.augment = Augment.of(settings.augment, settings.run.seed)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
         self._loss = optim.loss(settings.train, data.train.samples_per_class).to(world.device)
+        self._frozen: str = settings.model.freeze  # in the present step
 
     def begin_step(self, optimizer: torch.optim.Optimizer, progress: Progress) -> float:
         """Before the forward passes of a step: the network in training mode. Returns the step's learning rate."""
-        resnet.train_mode(self._model, self._settings.model.freeze)
+        model, epoch = self._settings.model, progress.step / self._steps_per_epoch
+        self._frozen = resnet.frozen_at(model.freeze, model.unfreeze_every_epochs, epoch)
+        resnet.train_mode(self._model, self._frozen)
         rate = optim.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
         optim.set_learning_rate(optimizer, rate)
         return rate
@@ -62,6 +65,7 @@ class Recipe:
     def clip(self, *, is_asked: bool) -> torch.Tensor | None:
         """All ranks, behind the last backward pass: clips the averaged gradient of what is trained. Its norm before
         that, [], where it is asked for or needed: on a CPU it takes 1 % of a step."""
+        resnet.drop_gradients(self._model, self._frozen)
         adaptive, limit = self._settings.optimizer.adaptive_clip, self._settings.optimizer.clip_norm
         if not adaptive and not limit and not is_asked:
             return None
