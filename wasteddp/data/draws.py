@@ -18,6 +18,7 @@ _FEISTEL_ROUNDS = 6
 
 # What a draw is for: the first integer of its key, so that two uses never share numbers.
 CROP, FLIP, COLOUR, ERASE, BLOCKS, WINDOW, COVERAGE, MIX = range(8)
+DEPTH = 16
 
 
 def _mix(x: U64) -> U64:

@@ -14,6 +14,7 @@ from wasteddp.data.augment import Augment
 from wasteddp.data.loader import Batch
 from wasteddp.data.mixing import Mixing
 from wasteddp.model import resnet
+from wasteddp.model.stochastic_depth import StochasticDepth
 from wasteddp.settings import Settings
 from wasteddp.training import adaptive_clip, optim
 from wasteddp.training.checkpoints import Progress
@@ -35,6 +36,8 @@ class Recipe:
         self.augment = Augment.of(settings.augment, settings.run.seed)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
         self._loss = optim.loss(settings.train, data.train.samples_per_class).to(world.device)
+        depth = settings.model.stochastic_depth
+        self._depth = StochasticDepth(model, depth, settings.run.seed) if depth else None
         self._frozen: str = settings.model.freeze  # in the present step
 
     def begin_step(self, optimizer: torch.optim.Optimizer, progress: Progress) -> float:
@@ -50,6 +53,8 @@ class Recipe:
         """(images, targets) on the device: float32 [B, C, H, W] augmented and mixed; int64 [B], or float [B, K]."""
         images_BCHW = micro.images_BCHW.to(self._world.device, non_blocking=True)
         labels_B = micro.labels_B.to(self._world.device, non_blocking=True)
+        if self._depth:
+            self._depth.draw(micro.samples, epoch, self._world.device)
         images_BCHW = self.augment(images_BCHW, micro.samples, epoch)
         return self._mix(images_BCHW, labels_B, micro.samples, epoch)
 
