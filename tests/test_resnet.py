@@ -46,6 +46,14 @@ def test_frozen_stages_keep_weights_and_statistics(upto: str, frozen_share: floa
         assert "layer4.1.bn2.running_mean" in changed
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_blocks_start_as_the_identity_unless_told_otherwise(arch: str) -> None:
+    for zero_init in (True, False):
+        model = resnet.build(arch, 3, zero_init=zero_init)
+        last = model.layer1[0].bn3 if arch == "resnet50" else model.layer1[0].bn2
+        assert bool((last.weight == 0).all()) == zero_init
+
+
 def test_stages_are_unfrozen_one_after_another_from_the_last() -> None:
     def found(freeze: str, every: float) -> list[str]:
         return [resnet.frozen_at(freeze, every, step / 10) for step in range(0, 80, 5)]

@@ -171,8 +171,8 @@ class Model(_Section):
     zero_init_residual: bool = True
     """The last BatchNorm of each block starts at zero, so that each block starts as the identity."""
     sync_batchnorm: bool = False
-    """BatchNorm over the micro-batches of all ranks: for micro-batches of few images. Slower, and the result then hangs
-    on the number of ranks."""
+    """BatchNorm over the micro-batches of all ranks: for micro-batches of few images. GPUs only; slower, and the result
+    then hangs on the number of ranks."""
     compile: bool = False
     """torch.compile: minutes at the start; worth it on a GPU, next to nothing on a CPU."""
 
@@ -294,7 +294,7 @@ class Ddp(_Section):
     compression: Literal["none", "bf16"] = "none"
     """bf16: half the bytes, and gradients rounded to 8 bits of mantissa before they are averaged."""
     static_graph: bool = False
-    """Tells DDP that each step is alike, which lets it plan its messages once."""
+    """Tells DDP that each step is alike, which lets it plan its messages once. Not where gradients are accumulated."""
     bucket_mb: PositiveInt = 25
     """MiB of gradients that are sent at once, while the backward pass goes on computing others."""
 

@@ -26,11 +26,15 @@ def architectures() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models, include="*resne*"))  # resnet and resnext
 
 
-def build(arch: str, num_classes: int) -> nn.Module:
+def build(arch: str, num_classes: int, *, zero_init: bool = True) -> nn.Module:
     """A ResNet with random weights and a linear head of `num_classes`.
 
-    The last BatchNorm of each block starts at zero, so that each block starts as the identity: without it the first
-    epochs from random weights are unstable at useful learning rates (Source: Goyal et al. 2017, section 5.1).
+    Args:
+        arch: its name in torchvision.
+        num_classes: outputs.
+        zero_init: the last BatchNorm of each block starts at zero, so that each block starts as the identity:
+            without it the first epochs from random weights are unstable at useful learning rates (Source: Goyal et al.
+            2017, section 5.1).
 
     Raises:
         SettingsError: no ResNet of that name.
@@ -42,7 +46,7 @@ def build(arch: str, num_classes: int) -> nn.Module:
             f"take one of {', '.join(architectures())}",
         )
     model: nn.Module = torchvision.models.get_model(
-        arch, weights=None, num_classes=num_classes, zero_init_residual=True
+        arch, weights=None, num_classes=num_classes, zero_init_residual=zero_init
     )
     return model
 
