@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from wasteddp import settings
 from wasteddp.errors import SettingsError, WeightsError
 from wasteddp.model import resnet, weights
 
@@ -43,6 +44,42 @@ def test_frozen_stages_keep_weights_and_statistics(upto: str, frozen_share: floa
     assert "fc.weight" in changed
     if "layer4" not in kept:
         assert "layer4.1.bn2.running_mean" in changed
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_blocks_start_as_the_identity_unless_told_otherwise(arch: str) -> None:
+    for zero_init in (True, False):
+        model = resnet.build(arch, 3, zero_init=zero_init)
+        last = model.layer1[0].bn3 if arch == "resnet50" else model.layer1[0].bn2
+        assert bool((last.weight == 0).all()) == zero_init
+
+
+def test_stages_are_unfrozen_one_after_another_from_the_last() -> None:
+    def found(freeze: str, every: float) -> list[str]:
+        return [resnet.frozen_at(freeze, every, step / 10) for step in range(0, 80, 5)]
+
+    assert found("none", 1) == ["none"] * 16
+    assert found("layer2", 0) == ["layer2"] * 16
+    assert found("layer2", 2.0) == ["layer2"] * 4 + ["layer1"] * 4 + ["stem"] * 4 + ["none"] * 4
+    assert found("backbone", 0.5)[:7] == ["backbone", "layer3", "layer2", "layer1", "stem", "none", "none"]
+    # 3 tenths are not quite three times 0.1: steps of an epoch must not be late by one
+    assert (resnet.frozen_at("layer3", 0.1, 3 / 10), resnet.frozen_at("layer3", 0.1, 0.2999)) == ("stem", "layer1")
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "expected"),
+    [(0, 90, "layer2"), (2, 2, "layer2"), (2, 3, "layer1"), (1, 3, "stem"), (1, 4, "none")],
+)
+def test_only_what_is_never_trained_is_frozen_for_good(every: float, epochs: int, expected: str) -> None:
+    parsed = settings.parse(f"model: {{freeze: layer2, unfreeze_every_epochs: {every}}}").model
+    assert resnet.frozen_to_the_end(parsed, epochs) == expected
+    last = resnet.frozen_at("layer2", every, epochs - 1 / 1000)  # of 1000 steps an epoch
+    assert last == expected
+
+
+def test_unfreezing_what_is_not_frozen_is_refused() -> None:
+    with pytest.raises(SettingsError, match="unfreeze_every_epochs is 2 and freeze is none"):
+        settings.parse("model: {unfreeze_every_epochs: 2}")
 
 
 def test_weights_of_a_file_go_into_the_backbone_and_not_into_the_head(tmp_path: Path) -> None:

@@ -186,10 +186,16 @@ class Model(_Section):
     zero_init_residual: bool = True
     """The last BatchNorm of each block starts at zero, so that each block starts as the identity."""
     sync_batchnorm: bool = False
-    """BatchNorm over the micro-batches of all ranks: for micro-batches of few images. Slower, and the result then hangs
-    on the number of ranks."""
+    """BatchNorm over the micro-batches of all ranks: for micro-batches of few images. GPUs only; slower, and the result
+    then hangs on the number of ranks."""
     compile: bool = False
     """torch.compile: minutes at the start; worth it on a GPU, next to nothing on a CPU."""
+
+    @model_validator(mode="after")
+    def _frozen_before_it_is_unfrozen(self) -> Self:
+        if self.unfreeze_every_epochs and self.freeze == "none":
+            raise ValueError(f"unfreeze_every_epochs is {self.unfreeze_every_epochs:g} and freeze is none")
+        return self
 
 
 class Optimizer(_Section):
@@ -208,8 +214,8 @@ class Optimizer(_Section):
     clip_norm: NotNegative = 0.0
     """Largest norm of the gradient; 0 is no clipping."""
     adaptive_clip: NotNegative = 0.0
-    """Largest norm of a unit's gradient, as a part of the norm of its weights, the head excepted; 0 is no clipping.
-    0.01 is usual: one noisy batch then moves no layer far, whatever the scale of the loss."""
+    """Largest norm of a unit's gradient, as a part of the norm of its weights; head, biases and norms excepted; 0 is no
+    clipping. 0.01 is usual: one noisy batch then moves no layer far, whatever the scale of the loss."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each stage learns with this part of the rate of the stage behind it, the head with all of it; 1: all alike."""
 
@@ -306,7 +312,7 @@ class Ddp(_Section):
     compression: Literal["none", "bf16"] = "none"
     """bf16: half the bytes, and gradients rounded to 8 bits of mantissa before they are averaged."""
     static_graph: bool = False
-    """Tells DDP that each step is alike, which lets it plan its messages once."""
+    """Tells DDP that each step is alike, which lets it plan its messages once. Not where gradients are accumulated."""
     bucket_mb: PositiveInt = 25
     """MiB of gradients that are sent at once, while the backward pass goes on computing others."""
 

@@ -48,7 +48,7 @@ from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.model import ema, resnet, weights
 from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
-from wasteddp.training import coverage, divergence, fitting, inputs, messages, optim, run_folder, runtime
+from wasteddp.training import coverage, divergence, fitting, inputs, messages, optim, placement, run_folder, runtime
 from wasteddp.training.agenda import Agenda, agree
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard, Retreat
@@ -110,11 +110,10 @@ def train(
     # --- model, optimizer, loss -------------------------------------------------------------------------------------
     torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
     with world.together():
-        model = resnet.build(settings.model.arch, len(manifest.classes))
+        model = resnet.build(settings.model.arch, len(manifest.classes), zero_init=settings.model.zero_init_residual)
         origin = weights.initialise(model, settings.model.arch, settings.model.weights)
-    resnet.freeze(model, settings.model.freeze)
-    layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
-    model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    resnet.freeze(model, resnet.frozen_to_the_end(settings.model, settings.train.epochs))
+    model = placement.placed(model, settings.model, device=world.device, world_size=world.world_size)
     optimizer = optim.build(model, settings.optimizer)
     recipe = Recipe(settings, world, data, model)  # all ranks
     ddp, stepper = world.prepare(model, optimizer)  # all ranks

@@ -42,7 +42,7 @@ class Tiny(nn.Module):
 
 def prepare(event: Event | None, run: Path, rank: int) -> None:
     """Before `train.main`: puts the tiny network in, and the event's fault."""
-    resnet.build = lambda arch, num_classes: Tiny(num_classes)  # type: ignore[assignment, return-value]
+    resnet.build = lambda arch, num_classes, **_: Tiny(num_classes)  # type: ignore[assignment, return-value]
     if event is None:
         return
     is_target = event.target == "all" or rank == (0 if event.target == "first" else event.processes - 1)

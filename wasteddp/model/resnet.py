@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import floor
+
 import torch
 import torchvision
 from torch import nn
 
 from wasteddp.errors import SettingsError
+from wasteddp.settings import Model
 
 # In the order of the forward pass; freezing up to a stage freezes those before it too.
 STAGES = {
@@ -23,11 +26,15 @@ def architectures() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models, include="*resne*"))  # resnet and resnext
 
 
-def build(arch: str, num_classes: int) -> nn.Module:
+def build(arch: str, num_classes: int, *, zero_init: bool = True) -> nn.Module:
     """A ResNet with random weights and a linear head of `num_classes`.
 
-    The last BatchNorm of each block starts at zero, so that each block starts as the identity: without it the first
-    epochs from random weights are unstable at useful learning rates (Source: Goyal et al. 2017, section 5.1).
+    Args:
+        arch: its name in torchvision.
+        num_classes: outputs.
+        zero_init: the last BatchNorm of each block starts at zero, so that each block starts as the identity:
+            without it the first epochs from random weights are unstable at useful learning rates (Source: Goyal et al.
+            2017, section 5.1).
 
     Raises:
         SettingsError: no ResNet of that name.
@@ -39,7 +46,7 @@ def build(arch: str, num_classes: int) -> nn.Module:
             f"take one of {', '.join(architectures())}",
         )
     model: nn.Module = torchvision.models.get_model(
-        arch, weights=None, num_classes=num_classes, zero_init_residual=True
+        arch, weights=None, num_classes=num_classes, zero_init_residual=zero_init
     )
     return model
 
@@ -48,6 +55,35 @@ def freeze(model: nn.Module, upto: str) -> None:
     """Stops gradients for every stage up to and with `upto`; "none" leaves all trainable."""
     for module in frozen_stages(model, upto):
         module.requires_grad_(False)
+
+
+def frozen_at(freeze: str, unfreeze_every_epochs: float, epoch: float) -> str:
+    """The stage up to which a network is frozen after `epoch` epochs, with their fraction; "none" if it is not.
+
+    Gradual unfreezing: the last frozen stage is trained too after so many epochs (0: never), then the one before it.
+    Source: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.3.
+    """
+    if freeze == "none" or not unfreeze_every_epochs:
+        return freeze
+    names = ["none", *STAGES]
+    num_unfrozen = floor(epoch / unfreeze_every_epochs + 1e-9)  # 3 steps of 10 are not quite three times 0.1 epochs
+    return names[max(0, names.index(freeze) - num_unfrozen)]
+
+
+def frozen_to_the_end(settings: Model, epochs: int) -> str:
+    """What is frozen in the last step of `epochs` epochs still, and so is never trained."""
+    return frozen_at(settings.freeze, settings.unfreeze_every_epochs, epochs - 1e-6)  # an epoch has < 1e6 steps
+
+
+def drop_gradients(model: nn.Module, upto: str) -> None:
+    """Forgets the gradients of what is frozen now and trained later: neither momentum nor decay then moves it.
+
+    It keeps `requires_grad`, because DDP plans its messages once, for the parameters that have it at the start. The
+    price is a backward pass through what is frozen.
+    """
+    for module in frozen_stages(model, upto):
+        for parameter in module.parameters():
+            parameter.grad = None
 
 
 def train_mode(model: nn.Module, upto: str) -> None:
@@ -65,6 +101,18 @@ def frozen_stages(model: nn.Module, upto: str) -> list[nn.Module]:
         return []
     names = list(STAGES)
     return [getattr(model, part) for stage in names[: names.index(upto) + 1] for part in STAGES[stage]]
+
+
+def distance_from_head(name: str) -> int:
+    """How many stages a parameter's is before the head, by the parameter's name: "fc.weight" 0, "conv1.weight" 5."""
+    stages = list(STAGES.values())
+    number = next((i for i, parts in enumerate(stages) if name.partition(".")[0] in parts), len(stages))
+    return len(stages) - number
+
+
+def is_head(name: str) -> bool:
+    """Whether the parameter of that name is behind all stages."""
+    return distance_from_head(name) == 0
 
 
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:

@@ -72,12 +72,14 @@ class Guard:
         self._statistics = torch.zeros(0)
         self._in_a_row = torch.tensor(progress.skipped_in_a_row, device=world.device)
         self._longest = self._in_a_row.clone()
-        if self.skips and settings.optimizer.name == "sgd" and settings.optimizer.momentum:
+        needs_memory = self.skips or settings.model.unfreeze_every_epochs
+        if needs_memory and settings.optimizer.name == "sgd" and settings.optimizer.momentum:
             self._begin_momentum()
 
     def _begin_momentum(self) -> None:
         """Zeros, from which the first step makes what it would make from nothing: torch gives a fused SGD's first step
-        memory that was never written, and a skipped step leaves it so."""
+        memory that was never written, and a skipped step leaves it so; and it fails where only some have one, as when a
+        stage is unfrozen."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 self._optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

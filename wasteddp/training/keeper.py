@@ -312,7 +312,8 @@ class Keeper:
 
 def room_for_checkpoint(settings: Settings, model_bytes: int) -> int:
     """Bytes of one: the weights, their average, and one more for each moment that the optimizer keeps."""
-    return model_bytes * ((2 if settings.optimizer.name == "sgd" else 3) + (settings.train.ema_decay > 0))
+    moments = 1 if settings.optimizer.name in ("sgd", "lars") else 2
+    return model_bytes * (1 + (settings.train.ema_decay > 0) + moments)
 
 
 def room_for_run(settings: Settings, model_bytes: int) -> int:

@@ -14,8 +14,9 @@ from wasteddp.data.augment import Augment
 from wasteddp.data.loader import Batch
 from wasteddp.data.mixing import Mixing
 from wasteddp.model import resnet
+from wasteddp.model.stochastic_depth import StochasticDepth
 from wasteddp.settings import Settings
-from wasteddp.training import distillation, losses, optim, sizes
+from wasteddp.training import adaptive_clip, distillation, losses, optim, sizes
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.distillation import Targets
 from wasteddp.training.inputs import Inputs
@@ -40,10 +41,15 @@ class Recipe:
         loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
         self.teacher = distillation.teacher_of(settings, world, data.manifest.classes)  # all ranks
         self._loss = self.teacher.completed(loss)
+        depth = settings.model.stochastic_depth
+        self._depth = StochasticDepth(model, depth, settings.run.seed) if depth else None
+        self._frozen: str = settings.model.freeze  # in the present step
 
     def begin_step(self, optimizer: torch.optim.Optimizer, progress: Progress) -> float:
         """Before the forward passes of a step: the network in training mode. Returns the step's learning rate."""
-        resnet.train_mode(self._model, self._settings.model.freeze)
+        model, epoch = self._settings.model, progress.step / self._steps_per_epoch
+        self._frozen = resnet.frozen_at(model.freeze, model.unfreeze_every_epochs, epoch)
+        resnet.train_mode(self._model, self._frozen)
         rate = optim.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
         optim.set_learning_rate(optimizer, rate)
         if progress.step in self._new_sizes:
@@ -55,6 +61,8 @@ class Recipe:
         the teacher's answers where there is one."""
         images_BCHW = micro.images_BCHW.to(self._world.device, non_blocking=True)
         labels_B = micro.labels_B.to(self._world.device, non_blocking=True)
+        if self._depth:
+            self._depth.draw(micro.samples, epoch, self._world.device)
         images_BCHW = self.augment(images_BCHW, micro.samples, epoch)
         images_BCHW, targets = self._mix(images_BCHW, labels_B, micro.samples, epoch)
         return images_BCHW, self.teacher.asked(images_BCHW, targets)
@@ -69,10 +77,16 @@ class Recipe:
         return total
 
     def clip(self, *, is_asked: bool) -> torch.Tensor | None:
-        """All ranks, behind the last backward pass: clips the averaged gradient. Its norm before that, [], where it is
-        asked for or needed: on a CPU it takes 1 % of a step."""
-        limit = self._settings.optimizer.clip_norm
-        if not limit and not is_asked:
+        """All ranks, behind the last backward pass: clips the averaged gradient of what is trained. Its norm before
+        that, [], where it is asked for or needed: on a CPU it takes 1 % of a step."""
+        resnet.drop_gradients(self._model, self._frozen)
+        adaptive, limit = self._settings.optimizer.adaptive_clip, self._settings.optimizer.clip_norm
+        if not adaptive and not limit and not is_asked:
             return None
-        norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), limit or inf)
+        before = inf if adaptive else limit or inf
+        norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), before)
+        if adaptive:
+            adaptive_clip.clip_(self._model, adaptive)
+            if limit:  # torch's: Accelerate's would take the loss scale off once more, which GradScaler refuses
+                nn.utils.clip_grad_norm_(self._model.parameters(), limit)
         return norm

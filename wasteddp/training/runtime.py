@@ -24,7 +24,7 @@ from wasteddp.data.parallel import num_usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
 from wasteddp.settings import Ddp, Settings
-from wasteddp.training import batch_job
+from wasteddp.training import batch_job, placement
 from wasteddp.training.watchdog import SLOW_FACTOR, Watchdog
 
 MOST_UNTRIED = 64  # images in a micro-batch, where train.max_micro_batch says none and none is tried (`fitting`)
@@ -167,7 +167,7 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
 
     Raises:
         LaunchError: a world that Accelerate does not see, or a precision that the device cannot do.
-        SettingsError: a global batch that the number of processes does not divide.
+        SettingsError: a global batch that the number of processes does not divide; what torch cannot do with so many.
     """
     batch_job.refuse_other_world(os.environ)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -178,6 +178,7 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
     micro, accumulation = micro_batch(
         global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=asked or MOST_UNTRIED
     )
+    placement.refuse_impossible(settings, launched, accumulation, has_gpu=has_gpu)
     threads = _use_all_cores(settings.run.threads)
     # Longer than the watchdog waits, which can say more than that a collective timed out.
     timeout = timedelta(seconds=60 + 1.2 * SLOW_FACTOR * settings.run.timeout_s)
@@ -217,6 +218,7 @@ def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp, timeout: timed
                     broadcast_buffers=False,
                     gradient_as_bucket_view=True,
                     bucket_cap_mb=ddp.bucket_mb,
+                    static_graph=ddp.static_graph,
                     comm_hook=DDPCommunicationHookType(ddp.compression.replace("none", "no")),
                 ),
                 InitProcessGroupKwargs(timeout=timeout),
