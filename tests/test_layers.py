@@ -22,6 +22,7 @@ ROOMS = [
     "report",
     "train",
     "doctor",
+    "commands",
     "cli",
 ]
 

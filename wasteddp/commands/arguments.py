@@ -1,0 +1,54 @@
+"""What several commands take alike."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=positive, metavar="N", help="threads (default: one a core)")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def add_compute(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="images computed at once (default: 8 on a CPU, 64 on a GPU; another number may change the last digits "
+        "of a probability)",
+    )
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+
+
+def add_tta(command: argparse.ArgumentParser) -> None:
+    from wasteddp.inference.views import VIEWS
+
+    command.add_argument(
+        "--tta",
+        choices=tuple(VIEWS),
+        default="none",
+        help="test-time augmentation: the mean over the image and its mirror image (flip, twice the time) or all four "
+        "flips (flips, four times)",
+    )

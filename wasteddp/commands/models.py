@@ -1,0 +1,126 @@
+"""What is done with trained models: evaluate, predict, average."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wasteddp.commands.arguments import Commands, add_compute, add_tta, positive
+
+if TYPE_CHECKING:
+    pass
+
+
+def add(commands: Commands) -> None:
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_average(commands)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="measure a run's model on a split of its shards",
+        description="Accuracy with its 95 % interval, per-class figures and the confusion matrix; all of it is also "
+        "saved in RUN/evaluations/SPLIT/.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument("--split", default="test", help="split to measure on (default: %(default)s)")
+    command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
+    add_compute(command)
+    add_tta(command)
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from wasteddp.inference.evaluate import EvaluateOptions, run
+
+    run(
+        EvaluateOptions(
+            run=arguments.run_folder,
+            split=arguments.split,
+            shards=arguments.shards,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            tta=arguments.tta,
+        )
+    )
+
+
+def _add_predict(commands: Commands) -> None:
+    command = commands.add_parser(
+        "predict",
+        help="classify images with a trained model",
+        description="Classifies images; files that cannot be read are listed at the end. The exit code is 0 if at "
+        "least one image was classified, 2 if none.",
+    )
+    command.add_argument("model", metavar="MODEL", type=Path, help="folder of a run or of its model")
+    command.add_argument("paths", metavar="PATH", nargs="+", help="image files, folders, or globs in quotes (** too)")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write the probabilities of all classes as CSV")
+    command.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON")
+    command.add_argument("--top", type=positive, default=3, metavar="N", help="classes to print (default: %(default)s)")
+    add_compute(command)
+    add_tta(command)
+    command.set_defaults(run=_predict)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from wasteddp.inference.predict import PredictOptions, run
+
+    run(
+        PredictOptions(
+            model=arguments.model,
+            paths=tuple(arguments.paths),
+            csv=arguments.csv,
+            json=arguments.json,
+            top=arguments.top,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            tta=arguments.tta,
+        )
+    )
+
+
+def _add_average(commands: Commands) -> None:
+    command = commands.add_parser(
+        "average",
+        help="make a model of the mean of a run's newest checkpoints",
+        description="Averages the weights of the newest checkpoints, takes BatchNorm's statistics anew from training "
+        "images, measures the result beside the run's model on data.eval_split, and writes it to RUN/average/, which "
+        "`evaluate` and `predict` take like a run.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument(
+        "--last",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="checkpoints, or as many as there are, 2 at least: see checkpoint.keep_last (default: %(default)s)",
+    )
+    command.add_argument(
+        "--images", type=positive, default=2048, metavar="N", help="for the statistics (default: %(default)s)"
+    )
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/average")
+    where.add_argument("--replace", action="store_true", help="put it in the place of RUN/model")
+    command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
+    add_compute(command)
+    command.set_defaults(run=_average)
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    from wasteddp.training.averaging import AverageOptions, run
+
+    run(
+        AverageOptions(
+            run=arguments.run_folder,
+            last=arguments.last,
+            images=arguments.images,
+            out=arguments.out,
+            replace=arguments.replace,
+            shards=arguments.shards,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+        )
+    )

@@ -1,0 +1,122 @@
+"""What is done before a run: settings, doctor, lr-find, verify-resume."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wasteddp import doctor
+from wasteddp.commands.arguments import Commands, positive, words
+
+if TYPE_CHECKING:
+    pass
+
+
+def add(commands: Commands) -> None:
+    _add_doctor(commands)
+    _add_lr_find(commands)
+    _add_verify_resume(commands)
+    _add_settings(commands)
+
+
+def _add_doctor(commands: Commands) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="look at machine, data and disk before a long run",
+        description="Green, yellow, red, and what to do. Exit codes: 0 all green, 1 something yellow, 2 something red. "
+        "Of several processes: accelerate launch ... -m wasteddp.doctor",
+    )
+    doctor.add_arguments(command)
+    command.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    raise SystemExit(doctor.run(arguments))
+
+
+def _add_lr_find(commands: Commands) -> None:
+    command = commands.add_parser(
+        "lr-find",
+        help="try growing learning rates and suggest one",
+        description="A range test: trains some steps of a configuration with a learning rate that grows until the loss "
+        "bursts, and suggests one to set. One process; run.out is not touched.",
+    )
+    command.add_argument("--config", required=True, metavar="YAML")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--steps", type=positive, default=100, metavar="N", help="default: %(default)s")
+    command.add_argument("--from", dest="lowest", type=float, default=1e-6, metavar="LR", help="default: %(default)s")
+    command.add_argument("--to", dest="highest", type=float, default=10.0, metavar="LR", help="default: %(default)s")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="of the result (default: run.out with .lr-find)")
+    command.set_defaults(run=_lr_find)
+
+
+def _lr_find(arguments: argparse.Namespace) -> None:
+    from wasteddp import settings as settings_file
+    from wasteddp.training import lr_find
+
+    settings = settings_file.load(arguments.config, arguments.set)
+    options = lr_find.Options(arguments.steps, arguments.lowest, arguments.highest)
+    lr_find.run(settings, options, arguments.out, lambda line: print(line, flush=True))
+
+
+def _add_verify_resume(commands: Commands) -> None:
+    command = commands.add_parser(
+        "verify-resume",
+        help="prove that a training that is killed ends like one that is not",
+        description="Trains some steps undisturbed, then once more with SIGKILL and SIGTERM at random moments, and "
+        "prints both side by side. Exit code 0: the same samples, images and, at one number of processes, weights "
+        "bit for bit; 2: not. Removes the two runs if they are the same; the receipt stays.",
+    )
+    command.add_argument("--config", required=True, metavar="YAML")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--steps", type=positive, default=20, metavar="N", help="to train (default: %(default)s)")
+    command.add_argument("--kills", type=positive, default=3, metavar="N", help="default: %(default)s")
+    command.add_argument(
+        "--processes", default="1", metavar="N,...", help="of the attempts in turn, such as 1,2 (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, metavar="S", help="of the moments and signals (default: a new one)")
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/verify-resume"), metavar="FOLDER", help="of the receipt"
+    )
+    command.set_defaults(run=_verify_resume)
+
+
+def _verify_resume(arguments: argparse.Namespace) -> None:
+    import secrets
+
+    from wasteddp.training import resume_proof, resume_receipt
+
+    proof = resume_proof.prove(
+        arguments.config,
+        arguments.set,
+        steps=arguments.steps,
+        kills=arguments.kills,
+        processes=tuple(positive(part) for part in words(arguments.processes)),
+        seed=secrets.randbelow(10**6) if arguments.seed is None else arguments.seed,
+        out=arguments.out,
+        say=lambda line: print(line, flush=True),
+    )
+    resume_receipt.show(proof, arguments.out)
+    resume_receipt.refuse(proof, arguments.out)
+
+
+def _add_settings(commands: Commands) -> None:
+    add = commands.add_parser("settings", help="print all settings of a config, or their JSON Schema")
+    add.add_argument("config", nargs="?", metavar="YAML", help="defaults alone, if left out")
+    add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add.add_argument("--schema", action="store_true", help="print the JSON Schema, for editors")
+    add.set_defaults(run=_settings)
+
+
+def _settings(arguments: argparse.Namespace) -> None:
+    import json
+
+    from wasteddp import settings
+
+    if arguments.schema:
+        print(json.dumps(settings.json_schema(), indent=1))
+    elif arguments.config:
+        print(settings.load(arguments.config, arguments.set).to_yaml(), end="")
+    else:
+        print(settings.parse("", arguments.set).to_yaml(), end="")

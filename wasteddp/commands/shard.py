@@ -1,0 +1,137 @@
+"""The command `shard`: images to a shard set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wasteddp.commands.arguments import Commands, add_workers, numbers
+from wasteddp.errors import SourceError
+
+if TYPE_CHECKING:
+    from wasteddp.data.sharding import Job, Options
+
+
+def add(commands: Commands) -> None:
+    _add_shard(commands)
+
+
+def _add_shard(commands: Commands) -> None:
+    command = commands.add_parser(
+        "shard",
+        help="turn images into a shard set",
+        description="Turns a folder of class folders, a zip or tar of it, a CSV (path,label[,split]) or a recipe "
+        "(.yaml) into WebDataset tars with a manifest. Stopped and started again, it goes on where it was.",
+    )
+    command.add_argument("source", metavar="SOURCE", type=Path, help="folder, zip, tar, CSV or recipe")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="shard set to make (a recipe knows its own)")
+    command.add_argument(
+        "--from", dest="local", type=Path, metavar="PATH", help="local copy of a recipe's images, instead of a download"
+    )
+    split = command.add_argument_group("splits")
+    split.add_argument("--fractions", type=numbers, metavar="TRAIN,VAL,TEST", help="default: 0.7,0.15,0.15")
+    split.add_argument("--split-seed", type=int, default=0, metavar="S", help="another seed, another split")
+    split.add_argument(
+        "--split-files", nargs="+", default=(), metavar="FILE", help="folder of list files, or train=F val=F test=F"
+    )
+    split.add_argument("--group-near-duplicates", action="store_true", help="keep near-duplicates in one split")
+    split.add_argument("--near-duplicate-distance", type=int, metavar="BITS", help="of 64 (default: 8; 0 to 11)")
+    split.add_argument("--keep-conflicts", action="store_true", help="keep one of equal images with different labels")
+    images = command.add_argument_group("images")
+    images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side than this")
+    images.add_argument("--quality", type=int, metavar="Q", help="of JPEGs that must be written anew (default: 95)")
+    images.add_argument("--shard-mb", type=float, metavar="MB", help="size at which a tar ends (default: 256)")
+    images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin each class goes into")
+    images.add_argument(
+        "--max-left-out",
+        type=float,
+        metavar="LIMIT",
+        help="stop if more images cannot be used: a fraction below 1 or a number (default: a tenth, but at least 10)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a set made of other images or options")
+    several = command.add_argument_group("several machines (slurm/shard.sh does it)")
+    several.add_argument("--part", metavar="I/N", help="do this part of the work; last, the same without it")
+    several.add_argument("--stage", choices=("read", "write"), help="of a part: write only when all parts have read")
+    add_workers(command)
+    command.set_defaults(run=_shard)
+
+
+def _shard(arguments: argparse.Namespace) -> None:
+    from wasteddp.data import parts, recipes, sharding
+    from wasteddp.data.parallel import num_usable_cores
+    from wasteddp.data.summary import summarise
+
+    workers = arguments.workers or num_usable_cores()
+    if arguments.part or arguments.stage:
+        part = parts.Part.parse(arguments.part or "")
+        if not arguments.stage or arguments.overwrite:
+            raise SourceError(
+                "--part was given without --stage, or with --overwrite",
+                "the parts would not be of one set",
+                "give --stage read, and when all parts have read --stage write; remove an old set yourself",
+            )
+        make_part = {"read": parts.read_part, "write": parts.write_part}[arguments.stage]
+        make_part(_shard_job(arguments), part, workers=workers)
+        return
+    if _is_recipe(arguments.source):
+        _refuse_own_split(arguments)
+        options = _shard_options(arguments)
+        local, out = arguments.local, arguments.out
+        manifest = recipes.make_recipe(
+            arguments.source, out=out, local=local, options=options, workers=workers, overwrite=arguments.overwrite
+        )
+    else:
+        manifest = sharding.make_shards(_shard_job(arguments), workers=workers, overwrite=arguments.overwrite)
+    print(summarise(manifest))
+
+
+def _shard_options(arguments: argparse.Namespace) -> Options:
+    from wasteddp.data import sharding
+
+    names = {
+        "fractions": arguments.fractions,
+        "split_seed": arguments.split_seed,
+        "max_side_px": arguments.max_side,
+        "quality": arguments.quality,
+        "shard_mb": arguments.shard_mb,
+        "keep_conflicts": arguments.keep_conflicts,
+        "group_near_duplicates": arguments.group_near_duplicates,
+        "near_duplicate_distance": arguments.near_duplicate_distance,
+        "max_left_out": arguments.max_left_out,
+    }
+    return sharding.Options(**{name: value for name, value in names.items() if value is not None})
+
+
+def _shard_job(arguments: argparse.Namespace) -> Job:
+    """What is to be sharded, where its images are at hand."""
+    from wasteddp.data import recipes, sharding, splits
+
+    options = _shard_options(arguments)
+    if _is_recipe(arguments.source):
+        _refuse_own_split(arguments)
+        return recipes.local_job(arguments.source, out=arguments.out, local=arguments.local, options=options)
+    if arguments.out is None or arguments.local is not None:
+        raise SourceError(
+            "--out is missing, or --from was given without a recipe",
+            "where the set goes is not known",
+            f"wasteddp shard {arguments.source} --out shards/NAME",
+        )
+    return sharding.Job(
+        source=arguments.source,
+        out=arguments.out,
+        options=options,
+        bins=recipes.load_bins(arguments.bins) if arguments.bins else {},
+        split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
+    )
+
+
+def _is_recipe(source: Path) -> bool:
+    return source.suffix.lower() in (".yaml", ".yml")
+
+
+def _refuse_own_split(arguments: argparse.Namespace) -> None:
+    if arguments.split_files or arguments.bins:
+        raise SourceError(
+            "--split-files and --bins were given with a recipe", "it has its own", "change them in a copy of the recipe"
+        )

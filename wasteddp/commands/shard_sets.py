@@ -1,0 +1,159 @@
+"""What is done with shard sets: verify, index, draw, plan."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wasteddp.commands.arguments import Commands, add_workers, integers, words
+from wasteddp.errors import SourceError, storage
+
+if TYPE_CHECKING:
+    pass
+
+
+def add(commands: Commands) -> None:
+    _add_verify(commands)
+    _add_index(commands)
+    _add_draw(commands)
+    _add_plan(commands)
+
+
+def _add_verify(commands: Commands) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="re-read a shard set and name what is damaged",
+        description="Re-reads every byte of a shard set against its manifest. Exit code 2 if anything is damaged.",
+    )
+    command.add_argument("set", metavar="FOLDER-OR-URL", help="a shard set")
+    add_workers(command)
+    command.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from wasteddp.data.parallel import num_usable_cores
+    from wasteddp.data.remote import is_url
+    from wasteddp.data.stores import shown
+    from wasteddp.data.verifying import require_whole, verify, verify_remote
+
+    workers = arguments.workers or num_usable_cores()
+    remote = is_url(arguments.set)
+    verified = verify_remote(arguments.set, workers=workers) if remote else verify(Path(arguments.set), workers=workers)
+    where, counts = (shown(arguments.set), "") if remote else (arguments.set, ", and label counts")
+    require_whole(where, verified)
+    print(
+        f"{where} is whole: {verified.num_samples:,} samples in {verified.num_shards} shard(s), "
+        f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes{counts} are the manifest's"
+    )
+
+
+def _add_index(commands: Commands) -> None:
+    command = commands.add_parser(
+        "index",
+        help="make a manifest for tars that another tool wrote",
+        description="Reads WebDataset or img2dataset tars once and writes an index beside each, and a manifest. The "
+        "split is the start of a tar's name (train, val, test), otherwise train. Behind a URL each tar is fetched once "
+        "and not kept; indexes and manifest go to --out, to be copied beside the tars.",
+    )
+    command.add_argument("folder", metavar="FOLDER-OR-URL", help="where the .tar files are")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="where to write, if they are behind a URL")
+    command.add_argument(
+        "--tars", default="", metavar="NAMES", help="train-{000..146}.tar: needed if a web server lists no folders"
+    )
+    command.add_argument("--classes", type=words, default=(), metavar="A,B,C", help="class names in their order")
+    command.add_argument("--classes-from", type=Path, metavar="FILE", help="the same, one a line")
+    command.add_argument("--label-key", metavar="KEY", help="field of the .json that is the label")
+    command.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    add_workers(command)
+    command.set_defaults(run=_index)
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from wasteddp.data import indexing
+    from wasteddp.data.parallel import num_usable_cores
+    from wasteddp.data.remote import is_url
+    from wasteddp.data.stores import shown
+    from wasteddp.data.summary import summarise
+
+    classes: tuple[str, ...] = arguments.classes
+    if arguments.classes_from:
+        with storage("reading the class names", arguments.classes_from):
+            lines = arguments.classes_from.read_text(encoding="utf-8").splitlines()
+        classes = tuple(line.strip() for line in lines if line.strip())
+    remote = is_url(arguments.folder)
+    if remote != bool(arguments.out) or (arguments.tars and not remote):
+        raise SourceError(
+            f"{arguments.folder} is a {'URL, without --out' if remote else 'folder, and --out or --tars was given'}",
+            "tars in a folder have their indexes beside them; a store is only read, so its indexes need a place",
+            "wasteddp index FOLDER, or wasteddp index URL --out FOLDER",
+        )
+    index = (
+        partial(indexing.index_url, arguments.folder, arguments.out, tars=arguments.tars)
+        if remote
+        else partial(indexing.index_folder, Path(arguments.folder))
+    )
+    manifest = index(
+        workers=arguments.workers or num_usable_cores(),
+        classes=classes,
+        label_keys=(arguments.label_key,) if arguments.label_key else indexing.DEFAULT_LABEL_KEYS,
+        overwrite=arguments.overwrite,
+    )
+    print(summarise(manifest))
+    if remote:
+        print(f"now copy {arguments.out}/*.idx and then {arguments.out}/manifest.json to {shown(arguments.folder)}")
+
+
+def _add_draw(commands: Commands) -> None:
+    command = commands.add_parser(
+        "draw",
+        help="draw synthetic waste into a folder of class folders",
+        description="Draws images such as those of shards/sample.yaml; another seed draws new ones.",
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path)
+    command.add_argument("--images-per-class", type=int, default=10, metavar="N", help="default: %(default)s")
+    command.add_argument("--size", type=int, default=144, metavar="PX", help="default: %(default)s")
+    command.add_argument("--seed", type=int, default=1, metavar="S", help="default: %(default)s; the sample set has 0")
+    command.set_defaults(run=_draw)
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    from wasteddp.data import drawing
+
+    count = drawing.draw_folder(
+        arguments.folder,
+        kinds=drawing.KINDS,
+        images_per_class=arguments.images_per_class,
+        size_px=arguments.size,
+        seed=arguments.seed,
+    )
+    print(f"{count} images of {len(drawing.KINDS)} classes in {arguments.folder}")
+
+
+def _add_plan(commands: Commands) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="show the order of samples: steps, shuffle quality, shards each node reads",
+        description="Shows what a training would do with a shard set, without starting one: steps, samples left out, "
+        "how well the order is shuffled, and how much of the set each node would fetch if it were remote.",
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="a shard set")
+    command.add_argument("--config", metavar="YAML", help="defaults, if left out")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument(
+        "--nodes", type=integers, default=(1, 2, 4, 8), metavar="N,N", help="numbers of nodes (default: 1,2,4,8)"
+    )
+    command.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from wasteddp import settings as settings_file
+    from wasteddp.data.forecast import forecast
+    from wasteddp.data.manifest import Manifest
+
+    overrides = [*arguments.set, f"data.shards={arguments.folder}"]
+    settings = (
+        settings_file.load(arguments.config, overrides) if arguments.config else settings_file.parse("", overrides)
+    )
+    print(forecast(Manifest.load(arguments.folder), settings, nodes=arguments.nodes))

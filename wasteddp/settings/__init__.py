@@ -1,0 +1,39 @@
+"""The settings of a run: one YAML file, one frozen model of it."""
+
+from wasteddp.settings.reading import json_schema, known_keys, load, parse, plain_yaml
+from wasteddp.settings.sections import (
+    Augment,
+    Checkpoint,
+    Data,
+    Ddp,
+    Evaluate,
+    Model,
+    Optimizer,
+    Profile,
+    Run,
+    Schedule,
+    Settings,
+    Track,
+    Train,
+)
+
+__all__ = [
+    "Augment",
+    "Checkpoint",
+    "Data",
+    "Ddp",
+    "Evaluate",
+    "Model",
+    "Optimizer",
+    "Profile",
+    "Run",
+    "Schedule",
+    "Settings",
+    "Track",
+    "Train",
+    "json_schema",
+    "known_keys",
+    "load",
+    "parse",
+    "plain_yaml",
+]
