@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -122,3 +123,22 @@ def test_what_one_rank_cannot_read_is_said_once_and_ends_every_rank(small_shards
     assert "(attempt 1 of 5): 403 Forbidden" in done.stderr
     assert done.stderr.count("exitcode  : 2") + done.stderr.count("exitcode: 2") >= 1
     assert list((tmp_path / "run" / "checkpoints").glob("step-*")), "what was trained until then is saved"
+
+
+def test_balanced_and_growing_two_processes_see_the_images_of_one_and_prove_it(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    changes = ["data.balance=1", "schedule.start_size=16", "schedule.full_size_at=0.5", "train.max_micro_batch=0"]
+    more = [part for setting in (*changes, "run.record_steps=true") for part in ("--set", setting)]
+    seen = []
+    for name, launcher in (("one", ()), ("two", TWO)):
+        (tmp_path / name).mkdir()
+        done = launch([*config_of(tmp_path / name, small_shards), *more], *launcher)
+        assert done.returncode == 0, done.stderr
+        assert "3 classes, 16 px, 32 px from epoch 1; " in done.stdout
+        run = tmp_path / name / "run"
+        assert [row["coverage/ok"] for row in rows(run) if "coverage/ok" in row] == [1, 1]
+        steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+        seen.append([(step["samples"], step["images"]) for step in steps])
+    assert len(seen[0]) == 8
+    assert seen[0] == seen[1]

@@ -14,8 +14,8 @@ from wasteddp.data.plan import TrainPlan
 from wasteddp.settings import Settings
 
 
-def train_plan(split: Split, settings: Settings, labels: quality.Labels) -> TrainPlan:
-    """The order that these settings give to a split. `labels` of its samples, [N], are for data.balance."""
+def train_plan(split: Split, settings: Settings, labels: quality.Labels | None = None) -> TrainPlan:
+    """The order that these settings give to a split. `labels` of its samples, [N], are needed for data.balance."""
     plan = TrainPlan(
         num_samples=split.num_samples,
         global_batch=settings.train.batch_size,
@@ -27,6 +27,8 @@ def train_plan(split: Split, settings: Settings, labels: quality.Labels) -> Trai
     )
     if not settings.data.balance:
         return plan
+    if labels is None:
+        raise ValueError("balanced draws are made of the labels")
     balance = Balance.of(
         labels,
         settings.data.balance,
