@@ -93,6 +93,7 @@ def recipe_of(teacher: Path, *overrides: str) -> Recipe:
         plan=SimpleNamespace(steps_per_epoch=4),
         manifest=SimpleNamespace(classes=CLASSES),
         train=SimpleNamespace(samples_per_class=(3, 2, 1)),
+        share_of_classes=(1 / 2, 1 / 3, 1 / 6),
     )
     return Recipe(settings, runtime.start(settings), data, resnet.build("resnet18", 3))
 
