@@ -41,14 +41,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
-from wasteddp.model import ema, resnet, weights
+from wasteddp.model import ema
 from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
-from wasteddp.training import coverage, divergence, fitting, inputs, messages, optim, placement, run_folder, runtime
+from wasteddp.training import coverage, divergence, fitting, inputs, messages, network, optim, run_folder, runtime
 from wasteddp.training.agenda import Agenda, agree
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard, Retreat
@@ -108,12 +106,7 @@ def train(
     plan, manifest, out = data.plan, data.manifest, Path(settings.run.out)
 
     # --- model, optimizer, loss -------------------------------------------------------------------------------------
-    torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
-    with world.together():
-        model = resnet.build(settings.model.arch, len(manifest.classes), zero_init=settings.model.zero_init_residual)
-        origin = weights.initialise(model, settings.model.arch, settings.model.weights)
-    resnet.freeze(model, resnet.frozen_to_the_end(settings.model, settings.train.epochs))
-    model = placement.placed(model, settings.model, device=world.device, world_size=world.world_size)
+    model, origin = network.made(settings, world, len(manifest.classes))  # all ranks
     optimizer = optim.build(model, settings.optimizer)
     recipe = Recipe(settings, world, data, model)  # all ranks
     ddp, stepper = world.prepare(model, optimizer)  # all ranks

@@ -33,9 +33,8 @@ from matplotlib.figure import Figure
 from wasteddp.data.manifest import write_atomically
 from wasteddp.data.progress import progress as progress_bar
 from wasteddp.errors import LaunchError, SettingsError, storage
-from wasteddp.model import resnet, weights
 from wasteddp.settings import Settings
-from wasteddp.training import environment, fitting, inputs, messages, optim, runtime
+from wasteddp.training import environment, fitting, inputs, messages, network, optim, runtime
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.lineage import Lineage
 from wasteddp.training.recipe import Recipe
@@ -157,12 +156,7 @@ def _measured(
     settings: Settings, world: runtime.Runtime, data: inputs.Inputs, rates: Sequence[float], say: Say
 ) -> Found:
     """Trains with one rate after the other until the loss explodes. Waits for each loss, which a training does not."""
-    torch.manual_seed(settings.run.seed)  # network and optimizer as in train.py
-    model = resnet.build(settings.model.arch, len(data.manifest.classes))
-    origin = weights.initialise(model, settings.model.arch, settings.model.weights)
-    resnet.freeze(model, settings.model.freeze)
-    layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
-    model = model.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    model, origin = network.made(settings, world, len(data.manifest.classes))
     optimizer = optim.build(model, settings.optimizer)
     recipe = Recipe(settings, world, data, model)
     ddp, stepper = world.prepare(model, optimizer)
