@@ -70,5 +70,17 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
     code = "import sys; from wasteddp import cli; print(cli.parser().format_help()); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for command in ("shard", "verify", "index", "draw", "plan", "evaluate", "predict", "report", "doctor", "settings"):
+    for command in (
+        "shard",
+        "verify",
+        "index",
+        "draw",
+        "plan",
+        "evaluate",
+        "predict",
+        "average",
+        "report",
+        "doctor",
+        "settings",
+    ):
         assert f"\n    {command} " in done.stdout
