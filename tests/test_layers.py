@@ -79,6 +79,7 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
         "plan",
         "evaluate",
         "predict",
+        "average",
         "report",
         "doctor",
         "settings",

@@ -253,3 +253,11 @@ def test_ticks_of_a_logarithmic_axis_are_few_and_inside(exponent: float, decades
     found = log_ticks(low, high)
     assert 1 <= len(found) <= 6
     assert all(low * 0.999 <= one <= high * 1.001 for one in found)
+
+
+def test_an_evaluation_with_test_time_augmentation_says_so(tmp_path: Path) -> None:
+    run = write_reported_run(tmp_path)
+    for options, said in (((), False), (("--tta", "flip"), True)):
+        assert main(["evaluate", str(run), *options]) == 0
+        assert main(["report", str(run)]) == 0
+        assert ("mean over views of each image (--tta flip)" in (run / "report.html").read_text()) is said
