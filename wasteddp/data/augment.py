@@ -1,4 +1,4 @@
-"""What training does to a batch on the device: flips, colour, erasing, normalisation. CPU and GPU give the same.
+"""What training does to a batch on the device: flips, a policy, colour, erasing, normalisation; CPU or GPU, the same.
 
 Legend: B images of a batch, C = 3, H W pixels.
 
@@ -15,8 +15,10 @@ import numpy.typing as npt
 import torch
 
 from wasteddp import settings
+from wasteddp.data import operations, policies
 from wasteddp.data.draws import COLOUR, ERASE, FLIP, I64, uniform
 from wasteddp.data.images import normalise
+from wasteddp.data.operations import column
 
 # Source: Zhong et al. 2017 (random erasing); torchvision.transforms.RandomErasing's defaults
 _ERASE_SCALE = (0.02, 0.33)
@@ -36,6 +38,9 @@ class Augment:
     contrast: float = 0.0
     saturation: float = 0.0
     erase: float = 0.0
+    policy: str = "none"
+    policy_ops: int = 2
+    policy_strength: float = 0.3
 
     @classmethod
     def of(cls, settings: settings.Augment, seed: int) -> Augment:
@@ -58,8 +63,10 @@ class Augment:
         flips = uniform(FLIP, self.seed, epoch, samples, num=2)
         for probability, draw, axis in ((self.horizontal_flip, flips[:, 0], 3), (self.vertical_flip, flips[:, 1], 2)):
             if probability > 0:
-                chosen = _column(draw < probability, device)
+                chosen = column(draw < probability, device)
                 images_BCHW = torch.where(chosen, images_BCHW.flip(axis), images_BCHW)
+        if self.policy != "none":
+            images_BCHW = self._policy(images_BCHW, samples, epoch)
         pixels_BCHW = images_BCHW.float()
         if self.brightness or self.contrast or self.saturation:
             pixels_BCHW = self._colour(images_BCHW, pixels_BCHW, samples, epoch)
@@ -68,6 +75,22 @@ class Augment:
             keep = ~_erased(samples, epoch, self.seed, self.erase, images_BCHW.shape[2], images_BCHW.shape[3])
             normalised = normalised * torch.from_numpy(keep[:, None]).to(device)  # 0 is the mean colour
         return normalised.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+
+    def _policy(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
+        """One image's operations one after another, each of them for the whole batch at once."""
+        rounds = policies.drawn(
+            samples,
+            epoch,
+            seed=self.seed,
+            policy=self.policy,
+            num_ops=self.policy_ops,
+            strength=self.policy_strength,
+            height=images_BCHW.shape[2],
+            width=images_BCHW.shape[3],
+        )
+        for operations_B, magnitudes_B in rounds:
+            images_BCHW = operations.apply(images_BCHW, operations_B, magnitudes_B)
+        return images_BCHW
 
     def _colour(self, images_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
         """Brightness b, contrast c and saturation s, factors in [1 - x, 1 + x], as the one linear map that they make:
@@ -80,7 +103,7 @@ class Augment:
         draws = 2 * uniform(COLOUR, self.seed, epoch, samples, num=3) - 1
         b, c, s = (1 + size * draws[:, i] for i, size in enumerate((self.brightness, self.contrast, self.saturation)))
         own, grey, mean = (
-            _column(f.astype(np.float32), images_BCHW.device) for f in (s * c * b, (1 - s) * c * b, (1 - c) * b)
+            column(f.astype(np.float32), images_BCHW.device) for f in (s * c * b, (1 - s) * c * b, (1 - c) * b)
         )
         red_B1HW, green_B1HW, blue_B1HW = torch.split(pixels_BCHW, 1, dim=1)
         grey_B1HW = red_B1HW * _LUMA[0] + green_B1HW * _LUMA[1] + blue_B1HW * _LUMA[2]
@@ -89,11 +112,6 @@ class Augment:
         mean_B = (sums_BC[:, 0] * _LUMA[0] + sums_BC[:, 1] * _LUMA[1] + sums_BC[:, 2] * _LUMA[2]) / (height * width)
         offset_B1HW = grey_B1HW * grey + mean_B.float().view(-1, 1, 1, 1) * mean
         return (pixels_BCHW * own).add_(offset_B1HW).clamp_(0, 255)
-
-
-def _column(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """One number an image, [B] -> [B, 1, 1, 1] on the device."""
-    return torch.from_numpy(values).to(device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def _erased(samples: I64, epoch: int, seed: int, probability: float, height: int, width: int) -> npt.NDArray[np.bool_]:

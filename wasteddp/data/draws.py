@@ -17,7 +17,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 6
 
 # What a draw is for: the first integer of its key, so that two uses never share numbers.
-CROP, FLIP, COLOUR, ERASE, BLOCKS, WINDOW, COVERAGE, MIX = range(8)
+CROP, FLIP, COLOUR, ERASE, BLOCKS, WINDOW, COVERAGE, MIX, POLICY = range(9)
 
 
 def _mix(x: U64) -> U64:
