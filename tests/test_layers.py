@@ -56,6 +56,7 @@ def test_imports_point_down(path: Path) -> None:
         "data.forecast",
         "data.coverage",
         "data.draws",
+        "data.policies",
         "data.manifest",
         "data.reading",
         "data.shard_set",

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from wasteddp.data.operations import F64, FILL_RGB, Operation, apply
+from wasteddp.data.operations import FILL_RGB, apply
+from wasteddp.data.policies import F64, Operation
 
 # Magnitudes of both policies: the ends, zero and between.
 SHEARS = (-0.99, -0.3, 0.0, 0.1, 0.99)

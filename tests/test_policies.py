@@ -14,7 +14,7 @@ from wasteddp.data import operations, policies
 from wasteddp.data.augment import Augment
 from wasteddp.data.draws import I64
 from wasteddp.data.images import normalise
-from wasteddp.data.operations import F64, Operation
+from wasteddp.data.policies import F64, Operation
 
 SIGNED = range(Operation.SHEAR_X, Operation.SHARPNESS + 1)
 TRIVIAL = Augment(0, horizontal_flip=0.5, erase=0.5, policy="trivialaugment")

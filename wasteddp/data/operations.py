@@ -12,7 +12,6 @@ partly outside, its colour and the fill's are blended by their shares; torchvisi
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -20,37 +19,17 @@ import torch
 
 from wasteddp.data.draws import I64
 from wasteddp.data.images import MEAN_RGB
-
-F64 = npt.NDArray[np.float64]
+from wasteddp.data.policies import F64, Operation
 
 # What comes in from outside of the image: the mean colour, as where a part is erased. torchvision's default is black,
 # which after normalising is far from what any image has.
 FILL_RGB = tuple(round(255 * mean) for mean in MEAN_RGB)
-# Coordinates have 11 bits behind the point: 255 * 2^11 * 2^11 is the most that fits into 32 bits, and half of 1/2048 px
-# is an eighth of a level at the sharpest edge.
+# Coordinates have 11 bits behind the point: 255 * 2^11 * 2^11 is the most that fits into 32 bits, and what two
+# roundings to 1/2048 px can do is an eighth of a level at the sharpest edge.
 _POINT = 11
 _ONE = 1 << _POINT
 # Source: torchvision.transforms.v2.functional.rgb_to_grayscale, ten thousandths; their sum is 9999 there too
 _LUMA = (2989, 5870, 1140)
-
-
-class Operation(IntEnum):
-    """In torchvision's order. The magnitude of each is given behind it."""
-
-    IDENTITY = 0
-    SHEAR_X = 1  # px to the left for each px downwards, from the upper left corner
-    SHEAR_Y = 2
-    TRANSLATE_X = 3  # px to the right, whole ones: what is behind the point is dropped
-    TRANSLATE_Y = 4
-    ROTATE = 5  # degrees, counterclockwise
-    BRIGHTNESS = 6  # -1 black, 0 as it is, 1 twice as far from black; likewise the three below
-    COLOR = 7
-    CONTRAST = 8
-    SHARPNESS = 9
-    POSTERIZE = 10  # bits that stay, of 8
-    SOLARIZE = 11  # level from which the image is inverted
-    AUTOCONTRAST = 12
-    EQUALIZE = 13
 
 
 def apply(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> torch.Tensor:

@@ -9,13 +9,36 @@ are those of torchvision.transforms.v2.RandAugment and TrivialAugmentWide.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 
 from wasteddp.data.draws import I64, POLICY, uniform
-from wasteddp.data.operations import F64, Operation
+
+F64 = npt.NDArray[np.float64]
 
 _STRENGTHS = 31  # of trivialaugment: 0, 1/30 .. 1
+
+
+class Operation(IntEnum):
+    """In torchvision's order. The magnitude of each is given behind it."""
+
+    IDENTITY = 0
+    SHEAR_X = 1  # px to the left for each px downwards, from the upper left corner
+    SHEAR_Y = 2
+    TRANSLATE_X = 3  # px to the right, whole ones: what is behind the point is dropped
+    TRANSLATE_Y = 4
+    ROTATE = 5  # degrees, counterclockwise
+    BRIGHTNESS = 6  # -1 black, 0 as it is, 1 twice as far from black; likewise the three below
+    COLOR = 7
+    CONTRAST = 8
+    SHARPNESS = 9
+    POSTERIZE = 10  # bits that stay, of 8
+    SOLARIZE = 11  # level from which the image is inverted
+    AUTOCONTRAST = 12
+    EQUALIZE = 13
+
 
 _SHEARS = [Operation.SHEAR_X, Operation.SHEAR_Y]
 _BLENDS = [Operation.BRIGHTNESS, Operation.COLOR, Operation.CONTRAST, Operation.SHARPNESS]
