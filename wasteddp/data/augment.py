@@ -19,6 +19,7 @@ from wasteddp.data import operations, policies
 from wasteddp.data.draws import COLOUR, ERASE, FLIP, I64, uniform
 from wasteddp.data.images import normalise
 from wasteddp.data.operations import column
+from wasteddp.data.to_device import to_device
 
 # Source: Zhong et al. 2017 (random erasing); torchvision.transforms.RandomErasing's defaults
 _ERASE_SCALE = (0.02, 0.33)
@@ -73,7 +74,7 @@ class Augment:
         normalised = normalise(pixels_BCHW)
         if self.erase:
             keep = ~_erased(samples, epoch, self.seed, self.erase, images_BCHW.shape[2], images_BCHW.shape[3])
-            normalised = normalised * torch.from_numpy(keep[:, None]).to(device)  # 0 is the mean colour
+            normalised = normalised * to_device(keep[:, None], device)  # 0 is the mean colour
         return normalised.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
 
     def _policy(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:

@@ -9,6 +9,8 @@ An `out` given is filled and returned, so that a loader's batch is written once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from math import ceil, exp, log, sqrt
 
 import numpy as np
@@ -121,13 +123,18 @@ def _as_1CHW(pixels: ImageHWC) -> torch.Tensor:
     return torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
 
 
+@lru_cache(maxsize=8)
+def _constants(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and factor, [1, 3, 1, 1], made once: making them waits for the device."""
+    shift, factor = [255.0 * m for m in mean], [1.0 / (255.0 * s) for s in std]
+    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (shift, factor))  # type: ignore[return-value]
+
+
 def normalise(
     images_BCHW: torch.Tensor,
     mean: tuple[float, float, float] = MEAN_RGB,
     std: tuple[float, float, float] = STD_RGB,
 ) -> torch.Tensor:
     """uint8 [B, 3, H, W] in 0..255 -> float32 of zero mean and unit variance: (x / 255 - mean) / std."""
-    device = images_BCHW.device
-    shift = torch.tensor([255.0 * m for m in mean], device=device).view(1, 3, 1, 1)
-    factor = torch.tensor([1.0 / (255.0 * s) for s in std], device=device).view(1, 3, 1, 1)
+    shift, factor = _constants(mean, std, images_BCHW.device)
     return (images_BCHW.float() - shift) * factor

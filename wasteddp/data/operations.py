@@ -20,6 +20,7 @@ import torch
 from wasteddp.data.draws import I64
 from wasteddp.data.images import MEAN_RGB
 from wasteddp.data.policies import F64, Operation
+from wasteddp.data.to_device import to_device
 
 # What comes in from outside of the image: the mean colour, as where a part is erased. torchvision's default is black,
 # which after normalising is far from what any image has.
@@ -45,22 +46,18 @@ def apply(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> to
     device = images_BCHW.device
     order_B = np.argsort(operations_B, kind="stable")
     operations_B, magnitudes_B = operations_B[order_B], magnitudes_B[order_B]
-    sorted_BCHW = images_BCHW.index_select(0, _on_device(order_B, device))
+    sorted_BCHW = images_BCHW.index_select(0, to_device(order_B, device))
     parts = []
     for first, last, change in _CHANGES:
         here = slice(*np.searchsorted(operations_B, (first, last + 1)))
         if here.stop > here.start:
             parts.append(change(sorted_BCHW[here], operations_B[here], magnitudes_B[here]))
-    return torch.cat(parts).index_select(0, _on_device(np.argsort(order_B), device))
+    return torch.cat(parts).index_select(0, to_device(np.argsort(order_B), device))
 
 
 def column(values_B: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """One number an image, [B] -> [B, 1, 1, 1] on the device."""
-    return _on_device(values_B, device).view(-1, 1, 1, 1)
-
-
-def _on_device(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    return to_device(values_B, device).view(-1, 1, 1, 1)
 
 
 # --- moves ------------------------------------------------------------------------------------------------------------
@@ -70,7 +67,7 @@ def _move(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> to
     """Shears, translations and rotations, bilinear: nearest, torchvision's default, leaves steps at every edge."""
     count, channels, height, width = images_BCHW.shape
     device = images_BCHW.device
-    columns_B2W, rows_B2H = (_on_device(part, device) for part in _sources(operations_B, magnitudes_B, height, width))
+    columns_B2W, rows_B2H = (to_device(part, device) for part in _sources(operations_B, magnitudes_B, height, width))
     # in the frame, which begins one pixel before the image
     x_BHW, y_BHW = (
         (columns_B2W[:, i, None, :] + rows_B2H[:, i, :, None]).clamp_(-_ONE, size * _ONE).add_(_ONE)

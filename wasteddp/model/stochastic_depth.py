@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from wasteddp.data.draws import DEPTH, I64, uniform
+from wasteddp.data.to_device import to_device
 
 
 class StochasticDepth:
@@ -45,8 +46,8 @@ class StochasticDepth:
         sample, block), so the same at any number of ranks and behind a resume."""
         draws_BL = uniform(DEPTH, self._seed, epoch, samples, num=len(self._dropped_L))
         factors_BL = np.where(draws_BL < self._dropped_L, 0, 1 / (1 - self._dropped_L))
-        factors_LB = torch.from_numpy(np.ascontiguousarray(factors_BL.T, dtype=np.float32))
-        self._factors_LB111 = factors_LB.to(device, non_blocking=True)[:, :, None, None, None].unbind()
+        factors_LB = to_device(np.ascontiguousarray(factors_BL.T, dtype=np.float32), device)
+        self._factors_LB111 = factors_LB[:, :, None, None, None].unbind()
 
     def _scaled(self, number: int, norm: nn.Module, _: object, branch_BCHW: torch.Tensor) -> torch.Tensor:
         if not norm.training:

@@ -14,6 +14,7 @@ from torch import nn
 from wasteddp.data.images import normalise
 from wasteddp.data.loader import evaluation_steps
 from wasteddp.data.plan import PADDING, EvaluationPlan
+from wasteddp.data.to_device import to_device
 from wasteddp.errors import ShardError, WastedError
 from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.metrics import summarise
@@ -47,16 +48,17 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
     try:
         batches = data.val_loader.batches(evaluation_steps(plan, rank=runtime.rank, world_size=runtime.world_size))
         for item in runtime.watch.over(batches, "evaluating"):
-            real = torch.from_numpy(item.samples != PADDING).to(runtime.device)
+            real = to_device(item.samples != PADDING, runtime.device)
             labels_B = item.labels_B.to(runtime.device, non_blocking=True)
             logits_BK = model(normalise(item.images_BCHW.to(runtime.device, non_blocking=True))).float()
             losses_B = nn.functional.cross_entropy(logits_BK, labels_B, reduction="none")
             confidence_B, predicted_B = logits_BK.softmax(1).max(1)
-            loss_sum += losses_B[real].sum()
-            counts += torch.bincount((labels_B * num_classes + predicted_B)[real], minlength=len(counts))
-            samples.append(item.samples[item.samples != PADDING])
+            # multiplied by 0 where padded: to pick rows by a mask, or count with bincount, the host asks the device
+            loss_sum += (losses_B * real).sum()
+            counts.scatter_add_(0, labels_B * num_classes + predicted_B, real.long())
+            samples.append(item.samples)
             # exp(-cross-entropy) is the probability of the true class; float32 counts classes exactly up to 16 million
-            rows.append(torch.stack([labels_B, predicted_B, confidence_B, (-losses_B).exp()])[:, real])
+            rows.append(torch.stack([labels_B, predicted_B, confidence_B, (-losses_B).exp()]))
     except WastedError as error:
         failure = error
     with runtime.together():  # the forward passes above hold no collective: eval mode, no gradients
@@ -72,9 +74,15 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
             "check the set with `wasteddp verify`",
         )
     metrics = summarise(confusion)
-    labels, predicted, confidence, of_truth = torch.cat(rows, dim=1).cpu().numpy()
+    seen_samples = np.concatenate(samples)
+    real_rows = torch.cat(rows, dim=1).cpu().numpy()[:, seen_samples != PADDING]
+    labels, predicted, confidence, of_truth = real_rows
     answers = Answers(
-        np.concatenate(samples), labels.astype(np.int64), predicted.astype(np.int64), confidence, of_truth
+        seen_samples[seen_samples != PADDING],
+        labels.astype(np.int64),
+        predicted.astype(np.int64),
+        confidence,
+        of_truth,
     )
     parts = runtime.gather((Reliability.of(answers), Mistakes.of(answers)))  # all ranks
     seen = Seen(
