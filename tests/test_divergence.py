@@ -145,7 +145,7 @@ def test_a_loss_far_above_a_guess_has_exploded(
     assert "rollback goes back by itself" in said
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
 def test_a_skipped_step_changes_neither_weights_nor_state_nor_statistics(name: str) -> None:
     settings = parse(f"optimizer: {{name: {name}}}\ntrain: {{batch_size: 4, on_divergence: skip}}\nrun: {{threads: 1}}")
     world = runtime.start(settings)
