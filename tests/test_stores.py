@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from faulty_server import Fault, FaultyServer, serving
 from store_stubs import GOOGLE_URL, HUB_URL, TOKEN, google, hub
 
+from wasteddp import cli
 from wasteddp.data import remote, shard_set, stores
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reading import SplitReader
@@ -154,6 +156,20 @@ def test_a_folder_without_a_manifest_is_named(data: Callable[..., Data], place: 
     url = f"{place.url.removesuffix('set')}none"
     with pytest.raises(ShardError, match=rf"{url}/manifest.json cannot be read .*404 Not Found"):
         shard_set.opened(data(url)).__enter__()
+
+
+def test_verify_re_reads_it(
+    place: Place, small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", place.url, "--workers", "1"]) == 0
+    assert f"{place.url} is whole: 73 samples in" in capsys.readouterr().out
+    copy = Path(shutil.copytree(small_shards, tmp_path / "copy"))
+    with (copy / "train-000000.tar").open("r+b") as file:
+        file.write(b"x")
+    place.server.folder = copy
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["verify", place.url, "--workers", "1"])
+    assert "train-000000.tar: another sha256" in capsys.readouterr().err
 
 
 def test_a_folder_is_listed(place: Place, small_shards: Path) -> None:
