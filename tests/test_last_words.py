@@ -39,6 +39,23 @@ watch.at("computing")
 time.sleep(600)
 """
 
+# torch waits for the launcher's address, as it does when processes join each other
+JOINING = """
+import os, sys, time
+from wasteddp.settings import Settings
+from wasteddp.training import signals, watchdog
+from wasteddp.training.ranks import free_port
+watchdog._STOPPED_S, watchdog._LAUNCHER_S = 0.3, 1.0
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "2"}
+signals.STOP.signal_name, os.environ["TORCHELASTIC_USE_AGENT_STORE"], joined = sys.argv[2:]
+watch, run = watchdog.Watchdog.from_environment(), Settings().run.model_copy(update={"out": sys.argv[1]})
+watch.start(Settings().model_copy(update={"run": run}))
+if joined:
+    watch.at("computing")
+time.sleep(2.5)
+print("stayed")
+"""
+
 
 def hang(run: Path, rank: int, words_s: float = 30.0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", HANGING, str(run), str(rank), str(words_s)]
@@ -96,3 +113,24 @@ def test_behind_the_block_nothing_is_left_to_be_done(error: BaseException | None
             raise error
     assert not last_words._acts
     assert bool(said) == (not isinstance(error, KeyboardInterrupt)), "a bug has its report; what is no error has none"
+
+
+@pytest.mark.parametrize(
+    ("asked", "launcher_keeps_it", "joined", "leaves"),
+    [
+        ("SIGTERM", "True", "", True),  # what the kernel sends when the launcher has died
+        ("SIGTERM", "", "", True),
+        ("", "True", "", True),  # it died before this process could ask the kernel for that
+        ("", "", "", False),  # rank 0 may be slow to start
+        ("SIGTERM", "True", "joined", False),  # the loop can do without a board: it saves
+    ],
+)
+def test_a_process_whose_launcher_is_gone_before_the_others_were_met_leaves(
+    asked: str, launcher_keeps_it: str, joined: str, leaves: bool, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", JOINING, str(tmp_path), asked, launcher_keeps_it, joined]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == (EXIT_FAILED if leaves else 0), done.stderr
+    assert ("stayed" in done.stdout) == (not leaves)
+    assert ("error: nobody answers at 127.0.0.1:" in done.stderr) == leaves
+    assert ("and SIGTERM has asked to stop" in done.stderr) == (leaves and bool(asked))

@@ -47,22 +47,23 @@ def main() -> None:
         if kills:
             trainings = disturb_many(out, shards, events=kills, **how)
             records = [record for training in trainings for record in training.records]
-            results = [[one.event.name, one.ended, one.steps_lost, one.outcome.had_to_kill] for one in records]
+            results = [(one.event.name, one.ended, one.steps_lost, one.outcome.had_to_kill) for one in records]
             _tell(out, table(records), results, len(trainings), began)
         if arguments.launchers:
             began_launching = time.monotonic()
             shots = launchers.disturb_launched(out, shards, events=arguments.launchers, **how)
-            results = [[f"{one.shot.signal}: {one.shot.name}", one.outcome, one.steps_lost, 0] for one in shots]
+            results = [(f"{one.shot.signal}: {one.shot.name}", one.outcome, one.steps_lost, 0) for one in shots]
             _tell(out, launchers.table(shots), results, len({one.training for one in shots}), began_launching)
 
 
-def _tell(out: Path, lines: str, results: list[list[object]], trainings: int, began: float) -> None:
+def _tell(out: Path, lines: str, results: list[tuple[str, str, int, int]], trainings: int, began: float) -> None:
     with (out / "results.jsonl").open("a") as file:
         file.write("".join(f"{json.dumps(result)}\n" for result in results))
     print(lines)
     print(
         f"{len(results)} events in {trainings} trainings, {time.monotonic() - began:.0f} s: "
-        "every training ended as the undisturbed one"
+        "every training ended as the undisturbed one; ranks left behind that had to be killed: "
+        f"{sum(had_to_kill for *_, had_to_kill in results)}"
     )
 
 

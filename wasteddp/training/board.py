@@ -6,6 +6,7 @@ A connection of its own, because the one that torch keeps may wait for minutes o
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 _FAILURE = "failure"
 _ANSWER = timedelta(seconds=30)
+_CONNECT_S = 5.0
 
 
 class LostBoardError(Exception):
@@ -77,6 +79,16 @@ class Board:
         """Tells a failure, unless another was told before; returns the one that stands."""
         with _or_lost():
             return Failure(**json.loads(self._store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))))
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether somebody listens there. Asked with a plain connection: each try of a TCPStore that fails prints its own
+    stack, and none can be broken off."""
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -108,6 +108,16 @@ def standstill(rank: int, beat: Beat) -> str:
     )
 
 
+def nobody_to_join(where: str, signal_name: str) -> str:
+    """A rank whose launcher ended before the ranks had found each other."""
+    return (
+        f"nobody answers at {where}, where the launcher or rank 0 brings the processes together"
+        + (f", and {signal_name} has asked to stop" if signal_name else "")
+        + "\n  so: this process leaves before it has begun; checkpoints are as they were\n"
+        "  do: the same command goes on from the newest checkpoint, or begins"
+    )
+
+
 def _place(beat: Beat | None) -> str:
     if beat is None:
         return "never came"

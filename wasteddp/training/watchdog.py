@@ -25,7 +25,7 @@ from typing import TypeVar
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, WastedError
 from wasteddp.settings import Settings
 from wasteddp.training import failures, last_words
-from wasteddp.training.board import Beat, Board, Failure, LostBoardError
+from wasteddp.training.board import Beat, Board, Failure, LostBoardError, answers
 from wasteddp.training.signals import STOP
 
 # The start, the first step and saves may take so many times run.timeout_s: downloads, compilation, slow disks.
@@ -35,6 +35,8 @@ _SILENT_S = 8.0  # once the launcher has asked all to stop, because one ended, s
 _STUCK_S = 5.0  # that a rank which hears of a failure is given to meet it by itself
 _UNWINDING_S = 90.0  # that a failed rank is given to close its dashboard and its files
 _CONNECTING_S = 3.0
+_STOPPED_S = 10.0  # that a process which is asked to stop waits for a board
+_LAUNCHER_S = 60.0  # that it waits for one that the launcher keeps, which had it before it started any process
 _LOST_BEATS = 3
 _DISK_S = 3.0  # that the run's disk is given to take a line
 
@@ -189,8 +191,7 @@ class Watchdog:
     def _watch(self) -> None:
         timeout_s = self._settings.run.timeout_s
         if self._address:
-            with suppress(LostBoardError):  # nobody to tell: each rank watches itself
-                self._board = Board.of_launcher(*self._address, self._world_size, patience_s=SLOW_FACTOR * timeout_s)
+            self._board = self._reached_board(*self._address)
         self._connected.set()
         seen, quiet_s, lost, silent_s = self._mark, 0.0, 0, 0.0
         neighbour: Beat | None = None
@@ -223,6 +224,28 @@ class Watchdog:
                 last_words.leave_with_words(self._exit_code, self._run, self._rank)
         with suppress(LostBoardError):
             self._post(0.0, left=self._exit_code is None)
+
+    def _reached_board(self, host: str, port: int) -> Board | None:
+        """Waits for it, since rank 0 may keep it and come late. None where it never comes: each rank watches itself.
+
+        The loop joins the others by the same address, and torch waits there for as long as a slow start may take. If
+        the launcher is gone that is for nobody: this process leaves.
+        """
+        patience_s = SLOW_FACTOR * self._settings.run.timeout_s
+        began, launchers = time.monotonic(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        while not self._closed.wait(_BEAT_S / 10):
+            if answers(host, port):
+                with suppress(LostBoardError):
+                    return Board.of_launcher(host, port, self._world_size, patience_s=_LAUNCHER_S)
+            waited_s = time.monotonic() - began
+            gone = waited_s > (_STOPPED_S if STOP else _LAUNCHER_S if launchers else patience_s)
+            if gone and self._mark.number == 0 and self._exit_code is None:
+                where = f"{host}:{port} for {waited_s:.0f} s"
+                self._speaks(Failure(self._rank, failures.nobody_to_join(where, STOP.signal_name), EXIT_FAILED))
+                last_words.leave_with_words(EXIT_FAILED, self._run, self._rank)
+            if waited_s > patience_s:
+                break
+        return None
 
     def _log(self, message: str) -> None:
         if self._rank == 0:
