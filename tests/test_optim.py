@@ -11,7 +11,7 @@ from torch import nn
 from wasteddp import settings
 from wasteddp.model import resnet
 from wasteddp.training import optim
-from wasteddp.training.keeper import room_for_checkpoint
+from wasteddp.training.run_state import room_for_checkpoint
 
 NAMES = ["sgd", "adam", "adamw", "lars", "lamb"]
 

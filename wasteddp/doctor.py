@@ -104,7 +104,7 @@ def _examine_machines(world: Runtime) -> list[Finding]:
 
 def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Finding]:
     """All ranks: on rank 0 alone what only it does in a run."""
-    from wasteddp.training import keeper, machine_checks, run_checks
+    from wasteddp.training import machine_checks, run_checks, run_state
 
     world.watch.at("reading the shards", slow=True)
     shards, num_classes = run_checks.check_shards(settings, world.rank)
@@ -114,8 +114,8 @@ def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Fi
     out = Path(settings.run.out)
     if world.is_main:
         findings += [
-            run_checks.check_disk(out, keeper.room_for_run(settings, num_bytes)),
-            run_checks.check_save(out, keeper.room_for_checkpoint(settings, num_bytes), leaves_s),
+            run_checks.check_disk(out, run_state.room_for_run(settings, num_bytes)),
+            run_checks.check_save(out, run_state.room_for_checkpoint(settings, num_bytes), leaves_s),
             run_checks.check_wandb(settings.track.wandb),
         ]
     return list(world.gather(findings)[0])

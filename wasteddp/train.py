@@ -116,7 +116,7 @@ def train(
     keeper = Keeper(settings, world, data, model, optimizer, further=average.states)  # all ranks
     progress = Progress(Lineage.of(settings, manifest, teacher=recipe.teacher.sha256))
     if checkpoint := keeper.starting_point(*start, lineage=progress.lineage):  # all ranks
-        keeper.restore(checkpoint)  # all ranks
+        keeper.state.restore(checkpoint)  # all ranks
         progress = checkpoint.progress.started_again(progress.lineage)
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
     progress = retreat.applied(progress)
@@ -181,7 +181,7 @@ def train(
                 progress = guard.judge(progress, row, saves=due.saves)
             better = None
             if due.evaluates:
-                keeper.reconcile()
+                keeper.state.reconcile()  # all ranks
                 scores, seen = evaluate(average.network, data, world, settings.evaluate.batch_size)
                 progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
                 better = seen if progress.best_step == progress.step else None

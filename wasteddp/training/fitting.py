@@ -27,10 +27,10 @@ from wasteddp.errors import DeviceMemoryError
 from wasteddp.settings import Settings
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.recipe import Recipe
+from wasteddp.training.run_state import ONE_MOMENT
 from wasteddp.training.runtime import Runtime
 
 _RESERVE = 0.1  # of the GPU's memory: fragments, other sizes of cuDNN's workspaces, buckets of gradients
-_ONE_MOMENT = ("sgd", "lars")  # optimizers that keep one number a weight; the others keep two
 _BATCHES_AHEAD = 2  # of a rank's share, as bytes on the GPU: the one that is trained on and the next
 
 
@@ -110,7 +110,7 @@ def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model
     weights = {
         name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in model.named_parameters()
     }
-    if settings.optimizer.name not in _ONE_MOMENT:  # the copies of the weights stand for the first moment
+    if settings.optimizer.name not in ONE_MOMENT:  # the copies of the weights stand for the first moment
         kept += [torch.empty_like(tensor) for tensor in weights.values()]
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
     images = torch.zeros((size, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # channels-last, as the loader's

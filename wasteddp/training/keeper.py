@@ -10,17 +10,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from wasteddp.errors import CheckpointError, StorageError
+from wasteddp.errors import StorageError
 from wasteddp.inference.answers import Seen
 from wasteddp.model import ema
-from wasteddp.model.resnet import running_statistics
 from wasteddp.settings import Settings
-from wasteddp.training import checkpoints, claim, environment, messages, optim
+from wasteddp.training import checkpoints, claim, environment, messages
 from wasteddp.training.batch_job import Notice
 from wasteddp.training.best_model import card_of, save_best
 from wasteddp.training.checkpoint_writer import CheckpointWriter, States, recover, refuse_full_disk
@@ -29,21 +27,13 @@ from wasteddp.training.claim import Claim
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.last_words import append_to_log
 from wasteddp.training.lineage import Lineage, accepted_changes, changed_settings
+from wasteddp.training.run_state import RunState, Stateful, room_for_run
 from wasteddp.training.runtime import Runtime
 
 SAVE_REQUEST = "SAVE_NOW"  # `touch RUN/SAVE_NOW`: gone once a checkpoint is on the disk
-_RANKS = "ranks"  # the state that holds what each rank has of its own
-_STATISTICS = "running_statistics"
 
 SaveBest = Callable[[Mapping[str, torch.Tensor]], None]
 OfStates = Callable[[States], None]
-
-
-class Stateful(Protocol):
-    """What may be kept beside the model and the optimizer, such as a moving average of the weights."""
-
-    def state_dict(self) -> Mapping[str, torch.Tensor]: ...
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> Any: ...
 
 
 class Keeper:
@@ -52,11 +42,8 @@ class Keeper:
     From its making to `__exit__`, or to a refused starting point, no other training can write into the run's folder.
 
     Args:
-        model: bare, or as DDP or `torch.compile` wrap it.
-        optimizer: bare, not as Accelerate wraps it.
-        further: other things with a state, by the name that their file gets; the same on every rank. Of networks the
-            running statistics are each rank's own, as the model's are. One called `ema.STATE` is what is evaluated, so
-            it is what the best model is taken from.
+        model, optimizer, further: see `RunState`. What is called `ema.STATE` among the further things is what is
+            evaluated, so it is what the best model is taken from.
         clock: seconds, for checkpoint.every_minutes; only rank 0's counts.
     """
 
@@ -72,11 +59,9 @@ class Keeper:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._world, self._data = settings, world, data
-        self._model: nn.Module = world.accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._optimizer, self._further, self._clock = optimizer, further or {}, clock
-        networks = {name: thing for name, thing in self._further.items() if isinstance(thing, nn.Module)}
-        self._networks: dict[str, nn.Module] = {"model": self._model, **networks}
-        self._evaluated = ema.STATE if ema.STATE in self._further else "model"
+        self.state = RunState(world, model, optimizer, further or {})
+        self._clock = clock
+        self._evaluated = ema.STATE if further and ema.STATE in further else "model"
         self._commit = environment.commit()
         self._writer: CheckpointWriter | None = None
         self._claim: Claim | None = None
@@ -88,7 +73,7 @@ class Keeper:
         with world.together():
             if world.is_main:
                 there = sum(path.stat().st_size for path in self._checkpoints.glob("step-*/*"))
-                refuse_full_disk(self._folder, self._num_bytes() - there)
+                refuse_full_disk(self._folder, room_for_run(settings, self.state.model_bytes) - there)
                 self._claim = Claim(self._checkpoints, world.say, wait_s=claim.WAIT_S)
                 recover(self._checkpoints)
                 self._writer = CheckpointWriter(
@@ -137,29 +122,6 @@ class Keeper:
             self._release()
             raise
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """All ranks, behind `prepare`, which gives every rank the state of the first: the checkpoint's state.
-
-        Raises:
-            CheckpointError: on every rank: it lacks a state that this run has.
-        """
-        with self._world.together():
-            if missing := self._further.keys() - checkpoint.states.keys():
-                raise CheckpointError(
-                    f"{checkpoint.path} has no state of: {', '.join(sorted(missing))}",
-                    "the run would go on with a fresh one beside trained weights",
-                    "restore the settings of that run, or set run.out to a new folder",
-                )
-        self._model.load_state_dict(checkpoint.states["model"])
-        optim.load_state_tensors(self._optimizer, self._model, checkpoint.states["optimizer"])
-        for name, thing in self._further.items():
-            thing.load_state_dict(checkpoint.states[name])
-        for name, network in self._networks.items():
-            own = checkpoint.states.get(_RANKS, {}).get(_own_statistics(name))
-            if own is not None and len(own) == self._world.world_size:  # another number of ranks takes the mean
-                _fill(running_statistics(network), own[self._world.rank])
-        self._world.load_scaler(checkpoint.progress.scaler)
-
     @property
     def metrics(self) -> dict[str, float]:
         """The "checkpoint/..." metrics, on rank 0; `checkpoint/seconds` once a save has ended."""
@@ -175,10 +137,6 @@ class Keeper:
         every_s = 60 * self._settings.checkpoint.every_minutes
         return (every_s > 0 and self._clock() - self._saved_at >= every_s) or (self._folder / SAVE_REQUEST).exists()
 
-    def reconcile(self) -> None:
-        """All ranks: BatchNorm's running statistics become their mean, since each rank saw other images."""
-        self._world.average_([tensor for network in self._networks.values() for tensor in running_statistics(network)])
-
     def save(self, progress: Progress, *, epoch: int, best: Seen | None) -> float:
         """All ranks: keeps this state. Returns the ms that the loop waited.
 
@@ -190,7 +148,7 @@ class Keeper:
         was complete before is untouched.
         """
         began = time.perf_counter()
-        states = self._states()  # all ranks
+        states = self.state.tensors()  # all ranks
         with self._world.together():
             if self._writer:
                 self._settle()
@@ -277,30 +235,6 @@ class Keeper:
         if self._claim:
             self._claim.release()
 
-    def _states(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        """All ranks: what a checkpoint holds. The networks' running statistics are the mean over the ranks, for any
-        number of them to load; each rank's own are kept beside it, so that the same number goes on bit for bit."""
-        states: dict[str, Mapping[str, torch.Tensor]] = {
-            "model": self._model.state_dict(),
-            "optimizer": optim.state_tensors(self._optimizer, self._model),
-            **{name: thing.state_dict() for name, thing in self._further.items()},
-        }
-        if self._world.world_size == 1:
-            return states
-        of_ranks = {}
-        for name, network in self._networks.items():
-            if own := running_statistics(network):
-                flat_RF = self._world.stack(torch.cat([tensor.reshape(-1) for tensor in own]))  # all ranks
-                means = [torch.empty_like(tensor) for tensor in own]
-                _fill(means, flat_RF.mean(0))
-                names = {id(buffer): key for key, buffer in network.named_buffers()}
-                states[name] = {**states[name], **{names[id(t)]: mean for t, mean in zip(own, means, strict=True)}}
-                of_ranks[_own_statistics(name)] = flat_RF
-        return {**states, _RANKS: of_ranks} if of_ranks else states
-
-    def _num_bytes(self) -> int:
-        return room_for_run(self._settings, sum(tensor.nbytes for tensor in self._model.state_dict().values()))
-
     @property
     def _folder(self) -> Path:
         return Path(self._settings.run.out)
@@ -308,25 +242,3 @@ class Keeper:
     @property
     def _checkpoints(self) -> Path:
         return self._folder / "checkpoints"
-
-
-def room_for_checkpoint(settings: Settings, model_bytes: int) -> int:
-    """Bytes of one: the weights, their average, and one more for each moment that the optimizer keeps."""
-    moments = 1 if settings.optimizer.name in ("sgd", "lars") else 2
-    return model_bytes * (1 + (settings.train.ema_decay > 0) + moments)
-
-
-def room_for_run(settings: Settings, model_bytes: int) -> int:
-    """Bytes that checkpoints and bundles take at most: those kept, the best, and the ones being written."""
-    return room_for_checkpoint(settings, model_bytes) * (settings.checkpoint.keep_last + 2) + 2 * model_bytes
-
-
-def _own_statistics(name: str) -> str:
-    """What the ranks' own running statistics of a network are called."""
-    return _STATISTICS if name == "model" else f"{name}_{_STATISTICS}"
-
-
-def _fill(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:
-    """Writes the parts of `flat`, one behind the other, into the tensors."""
-    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
