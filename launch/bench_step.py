@@ -117,7 +117,8 @@ def rate(side: str, settings: Settings, *, steps: int, warm: int) -> float:
 
 
 def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
-    from wasteddp.training import inputs
+    from wasteddp.model import ema
+    from wasteddp.training import inputs, network
     from wasteddp.training.checkpoints import Progress
     from wasteddp.training.divergence import Guard
     from wasteddp.training.lineage import Lineage
@@ -126,11 +127,11 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
 
     world = runtime.start(settings)
     data = stack.enter_context(inputs.opened(settings, world))
-    model = resnet.build(settings.model.arch, NUM_CLASSES)
-    model = model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model, _ = network.made(settings, world, NUM_CLASSES)
     optimizer = optim.build(model, settings.optimizer)
     recipe, meter = Recipe(settings, world, data, model), Meter(world.device)
     ddp, stepper = world.prepare(model, optimizer)
+    average = ema.of(settings.train.ema_decay, model, ddp)
     progress = Progress(Lineage.of(settings, data.manifest))
     guard = Guard(settings, world, model, optimizer, num_classes=NUM_CLASSES, progress=progress)
     batch = next(data.batches(0, 1, world))
@@ -145,6 +146,7 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
             meter.add(loss)
         skipped = guard.step(stepper, meter.step_loss, recipe.clip(is_asked=guard.skips))
         stepper.zero_grad()
+        average.update(progress.step, skipped)
         meter.step_done(skipped)
 
     return step
