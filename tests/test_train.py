@@ -59,6 +59,7 @@ def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert "finished at step 8" in log
     assert f"report: {undisturbed}/report.html" in log
     assert "hostname" not in (undisturbed / "environment.json").read_text()
+    assert found[-1]["checkpoint/seconds"] > 0
 
 
 def test_the_bundle_is_the_best_checkpoint_and_answers(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
