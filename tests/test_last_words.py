@@ -134,3 +134,16 @@ def test_a_process_whose_launcher_is_gone_before_the_others_were_met_leaves(
     assert ("stayed" in done.stdout) == (not leaves)
     assert ("error: nobody answers at 127.0.0.1:" in done.stderr) == leaves
     assert ("and SIGTERM has asked to stop" in done.stderr) == (leaves and bool(asked))
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "closed\n"), (75, "closed\n"), (70, "")])
+def test_an_end_waits_for_exit_handlers_and_for_no_thread(code: int, said: str) -> None:
+    program = f"""
+import atexit, threading, time
+from wasteddp.training.last_words import leave
+atexit.register(print, "closed")
+threading.Thread(target=time.sleep, args=(600,)).start()
+leave({code})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (code, said)

@@ -3,6 +3,7 @@ what else was to be done at the end of a block that it will not come to."""
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import sys
@@ -67,9 +68,14 @@ def within(limit_s: float, act: Callable[[], object]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with `code`; after a failure at once: an ordinary exit waits for collectives and threads."""
+    """Ends the process with `code`: behind its exit handlers, or after a failure at once.
+
+    The interpreter is not torn down. After a failure that would wait for collectives and threads; and threads of torch
+    and gloo outlive their process group now and then: their destructors then abort a rank that had finished (seen:
+    "terminate called without an active exception", exit code -6), and its launcher says that the run failed.
+    """
     if code in (EXIT_FINISHED, EXIT_RESUMABLE):
-        raise SystemExit(code)
+        atexit._run_exitfuncs()
     leave_now(code)
 
 
