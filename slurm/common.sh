@@ -25,13 +25,18 @@ on_nodes() {
 }
 
 # Starts a step, waits for it whatever signals come, and leaves its exit code in $code. In the background and in a loop:
-# bash runs a trap only between commands.
+# bash runs a trap only between commands. A trap only sets a word, and `heard`, the template's own, does what is to be
+# done: bash 5.2 gives a step that ends while a trap runs commands the exit code of these, and at worst, of none, -1.
 run_step() {
   (on_nodes "$@") &
   step=$!
-  while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+  while kill -0 "$step" 2>/dev/null; do
+    wait "$step"
+    heard
+  done
   wait "$step"
   code=$?
+  if [ "$code" = -1 ]; then code=1; fi
   step=''
 }
 
@@ -43,19 +48,13 @@ is_running() {
   [ "$state" = RUNNING ]       # of a job that is being put back it says nothing
 }
 
-# Passes the warning on to every process of a step until it has ended: a program that is still starting does not hear.
-warn() { while kill -USR1 "$1" 2>/dev/null; do sleep 5; done; }
-
 # Puts this job back into the queue, which ends it at once.
 requeue() {
   say "$*; back into the queue"
-  if scontrol requeue "$SELF"; then
-    trap - TERM
-    sleep 60
-  fi
+  if scontrol requeue "$SELF"; then exec sleep 600; fi     # Slurm kills this; a shell would live on for a line or two
   if is_running; then
     say "Slurm did not requeue it: submit it again, with RUN_OUT=${RUN_OUT:-} if it is a training, and it goes on"
   else
-    say "Slurm put it back or ended it before that: if its node failed, it comes back by itself"
+    say "Slurm had put it back, or ended it, before that"
   fi
 }

@@ -45,7 +45,8 @@ fi
 
 source slurm/common.sh || exit 2       # submit it from the checkout, or with --chdir=CHECKOUT
 step='' warned=''
-trap 'warned=1; [ -n "$step" ] && kill -TERM "$step"' USR1     # what is done is noted: the next attempt goes on there
+trap 'warned=1' USR1
+heard() { if [ -n "$warned" ]; then kill -TERM "$step"; fi; }  # what is done is noted: the next attempt goes on there
 part=()
 if [ "$STAGE" != merge ]; then part=(--part "$SLURM_ARRAY_TASK_ID/$SHARD_PARTS" --stage "$STAGE"); fi
 say "$STAGE ${part[*]} on $SLURM_JOB_NODELIST"

@@ -17,9 +17,10 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then        # inside a job only
   # module load python/3.11                # not needed with .venv on a file system that all nodes see
   # LOCAL_DISK=/local/scratch/$USER        # each node's own disk: shards are copied there, and the copy is verified
   # export HF_HOME=/scratch/$USER/hf TORCH_HOME=/scratch/$USER/torch
-  # MAX_CRASHES=3                          # a job that died without a message is requeued so often
+  # MAX_CRASHES=3                          # a job that crashed, or came to no step, is requeued so often
 
-  # Apptainer: every step runs inside the image; --nv brings the driver's libraries.
+  # Apptainer: every step runs inside the image, with its Python; --nv brings the driver's libraries. One --bind for all
+  # folders that are needed, with commas: "$PWD,/data,$LOCAL_DISK".
   # INSIDE=(apptainer exec --nv --bind "$PWD" /images/wasteddp.sif)
 
   # Pyxis (enroot): srun starts the container itself.

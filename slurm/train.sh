@@ -59,13 +59,38 @@ case $signal in *@*) WASTEDDP_WARNING_S=${signal##*@} ;; *) WASTEDDP_WARNING_S=6
 export WASTEDDP_WARNING_S
 say "$SLURM_JOB_NUM_NODES node(s) x $EACH process(es), $GPUS GPU(s) each, on $SLURM_JOB_NODELIST; run $RUN_OUT"
 
-step='' warned='' ended='' started='' code=0
-limit() { squeue -h -j "$SELF" -o %e; }
-trap 'warned=1; say "the time limit is near ($(limit)): saving"; [ -n "$step" ] && warn "$step" &' USR1
+step='' warned='' heard='' ended='' started='' code=0
+trap 'warned=1' USR1
 trap 'ended=1' TERM                             # preempted, cancelled, time up: Slurm decides what follows
+limit() { squeue -h -j "$SELF" -o %e; }
+newest() { find "$RUN_OUT/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
+
+# Passes the warning on to every process of a step until the run has been saved: a program that is still starting does
+# not hear, and what writes the report behind the save would die of it.
+warn() { while [ ! -e "$RUN_OUT/RESUMABLE" ] && kill -USR1 "$1" 2>/dev/null; do sleep 5; done; }
+
+heard() {
+  if [ -z "$warned" ] || [ -n "$heard" ]; then return; fi
+  heard=1
+  say "the time limit is near ($(limit)): saving"
+  warn "$step" &
+}
+
+# Notes an attempt that ended without a word or a step, and puts the job back, MAX_CRASHES times in all.
+try_again() {
+  echo "$(date '+%F %T') attempt $ATTEMPT on $SLURM_JOB_NODELIST: $*" >>"$RUN_OUT/crashes.txt"
+  local crashes
+  crashes=$(wc -l <"$RUN_OUT/crashes.txt")
+  if [ "$crashes" -le "$MAX_CRASHES" ]; then
+    requeue "$* ($crashes of at most $MAX_CRASHES)"
+  else
+    say "$*: that makes $crashes, MAX_CRASHES is $MAX_CRASHES: not requeued. $RUN_OUT/crashes.txt says when and where"
+  fi
+}
 
 # --- checked before the nodes are busied: a mistake in the settings ends here -----------------------------------------
 mkdir -p "$RUN_OUT" && rm -f "$RUN_OUT/RESUMABLE" "$RUN_OUT/MISTAKE"
+before=$(newest)
 settings=$( (on_nodes --nodes=1 python -m wasteddp.cli settings "$config" ${sets[@]+"${sets[@]}"}) )
 code=$?
 if [ "$code" = 2 ]; then
@@ -96,10 +121,16 @@ if [ "$code" = 0 ] && [ -z "$warned$ended" ]; then
 fi
 
 # --- what follows. Where Slurm ends the job, nothing: one that its owner cancelled would come back --------------------
+# A step learns of a node's death before its job does: a moment for Slurm to say that it is ending it.
+if [ "$code" != 0 ] && [ -z "$ended" ] && [ ! -e "$RUN_OUT/RESUMABLE" ] && [ ! -e "$RUN_OUT/MISTAKE" ]; then sleep 5; fi
 if [ -n "$ended" ] || ! is_running; then
   say "ended by Slurm; if it was preempted or its node failed, it comes back by itself"
 elif [ -n "$warned" ] && { [ -e "$RUN_OUT/RESUMABLE" ] || [ -z "$started" ]; }; then
-  requeue "saved before the time limit"
+  if [ "$(newest)" = "$before" ]; then
+    try_again "warned before the first step: --time must leave more than the start takes and $WASTEDDP_WARNING_S s of warning"
+  else
+    requeue "saved before the time limit"
+  fi
 elif [ "$code" = 0 ]; then
   say "finished"
 elif [ -e "$RUN_OUT/RESUMABLE" ]; then
@@ -108,12 +139,6 @@ elif [ -e "$RUN_OUT/MISTAKE" ]; then
   say "something is to be mended, the message is above; not requeued"
   code=2
 else
-  echo "$(date '+%F %T') attempt $ATTEMPT on $SLURM_JOB_NODELIST: exit code $code" >>"$RUN_OUT/crashes.txt"
-  crashes=$(wc -l <"$RUN_OUT/crashes.txt")
-  if [ "$crashes" -le "$MAX_CRASHES" ]; then
-    requeue "crashed without a message of ours (exit code $code), crash $crashes of at most $MAX_CRASHES"
-  else
-    say "crashed $crashes times, MAX_CRASHES is $MAX_CRASHES: not requeued. $RUN_OUT/crashes.txt says when and where"
-  fi
+  try_again "crashed, exit code $code"
 fi
 exit "$code"

@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
-LIMIT_S = 300  # for whatever is waited for: many times what it takes, so that only what never comes fails
+LIMIT_S = float(os.environ.get("SLURM_TESTS_LIMIT_S", "300"))  # many times what it takes: only what never comes fails
 
 Found = TypeVar("Found")
 
@@ -36,7 +36,7 @@ def why_not() -> str:
 def until(what: Callable[[], Found], doing: str) -> Found:
     end = time.monotonic() + LIMIT_S
     while not (found := what()):
-        assert time.monotonic() < end, f"{doing}: not in {LIMIT_S} s"
+        assert time.monotonic() < end, f"{doing}: not in {LIMIT_S:g} s"
         time.sleep(0.1)
     return found
 
@@ -96,7 +96,7 @@ class Job:
 
     def end(self, element: str = "") -> str:
         """Waits until it has ended for good; its last state."""
-        until(lambda: self.state(element) in ENDED, f"waiting for the end of job {self.id}{element}")
+        until(lambda: self.state(element) in ENDED, f"waiting for the end of job {self.id}{element} of {self.log}")
         return self.state(element)
 
     def warn(self, element: str = "") -> None:

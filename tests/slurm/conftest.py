@@ -14,5 +14,5 @@ def cluster() -> Iterator[Cluster]:
         if os.environ.get("WASTEDDP_REQUIRE_SLURM"):
             pytest.fail(f"Slurm is required here: {reason}")
         pytest.skip(reason)
-    with cluster_of(8) as running:
+    with cluster_of(9) as running:
         yield running

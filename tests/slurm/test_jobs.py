@@ -7,10 +7,13 @@ time is Slurm's waiting. Each test names the line that it guards, and how to bre
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,14 +61,15 @@ class Scene(NamedTuple):
             self.folder / "log.txt", *command, environment={"RUN_OUT": str(self.folder / "run"), **environment}
         )
 
-    def is_launching(self) -> bool:
-        """Whether a launcher of this scene's run is there. `/proc` of this machine has the nodes' processes too."""
+    def processes(self, program: str) -> list[int]:
+        """Those of this scene's run that are there. `/proc` of this machine has the nodes' processes too."""
+        found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # it ended meanwhile
-                words = path.read_bytes().split(b"\0")
-                if words[1:2] and words[1].endswith(b"/accelerate") and f"run.out={self.folder}/run".encode() in words:
-                    return True
-        return False
+                words = path.read_bytes().decode().split("\0")
+                if words[1:2] and words[1].endswith(f"/{program}") and f"run.out={self.folder}/run" in words:
+                    found.append(int(path.parent.name))
+        return found
 
     def ended(self, job: Job) -> Ran:
         state = job.end()
@@ -93,8 +97,22 @@ def alone(scene: Scene) -> Ran:
 def warned(scene: Scene) -> Ran:
     """While the launcher starts: nothing of the program is there yet to hear it."""
     job = scene.train("--nodes=2", "--nodelist=n3,n4")
-    until(lambda: scene.is_launching(), "waiting for the launcher")
+    until(lambda: scene.processes("accelerate"), "waiting for the launcher")
     job.warn()
+    return scene.ended(job)
+
+
+def limited(scene: Scene) -> Ran:
+    """Slurm itself warns, 55 to 85 s from the start: it looks every 30 s, and so long ahead. Until then the training is
+    held, or it would have finished. A limit of one minute, the least, is too short for a busy machine to start in."""
+    job = scene.train("--nodelist=n9", "--time=2", SBATCH_SIGNAL="B:USR1@35")
+    job.seen("step 2/20|the time limit is near")
+    held = scene.processes("train.py")
+    for process in held:
+        os.kill(process, signal.SIGSTOP)
+    job.seen("the time limit is near")
+    for process in held:
+        os.kill(process, signal.SIGCONT)
     return scene.ended(job)
 
 
@@ -106,7 +124,7 @@ def preempted(scene: Scene) -> Ran:
 
 
 def node_killed(scene: Scene) -> Ran:
-    job = scene.train("--nodes=2", "--exclude=n1,n2,n3,n4,n7")
+    job = scene.train("--nodes=2", "--exclude=n1,n2,n3,n4,n7,n9")
     job.seen("step 2/20")
     scene.cluster.node("kill", "n6")  # n5 and n8 are left
     return scene.ended(job)
@@ -167,7 +185,7 @@ def apart(scene: Scene) -> Ran:
 
 
 SCENARIOS = (
-    *(undisturbed, warned, alone, node_killed, maintained, cancelled),
+    *(limited, undisturbed, warned, alone, node_killed, maintained, cancelled),
     *(sweep, preempted, mistaken, apart, misspelt, crashing),
 )
 
@@ -179,13 +197,13 @@ def outcomes(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Iterator[Mapping[str, Future[Ran]]]:
-    """Plays all that the chosen tests want to see, four at a time."""
+    """Plays all that the chosen tests want to see, five at a time: one of them waits for Slurm all along."""
     folder = tmp_path_factory.mktemp("jobs")
     config = folder / "config.yaml"
     config.write_text(CONFIG.replace("data: {", f"data: {{shards: {small_shards}, "))
     marks = [mark for item in request.session.items for mark in item.iter_markers("scenario")]
     wanted = {name for mark in marks for name in mark.args}
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
         yield {
             play.__name__: pool.submit(play, Scene(cluster, folder / play.__name__, config))
             for play in SCENARIOS
@@ -246,8 +264,29 @@ def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> 
     assert final_weights(ran.run) == final_weights(outcome("undisturbed").run)
 
 
-@pytest.mark.parametrize("what", ["preempted", "maintained"])
-@pytest.mark.scenario("preempted", "maintained", "alone")
+@pytest.mark.scenario("limited", "alone")
+def test_slurms_own_warning_before_a_real_limit_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> None:
+    """Guards `trap ... USR1` of train.sh, and how it finds WASTEDDP_WARNING_S."""
+    ran = outcome("limited")
+    assert ran.state == "COMPLETED"
+    says = r"=== (\S+ \S+) job \d+, attempt 1: "
+    found = re.search(rf"{says}1 node.*\n(?s:.*){says}the time limit is near \((\S+)\): saving\n", ran.text)
+    assert found
+    began, warned, limit = (datetime.fromisoformat(time) for time in found.groups())
+    assert began < warned < limit
+    assert timedelta(seconds=90) < limit - began <= timedelta(seconds=120)  # `began` is said when it has
+    assert limit - warned >= timedelta(seconds=30)
+    assert "the batch system warns 35 s before its limit" in ran.text
+    assert re.search(r"stopped by SIGUSR1 at step \d+ and saved", ran.text)
+    assert "attempt 1: saved before the time limit; back into the queue" in ran.text
+    assert re.search(r"attempt \d+: finished\n$", ran.text)  # the second, unless this machine is very busy
+    assert not (ran.run / "crashes.txt").exists()
+    assert final_weights(ran.run) == final_weights(outcome("alone").run)
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=pytest.mark.scenario(name, "alone")) for name in ("preempted", "maintained")]
+)
 def test_a_job_that_slurm_takes_off_its_nodes_goes_on_by_itself(outcome: Callable[[str], Ran], what: str) -> None:
     """Guards `trap 'ended=1' TERM` of train.sh: without it the batch shell dies, and cannot say how it ended.
 
@@ -265,14 +304,15 @@ def test_a_job_that_slurm_takes_off_its_nodes_goes_on_by_itself(outcome: Callabl
 
 @pytest.mark.scenario("node_killed", "undisturbed")
 def test_a_job_whose_node_died_goes_on_by_itself(outcome: Callable[[str], Ran]) -> None:
-    """Guards #SBATCH --requeue: with --no-requeue it ends as NODE_FAIL. The ranks that are left notice the death before
-    Slurm does, so that it counts as a crash; one is allowed."""
+    """Guards #SBATCH --requeue: with --no-requeue it ends as NODE_FAIL. And the moment that train.sh waits before it
+    takes an end for a crash: the ranks that are left notice a death before Slurm does, and their step ends first."""
     ran = outcome("node_killed")
     assert ran.state == "COMPLETED"
     assert "on n[5-6]" in ran.text
     assert "on n[5,8]" in ran.text
-    crashes = ran.run / "crashes.txt"
-    assert not crashes.exists() or len(crashes.read_text().splitlines()) == 1
+    assert "rank 1 of 2 gives no sign of life any more" in ran.text
+    assert "attempt 1: ended by Slurm; if it was preempted or its node failed, it comes back by itself" in ran.text
+    assert not (ran.run / "crashes.txt").exists()
     assert "attempt 2: finished" in ran.text
     assert final_weights(ran.run) == final_weights(outcome("undisturbed").run)
 
@@ -309,8 +349,8 @@ def test_a_crash_is_requeued_so_often_and_no_more(outcome: Callable[[str], Ran])
     """Guards the comparison with MAX_CRASHES of train.sh: without it the job is requeued for ever."""
     ran = outcome("crashing")
     assert ran.state == "FAILED"
-    assert "attempt 1: crashed without a message of ours (exit code 137), crash 1 of at most 1; back" in ran.text
-    assert "attempt 2: crashed 2 times, MAX_CRASHES is 1: not requeued" in ran.text
+    assert "attempt 1: crashed, exit code 137 (1 of at most 1); back into the queue" in ran.text
+    assert "attempt 2: crashed, exit code 137: that makes 2, MAX_CRASHES is 1: not requeued" in ran.text
     assert len((ran.run / "crashes.txt").read_text().splitlines()) == 2
 
 

@@ -1,4 +1,4 @@
-"""What slurm/train.sh makes of what Slurm says, without a Slurm: `srun` and its kin are stand-ins that take notes."""
+"""What the templates make of what Slurm says, without a Slurm: `srun` and its kin are stand-ins that take notes."""
 
 from __future__ import annotations
 
@@ -13,44 +13,85 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"
 
-# Each notes its arguments, one a line; srun then runs the command behind its options, as the first node would.
+# Each notes its arguments, one a line. srun then runs the command behind its options as the last node would, with Pyxis
+# in the image: as documented, that has its own PATH, nothing of the host but what is mounted, and begins in `/`.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >>"$NOTES/srun"; echo >>"$NOTES/srun"
-while [[ $1 == --* ]]; do shift; done
-PATH=$NOTES/bin:$PATH SLURM_NODEID=0 exec "$@"
+path=$NOTES/bin:$PATH image='' mounts='' workdir=/
+while [[ $1 == --* ]]; do
+  case $1 in
+    --nodes=*) nodes=${1#*=} ;;
+    --ntasks=*|--ntasks-per-node=1|--kill-on-bad-exit=1|--cpus-per-task=*) ;;
+    --container-image=*) image=${1#*=} ;;
+    --container-mounts=*) mounts=${1#*=} ;;
+    --container-workdir=*) workdir=${1#*=} ;;
+    *) echo "srun: unrecognized option '$1'" >&2; exit 1 ;;
+  esac
+  shift
+done
+if [ -n "$image" ]; then
+  [ "$mounts" = "$PWD:$PWD" ] || exit 1
+  cd "$workdir" && path=$NOTES/image:/usr/bin:/bin
+fi
+PATH=$path SLURM_NODEID=$((nodes - 1)) exec "$@"
+"""
+# The same of Apptainer, which begins where it is started.
+APPTAINER = """#!/bin/bash
+printf '%s\\n' "$@" >>"$NOTES/apptainer"; echo >>"$NOTES/apptainer"
+[ "$1 $2 $3 $4" = "exec --nv --bind $PWD" ] || exit 1
+shift 5
+PATH=$NOTES/image:/usr/bin:/bin exec "$@"
+"""
+ACCELERATE = """#!/bin/bash
+printf '%s\\n' "$@" >"$NOTES/accelerate"
+env >"$NOTES/environment"
+eval "${ENDS:-}"
 """
 STAND_INS = {
-    "srun": SRUN,
-    "accelerate": '#!/bin/bash\nprintf "%s\\n" "$@" >"$NOTES/accelerate"; env >"$NOTES/environment"\n',
-    "apptainer": '#!/bin/bash\nprintf "%s\\n" "$@" >"$NOTES/apptainer"; shift 5; "$@"\n',
-    "scontrol": "#!/bin/bash\necho n1; echo n2\n",
-    "squeue": "#!/bin/bash\necho RUNNING\n",
+    "bin/srun": SRUN,
+    "bin/apptainer": APPTAINER,
+    "bin/accelerate": ACCELERATE,
+    "bin/scontrol": "#!/bin/bash\necho n1; echo n2\n",
+    "bin/squeue": "#!/bin/bash\necho RUNNING\n",
+    "bin/sleep": "#!/bin/bash\n",
+    "image/python": f'#!/bin/bash\necho python >>"$NOTES/inside"; exec {sys.executable} "$@"\n',
+    "image/accelerate": '#!/bin/bash\necho accelerate >>"$NOTES/inside"; exec "$NOTES/bin/accelerate" "$@"\n',
 }
-JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "wasteddp", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "4"}
+JOB = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_JOB_NAME": "wasteddp",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_CPUS_PER_TASK": "4",
+    "SLURM_NODEID": "0",
+}
 
 Template = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def template(tmp_path: Path) -> Template:
-    """Runs train.sh as a job's batch script; `tmp_path` has the notes."""
-    (tmp_path / "bin").mkdir()
+    """Runs a template, train.sh if none is named, as a job's batch script; `tmp_path` has the notes."""
     for name, text in STAND_INS.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
+        write_program(tmp_path / name, text)
 
     def run(
-        *arguments: str, site: str = "", cwd: Path = ROOT, nodes: int = 1, **environment: str
+        *arguments: str, site: str = "", cwd: Path = ROOT, nodes: int = 1, script: str = "train.sh", **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "site.sh").write_text(site)
+        (tmp_path / "site.sh").write_text(f"MAX_CRASHES=0  # a crash ends it, with its exit code\n{site}")
         given = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         given |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **JOB}
         given |= {"NOTES": str(tmp_path), "SITE": str(tmp_path / "site.sh"), "RUN_OUT": str(tmp_path / "run")}
         given |= {"SLURM_JOB_NUM_NODES": str(nodes), **environment}
-        command = ["bash", str(ROOT / "slurm" / "train.sh"), *arguments]
+        command = ["bash", str(ROOT / "slurm" / script), *arguments]
         return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, check=False)
 
     return run
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 def noted(folder: Path, name: str) -> list[str]:
@@ -87,13 +128,13 @@ def test_the_world_is_what_slurm_says(
     assert after(words, "--config_file") == f"launch/accelerate/{config}"
     assert after(words, "--num_processes") == ranks
     assert after(words, "--num_machines") == str(nodes)
-    assert after(words, "--machine_rank") == "0"
+    assert after(words, "--machine_rank") == str(nodes - 1)  # the last node's own
     assert after(words, "--main_process_ip") == "n1"
     assert after(words, "--main_process_port") == "20017"
     assert words[-3:] == [CONFIG, "--set", f"run.out={tmp_path / 'run'}"]
     steps = (tmp_path / "srun").read_text().split("\n\n")
     assert "--nodes=1\n" in steps[0]  # the check of the settings
-    assert f"--nodes={nodes}\n--ntasks={nodes}\n--ntasks-per-node=1\n" in steps[1]
+    assert f"--nodes={nodes}\n--ntasks={nodes}\n--ntasks-per-node=1\n--kill-on-bad-exit=1\n" in steps[1]
     assert "--cpus-per-task=4\n" in steps[1]
 
 
@@ -102,10 +143,14 @@ def test_nodes_without_gpus_may_have_several_processes(template: Template, tmp_p
     assert after(noted(tmp_path, "accelerate"), "--num_processes") == "8"
 
 
-def test_options_of_torchrun_in_the_environment_do_not_leak_in(template: Template, tmp_path: Path) -> None:
-    """Guards `unset` of train.sh: torchrun takes PET_MAX_RESTARTS for --max_restarts."""
+def test_the_launcher_takes_no_option_of_the_users_environment_and_has_time_for_a_save(
+    template: Template, tmp_path: Path
+) -> None:
+    """torchrun takes PET_MAX_RESTARTS for --max_restarts, and kills after 30 s what it has told to end."""
     template("--config", CONFIG, PET_MAX_RESTARTS="9")
-    assert "PET_MAX_RESTARTS" not in environment_of(tmp_path)
+    environment = environment_of(tmp_path)
+    assert "PET_MAX_RESTARTS" not in environment
+    assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
 
 
 def test_the_program_knows_how_early_the_warning_comes(template: Template, tmp_path: Path) -> None:
@@ -115,26 +160,74 @@ def test_the_program_knows_how_early_the_warning_comes(template: Template, tmp_p
     assert environment_of(tmp_path)["WASTEDDP_WARNING_S"] == "900"
 
 
-def test_apptainer_is_put_before_every_command(template: Template, tmp_path: Path) -> None:
-    done = template("--config", CONFIG, site="INSIDE=(apptainer exec --nv --bind '/a b' IMAGE)\n")
+def test_the_python_of_the_checkout_goes_before_every_other(template: Template, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    write_program(checkout / ".venv/bin/python", f'#!/bin/bash\ntouch "$NOTES/used"; exec {sys.executable} "$@"\n')
+    for name in ("configs", "launch", "slurm", "wasteddp"):
+        (checkout / name).symlink_to(ROOT / name)
+    done = template("--config", CONFIG, cwd=checkout)
     assert done.returncode == 0, done.stderr
-    assert noted(tmp_path, "apptainer")[:5] == ["exec", "--nv", "--bind", "/a b", "IMAGE"]
-    assert "accelerate launch" in (tmp_path / "apptainer").read_text()
-    assert noted(tmp_path, "accelerate")[0] == "launch"
+    assert (tmp_path / "used").exists()
 
 
-def test_pyxis_is_given_to_srun(template: Template, tmp_path: Path) -> None:
-    site = 'SRUN_OPTIONS=(--container-image=/i/w.sqsh --container-mounts="$PWD:$PWD")\n'
-    assert template("--config", CONFIG, site=site).returncode == 0
-    both = f"--container-image=/i/w.sqsh\n--container-mounts={ROOT}:{ROOT}\nbash\n-c\n"
-    assert (tmp_path / "srun").read_text().count(both) == 2  # the check of the settings, and the training
+@pytest.mark.parametrize(("container", "image"), [("INSIDE", "w.sif"), ("SRUN_OPTIONS", "w.sqsh")])
+def test_every_step_runs_in_the_container_of_the_sites_example(
+    template: Template, tmp_path: Path, container: str, image: str
+) -> None:
+    """Apptainer and Pyxis as documented: with the lines of site.example.sh the image's own Python runs the program, in
+    the checkout, and takes signals like one that runs outside: nothing between it and Slurm dies of the warning."""
+    example = (ROOT / "slurm" / "site.example.sh").read_text()
+    site = example.replace(f"# {container}=", f"{container}=").replace("/images/wasteddp.", "/i/w.")
+    done = template("--config", CONFIG, site=site, ENDS='kill -USR1 $$; pwd >"$NOTES/where"')
+    assert done.returncode == 0, done.stderr
+    assert noted(tmp_path, "inside") == ["python", "accelerate"]  # the check of the settings, and the training
+    assert noted(tmp_path, "where") == [str(ROOT)]
+    assert after(noted(tmp_path, "accelerate"), "--config") == CONFIG
+    program = "srun" if container == "SRUN_OPTIONS" else "apptainer"
+    assert (tmp_path / program).read_text().count(f"/i/{image}\n") == 2
 
 
 def test_the_example_of_a_sites_file_can_be_used_as_it_is(template: Template, tmp_path: Path) -> None:
     example = (ROOT / "slurm" / "site.example.sh").read_text()
     assert template("--config", CONFIG, site=example).returncode == 0
-    sourced = ["bash", "-euc", f"source {tmp_path / 'site.sh'}; echo $SBATCH_ACCOUNT $SBATCH_PARTITION"]
-    assert subprocess.run(sourced, capture_output=True, text=True, check=True).stdout == "my-project gpu\n"
+    sourced = ["bash", "-euc", f"source {tmp_path / 'site.sh'}; env"]  # what sbatch would see
+    seen = subprocess.run(sourced, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {"SBATCH_ACCOUNT=my-project", "SBATCH_PARTITION=gpu"} <= set(seen)
+
+
+WARNED = 'touch "$RUN_OUT/RESUMABLE"; kill -USR1 $PPID; exit 1'  # the batch shell is its parent
+NOT_REQUEUED = ": that makes 1, MAX_CRASHES is 0: not requeued"
+
+
+@pytest.mark.parametrize(
+    ("ends", "said", "code"),
+    [
+        ("", "finished", 0),
+        ('touch "$RUN_OUT/RESUMABLE"; exit 1', "stopped by a signal and saved; not requeued", 1),
+        (
+            f'mkdir -p "$RUN_OUT/checkpoints/step-00000009"; {WARNED}',
+            "saved before the time limit; back into the queue",
+            0,
+        ),
+        (WARNED, "warned before the first step: --time must leave more than the start takes and 300 s of warning", 1),
+        ('touch "$RUN_OUT/MISTAKE"; exit 1', "something is to be mended, the message is above; not requeued", 2),
+        ("exit 1", f"crashed, exit code 1{NOT_REQUEUED}", 1),
+        ("kill -9 $$", f"crashed, exit code 137{NOT_REQUEUED}", 137),
+    ],
+    ids=["finished", "stopped", "warned", "warned_too_early", "mistake", "crash", "killed"],
+)
+def test_what_follows_is_decided_by_what_this_attempt_left(
+    template: Template, tmp_path: Path, ends: str, said: str, code: int
+) -> None:
+    """The marks of an attempt before are removed: with RESUMABLE left from there, a crash would count as saved. And an
+    attempt without a step is as good as a crash: with too short a time limit, the job would come back for ever."""
+    (tmp_path / "run" / "checkpoints" / "step-00000008").mkdir(parents=True)
+    for mark in ("RESUMABLE", "MISTAKE"):
+        (tmp_path / "run" / mark).touch()
+    done = template("--config", CONFIG, ENDS=ends)
+    last = [line for line in done.stdout.splitlines() if line.startswith("=== ")][-1]
+    assert last.split("attempt 1: ")[1].startswith(said)
+    assert done.returncode == code
 
 
 def test_an_element_of_an_array_is_a_seed_or_a_line_of_the_sweep(template: Template, tmp_path: Path) -> None:
@@ -171,24 +264,17 @@ def test_a_job_that_was_not_submitted_from_the_checkout_says_so(template: Templa
     assert "slurm/common.sh: No such file" in done.stderr
 
 
-def test_a_staged_copy_is_made_once_verified_each_time_and_removed_if_it_is_damaged(
-    small_shards: Path, tmp_path: Path
+def test_an_element_that_shards_and_is_warned_ends_and_is_requeued_and_not_marked_as_done(
+    template: Template, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "disk" / "shards-1"
+    write_program(tmp_path / "bin" / "python", "#!/bin/bash\nkill -USR1 $PPID\nexec /bin/sleep 20\n")
+    element = {"STAGE": "read", "SHARD_PARTS": "2", "SHARD_DONE": str(tmp_path / "done"), "SLURM_ARRAY_TASK_ID": "1"}
+    done = template("images", "--out", "set", script="shard.sh", **element)
+    assert "attempt 1: the time limit is near; back into the queue" in done.stdout
+    assert not list(tmp_path.glob("done*"))
 
-    def stage() -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        command = ["bash", str(ROOT / "slurm" / "stage.sh"), str(small_shards), str(copy)]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
-    assert stage().returncode == 0
-    made = copy.stat().st_ino
-    assert stage().returncode == 0
-    assert copy.stat().st_ino == made
-    tar = min(copy.glob("*.tar"))
-    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
-    damaged = stage()
-    assert damaged.returncode == 1
-    assert tar.name in damaged.stderr
-    assert not copy.exists()
-    assert stage().returncode == 0
+def test_an_element_evaluates_the_run_of_its_number(template: Template, tmp_path: Path) -> None:
+    write_program(tmp_path / "bin" / "python", '#!/bin/bash\nprintf "%s\\n" "$@" >"$NOTES/python"\n')
+    assert template("a b", "--split", "test", script="evaluate.sh", SLURM_ARRAY_TASK_ID="2").returncode == 0
+    assert noted(tmp_path, "python")[2:] == ["evaluate", "a b/2", "--split", "test"]
