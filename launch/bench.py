@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="the training program beside a bare loop")
-    train.add_argument("--config", default="configs/trashnet-scratch.yaml", help="settings of both sides")
+    train.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of both sides")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     train.add_argument("--rounds", type=int, default=3)
     train.add_argument("--steps", type=int, default=30, help="timed steps a round, behind 10 that are not")
@@ -41,7 +41,7 @@ def main() -> None:
     loader.add_argument("--rounds", type=int, default=3)
     loader.add_argument("--seconds", type=float, default=4.0, help="timed of each side in each round")
     checks = commands.add_parser("checks", help="what all checks of a training cost, as a share of a step")
-    checks.add_argument("--config", default="configs/trashnet-scratch.yaml")
+    checks.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml")
     checks.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     checks.add_argument("--rounds", type=int, default=20, help="timed steps; each check is timed ten times as often")
     bare = commands.add_parser("bare")  # one side of `train`, in a process of its own

@@ -20,7 +20,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 def add(commands: Any) -> None:
     """The subcommand of `launch.bench`."""
     command = commands.add_parser("checkpoint", help="stall of the loop by a save; start of a resumed run")
-    command.add_argument("--config", default="configs/trashnet-scratch.yaml", help="settings of the network")
+    command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of the network")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--rounds", type=int, default=7)
     command.add_argument("--starts", type=int, default=0, help="pairs of a fresh and a resumed start; needs the shards")

@@ -47,7 +47,7 @@ class Found:
 def add(commands: Any) -> None:
     """The subcommand of `launch.bench`."""
     command = commands.add_parser("scaling", help="images/s with ranks, and the share of communication")
-    command.add_argument("--config", default="configs/trashnet-scratch.yaml", help="settings of all runs")
+    command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all runs")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--ranks", default="1,2", metavar="1,2,...", help="processes of this machine")
     command.add_argument("--weak", action="store_true", help="train.batch_size is that of one rank")

@@ -46,7 +46,7 @@ Step = Callable[[], object]
 def add(commands: Any) -> None:
     """The subcommand of `launch.bench`."""
     command = commands.add_parser("step", help="the model's step alone beside timm's and torchvision's loops")
-    command.add_argument("--config", default="configs/trashnet-scratch.yaml", help="settings of all sides")
+    command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all sides")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--steps", type=int, default=10, help="timed steps of each side in each round")

@@ -39,7 +39,9 @@ _CLASSES = ("glass", "paper", "cardboard", "plastic", "metal", "trash")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/trashnet-scratch.yaml", help="its batch, image size and rows")
+    parser.add_argument(
+        "--config", default="configs/trashnet-scratch-resnet50.yaml", help="its batch, image size and rows"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()

@@ -88,6 +88,7 @@ def test_clipping_comes_behind_the_loss_scale_and_tells_the_norm_before_it(limit
         plan=SimpleNamespace(steps_per_epoch=1),
         manifest=SimpleNamespace(classes=("a", "b", "c")),
         train=SimpleNamespace(samples_per_class=(1, 1, 1)),
+        share_of_classes=(1 / 3, 1 / 3, 1 / 3),
     )
     parsed = settings.parse(f"optimizer: {{adaptive_clip: 0.1, clip_norm: {limit}}}")
     recipe = Recipe(parsed, world, data, model)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -54,9 +55,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> None:
+    """Takes all that is free; a checkpoint that is being written may take some of it first, so it is asked again."""
     with (folder / "filler").open("wb") as file:
-        usage = os.statvfs(folder)
-        os.posix_fallocate(file.fileno(), 0, usage.f_bavail * usage.f_frsize)
+        while (usage := os.statvfs(folder)).f_bavail:
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, usage.f_bavail * usage.f_frsize)
 
 
 def arguments_on(disk: Path, tmp_path: Path, shards: Path) -> list[str]:
