@@ -400,7 +400,8 @@ def test_the_sites_file_chooses_the_partition_and_a_disk_for_the_shards(outcome:
 @pytest.mark.scenario("undisturbed")
 def test_a_run_is_evaluated_by_a_job(cluster: Cluster, outcome: Callable[[str], Ran], tmp_path: Path) -> None:
     """Guards evaluate.sh: without "$@" the split asked for is not the one measured."""
-    run = outcome("undisturbed").run
-    job = cluster.submit(tmp_path / "log.txt", "--nodelist=n1", f"{ROOT}/slurm/evaluate.sh", str(run), "--split", "val")
+    run, script = outcome("undisturbed").run, f"{ROOT}/slurm/evaluate.sh"
+    job = cluster.submit(tmp_path / "log.txt", "--nodelist=n1", script, str(run), "--split", "train")
     assert job.end() == "COMPLETED", job.text()
-    assert (run / "evaluations" / "val" / "metrics.json").exists()
+    # `val` is there of the training, `test` is the default
+    assert (run / "evaluations" / "train" / "metrics.json").exists()
