@@ -65,15 +65,20 @@ trap 'ended=1' TERM                             # preempted, cancelled, time up:
 limit() { squeue -h -j "$SELF" -o %e; }
 newest() { find "$RUN_OUT/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
 
-# Passes the warning on to every process of a step until the run has been saved: a program that is still starting does
-# not hear, and what writes the report behind the save would die of it.
-warn() { while [ ! -e "$RUN_OUT/RESUMABLE" ] && kill -USR1 "$1" 2>/dev/null; do sleep 5; done; }
-
+# Passes the warning on to every process of a step, once: before it has written its environment.json the program may not
+# hear, and behind a save or the last step what writes the report, and the program while it exits, would die of another.
+warn() {
+  until [ "$RUN_OUT/environment.json" -nt "$RUN_OUT/.launched" ]; do
+    sleep 1
+    kill -0 "$1" 2>/dev/null || return
+  done
+  kill -USR1 "$1"
+}
 heard() {
   if [ -z "$warned" ] || [ -n "$heard" ]; then return; fi
   heard=1
   say "the time limit is near ($(limit)): saving"
-  warn "$step" &
+  warn "$step" 2>/dev/null &
 }
 
 # Notes an attempt that ended without a word or a step, and puts the job back, MAX_CRASHES times in all.
@@ -114,6 +119,7 @@ fi
 # --- train. $SLURM_NODEID is each node's own, so the inner text must be expanded there --------------------------------
 if [ "$code" = 0 ] && [ -z "$warned$ended" ]; then
   started=1
+  touch "$RUN_OUT/.launched"
   run_step bash -c '
     exec accelerate launch --quiet --config_file "$LAUNCH" --num_machines "$SLURM_JOB_NUM_NODES" \
       --machine_rank "$SLURM_NODEID" --num_processes "$RANKS" --main_process_ip "$MASTER_ADDR" \

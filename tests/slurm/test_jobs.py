@@ -252,8 +252,8 @@ def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Call
 
 @pytest.mark.scenario("warned", "undisturbed")
 def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> None:
-    """Guards `trap "" USR1` and `warn` of common.sh: without the first the launcher dies of the warning and nothing is
-    saved; if it is given once, as by `kill -USR1 "$1"` alone, nobody hears it, and the job is not requeued.
+    """Guards `trap "" USR1` of common.sh and `warn` of train.sh: without the first the launcher dies of the warning and
+    nothing is saved; if it is passed on at once nobody hears it, and the job is not requeued.
     """
     ran = outcome("warned")
     assert ran.state == "COMPLETED"

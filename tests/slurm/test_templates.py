@@ -230,6 +230,27 @@ def test_what_follows_is_decided_by_what_this_attempt_left(
     assert done.returncode == code
 
 
+PROGRAM = """
+import os, pathlib, signal, time
+heard, started = [], 0
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(started))
+os.kill(os.getppid(), signal.SIGUSR1)
+time.sleep(0.3)
+started = 1
+pathlib.Path(os.environ["RUN_OUT"], "environment.json").touch()
+time.sleep(0.5)
+pathlib.Path(os.environ["NOTES"], "heard").write_text("\\n".join(map(str, heard)))
+"""
+
+
+def test_a_warning_reaches_the_program_once_when_it_has_started(template: Template, tmp_path: Path) -> None:
+    """Before, it may have no handler yet; another would kill what writes the report, or the program while it exits."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "environment.json").touch()  # of an attempt before
+    template("--config", CONFIG, ENDS='exec python -c "$PROGRAM"', PROGRAM=PROGRAM)
+    assert noted(tmp_path, "heard") == ["1"]
+
+
 def test_an_element_of_an_array_is_a_seed_or_a_line_of_the_sweep(template: Template, tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "2"}
     template("--config", CONFIG, **array)
