@@ -187,7 +187,7 @@ LINES = (
     ),
     *job(
         "a_warning_saves_requeues_and_goes_on",
-        (COMMON, """'trap "" USR1; exec "$@"'""", """'exec "$@"'""", "stopped by|None"),
+        (COMMON, """'trap "" USR1; exec "$@"'""", """'exec "$@"'""", "User defined signal"),
         (TRAIN, 'until [ "$RUN_OUT/environment.json" -nt', 'until [ ! "$RUN_OUT/environment.json" -nt', "None"),
         (TRAIN, "#SBATCH --open-mode=append", "#SBATCH --open-mode=truncate", "None"),
         (TRAIN, "trap 'warned=1' USR1", "trap '' USR1", "None"),

@@ -252,13 +252,14 @@ def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Call
 
 @pytest.mark.scenario("warned", "undisturbed")
 def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> None:
-    """Guards `trap "" USR1` of common.sh and `warn` of train.sh: without the first the launcher dies of the warning and
-    nothing is saved; if it is passed on at once nobody hears it, and the job is not requeued.
+    """Guards `trap "" USR1` of common.sh and `warn` of train.sh: without the first the launchers die of the warning and
+    what is left has KillWait to save; if it is passed on at once nobody hears it, and the job is not requeued.
     """
     ran = outcome("warned")
     assert ran.state == "COMPLETED"
     step = re.search(r"stopped by SIGUSR1 at step (\d+) and saved", ran.text)
     assert step
+    assert "User defined signal" not in ran.text  # srun says so of a launcher that died of it
     assert "attempt 1: saved before the time limit; back into the queue" in ran.text
     assert f"step-{int(step[1]):08d}, attempt 2" in ran.text
     assert final_weights(ran.run) == final_weights(outcome("undisturbed").run)
