@@ -5,8 +5,9 @@
     python -m launch.simulate seek           time to find a step in the middle of a training
     python -m launch.simulate first-batch    time from opening a large set to its first batch of decoded images
 
-`order` computes each sample of each rank, as the ranks would, and hashes them: for a billion that takes one core one to
-five minutes an order; `--samples` and `--ranks` make it smaller. Each command says what it measured here, this time.
+`order` computes each sample of each rank, as the ranks would, and hashes them: for a billion that takes one core half
+a minute to three minutes an order; `--samples` and `--ranks` make it smaller. Each command says what it measured here,
+this time.
 """
 
 from __future__ import annotations

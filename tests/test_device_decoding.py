@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from pictures import jpeg
 
 from wasteddp.data import device_decoding
+from wasteddp.data.augment import Augment
 from wasteddp.data.decoding import Encoded, decode_rgb
 from wasteddp.data.loader import Batch, Loader, TrainingView, training_steps
 from wasteddp.data.manifest import Manifest
@@ -18,7 +20,7 @@ from wasteddp.data.plan import TrainPlan
 from wasteddp.data.reading import SplitReader
 from wasteddp.errors import SettingsError
 from wasteddp.settings import parse
-from wasteddp.training import copying, inputs
+from wasteddp.training import copying, gallery, inputs
 
 VIEW = TrainingView(seed=0, scale=(0.3, 1.0), ratio=(0.75, 1.33))
 LEFT = dataclasses.replace(VIEW, on_device=True)
@@ -60,6 +62,32 @@ def test_only_plain_jpegs_are_left(how: dict[str, str]) -> None:
     left = view.fill(out, jpeg(1, **how), view.draws(np.array([5]), 0)[0])  # type: ignore[arg-type]
     assert bool(left) == (how["mode"] == "L")
     assert out.any() != bool(left)
+
+
+def test_what_the_decoder_of_the_device_refuses_is_decoded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = [Encoded(jpeg(seed, size=(64, 48)), (8, 16, 32, 40)) for seed in (1, 2)]
+    expected, images_BCHW = (torch.zeros(2, 3, 20, 20, dtype=torch.uint8) for _ in range(2))
+    device_decoding.fill(expected, encoded)
+
+    def refuses(*_: object, **__: object) -> None:
+        raise RuntimeError("nvjpegDecode failed: 5")
+
+    monkeypatch.setattr(device_decoding, "decode_jpeg", refuses)
+    device_decoding.fill(images_BCHW, encoded)
+    assert images_BCHW.any()
+    assert (images_BCHW.int() - expected.int()).abs().max() <= 2  # another build of libjpeg
+
+
+def test_the_pictures_of_what_the_network_sees_are_of_decoded_images(small_shards: Path) -> None:
+    manifest, plan = Manifest.load(small_shards), TrainPlan(50, 12, 0, 12)
+    shown = []
+    with SplitReader(manifest, "train") as reader:
+        for view in (VIEW, LEFT):
+            with Loader(reader, view, image_size_px=24, workers=2, replace=True, prefetch=2) as loader:
+                data = SimpleNamespace(plan=plan, manifest=manifest, train_loader=loader)
+                pictures = gallery.augmented(data, Augment(0), 8).pictures  # type: ignore[arg-type]
+                shown.append(np.stack([decode_rgb(picture.jpeg) for picture in pictures]).astype(int))
+    assert np.abs(shown[0] - shown[1]).mean() < 4
 
 
 def test_without_a_gpu_it_is_refused() -> None:

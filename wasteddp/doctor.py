@@ -154,4 +154,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from wasteddp.training.last_words import leave
+
+    leave(main())

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from wasteddp.data import device_decoding
 from wasteddp.data.augment import Augment
 from wasteddp.data.decoding import ImageHWC
 from wasteddp.data.encoding import encode_jpeg
@@ -54,6 +55,7 @@ def augmented(data: Inputs, augment: Augment, count: int) -> Gallery:
     """The first training images of the run, cropped and augmented as the network will see them."""
     samples = data.plan.step_samples(0, 0, rank=0, world_size=1)[:count]
     batch = next(data.train_loader.batches([(0, 0, samples)]))
+    device_decoding.fill(batch.images_BCHW, batch.encoded_B)  # here: no device has got this batch
     normalised_BCHW = augment(batch.images_BCHW, batch.samples, 0)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN_RGB, STD_RGB))
     pixels_BCHW = ((normalised_BCHW * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -74,6 +74,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
     """
     with ExitStack() as stack:
         with world.together():
+            refuse_device_decoding(settings, world.device.type)
             shards = stack.enter_context(opened_set(settings.data, rank=world.rank))
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
@@ -94,7 +95,6 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             num_steps, in_flight = plan.steps_per_epoch * settings.train.epochs, settings.data.prefetch + 1
             shards.require_room(foresight.train_windows(num_steps, in_flight), foresight.val_windows(in_flight))
         refuse_different_sets(manifest, world)
-        refuse_device_decoding(settings, world.device.type)
         workers = settings.data.workers or min(world.threads, _MAX_WORKERS)
         pin_memory = world.device.type == "cuda"
         train_loader = training_loader(
