@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,44 @@ def test_a_journal_goes_on_where_it_ended(tmp_path: Path) -> None:
         journal.append(line)
         journal.close()
     assert (tmp_path / "log.txt").read_text() == "one\ntwo\n"
+
+
+def test_threads_append_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+
+    def slow(descriptor: int, data: bytes) -> int:
+        written = real(descriptor, data)
+        pause.wait(0.001)  # the others get their turn between the write and what follows it
+        return written
+
+    pause = threading.Event()
+    monkeypatch.setattr(os, "write", slow)
+    failures: list[BaseException] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: failures.append(failure.exc_value))
+    journal = Journal(tmp_path / "log.txt", pytest.fail)
+
+    def speak(name: int) -> None:
+        for number in range(20):
+            journal.append(f"{name} {number}\n")
+
+    threads = [threading.Thread(target=speak, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert not failures
+    assert sorted(lines) == sorted(f"{name} {number}" for name in range(4) for number in range(20))
+
+
+def test_a_line_after_the_end_goes_nowhere_else(tmp_path: Path) -> None:
+    said: list[str] = []
+    journal = Journal(tmp_path / "log.txt", said.append)
+    journal.append("one\n")
+    journal.close()
+    other = os.open(tmp_path / "other.txt", os.O_RDWR | os.O_CREAT)  # takes the descriptor that became free
+    journal.append("late\n")
+    os.close(other)
+    assert (tmp_path / "other.txt").read_text() == ""
+    assert "log.txt cannot be written: Bad file descriptor" in said[0]

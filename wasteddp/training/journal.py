@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 
 class Journal:
     """Never raises once it is open: a training is not worth less because a line of its log cannot be written.
+
+    Any thread may append: the loop, the one that saves and the one that waits for W&B all have something to say.
 
     Args:
         path: of the file; made if missing, otherwise continued.
@@ -25,21 +28,26 @@ class Journal:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._waiting: deque[bytes] = deque()
         self._fails = False
+        self._lock = threading.Lock()
 
     def append(self, text: str) -> None:
         """Whole or not at all: a line that the disk takes only a part of is taken back, and waits."""
-        self._waiting.append(text.encode())
-        self._write_what_waits(sync=False)
+        with self._lock:
+            self._waiting.append(text.encode())
+            self._write_what_waits(sync=False)
 
     def sync(self) -> None:
         """Makes what was appended survive a power cut, as far as the disk takes it."""
-        self._write_what_waits(sync=True)
+        with self._lock:
+            self._write_what_waits(sync=True)
 
     def close(self) -> None:
-        self._write_what_waits(sync=True)
-        if self._waiting:
-            self._warn(f"{self._path}: {len(self._waiting)} lines could not be written and are lost")
-        os.close(self._descriptor)
+        with self._lock:
+            self._write_what_waits(sync=True)
+            if self._waiting:
+                self._warn(f"{self._path}: {len(self._waiting)} lines could not be written and are lost")
+            os.close(self._descriptor)
+            self._descriptor = -1  # a thread that comes late is told, and does not write into whatever is opened next
 
     def _write_what_waits(self, *, sync: bool) -> None:
         try:
