@@ -93,7 +93,9 @@ def test_versions_are_compared_with_the_tested_ones() -> None:
 
 
 def device(rank: int, *, host: str = "node1", identity: str = "cpu", free: float = 1.0, threads: int = 1) -> Device:
-    return Device(rank, host, identity, "H100" if identity != "cpu" else "x86_64", free, threads, cores=4)
+    return Device(
+        rank, host, identity, "H100" if identity != "cpu" else "x86_64", free, threads, cores=frozenset(range(4))
+    )
 
 
 def test_two_ranks_on_one_gpu_are_red_and_the_same_number_on_two_machines_is_not() -> None:

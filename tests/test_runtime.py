@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from wasteddp import settings
+from wasteddp.data import parallel
 from wasteddp.errors import LaunchError
 from wasteddp.training import runtime
 
@@ -32,17 +36,53 @@ def test_fp16_without_a_gpu_is_refused() -> None:
         runtime.choose_precision("fp16", has_gpu=False)
 
 
-def test_the_cores_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("others", "threads"),
+    [
+        ([], 8),
+        ([("here", range(8)), ("here", range(8))], 2),
+        ([("there", range(8))], 8),  # another machine's
+        ([("here", range(8, 16)), ("here", range(16, 24))], 8),  # pinned to cores of their own
+        ([("here", range(4))], 4),
+        ([("here", range(8))] * 20, 1),
+    ],
+)
+def test_ranks_share_the_cores_that_several_may_use(
+    others: list[tuple[str, range]], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = SimpleNamespace(gather=lambda mine: [mine, *((name, frozenset(cores)) for name, cores in others)])
     before = torch.get_num_threads()
+    monkeypatch.setattr(runtime, "usable_cores", lambda: frozenset(range(8)))
     monkeypatch.setattr(runtime, "num_usable_cores", lambda: 8)
+    monkeypatch.setattr(runtime.socket, "gethostname", lambda: "here")
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as accelerate launch sets it
-        assert runtime._use_all_cores(0) == torch.get_num_threads() == 8
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-        assert runtime._use_all_cores(0) == 2
-        assert runtime._use_all_cores(5) == 5
+        assert runtime._use_cores(0, world) == torch.get_num_threads() == threads  # type: ignore[arg-type]
+        assert runtime._use_cores(5, world) == torch.get_num_threads() == 5  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "400000 100000\n"}, 4),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "6400000 100000\n"}, 8),  # more time than the cores have
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_a_container_uses_the_time_that_it_is_granted(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "usable_cores", lambda: frozenset(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert parallel.num_usable_cores(tmp_path) == cores
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -21,9 +23,30 @@ _BATCH = 8  # items handed to a thread at once: one by one, handing over costs h
 _BATCHES_IN_FLIGHT = 2  # for each worker: one being worked on, one waiting; this bounds memory
 
 
-def num_usable_cores() -> int:
-    """Cores that this process may run on; a cluster often grants fewer than the node has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores() -> frozenset[int]:
+    """The numbers of the cores that this process may run on; a cluster often grants fewer than the node has."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def num_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many cores' time this process may use: a container often sees all cores and is granted the time of a few.
+
+    Args:
+        cgroup: where the kernel tells the grant: cpu.max of version 2, cpu/cpu.cfs_quota_us of version 1.
+            Source: Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst of Linux.
+    """
+    grant, cores = "", len(usable_cores())
+    with suppress(OSError):
+        grant = (cgroup / "cpu.max").read_text()
+    with suppress(OSError):
+        grant = grant or " ".join((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+    match grant.split():
+        case [quota, period] if quota not in ("max", "-1"):
+            return max(1, min(cores, round(int(quota) / int(period))))
+        case _:
+            return cores
 
 
 def num_in_flight(workers: int) -> int:

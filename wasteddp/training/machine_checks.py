@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from wasteddp.data.parallel import num_usable_cores
+from wasteddp.data.parallel import usable_cores
 from wasteddp.errors import LaunchError
 from wasteddp.training.finding import Finding
 from wasteddp.training.runtime import Runtime, choose_precision
@@ -84,7 +84,7 @@ class Device:
     name: str
     free: float  # part of the device's memory
     threads: int
-    cores: int
+    cores: frozenset[int]  # that the rank may run on
 
 
 def device_of(world: Runtime) -> Device:
@@ -95,7 +95,7 @@ def device_of(world: Runtime) -> Device:
         properties = torch.cuda.get_device_properties(world.device)
         available, total = torch.cuda.mem_get_info(world.device)
         identity, name, free = str(properties.uuid), properties.name, available / total
-    return Device(world.rank, socket.gethostname(), identity, name, free, world.threads, num_usable_cores())
+    return Device(world.rank, socket.gethostname(), identity, name, free, world.threads, usable_cores())
 
 
 def check_devices(devices: list[Device]) -> Finding:
@@ -125,11 +125,12 @@ def check_devices(devices: list[Device]) -> Finding:
         )
     for host in hosts:
         here = [device for device in devices if device.host == host and device.identity == "cpu"]
-        if here and sum(device.threads for device in here) > here[0].cores:
+        cores = frozenset[int]().union(*(device.cores for device in here))
+        if here and sum(device.threads for device in here) > len(cores):
             return Finding(
                 "devices",
                 "yellow",
-                f"{found}; {sum(d.threads for d in here)} threads on the {here[0].cores} cores of {host}",
+                f"{found}; {sum(d.threads for d in here)} threads on the {len(cores)} cores of {host}",
                 "set run.threads to 0 or lower: threads that wait for each other slow training many times over",
             )
     if devices and devices[0].identity == "cpu" and Path("/dev/nvidia0").exists():

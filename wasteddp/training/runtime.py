@@ -6,10 +6,11 @@ The one place that knows Accelerate's traps: they are in the comments, each seen
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +21,7 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch import nn
 
 from wasteddp.data.loader import Batch
-from wasteddp.data.parallel import num_usable_cores
+from wasteddp.data.parallel import num_usable_cores, usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
 from wasteddp.settings import Ddp, Settings
@@ -179,7 +180,6 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
         global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=asked or MOST_UNTRIED
     )
     placement.refuse_impossible(settings, launched, accumulation, has_gpu=has_gpu)
-    threads = _use_all_cores(settings.run.threads)
     # Longer than the watchdog waits, which can say more than that a collective timed out.
     timeout = timedelta(seconds=60 + 1.2 * SLOW_FACTOR * settings.run.timeout_s)
     accelerator = _join(precision, launched, has_gpu, settings.ddp, timeout)
@@ -190,20 +190,21 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
             "on a CPU, launch with `--config_file launch/accelerate/cpu2.yaml`; on GPUs, with `--multi_gpu`",
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if launched > 1 else None
-    return Runtime(
+    world = Runtime(
         accelerator=accelerator,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
         precision=precision,
         precision_reason=reason,
-        threads=threads,
+        threads=1,
         micro_batch=micro,
         accumulation=accumulation,
         control=control,
         watch=watch or Watchdog(),
         micro_batch_reason="" if asked else f"the largest part up to {MOST_UNTRIED}; what fits is tried on CUDA only",
     )
+    return replace(world, threads=_use_cores(settings.run.threads, world))
 
 
 def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp, timeout: timedelta) -> Accelerator:
@@ -257,8 +258,14 @@ def choose_precision(asked: str, has_gpu: bool) -> tuple[str, str]:
     return asked, "as set"
 
 
-def _use_all_cores(asked: int) -> int:
-    """CPU threads of this process. `accelerate launch` sets OMP_NUM_THREADS=1: one core of many would work."""
-    threads = asked or max(1, num_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def _use_cores(asked: int, world: Runtime) -> int:
+    """All ranks: CPU threads of this process. `accelerate launch` sets OMP_NUM_THREADS=1: one core of many would work.
+
+    Ranks of a machine share the cores that several of them may use. Those that something pins (`srun --cpu-bind`,
+    `numactl`) have their own. Ranks are not pinned here: on two cores that made no difference (configs/NOTES.md).
+    """
+    machine, cores = socket.gethostname(), usable_cores()
+    sharing = sum(name == machine and not cores.isdisjoint(others) for name, others in world.gather((machine, cores)))
+    threads = asked or max(1, num_usable_cores() // sharing)
     torch.set_num_threads(threads)
     return threads
