@@ -47,8 +47,8 @@ def test_a_checkpoint_of_an_older_format_is_read(version: int) -> None:
         ("cut", "with sha256"),
         ("file missing", "No such file"),
         ("not complete", "No such file"),
-        ("newer format", "its format is wasteddp-checkpoint 4; this wasteddp reads wasteddp-checkpoint 1, 2, 3"),
-        ("foreign", "its format is lightning 3"),
+        ("newer format", "its format is wasteddp-checkpoint 5; this wasteddp reads wasteddp-checkpoint 1, 2, 3, 4"),
+        ("foreign", "its format is lightning 4"),
         ("path outside", "is not a plain file name"),
         ("not json", "Expecting property name"),
         ("a list", "list indices"),
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
     else:
         complete.write_text(
             {
-                "newer format": text.replace('"format_version": 3', '"format_version": 4'),
+                "newer format": text.replace('"format_version": 4', '"format_version": 5'),
                 "foreign": text.replace('"wasteddp-checkpoint"', '"lightning"'),
                 "path outside": text.replace("model.safetensors", "../../model.safetensors"),
                 "not json": "{",

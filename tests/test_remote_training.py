@@ -186,8 +186,13 @@ def test_a_signal_ends_the_wait_for_a_store_and_the_run_saves_and_goes_on_later(
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_waits_for_a_store_leave_together(small_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_two_processes_of_which_one_waits_for_a_store_leave_together(
+    split: str, small_shards: Path, tmp_path: Path
+) -> None:
     late, _ = last_needed(small_shards, arguments_of(tmp_path, small_shards))
+    if split == "val":
+        late = Manifest.load(small_shards).split("val").shards[-1].tar
     with serving(small_shards) as server:
         server.faults = lambda name, number: "stall" if name == late else None
         settings = ("data.read_timeout_s=60", "data.read_attempts=1")

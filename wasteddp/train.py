@@ -50,13 +50,13 @@ from wasteddp.training import coverage, divergence, fitting, inputs, messages, n
 from wasteddp.training.agenda import Agenda, agree
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard, Retreat
-from wasteddp.training.evaluation import evaluate
 from wasteddp.training.keeper import Keeper
 from wasteddp.training.last_words import leave
 from wasteddp.training.lineage import Lineage
 from wasteddp.training.meter import Meter
 from wasteddp.training.profiling import Profiler
 from wasteddp.training.recipe import Recipe
+from wasteddp.training.step_end import StepEnd
 from wasteddp.training.step_record import StepRecord
 from wasteddp.training.tracking import TrackerScope
 from wasteddp.training.watchdog import Watchdog
@@ -130,14 +130,18 @@ def train(
     agenda = Agenda.of(settings, plan, last_step)
     guard = Guard(settings, world, model, optimizer, num_classes=len(manifest.classes), progress=progress)
     profiler = Profiler(settings.profile, world, out / "profile", tracker.say)
-    record, meter, exit_code = StepRecord(settings, world, progress.step), Meter(world.device), EXIT_FINISHED
+    record, meter = StepRecord(settings, world, progress.step), Meter(world.device)
+    end_step = StepEnd(settings, world, data, average.network, keeper, tracker, meter, last_step)
     with keeper, TrackerScope(tracker), reported(out, tracker.say, is_main=world.is_main), world.watch:
         world.watch.detail = data.at_work
         tracker.say(messages.facts(settings, world, data, last_step, origin + recipe.teacher.words))
-        if progress.stopped_early(settings.train.early_stop_epochs) and not max_steps:
-            last_step = progress.step
         if progress.step == 0:
             tracker.show_augmented(data, recipe.augment)
+        progress = end_step.pending(progress)  # all ranks
+        stopped_early = progress.stopped_early(settings.train.early_stop_epochs) and not max_steps
+        if stopped_early or progress.unmeasured is not None:
+            last_step = progress.step
+        is_stopped, failure = False, None
         batches = profiler.watched(data.batches(progress.step, last_step, world))
         for batch in meter.waiting(world.watch.steps(batches, progress.step)):
             # agree: all ranks
@@ -146,7 +150,7 @@ def train(
                 if meter.num_steps:
                     progress = guard.judge(progress, meter.read(world, settings.train.batch_size), saves=True)
                 keeper.save(progress, epoch=batch.epoch, best=None)
-                exit_code = tracker.exit_code = EXIT_RESUMABLE
+                is_stopped, failure = True, batch.failure
                 break
             if agreed.damaged:
                 progress = replace(progress, damaged=progress.damaged + agreed.damaged)
@@ -179,35 +183,19 @@ def train(
                 row |= meter.read(world, settings.train.batch_size)
                 row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm or 0)}
                 progress = guard.judge(progress, row, saves=due.saves)
-            better = None
             if due.evaluates:
-                keeper.state.reconcile()  # all ranks
-                scores, seen = evaluate(average.network, data, world, settings.evaluate.batch_size)
-                progress = progress.with_evaluation(scores[f"val/{settings.evaluate.metric}"])
-                better = seen if progress.best_step == progress.step else None
-                row |= scores | progress.best_metric
-                tracker.show_mistakes(progress.step, data, seen)
-
-            # report
-            tracker.advance(progress.step, f"epoch {progress.step / plan.steps_per_epoch:.1f}")
-            if row:
-                tracker.log(progress.step, row | progress.counts | keeper.metrics)
-                line = messages.progress_line(progress.step, last_step, row, better is not None)
-                tracker.say(line, in_passing=not due.evaluates)
-
-            # keep: all ranks
-            if due.saves:
-                tracker.flush()
-                keeper.save(progress, epoch=batch.epoch, best=better)
-                meter.restart()  # an evaluation is no training time
-                if comment := keeper.notice.comment(row):
-                    tracker.say(comment)
+                keeper.state.reconcile()
+            progress = end_step(progress, row, due)  # evaluates, reports, keeps
+            if progress.unmeasured is not None:
+                break
             if due.evaluates and progress.stopped_early(settings.train.early_stop_epochs):
                 tracker.say(messages.early_stop(settings, progress))
                 break
         keeper.close()  # all ranks
-        if exit_code == EXIT_RESUMABLE:
-            world.raise_together(batch.failure)  # all ranks: what one of them could not read, now that all is saved
+        exit_code = EXIT_FINISHED
+        if is_stopped or progress.unmeasured is not None:
+            exit_code = tracker.exit_code = EXIT_RESUMABLE
+            world.raise_together(failure)  # all ranks: what one of them could not read, now that all is saved
             if world.is_main:
                 run_folder.mark_resumable(out)
         tracker.say(messages.closing(settings, progress, exit_code, signals.STOP.signal_name, splits=manifest.splits))

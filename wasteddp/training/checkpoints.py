@@ -34,7 +34,7 @@ from wasteddp.errors import CheckpointError
 from wasteddp.training.lineage import Lineage
 
 FORMAT = "wasteddp-checkpoint"
-FORMAT_VERSION = 3  # 2: the lineage has block, window and train_split; 3: balance and teacher
+FORMAT_VERSION = 4  # 2: the lineage has block, window and train_split; 3: balance and teacher; 4: unmeasured
 COMPLETE = "complete.json"
 PROGRESS = "progress.json"
 SETTINGS = "settings.yaml"
@@ -61,6 +61,7 @@ class Progress:
     skipped_in_a_row: int = 0
     rollbacks: int = 0  # times that the run went back because it diverged
     lr_factor: float = 1.0  # what they have made of the learning rate
+    unmeasured: dict[str, float] | None = None  # the step's metrics, where its evaluation did not come to its end
     micro_batch: int = 0  # that the run began with, where train.max_micro_batch left it open; 0: it did not
 
     def stopped_early(self, patience: int) -> bool:
@@ -226,4 +227,9 @@ def _lineage_3(raw: dict[str, Any], settings_yaml: str) -> Lineage:
     return Lineage.from_json(raw)
 
 
-_READERS: dict[int, Callable[[dict[str, Any], str], Lineage]] = {1: _lineage_1, 2: _lineage_2, 3: _lineage_3}
+_READERS: dict[int, Callable[[dict[str, Any], str], Lineage]] = {
+    1: _lineage_1,
+    2: _lineage_2,
+    3: _lineage_3,
+    4: _lineage_3,
+}

@@ -15,11 +15,12 @@ from wasteddp.data.images import normalise
 from wasteddp.data.loader import evaluation_steps
 from wasteddp.data.plan import PADDING, EvaluationPlan
 from wasteddp.data.to_device import to_device
-from wasteddp.errors import ShardError, WastedError
+from wasteddp.errors import ShardError, StoppedError, WastedError
 from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.metrics import summarise
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
+from wasteddp.training.signals import STOP
 
 
 @torch.no_grad()
@@ -33,6 +34,7 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
     Raises:
         DamagedSampleError: on every rank, when a sample of one of them cannot be read.
         ShardError: the samples counted are not those of the manifest.
+        StoppedError: on every rank, when one of them was asked to stop.
     """
     began = time.perf_counter()
     split, classes = data.val, data.manifest.classes
@@ -48,6 +50,8 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
     try:
         batches = data.val_loader.batches(evaluation_steps(plan, rank=runtime.rank, world_size=runtime.world_size))
         for item in runtime.watch.over(batches, "evaluating"):
+            if STOP:
+                raise StoppedError("the run was asked to stop while it evaluated")
             real = to_device(item.samples != PADDING, runtime.device)
             labels_B = item.labels_B.to(runtime.device, non_blocking=True)
             logits_BK = model(normalise(item.images_BCHW.to(runtime.device, non_blocking=True))).float()

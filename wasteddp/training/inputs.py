@@ -80,7 +80,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
             train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
-            val_reader = stack.enter_context(shards.reader(val.name))
+            val_reader = stack.enter_context(shards.reader(val.name, stopped=STOP.__bool__))
             plan = train_plan(train, settings, train_reader.labels)
             foresight = Foresight(
                 train_plan=plan,

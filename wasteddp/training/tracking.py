@@ -200,7 +200,8 @@ def run_tracker(
     """
     label = labels.of(settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size)
     folder = Path(settings.run.out)
-    return RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=progress.step)
+    known = progress.step - (progress.unmeasured is not None)  # the row of an unmeasured step is written again
+    return RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=known)
 
 
 def rolled_back(path: Path, step: int) -> list[dict[str, Any]]:
