@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Both comparisons, as asked for."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = settings_file.load(arguments.config, [*arguments.set, f"run.out={folder}/run"])
+        settings = settings_file.load(arguments.config, [*arguments.set, f"run.out={folder}/run", "model.weights=none"])
         compare_stall(settings, arguments.rounds)
     if arguments.starts:
         compare_starts(arguments.config, arguments.set, arguments.starts)
@@ -39,15 +39,14 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     """Interleaves the loop's wait for a save with a plain copy of as many bytes, and prints the medians."""
     import torch
 
-    from wasteddp.model import resnet
-    from wasteddp.training import optim, runtime
+    from wasteddp.training import network, optim, runtime
     from wasteddp.training.checkpoints import Progress
     from wasteddp.training.inputs import Inputs
     from wasteddp.training.keeper import Keeper
     from wasteddp.training.lineage import Lineage
 
     world = runtime.start(settings)
-    model = resnet.build(settings.model.arch, 6).to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model, _ = network.made(settings, world, 6)
     optimizer = optim.build(model, settings.optimizer)
     model(torch.randn(2, 3, 64, 64, device=world.device)).sum().backward()
     optimizer.step()  # so that it has a state

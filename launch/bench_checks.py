@@ -19,10 +19,9 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, not in __all__
 
 from wasteddp import settings as settings_file
-from wasteddp.data.loader import Batch
-from wasteddp.model import resnet
+from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
-from wasteddp.training import coverage, optim, runtime
+from wasteddp.training import coverage, network, optim, runtime
 from wasteddp.training.board import Beat, Board
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard
@@ -47,9 +46,11 @@ class Cost:
 
 def main(config: str, overrides: list[str], rounds: int) -> None:
     """Prints a line a check, and all together as a share of a step."""
-    settings = settings_file.load(config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled"])
+    settings = settings_file.load(
+        config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
+    )
     world = runtime.start(settings)
-    model = resnet.build(settings.model.arch, _CLASSES).to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model, _ = network.made(settings, world, _CLASSES)
     optimizer = optim.build(model, settings.optimizer)
     ddp, stepper = world.prepare(model, optimizer)
     size, px = settings.train.max_micro_batch or world.micro_batch, settings.data.image_size

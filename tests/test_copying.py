@@ -15,7 +15,9 @@ from accelerate.state import AcceleratorState
 from trainings import config_of, rows
 
 from wasteddp import train
-from wasteddp.data.loader import Batch, Loader, TrainingView
+from wasteddp.data.batch import Batch
+from wasteddp.data.loader import Loader
+from wasteddp.data.views import TrainingView
 from wasteddp.errors import DamagedSampleError
 from wasteddp.training import inputs
 from wasteddp.training.copying import copied_ahead, one_ahead

@@ -13,11 +13,13 @@ from pictures import jpeg
 
 from wasteddp.data import device_decoding
 from wasteddp.data.augment import Augment
+from wasteddp.data.batch import Batch
 from wasteddp.data.decoding import Encoded, decode_rgb
-from wasteddp.data.loader import Batch, Loader, TrainingView, training_steps
+from wasteddp.data.loader import Loader, training_steps
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.plan import TrainPlan
 from wasteddp.data.reading import SplitReader
+from wasteddp.data.views import TrainingView
 from wasteddp.errors import SettingsError
 from wasteddp.settings import parse
 from wasteddp.training import copying, gallery, inputs

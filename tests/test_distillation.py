@@ -19,7 +19,7 @@ from trainings import config_of, final_weights
 
 from wasteddp import settings as settings_file
 from wasteddp import train
-from wasteddp.data.loader import Batch
+from wasteddp.data.batch import Batch
 from wasteddp.errors import BundleError, SettingsError
 from wasteddp.inference.bundle import load_bundle, save_bundle
 from wasteddp.model import resnet

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from wasteddp.data.augment import Augment
-from wasteddp.data.loader import Batch, Loader, evaluation_loader, evaluation_steps, training_loader, training_steps
+from wasteddp.data.batch import Batch
+from wasteddp.data.loader import Loader, evaluation_loader, evaluation_steps, training_loader, training_steps
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
 from wasteddp.data.reading import SplitReader

@@ -21,114 +21,23 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from wasteddp.data.decoding import Encoded, ImageHWC, UndecodableError, header, is_plain_jpeg
-from wasteddp.data.draws import CROP, I64, uniform
-from wasteddp.data.images import crop_box, evaluation_view, training_view
+from wasteddp.data.batch import Batch, Damage
+from wasteddp.data.decoding import Encoded, ImageHWC, UndecodableError
+from wasteddp.data.draws import I64
 from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
 from wasteddp.data.reading import SplitReader
-from wasteddp.errors import DamagedSampleError, WastedError
+from wasteddp.data.views import Draws, EvaluationView, TrainingView, View
+from wasteddp.errors import DamagedSampleError
 
 _MAX_REPLACEMENTS = 100
 _PLANNED_SAMPLES = 1 << 12  # of a rank, computed at once
 _TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker
 
-Draws = npt.NDArray[np.float64]
 Filled = tuple[int, Encoded | None]  # the sample whose view was made, and what of it is left to the device
-
-
-class View(Protocol):
-    """What a sample's bytes become."""
-
-    def draws(self, samples: I64, epoch: int) -> Draws:
-        """The random numbers of each sample, [B, any]: in one go, since numpy's overhead is that of a call (60 us)."""
-
-    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> Encoded | None:
-        """Writes the view of one sample, uint8 [S, S, C], or returns what is left to the device. `draws` is its row.
-        UndecodableError: it cannot be had."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingView:
-    """Random crops, each a function of (seed, epoch, sample)."""
-
-    seed: int
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    on_device: bool = False  # plain JPEGs are left to the device
-
-    def draws(self, samples: I64, epoch: int) -> Draws:
-        return uniform(CROP, self.seed, epoch, samples, num=4)
-
-    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> Encoded | None:
-        if self.on_device and is_plain_jpeg(data):
-            height, width, _ = header(data)
-            return Encoded(data, crop_box(height, width, scale=self.scale, ratio=self.ratio, uniform=draws))
-        training_view(data, image_size_px=len(out), scale=self.scale, ratio=self.ratio, uniform=draws, out=out)
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationView:
-    """The centre; no chance in it."""
-
-    resize_px: int
-
-    def draws(self, samples: I64, epoch: int) -> Draws:
-        return np.zeros((len(samples), 0))
-
-    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> None:
-        evaluation_view(data, image_size_px=len(out), resize_px=self.resize_px, out=out)
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A training sample that could not be read; another stands in its place."""
-
-    sample: int
-    where: str
-    reason: str
-    replaced_by: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One rank's part of a step."""
-
-    epoch: int
-    step_in_epoch: int
-    images_BCHW: torch.Tensor  # uint8, channels-last in memory
-    labels_B: torch.Tensor  # int64; of no meaning where `samples` is PADDING
-    samples: I64  # [B], numbered as in `TrainPlan`: what the randomness of each row is keyed by
-    read_B: I64  # 0 .. N-1, whose pixels stand in each row: the sample of `samples`, or its replacement
-    damage: tuple[Damage, ...]
-    encoded_B: tuple[Encoded | None, ...] = ()  # what is still to be decoded into its row, on the device
-    failure: WastedError | None = None  # why there is no such batch, told in its place: the other ranks must hear of it
-
-    @classmethod
-    def failed(cls, error: WastedError) -> Batch:
-        """The last batch of a rank that cannot go on."""
-        nothing, none = torch.empty(0, dtype=torch.int64), np.empty(0, np.int64)
-        return cls(-1, -1, nothing, nothing, none, none, (), failure=error)
-
-    def split(self, size: int) -> Iterator[Batch]:
-        """Micro-batches of `size` samples, views of this one."""
-        for at in range(0, len(self.samples), size):
-            part = slice(at, at + size)
-            yield Batch(
-                self.epoch,
-                self.step_in_epoch,
-                self.images_BCHW[part],
-                self.labels_B[part],
-                self.samples[part],
-                self.read_B[part],
-                (),
-            )
 
 
 @dataclass(slots=True)

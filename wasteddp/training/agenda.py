@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wasteddp.data.loader import Batch
+from wasteddp.data.batch import Batch
 from wasteddp.data.plan import TrainPlan
 from wasteddp.settings import Settings
 from wasteddp.training import coverage, signals

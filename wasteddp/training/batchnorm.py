@@ -21,9 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wasteddp.data.forecast import train_plan
 from wasteddp.data.images import normalise
-from wasteddp.data.loader import EvaluationView, Loader, training_steps
+from wasteddp.data.loader import Loader, training_steps
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.data.shard_set import ShardSet
+from wasteddp.data.views import EvaluationView
 from wasteddp.settings import Settings
 
 _PREFETCH = 2

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from wasteddp.data import device_decoding
-from wasteddp.data.loader import Batch
+from wasteddp.data.batch import Batch
 
 Item = TypeVar("Item")
 Begun = TypeVar("Begun")

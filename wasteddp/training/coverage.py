@@ -21,9 +21,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from wasteddp.data.batch import Batch
 from wasteddp.data.coverage import digest, digest_of_epoch, signed
 from wasteddp.data.draws import I64
-from wasteddp.data.loader import Batch
 from wasteddp.data.plan import PADDING, TrainPlan
 from wasteddp.errors import CoverageError
 from wasteddp.training.checkpoints import Progress

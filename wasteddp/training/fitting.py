@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from wasteddp.data.loader import Batch
+from wasteddp.data.batch import Batch
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import DeviceMemoryError
 from wasteddp.settings import Settings

@@ -7,8 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from wasteddp.data.batch import Batch
 from wasteddp.data.forecast import train_plan
-from wasteddp.data.loader import Batch, Loader, evaluation_loader, training_loader, training_steps
+from wasteddp.data.loader import Loader, evaluation_loader, training_loader, training_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.plan import EvaluationPlan, TrainPlan
 from wasteddp.data.quality import Labels

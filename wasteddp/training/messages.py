@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Collection, Mapping
 
 from wasteddp.data import quality
-from wasteddp.data.loader import Damage
+from wasteddp.data.batch import Damage
 from wasteddp.data.progress import duration
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
 from wasteddp.settings import Settings

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from wasteddp.data.loader import Batch
+from wasteddp.data.batch import Batch
 from wasteddp.training.runtime import Runtime
 
 _MOST_RANKS = 16  # that have metrics of their own: each name is a curve more on a dashboard

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wasteddp.data.augment import Augment
-from wasteddp.data.loader import Batch
+from wasteddp.data.batch import Batch
 from wasteddp.data.mixing import Mixing
 from wasteddp.model import resnet
 from wasteddp.model.stochastic_depth import StochasticDepth

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from wasteddp.data.loader import Batch
+from wasteddp.data.batch import Batch
 from wasteddp.data.parallel import num_usable_cores, usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError

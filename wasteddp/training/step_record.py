@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wasteddp.data.loader import Batch
+from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
 from wasteddp.training.runtime import Runtime
 from wasteddp.training.tracking import rolled_back
