@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+from launch import ROOT
 from wasteddp import settings as settings_file
 from wasteddp.settings import Settings
-
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def add(commands: Any) -> None:
@@ -105,7 +104,7 @@ def _start(config: str, overrides: list[str], out: Path, resume: str = "auto") -
     command = [sys.executable, "wasteddp/train.py", "--config", config, "--resume", resume]
     command += [part for override in [*overrides, *fixed] for part in ("--set", override)]
     began, seconds = time.perf_counter(), 0.0
-    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step ") and not seconds:

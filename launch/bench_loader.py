@@ -17,7 +17,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,9 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+from launch import ROOT
+from launch.unpacked import unpack
+
 WORKERS, IMAGE_SIZE_PX = 2, 224
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 NUM_PHOTOS, PHOTO_SIZE_PX = 40, (3000, 4000)  # H, W: 12 megapixels
@@ -37,7 +38,7 @@ def compare(shards: str, rounds: int, seconds: float) -> None:
     """Prints a line a side: the median of its rounds, and what ours is of it."""
     with tempfile.TemporaryDirectory() as folder:
         own, photos = Path(folder, "own"), Path(folder, "photos")
-        _unpack(Path(shards), own / "images")
+        unpack(Path(shards), own / "images", split="train")
         _draw_photos(photos / "images")
         for root, name, batch in ((own, f"the training images of {shards}", 64), (photos, "12-megapixel photos", 16)):
             # several tars: webdataset needs one a worker at least
@@ -59,22 +60,6 @@ def compare(shards: str, rounds: int, seconds: float) -> None:
 def _run(module: str, *arguments: str) -> str:
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def _unpack(shards: Path, out: Path) -> None:
-    """The training images of a shard set as a folder of class folders."""
-    for tar in sorted(shards.glob("train-*.tar")):
-        with tarfile.open(tar) as members:
-            image, name = b"", ""
-            for member in members:
-                file = members.extractfile(member)
-                content = file.read() if file else b""
-                if member.name.endswith(".json"):
-                    folder = out / json.loads(content)["label"]
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / name).write_bytes(image)
-                else:
-                    image, name = content, Path(member.name).name
 
 
 def _draw_photos(out: Path) -> None:

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.bench import ROOT
+from launch import ROOT
 from launch.link import ADDRESSES, DEVICE, ENDS
 from launch.machine import headline
 

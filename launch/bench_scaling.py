@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
+from launch import ROOT
 from launch.drawn import drawn_set
 from wasteddp import settings as settings_file
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.settings import Settings
 from wasteddp.training.runtime import choose_precision
 
-_ROOT = Path(__file__).resolve().parents[1]
 WARM_STEPS, PROFILED_STEPS, ROW_STEPS = 4, 4, 4
 
 
@@ -150,7 +150,7 @@ def _run(settings: Settings, ranks: int, shards: Path, folder: Path) -> Found:
         launcher = ["--config_file", f"launch/accelerate/{kind}", "--num_processes", str(ranks)]
         launcher += ["--main_process_port", str(_free_port())]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher, *program]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the run with {ranks} ranks ended with {done.returncode}:\n{done.stderr[-3000:]}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -15,13 +15,14 @@ without loader, log and schedule:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from launch import ROOT
 from launch.drawn import NUM_CLASSES, drawn_set
 from wasteddp import settings as settings_file
 from wasteddp.data.parallel import num_usable_cores
@@ -37,10 +39,10 @@ from wasteddp.model import resnet
 from wasteddp.settings import Settings
 from wasteddp.training import optim, runtime
 
-_ROOT = Path(__file__).resolve().parents[1]
 OURS, TIMM = "wasteddp", "timm"
 
 Step = Callable[[], object]
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # normalised images and labels, anywhere
 
 
 def add(commands: Any) -> None:
@@ -65,7 +67,7 @@ def compare(arguments: argparse.Namespace) -> None:
             for side in sides if number % 2 == 0 else reversed(sides):
                 command = [sys.executable, "-m", "launch.bench_step", side, str(path)]
                 command += [str(arguments.steps), str(arguments.warm)]
-                done = subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.PIPE, text=True)
+                done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
                 found[side].append(float(json.loads(done.stdout.splitlines()[-1])))
     images, precision = settings.train.batch_size, runtime.choose_precision(settings.precision, _has_gpu())[0]
     print(
@@ -98,19 +100,22 @@ def one_micro_batch(settings: Settings, folder: Path) -> Settings:
 
 def rate(side: str, settings: Settings, *, steps: int, warm: int) -> float:
     """images/s of one side in this process."""
-    has_gpu = _has_gpu()
     torch.set_num_threads(settings.run.threads or num_usable_cores())
     with ExitStack() as stack:
-        step = SIDES[side](settings, stack)
-        for number in range(warm + steps):
-            if number == warm:
-                if has_gpu:
-                    torch.cuda.synchronize()
-                began = time.perf_counter()
-            step()
-        if has_gpu:
-            torch.cuda.synchronize()
-        return settings.train.batch_size * steps / (time.perf_counter() - began)
+        return settings.train.batch_size / seconds_a_step(SIDES[side](settings, stack), steps=steps, warm=warm)
+
+
+def seconds_a_step(step: Step, *, steps: int, warm: int) -> float:
+    """The mean of `steps` behind `warm` others."""
+    for number in range(warm + steps):
+        if number == warm:
+            if _has_gpu():
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+        step()
+    if _has_gpu():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / steps
 
 
 # --- the sides: each makes a step from the settings -------------------------------------------------------------------
@@ -173,7 +178,8 @@ def _bare(settings: Settings, stack: ExitStack) -> Step:
     return step
 
 
-def _timm(settings: Settings, stack: ExitStack) -> Step:
+def timm_step(settings: Settings, stack: ExitStack, batches: Batches | None = None) -> Step:
+    """On those batches; without them on one in memory."""
     import timm
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
@@ -186,12 +192,14 @@ def _timm(settings: Settings, stack: ExitStack) -> Step:
         model, asked.name, lr=asked.lr, weight_decay=asked.weight_decay, momentum=asked.momentum
     )
     criterion = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
-    images, labels = _batch(settings, channels_last=True)
+    batches = batches or itertools.repeat(_batch(settings, channels_last=True))
     autocast, scaler = _precision(settings)
 
     def step() -> None:
+        images, labels = next(batches)
+        images = images.to(_device(), non_blocking=True, memory_format=torch.channels_last)
         with autocast:
-            loss = criterion(model(images), labels)
+            loss = criterion(model(images), labels.to(_device(), non_blocking=True))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -200,7 +208,10 @@ def _timm(settings: Settings, stack: ExitStack) -> Step:
     return step
 
 
-def _torchvision(settings: Settings, stack: ExitStack, *, channels_last: bool = False) -> Step:
+def torchvision_step(
+    settings: Settings, stack: ExitStack, batches: Batches | None = None, *, channels_last: bool = False
+) -> Step:
+    """On those batches; without them on one in memory."""
     torch.backends.cudnn.benchmark = True  # as its script does
     import torchvision
 
@@ -216,10 +227,13 @@ def _torchvision(settings: Settings, stack: ExitStack, *, channels_last: bool = 
         optimizer = torch.optim.SGD(
             model.parameters(), lr=asked.lr, momentum=asked.momentum, weight_decay=asked.weight_decay
         )
-    images, labels = _batch(settings, channels_last=channels_last)
+    batches = batches or itertools.repeat(_batch(settings, channels_last=channels_last))
     autocast, scaler = _precision(settings)
 
     def step() -> None:
+        images, labels = next(batches)
+        images = images.to(_device(), non_blocking=True, memory_format=layout)
+        labels = labels.to(_device(), non_blocking=True)
         with autocast:
             output = model(images)
             loss = criterion(output, labels)
@@ -234,14 +248,14 @@ def _torchvision(settings: Settings, stack: ExitStack, *, channels_last: bool = 
 
 
 def _torchvision_channels_last(settings: Settings, stack: ExitStack) -> Step:
-    return _torchvision(settings, stack, channels_last=True)
+    return torchvision_step(settings, stack, channels_last=True)
 
 
 SIDES: dict[str, Callable[[Settings, ExitStack], Step]] = {
     OURS: _wasteddp,
     "bare loop": _bare,
-    TIMM: _timm,
-    "torchvision": _torchvision,
+    TIMM: timm_step,
+    "torchvision": torchvision_step,
     "torchvision, channels_last": _torchvision_channels_last,
 }
 

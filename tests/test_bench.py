@@ -11,10 +11,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from launch import bench_scaling, bench_step
+from launch import bench_scaling, bench_step, bench_train
 from launch.bench_scaling import Found
 from launch.drawn import drawn_set
 from launch.machine import headline
+from launch.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.manifest import Manifest
 from wasteddp.settings import Settings
@@ -54,6 +55,27 @@ def test_each_side_trains(side: str, settings: Settings, monkeypatch: pytest.Mon
         before = weight.detach().clone()
         step()
     assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("side", bench_train.OTHERS)
+def test_each_of_the_others_trains_from_a_folder(side: str, settings: Settings, tmp_path: Path) -> None:
+    if side == bench_step.TIMM and not find_spec("timm"):
+        pytest.skip("timm is not installed")
+    shards = Path(settings.data.shards)
+    unpack(shards, tmp_path, split="train")
+    split = Manifest.load(shards).split("train")
+    assert [len(list(tmp_path.glob(f"{name}/*"))) for name in sorted(path.name for path in tmp_path.iterdir())] == [
+        count for _, count in sorted(zip(Manifest.load(shards).classes, split.samples_per_class, strict=True))
+    ]
+    with ExitStack() as stack:
+        step = bench_train.OTHERS[side](settings, stack, tmp_path)
+        for _ in range(split.num_samples // 6 + 1):  # over the end of an epoch
+            step()
+
+
+def test_a_set_without_the_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="has no train-"):
+        unpack(tmp_path, tmp_path / "out", split="train")
 
 
 def test_a_rate_is_that_of_the_timed_steps(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
