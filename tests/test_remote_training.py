@@ -25,7 +25,7 @@ from wasteddp.data.indexing import index_folder
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reading import SplitReader
 from wasteddp.settings import load
-from wasteddp.training import inputs, signals
+from wasteddp.training import inputs, run_folder, signals
 from wasteddp.training.ranks import Ranks
 
 
@@ -179,6 +179,32 @@ def test_a_signal_ends_the_wait_for_a_store_and_the_run_saves_and_goes_on_later(
         [saved] = (tmp_path / "run" / "checkpoints").glob("step-*")
         assert 1 <= int(saved.name[5:]) <= first_use
         assert (tmp_path / "run" / "RESUMABLE").exists()
+        stop.signal_name = ""
+        server.faults = lambda name, number: None
+        assert train.main(arguments_of(tmp_path, server.url, *settings)) == 0
+    assert final_weights(tmp_path / "run") == local
+
+
+@pytest.mark.parametrize("is_check", [False, True])
+def test_a_signal_ends_the_wait_for_a_manifest(
+    is_check: bool, small_shards: Path, local: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = signals.StopRequest()
+    for module in (signals, inputs, run_folder):
+        monkeypatch.setattr(module, "STOP", stop)
+    settings = ("data.read_timeout_s=60", "data.read_attempts=1")
+    with serving(small_shards) as server:
+
+        def stall(name: str, number: int) -> Fault:
+            threading.Timer(0.2, lambda: setattr(stop, "signal_name", "SIGTERM")).start()
+            return "stall"
+
+        server.faults = stall
+        began = time.monotonic()
+        assert train.main([*arguments_of(tmp_path, server.url, *settings), *["--check"] * is_check]) == 75
+        assert time.monotonic() - began < 30
+        assert (tmp_path / "run" / "RESUMABLE").exists() == (not is_check)
+        assert not (tmp_path / "run.check").exists()
         stop.signal_name = ""
         server.faults = lambda name, number: None
         assert train.main(arguments_of(tmp_path, server.url, *settings)) == 0

@@ -42,7 +42,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wasteddp import settings as settings_file
-from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
+from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, StoppedError
 from wasteddp.model import ema
 from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if arguments.check:
                     world.say("checked: one step, one evaluation, one checkpoint; all of it removed again")
                 return code
+    except StoppedError:  # all ranks, before the first step: behind it, the loop saves
+        return run_folder.stopped_before_it_began(settings, is_check=arguments.check)
     except Exception as error:
         return watch.failed(error)
     finally:

@@ -82,15 +82,18 @@ class RemoteFolder:
         self._store = stores.opened(url, patience.timeout_s)
         self._knows_ranges = False
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, stopped: Stopped = never) -> bytes:
         """All of a small file whose size nobody knows yet.
+
+        Args:
+            stopped: as for `copy`.
 
         Raises:
             DamagedShardError: there is no such file.
-            RemoteError: it cannot be had.
+            RemoteError: it cannot be had. StoppedError: so it was `stopped`.
         """
         limit_s = 2 * self._patience.timeout_s
-        return self._persistently(name, 0, None, never, lambda: self._request(name, {}, limit_s, never))
+        return self._persistently(name, 0, None, stopped, lambda: self._request(name, {}, limit_s, stopped))
 
     def copy(self, name: str, num_bytes: int, sha256: str, file: BinaryIO, *, stopped: Stopped = never) -> str:
         """Writes a file into `file`, from its beginning.

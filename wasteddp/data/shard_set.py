@@ -83,11 +83,12 @@ class RemoteShardSet(ShardSet):
 
 
 @contextmanager
-def opened(data: Data, *, rank: int = 0) -> Iterator[ShardSet]:
+def opened(data: Data, *, rank: int = 0, stopped: Stopped = never) -> Iterator[ShardSet]:
     """The set at `data.staged`, where that is set, or else at `data.shards`.
 
     Args:
         rank: spreads the waits after an error, so that not all ranks come back to a store in the same moment.
+        stopped: once it is true, the manifest is not waited for: StoppedError.
 
     Raises:
         ShardError: there is none, or it cannot be reached. SettingsError: the URL or the cache's folder.
@@ -100,7 +101,7 @@ def opened(data: Data, *, rank: int = 0) -> Iterator[ShardSet]:
         folder = RemoteFolder(data.shards, patience)
         stack.callback(folder.close)
         cache = ShardCache(cache_folder(data.cache), int(data.cache_gb * 1e9))
-        manifest = _manifest(folder, cache.folder)
+        manifest = _manifest(folder, cache.folder, stopped)
         fetcher = Fetcher(
             folder,
             cache,
@@ -130,9 +131,9 @@ def cache_folder(setting: str) -> Path:
     return Path(resolved).expanduser()
 
 
-def _manifest(folder: RemoteFolder, cache: Path) -> Manifest:
+def _manifest(folder: RemoteFolder, cache: Path, stopped: Stopped) -> Manifest:
     try:
-        return Manifest.parse(folder.read(MANIFEST_NAME), cache, url=folder.url)
+        return Manifest.parse(folder.read(MANIFEST_NAME, stopped=stopped), cache, url=folder.url)
     except DamagedShardError as error:
         raise ShardError(
             error.found,

@@ -76,7 +76,7 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
     with ExitStack() as stack:
         with world.together():
             refuse_device_decoding(settings, world.device.type)
-            shards = stack.enter_context(opened_set(settings.data, rank=world.rank))
+            shards = stack.enter_context(opened_set(settings.data, rank=world.rank, stopped=STOP.__bool__))
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)

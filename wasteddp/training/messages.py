@@ -106,6 +106,13 @@ def early_stop(settings: Settings, progress: Progress) -> str:
     )
 
 
+def stopped_before_it_began(signal_name: str) -> str:
+    return (
+        f"stopped by {signal_name or 'a signal to another process'} before the shard set answered; the same command "
+        f"starts again where the run stands (exit code {EXIT_RESUMABLE})"
+    )
+
+
 def closing(
     settings: Settings, progress: Progress, exit_code: int, signal_name: str, *, splits: Collection[str]
 ) -> str:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wasteddp.data.manifest import write_atomically
+from wasteddp.errors import EXIT_RESUMABLE
 from wasteddp.settings import Settings
-from wasteddp.training import batch_job, environment
+from wasteddp.training import batch_job, environment, messages
 from wasteddp.training.checkpoints import Checkpoint, Progress
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.runtime import Runtime
+from wasteddp.training.signals import STOP
 from wasteddp.training.tracking import NoTracker, Tracker, run_tracker
 
 _RESUMABLE_MARK = "RESUMABLE"
@@ -48,6 +50,20 @@ def begun(
 def mark_resumable(out: Path) -> None:
     """For those who see no exit code of ours: launchers replace it by 1."""
     write_atomically(out / _RESUMABLE_MARK, b"")
+
+
+def stopped_before_it_began(settings: Settings, *, is_check: bool) -> int:
+    """What a signal leaves while the shard set is still waited for: no step is lost. Returns the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(messages.stopped_before_it_began(STOP.signal_name), flush=True)
+        out = Path(settings.run.out)
+        try:
+            if not is_check:
+                out.mkdir(parents=True, exist_ok=True)
+                mark_resumable(out)
+        except OSError as error:
+            print(f"WARNING: {out} cannot be marked as one to go on with: {error}", flush=True)
+    return EXIT_RESUMABLE
 
 
 @contextlib.contextmanager
