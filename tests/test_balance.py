@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainings import config_of, final_weights, rows
@@ -34,13 +33,6 @@ from wasteddp.training.inputs import Inputs
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 EVENNESS = st.sampled_from([1e-9, 0.3, 0.5, 1.0])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def labels_of(sizes: list[int], seed: int = 0) -> np.ndarray:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from launch import bench_scaling, bench_step, bench_train
 from launch.bench_scaling import Found
@@ -20,13 +18,6 @@ from wasteddp import settings as settings_file
 from wasteddp.data.manifest import Manifest
 from wasteddp.settings import Settings
 from wasteddp.training import profiling
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from trainings import config_of, rows
 
 from wasteddp import train
@@ -21,12 +20,6 @@ from wasteddp.data.views import TrainingView
 from wasteddp.errors import DamagedSampleError
 from wasteddp.training import inputs
 from wasteddp.training.copying import copied_ahead, one_ahead
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def batches(count: int) -> list[Batch]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from trainings import CPU2, ROOT, config_of, rows
@@ -24,13 +23,6 @@ from wasteddp.data.loader import Loader
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reading import SplitReader
 from wasteddp.training import inputs
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @given(samples=st.lists(st.integers(0, 10**12), max_size=50), seed=st.integers(0, 2**40), at=st.integers(0, 50))

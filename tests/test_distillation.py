@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from math import exp, log
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from small_run import CARD, CLASSES, random_weights
 from torch import nn
 from trainings import config_of, final_weights
@@ -26,13 +24,6 @@ from wasteddp.model import resnet
 from wasteddp.training import distillation, losses, runtime
 from wasteddp.training.distillation import Distilled, NoTeacher, Taught, Teacher
 from wasteddp.training.recipe import Recipe
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

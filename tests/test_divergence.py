@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from trainings import config_of, final_weights, rows
 
@@ -26,12 +24,6 @@ from wasteddp.training.lineage import Lineage
 
 LINEAGE = Lineage("0", ("a", "b"), "resnet18", 0, 4, 4, 1, 0, "train", 32, "sgd")
 Poison = tuple[int, int, float]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

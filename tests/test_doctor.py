@@ -7,13 +7,11 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 from trainings import CPU2, ROOT, config_of
 
 from wasteddp import cli
@@ -21,12 +19,6 @@ from wasteddp.settings import load, parse
 from wasteddp.training import machine_checks, run_checks, wandb_connection
 from wasteddp.training.finding import Finding, print_table, worst
 from wasteddp.training.machine_checks import Device
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def findings_of(said: str) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil, log2
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from kept import LINEAGE
@@ -37,14 +35,6 @@ AUTO = settings_file.parse(
     "train: {batch_size: 96, max_micro_batch: 0}"
 )
 START = Progress(LINEAGE)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @given(images=st.integers(1, 5000), limit=st.integers(0, 6000))

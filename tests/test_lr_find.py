@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from math import inf, log10, nan
 from pathlib import Path
 
@@ -17,13 +16,6 @@ from trainings import config_of, rows
 from wasteddp import cli, train
 from wasteddp.errors import SettingsError
 from wasteddp.training.lr_find import Options, has_exploded, judged, smoothed
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_rates_grow_by_one_factor_from_the_first_to_the_last() -> None:

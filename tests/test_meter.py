@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import config_of
 
 from wasteddp import settings, train
 from wasteddp.training import runtime
 from wasteddp.training.meter import Meter
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Waits(TorchDispatchMode):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from trainings import config_of
@@ -63,12 +61,6 @@ def test_the_rank_that_waits_least_for_others_is_judged(by_rank: list[dict[str, 
     assert "of 10 steps of 123 ms" in text
     assert text.count("  rank ") == len(by_rank)
     assert "  do: " in text
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def profiled(folder: Path, shards: Path, *more: str) -> tuple[str, Path]:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,11 +30,8 @@ from wasteddp.training.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use. And no long waits."""
+def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def arguments_of(folder: Path, location: str | Path, *overrides: str) -> list[str]:

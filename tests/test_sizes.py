@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from trainings import config_of, final_weights
@@ -26,13 +24,6 @@ from wasteddp.errors import SettingsError
 from wasteddp.training.sizes import changes, describe, side_px
 
 GROWING = ["schedule.start_size=16", "schedule.full_size_at=0.5", "train.epochs=4", "data.image_size=48"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def settings_of(start: int, full: int, at: float, epochs: int) -> settings_file.Settings:

@@ -20,12 +20,6 @@ from wasteddp.training.checkpoints import listed, read
 from wasteddp.training.meter import Meter
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Callable[[], Any]]], None]:
     """Does things at the end of steps."""

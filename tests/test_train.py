@@ -10,12 +10,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from small_run import write_images
 from trainings import ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
@@ -25,13 +24,6 @@ from wasteddp.data.manifest import Manifest
 from wasteddp.data.reading import SplitReader
 from wasteddp.data.sharding import Job, Options, make_shards
 from wasteddp.inference.bundle import load_bundle
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

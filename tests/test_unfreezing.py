@@ -4,12 +4,10 @@ a run that goes on from the middle of it ends with the same weights."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from kept import LINEAGE
 from safetensors.torch import load_file
 from trainings import config_of, final_weights, rows
@@ -19,12 +17,6 @@ from wasteddp.model import resnet
 from wasteddp.training import optim, runtime
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize(

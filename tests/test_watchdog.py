@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from trainings import config_of
 
@@ -17,12 +15,6 @@ from wasteddp.data.loader import Loader
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, ShardError
 from wasteddp.training.board import Beat, Board, Failure, LostBoardError
 from wasteddp.training.watchdog import Watchdog
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_first_failure_told_is_the_one_that_stands() -> None:
