@@ -23,6 +23,7 @@ from wasteddp.data import drawing
 from wasteddp.data.sharding import Job, Options, make_shards
 
 from . import launchers
+from .events import KINDS
 from .harness import Record, disturb_many
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, help="events, faults included (default: 200, or none with --launchers)")
     parser.add_argument("--launchers", type=int, default=0, help="signals to real launchers and their ranks")
+    parser.add_argument("--only", default="", choices=KINDS, help="of --kills: events of this kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="no new event behind these (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder that stays; results are added to its results.jsonl")
@@ -45,7 +47,7 @@ def main() -> None:
         }
         kills = (0 if arguments.launchers else 200) if arguments.kills is None else arguments.kills
         if kills:
-            trainings = disturb_many(out, shards, events=kills, **how)
+            trainings = disturb_many(out, shards, events=kills, only=arguments.only, **how)
             records = [record for training in trainings for record in training.records]
             results = [(one.event.name, one.ended, one.steps_lost, one.outcome.had_to_kill) for one in records]
             _tell(out, table(records), results, len(trainings), began)

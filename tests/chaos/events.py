@@ -17,7 +17,7 @@ class Event:
 
     kind: signal   `signal` from outside, `delay_s` after all ranks are up, to `target`
           save     rank 0 kills itself, or all, at the `nth` operation on the disk while it keeps a checkpoint or model
-          epoch    a rank kills itself, or all, as the evaluation at an epoch's end begins
+          epoch    a rank sends `signal` to itself, or all do, as the `nth` evaluation begins
           fault    `nth` write, fsync or rename of rank 0 fails with `error`, or writes half of it first ("short")
           read     reading the newest checkpoint fails with `error`, or gives bytes with one bit changed
           flip     a bit of the newest checkpoint is changed on the disk before the attempt, which then gets `signal`
@@ -43,7 +43,7 @@ class Event:
         if self.kind == "save":
             return "SIGKILL in the middle of a save"
         if self.kind == "epoch":
-            return "SIGKILL at an epoch's edge"
+            return f"{self.signal} in an evaluation"
         if self.kind == "fault":
             short = " behind half of the bytes" if self.short else ""
             return f"{self.operation}: {errno.errorcode[self.error]}{short}"
@@ -52,9 +52,13 @@ class Event:
         return "a bit of the newest checkpoint changed on the disk"
 
 
-def draw(draws: random.Random, number: int, processes: int) -> Event:
-    """One event; about seven of ten are kills."""
-    kind = draws.choices(["signal", "save", "epoch", "fault", "read", "flip"], weights=[45, 22, 10, 14, 5, 4])[0]
+KINDS = {"signal": 45, "save": 22, "epoch": 10, "fault": 14, "read": 5, "flip": 4}  # of a hundred
+
+
+def draw(draws: random.Random, number: int, processes: int, only: str = "") -> Event:
+    """One event; about seven of ten are kills. `only`: of that kind."""
+    kind = draws.choices(list(KINDS), weights=list(KINDS.values()))[0]
+    kind = only or kind
     event = {"number": number, "kind": kind, "processes": processes, "target": draws.choice(["all", "one", "first"])}
     if kind in ("signal", "flip"):
         # the longest is about a third of an undisturbed training: some come before the first step, some in saves
@@ -62,7 +66,7 @@ def draw(draws: random.Random, number: int, processes: int) -> Event:
     elif kind == "save":
         event |= {"nth": draws.randint(1, 60)}  # a save is 16 operations, with a new best model 22
     elif kind == "epoch":
-        event |= {"nth": draws.randint(1, 2)}
+        event |= {"nth": draws.randint(1, 2), "signal": draws.choice(SIGNALS)}
     elif kind == "fault":
         operation = draws.choice(WRITES)
         short = operation == "write" and draws.random() < 0.4

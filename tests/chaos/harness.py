@@ -97,7 +97,7 @@ class Training:
             raise LostError(f"it said that it had saved: {record}")
         if event.kind in ("signal", "flip", "save", "epoch") and record.steps_lost > 2 * EVERY_STEPS:
             raise LostError(f"{record.steps_lost} steps lost, with a checkpoint each {EVERY_STEPS}: {record}")
-        graceful = event.kind == "signal" and event.signal != "SIGKILL"
+        graceful = event.kind in ("signal", "epoch") and event.signal != "SIGKILL"
         if graceful and not (set(outcome.codes) <= {0, EXIT_RESUMABLE}):
             raise LostError(f"a signal that asks ended it otherwise: {record}")
         self.check_model()
@@ -189,9 +189,18 @@ def undisturbed(out: Path, shards: Path, processes: int) -> Path:
 
 
 def disturb_many(
-    out: Path, shards: Path, *, events: int, seed: int, say: Callable[[str], None], until: Callable[[], bool]
+    out: Path,
+    shards: Path,
+    *,
+    events: int,
+    seed: int,
+    say: Callable[[str], None],
+    until: Callable[[], bool],
+    only: str = "",
 ) -> list[Training]:
     """Trainings at one process, at two, and at one or two in turn, until all events have been, or `until` says so.
+
+    `only`: events of that kind.
 
     Raises:
         LostError, HangError: at the first thing that does not hold; what it left stays in `out`.
@@ -202,7 +211,7 @@ def disturb_many(
         training = training_in(out / f"disturbed-{seed}-{len(trainings)}", shards)
         trainings.append(training)
         while training.steps_done < STEPS and done < events and len(training.records) < _MAX_EVENTS_A_TRAINING:
-            event = draw(draws, done, mode or draws.choice([1, 2]))
+            event = draw(draws, done, mode or draws.choice([1, 2]), only)
             try:
                 record = training.disturb(event)
             except HangError as error:

@@ -57,9 +57,9 @@ def prepare(event: Event | None, run: Path, rank: int) -> None:
 
 
 def _die(event: Event) -> None:
-    if event.target == "all":
+    if event.target == "all" and event.signal == "SIGKILL":
         os.killpg(0, signal.SIGKILL)  # the ranks of an attempt are a group
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.Signals[event.signal])  # else each rank comes here, and a second SIGINT would kill it
 
 
 def _fail(event: Event, file: Any, content: bytes) -> None:
