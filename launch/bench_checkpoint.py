@@ -35,7 +35,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def compare_stall(settings: Settings, rounds: int) -> None:
-    """Interleaves the loop's wait for a save with a plain copy of as many bytes, and prints the medians."""
+    """Interleaves the loop's wait for a save with a plain copy of as many bytes and with `torch.save`, which timm's
+    and torchvision's scripts call in the loop, and prints the medians."""
     import torch
 
     from wasteddp.training import network, optim, runtime
@@ -55,7 +56,7 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     source = torch.ones(num_bytes // 4, device=world.device)
     target = torch.zeros(num_bytes // 4, pin_memory=source.is_cuda)
     lineage = Lineage("0" * 64, (), "", 0, 1, 1, 1, 0, "train", 224, "")
-    stalls, copies, writes = [], [], []
+    stalls, copies, writes, others = [], [], [], []
     with keeper:
         for step in range(1, rounds + 2):
             began = time.perf_counter()
@@ -67,13 +68,22 @@ def compare_stall(settings: Settings, rounds: int) -> None:
             began = time.perf_counter()
             keeper.drain()
             writes.append(1000 * (time.perf_counter() - began))
+            began = time.perf_counter()
+            contents = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(contents, Path(settings.run.out) / "other.pth")
+            others.append(1000 * (time.perf_counter() - began))
         keeper.close()
     world.close()
     stall, copy = statistics.median(stalls[1:]), statistics.median(copies[1:])
     print(
         f"{settings.model.arch}, {settings.optimizer.name}, {num_bytes / 1e6:.0f} MB, median of {rounds}: the loop "
         f"waits {stall:.1f} ms (the first time {stalls[0]:.1f}), a copy of as many bytes takes {copy:.1f} ms: "
-        f"{stall / copy:.2f} times; written behind it in {statistics.median(writes[1:]):.0f} ms"
+        f"{stall / copy:.2f} times; hashed and on the disk {statistics.median(writes[1:]):.0f} ms later"
+    )
+    other = statistics.median(others[1:])
+    print(
+        f"torch.save of the same, as timm's and torchvision's scripts call it in the loop, takes {other:.1f} ms, "
+        f"{other / stall:.2f} times as long, and the bytes are not on the disk then"
     )
 
 
