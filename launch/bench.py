@@ -4,7 +4,7 @@
     python -m launch.bench train      the program from shards, beside the step alone, timm's and torchvision's training
     python -m launch.bench loader     images/s of the loader beside torchvision's, webdataset and decoding alone
     python -m launch.bench checks     what all checks of a training cost, as a share of a step
-    python -m launch.bench checkpoint the loop's wait for a save beside a copy and torch.save; --starts 3: resumed starts
+    python -m launch.bench checkpoint the loop's wait for a save beside torch.save; --starts 3: resumed starts
     python -m launch.bench scaling    images/s with ranks through the launcher, and the share of communication
 
 The first line says on what they ran. Read the ratio; the figures themselves are the machine's. Leave the machine alone
