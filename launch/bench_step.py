@@ -144,13 +144,14 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     def step() -> None:
         guard.begin_step()
         recipe.begin_step(optimizer, progress)
-        for micro in world.micro_batches(batch, ddp):
+        for number, micro in enumerate(world.micro_batches(batch, ddp)):
             images_BCHW, targets = recipe.inputs(micro, batch.epoch)
             loss = recipe.loss(ddp(images_BCHW), targets)
+            if number == 0:
+                stepper.zero_grad()
             world.accelerator.backward(loss)
             meter.add(loss)
         skipped = guard.step(stepper, meter.step_loss, recipe.clip(is_asked=guard.skips))
-        stepper.zero_grad()
         average.update(progress.step, skipped)
         meter.step_done(skipped)
 
@@ -171,9 +172,9 @@ def _bare(settings: Settings, stack: ExitStack) -> Step:
 
     def step() -> None:
         loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()  # as the program does: see train.py
         accelerator.backward(loss)
         optimizer.step()
-        optimizer.zero_grad()
 
     return step
 

@@ -162,15 +162,16 @@ def train(
             # update: all ranks
             guard.begin_step()
             rate = recipe.begin_step(optimizer, progress)
-            for micro in world.micro_batches(batch, ddp):
+            for number, micro in enumerate(world.micro_batches(batch, ddp)):
                 images_BCHW, targets = recipe.inputs(micro, batch.epoch)
                 loss = recipe.loss(ddp(images_BCHW), targets)
+                if number == 0:
+                    stepper.zero_grad()  # here, not behind the step: a sixth of a CPU's speed (configs/NOTES.md)
                 world.accelerator.backward(loss)
                 meter.add(loss)
             norm = recipe.clip(is_asked=due.logs or guard.skips)
             skipped = guard.step(stepper, meter.step_loss, norm)
             average.update(progress.step, skipped)
-            stepper.zero_grad()
             covered = coverage.added(progress.covered, agreed.sums, batch)
             progress = replace(progress, step=progress.step + 1, covered=covered)
             meter.step_done(skipped)

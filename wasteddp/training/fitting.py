@@ -112,6 +112,7 @@ def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model
     }
     if settings.optimizer.name not in ONE_MOMENT:  # the copies of the weights stand for the first moment
         kept += [torch.empty_like(tensor) for tensor in weights.values()]
+    gradients = [torch.empty_like(tensor) for tensor in weights.values()]  # of what was before
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
     images = torch.zeros((size, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # channels-last, as the loader's
     samples = np.arange(size, dtype=np.int64)
@@ -123,7 +124,9 @@ def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model
     with generators, torch.compiler.set_stance("force_eager"):  # compiling each size would take minutes
         images_BCHW, targets = recipe.inputs(batch, 0)
         logits_BK = functional_call(model, {**weights, **buffers}, (images_BCHW,))
-        torch.autograd.backward(recipe.loss(logits_BK, targets))
+        loss = recipe.loss(logits_BK, targets)
+        gradients.clear()
+        torch.autograd.backward(loss)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
