@@ -60,6 +60,8 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.steps % _ROW or arguments.steps < _ROW:
         raise SystemExit(f"--steps {arguments.steps}: the program is timed by its rows, take a multiple of {_ROW}")
     there = [OURS, BARE, *(side for side in OTHERS if side != TIMM or find_spec("timm"))]
+    if unknown := {*filter(None, arguments.sides.split(","))} - {OURS, BARE, *OTHERS}:
+        raise SystemExit(f"--sides {arguments.sides}: no side is called {', '.join(sorted(unknown))}; see --help")
     sides = [side for side in there if not arguments.sides or side in (OURS, *arguments.sides.split(","))]
     found: dict[str, list[float]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:

@@ -129,3 +129,18 @@ def test_an_evaluation_that_fails_loses_nothing_of_the_training(
     assert (unmeasured(tmp_path / "run") or {})["train/loss"] == rows(undisturbed)[3]["train/loss"]
     assert train.main(arguments) == 0
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_check_that_a_signal_ended_does_not_say_that_it_checked(
+    small_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: signals.StopRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    interrupted_in(monkeypatch, 1, lambda: setattr(stop, "signal_name", "SIGTERM"))
+    assert train.main([*arguments_of(tmp_path, small_shards), "--check"]) == 75
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM at step 1" in said
+    assert "checked: one step" not in said
+    assert not (tmp_path / "run.check").exists()

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = divergence.rolling_back(
                     lambda retreat: train(settings, world, data, start, retreat, max_steps=steps), settings, world
                 )
-                if arguments.check:
+                if arguments.check and code == EXIT_FINISHED:  # a signal may have ended it before
                     world.say("checked: one step, one evaluation, one checkpoint; all of it removed again")
                 return code
     except StoppedError:  # all ranks, before the first step: behind it, the loop saves
@@ -187,7 +187,7 @@ def train(
                 row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm or 0)}
                 progress = guard.judge(progress, row, saves=due.saves)
             if due.evaluates:
-                keeper.state.reconcile()
+                keeper.state.reconcile()  # before `end_step`: a step that is saved unmeasured has it behind it
             progress = end_step(progress, row, due)  # evaluates, reports, keeps
             if progress.unmeasured is not None:
                 break
