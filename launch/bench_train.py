@@ -172,7 +172,7 @@ def _torchvision(settings: Settings, stack: ExitStack, images: Path) -> bench_st
 
 def _workers(settings: Settings) -> int:
     """As many processes as our program has threads that decode."""
-    return settings.data.workers or min(settings.run.threads or num_usable_cores(), 8)
+    return settings.data.num_workers or min(settings.run.threads or num_usable_cores(), 8)
 
 
 def _endless(loader: Any) -> Batches:

@@ -10,6 +10,7 @@
     │   └── RemoteError        a store that cannot be reached, or refuses
     ├── WeightsError           initial weights
     ├── LaunchError            processes, devices, precision
+    ├── WorkerError            decoding processes that cannot be kept alive
     ├── DeviceMemoryError      a GPU that cannot take as many images at once
     ├── CheckpointError        a run's checkpoints
     ├── DivergedError          a loss that is no number any more
@@ -89,6 +90,10 @@ class WeightsError(WastedError):
 
 class LaunchError(WastedError):
     pass
+
+
+class WorkerError(WastedError):
+    """The decoding processes cannot be kept alive."""
 
 
 class DeviceMemoryError(WastedError):

@@ -70,10 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (
             batch_job.mistake_marked(Path(settings.run.out)),
             run_folder.rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings,
+            contextlib.ExitStack() as stack,
         ):
             watch.start(settings)
+            server = stack.enter_context(inputs.started_early(settings))
             world = runtime.start(settings, watch)  # all ranks
-            with contextlib.closing(world), inputs.opened(settings, world) as data:
+            with contextlib.closing(world), inputs.opened(settings, world, server) as data:
                 start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
                 steps = 1 if arguments.check else None
                 code = divergence.rolling_back(

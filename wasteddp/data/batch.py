@@ -13,7 +13,9 @@ import torch
 
 from wasteddp.data.decoding import Encoded
 from wasteddp.data.draws import I64
-from wasteddp.errors import WastedError
+from wasteddp.errors import DamagedSampleError, WastedError
+
+MAX_REPLACEMENTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +61,13 @@ class Batch:
                 self.read_B[part],
                 (),
             )
+
+
+def refuse_damaged(where: str, reason: str, *, is_replaced: bool) -> DamagedSampleError:
+    """The error of a sample that cannot be used, nor replaced."""
+    return DamagedSampleError(
+        f"{where} cannot be used: {reason}"
+        + (f"; nor can the {MAX_REPLACEMENTS - 1} samples after it" if is_replaced else ""),
+        "an evaluation with a hole is no evaluation, and a run on damaged shards is no run",
+        "find all that is damaged with `wasteddp verify`, then copy or make the set again",
+    )

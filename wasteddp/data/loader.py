@@ -2,8 +2,9 @@
 
 Legend: B images of one rank's batch, C = 3, S the side.
 
-Threads, not processes: libjpeg-turbo, torch's resize and hashlib release the GIL, so threads decode in parallel,
-need no copy through shared memory, and die with the process.
+For a network that trains on the same CPU: libjpeg-turbo, torch's resize and hashlib release the GIL, so threads decode
+in parallel, need no memory and no start of their own, and die with the process. Beside a GPU they take the GIL from the
+thread that launches kernels: `process_loader` is for that.
 
 Where the network trains on the same cores, the threads take only what it leaves (Linux's idle class): a decoding thread
 that displaced one of OpenMP's threads would make the others wait for it at the end of every layer. 5 % of a ResNet50's
@@ -21,19 +22,21 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 
-from wasteddp.data.batch import Batch, Damage
+from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
+from wasteddp.data.decode_pool import DecodeServer
 from wasteddp.data.decoding import Encoded, ImageHWC, UndecodableError
 from wasteddp.data.draws import I64
 from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
+from wasteddp.data.process_loader import ProcessLoader
 from wasteddp.data.reading import SplitReader
 from wasteddp.data.views import Draws, EvaluationView, TrainingView, View
 from wasteddp.errors import DamagedSampleError
 
-_MAX_REPLACEMENTS = 100
 _PLANNED_SAMPLES = 1 << 12  # of a rank, computed at once
 _TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker
 
@@ -112,6 +115,10 @@ class Loader:
             return ""
         name, (sample, since) = longest
         return f"{name} has been at {self._reader.describe(sample)} for {time.monotonic() - since:.0f} s"
+
+    def notes(self) -> list[str]:
+        """As `ProcessLoader.notes`: a thread does not die alone."""
+        return []
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -192,18 +199,16 @@ class Loader:
         """Writes the view of the next sample that can be read in the place of `sample`, which cannot."""
         where = self._reader.describe(sample)
         reason = error.found if isinstance(error, DamagedSampleError) else str(error)
-        for behind in range(1, _MAX_REPLACEMENTS if self._replace else 0):
+        for behind in range(1, MAX_REPLACEMENTS if self._replace else 0):
             used = (sample + behind) % self._reader.num_samples
             with contextlib.suppress(UndecodableError, DamagedSampleError):
                 draws = self._view.draws(np.array([used]), epoch)[0]
                 left = self._view.fill(out, self._reader.read(used), draws)
                 return Damage(sample, where, reason, used), left
-        raise DamagedSampleError(
-            f"{where} cannot be used: {reason}"
-            + (f"; nor can the {_MAX_REPLACEMENTS - 1} samples behind it" if self._replace else ""),
-            "an evaluation with a hole is no evaluation, and a run on damaged shards is no run",
-            "find all that is damaged with `wasteddp verify`, then copy or make the set again",
-        ) from error
+        raise refuse_damaged(where, reason, is_replaced=self._replace) from error
+
+
+AnyLoader = Loader | ProcessLoader
 
 
 def training_loader(
@@ -218,11 +223,24 @@ def training_loader(
     pin_memory: bool,
     idle: bool = False,
     on_device: bool = False,
-) -> Loader:
-    """Loader of random crops; what cannot be decoded is replaced. `on_device`: plain JPEGs are left to be decoded."""
-    return Loader(
+    processes: bool = False,
+    largest_px: int = 0,
+    server: DecodeServer | None = None,
+) -> AnyLoader:
+    """Loader of random crops; what cannot be decoded is replaced.
+
+    Args:
+        on_device: plain JPEGs are left to be decoded.
+        processes: the workers are processes, as is right beside a GPU; else threads. The batches are the same.
+        largest_px: the largest side that will come.
+        server: that forks the processes; one of the loader's own, if left out.
+    """
+    return _loader(
         reader,
         TrainingView(seed, crop_scale, crop_ratio, on_device),
+        processes=processes,
+        largest_px=largest_px,
+        server=server,
         image_size_px=image_size_px,
         workers=workers,
         prefetch=prefetch,
@@ -240,16 +258,34 @@ def evaluation_loader(
     workers: int,
     prefetch: int = 2,
     pin_memory: bool = False,
-) -> Loader:
+    processes: bool = False,
+    server: DecodeServer | None = None,
+) -> AnyLoader:
     """Loader of the centre views that evaluation and prediction use."""
-    return Loader(
+    return _loader(
         reader,
         EvaluationView(resize_px),
+        processes=processes,
+        server=server,
         image_size_px=image_size_px,
         workers=workers,
         prefetch=prefetch,
         pin_memory=pin_memory,
     )
+
+
+def _loader(
+    reader: SplitReader,
+    view: View,
+    *,
+    processes: bool,
+    server: DecodeServer | None,
+    largest_px: int = 0,
+    **how: Any,
+) -> AnyLoader:
+    if processes:
+        return ProcessLoader(reader, view, largest_px=largest_px, server=server, **how)
+    return Loader(reader, view, **how)
 
 
 def _start_threads(pool: ThreadPoolExecutor, workers: int, *, idle: bool) -> None:

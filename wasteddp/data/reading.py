@@ -9,13 +9,14 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data.draws import I64
-from wasteddp.data.manifest import INDEX_DTYPE, Manifest
+from wasteddp.data.manifest import INDEX_DTYPE, Index, Manifest
 from wasteddp.data.parallel import in_order
 from wasteddp.data.plan import PADDING
 from wasteddp.data.tars import LocalTars, Step, Tars
@@ -82,6 +83,19 @@ class SplitReader:
                 f"find all that is damaged with `wasteddp verify {self._where}`, then copy or make the set again",
             )
         return data
+
+    def records(self, samples: I64) -> tuple[I64, Index]:
+        """(shard number, index record) of each sample, 0 .. N-1."""
+        return np.searchsorted(self._starts, samples, side="right") - 1, self._index[samples]
+
+    def opened(self, shard: int) -> AbstractContextManager[int]:
+        """The descriptor of a shard, see `Tars.opened`."""
+        return self._tars.opened(shard)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a shard may have to be fetched before it can be read."""
+        return self._tars.may_wait
 
     def source(self, sample: int) -> str:
         """The path that the image was sharded from, or its key where the set was made by another tool."""

@@ -46,8 +46,37 @@ class RemoteTars:
             return parse_index(file.read(), shard, self._fetcher.where(shard.index))
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
-        with self._reading(number) as descriptor:
+        with self.opened(number) as descriptor:
             return os.pread(descriptor, length, offset)
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[int]:
+        """As `Tars.opened`: a shard is not closed while one of these blocks has it."""
+        with self._lock:
+            held = self._held.get(number)
+            if held:
+                held.readers += 1
+        if not held:
+            descriptor = self._fetcher.hold(self._shards[number], self._stopped)
+            with self._lock:
+                held = self._held.setdefault(number, _Held(descriptor))
+                held.readers += 1
+                if held.descriptor != descriptor:  # another thread was faster
+                    os.close(descriptor)
+        try:
+            yield held.descriptor
+        finally:
+            with self._lock:
+                held.readers -= 1
+                is_current = self._held.get(number) is held
+                if not held.readers and not is_current:
+                    os.close(held.descriptor)
+                elif not held.readers and self._shards[number].sha256 not in self._in_flight:
+                    self._let_go({number})
+
+    @property
+    def may_wait(self) -> bool:
+        return True
 
     def renew(self, number: int) -> bool:
         """Once for each shard: fetches it anew, if the bytes in the cache are not those that came."""
@@ -92,30 +121,6 @@ class RemoteTars:
         with self._lock:
             self._let_go(set(self._held))
 
-    @contextmanager
-    def _reading(self, number: int) -> Iterator[int]:
-        with self._lock:
-            held = self._held.get(number)
-            if held:
-                held.readers += 1
-        if not held:
-            descriptor = self._fetcher.hold(self._shards[number], self._stopped)
-            with self._lock:
-                held = self._held.setdefault(number, _Held(descriptor))
-                held.readers += 1
-                if held.descriptor != descriptor:  # another thread was faster
-                    os.close(descriptor)
-        try:
-            yield held.descriptor
-        finally:
-            with self._lock:
-                held.readers -= 1
-                is_current = self._held.get(number) is held
-                if not held.readers and not is_current:
-                    os.close(held.descriptor)
-                elif not held.readers and self._shards[number].sha256 not in self._in_flight:
-                    self._let_go({number})
-
     def _let_go(self, numbers: Iterable[int]) -> None:
         """Forgets descriptors; one that is being read from is closed by its last reader. The lock is held."""
         for number in numbers:
@@ -127,6 +132,6 @@ class RemoteTars:
         shard = self._shards[number]
         if self._fetcher.came_damaged(shard):
             return True
-        with self._reading(number) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
+        with self.opened(number) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,17 @@ class Tars(Protocol):
         Raises:
             ShardError: it cannot be had, or is not the one of the manifest.
         """
+
+    def opened(self, number: int) -> AbstractContextManager[int]:
+        """The shard's descriptor, waited for where the shard is still to be fetched; valid inside the block.
+
+        Raises:
+            as `pread`, and StoppedError: a signal ended the wait.
+        """
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether `opened` may wait for a store, and shards should be let go of soon."""
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
         """So many bytes from there on; fewer where the tar ends.
@@ -75,6 +87,13 @@ class LocalTars:
 
     def index(self, number: int) -> Index:
         return read_index(self._folder, self._shards[number])
+
+    def opened(self, number: int) -> AbstractContextManager[int]:
+        return nullcontext(self._descriptors[number])
+
+    @property
+    def may_wait(self) -> bool:
+        return False
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
         return os.pread(self._descriptors[number], length, offset)

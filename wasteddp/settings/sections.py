@@ -70,8 +70,11 @@ class Data(_Section):
     balance: Fraction = 0.0
     """How evenly the classes are drawn: 0 as often as their images, 1 all equally often, 0.5 by the root of their
     number. Images of rare classes then come several times in an epoch, those of common ones not in each."""
-    workers: Count = 0
-    """Decoding threads of each process; 0: one for each of its CPU threads, 8 at most."""
+    workers: Count | Annotated[str, Field(pattern=r"^[0-9]+ (threads|processes)$")] = 0
+    """What decodes images beside each training process: "4 processes", "4 threads", or 4 of the kind that is right for
+    the device: processes beside a GPU, threads where the network trains on the CPU. 0: as many as are right, on a GPU
+    the process's cores less one, or less two from five cores on, 24 at most; on a CPU one for each of its CPU threads,
+    8 at most."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """gpu: training's plain JPEGs are decoded by nvJPEG, for nodes whose cores cannot keep their GPUs busy. The pixels
     differ by a few levels from the CPU's."""
@@ -98,6 +101,16 @@ class Data(_Section):
     """How often a read is tried before the run stops; the waits between grow from half a second to 30 s."""
     read_timeout_s: Positive = 30.0
     """Seconds without a byte after which an attempt has failed."""
+
+    @property
+    def num_workers(self) -> int:
+        """The number in `workers`; 0: as many as are right."""
+        return int(str(self.workers).split()[0])
+
+    def uses_processes(self, device_type: str) -> bool:
+        """Whether images are decoded in processes of their own, beside a network on such a device."""
+        asked = str(self.workers).partition(" ")[2]
+        return asked == "processes" if asked else device_type == "cuda"
 
     @property
     def eval_size_px(self) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from wasteddp.data.batch import Batch
+from wasteddp.data.decode_pool import DecodeServer
 from wasteddp.data.forecast import train_plan
-from wasteddp.data.loader import Loader, evaluation_loader, training_loader, training_steps
+from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.plan import EvaluationPlan, TrainPlan
 from wasteddp.data.quality import Labels
@@ -23,7 +27,7 @@ from wasteddp.training.runtime import Runtime
 from wasteddp.training.signals import STOP
 from wasteddp.training.sizes import side_px
 
-_MAX_WORKERS = 8
+_MAX_THREADS, _MAX_PROCESSES = 8, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,8 @@ class Inputs:
 
     manifest: Manifest
     plan: TrainPlan
-    train_loader: Loader
-    val_loader: Loader
+    train_loader: AnyLoader
+    val_loader: AnyLoader
     val_reader: SplitReader
     foresight: Foresight
     train: Split
@@ -55,7 +59,10 @@ class Inputs:
         steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
         self.foresight.train_reader.expect(self.foresight.others(first_step, last_step))
         try:
-            yield from copied_ahead(self.train_loader.batches(steps), world.device)
+            for batch in copied_ahead(self.train_loader.batches(steps), world.device):
+                for note in self.train_loader.notes():
+                    print(f"warning: rank {world.rank}: {note}", file=sys.stderr, flush=True)
+                yield batch
         except StoppedError as error:
             yield replace(Batch.failed(error), failure=None)
         except WastedError as error:
@@ -67,8 +74,11 @@ class Inputs:
 
 
 @contextmanager
-def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
+def opened(settings: Settings, world: Runtime, server: DecodeServer | None = None) -> Iterator[Inputs]:
     """All ranks: the inputs, closed at the end of the block.
+
+    Args:
+        server: of the decoding processes, if it was started before (`started_early`).
 
     Raises:
         ShardError, SettingsError: on every rank, if one of them cannot open or use the shards.
@@ -96,7 +106,10 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             num_steps, in_flight = plan.steps_per_epoch * settings.train.epochs, settings.data.prefetch + 1
             shards.require_room(foresight.train_windows(num_steps, in_flight), foresight.val_windows(in_flight))
         refuse_different_sets(manifest, world)
-        workers = settings.data.workers or min(world.threads, _MAX_WORKERS)
+        processes = settings.data.uses_processes(world.device.type)
+        workers = settings.data.num_workers or default_workers(world.threads, processes=processes)
+        if processes and server is None:
+            server = stack.enter_context(DecodeServer())
         pin_memory = world.device.type == "cuda"
         train_loader = training_loader(
             train_reader,
@@ -109,6 +122,9 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             pin_memory=pin_memory,
             idle=world.device.type == "cpu",
             on_device=settings.data.decode == "gpu",
+            processes=processes,
+            largest_px=settings.data.image_size,
+            server=server,
         )
         val_loader = evaluation_loader(
             val_reader,
@@ -116,20 +132,44 @@ def opened(settings: Settings, world: Runtime) -> Iterator[Inputs]:
             resize_px=settings.data.eval_resize_px,
             workers=workers,
             pin_memory=pin_memory,
+            processes=processes,
+            server=server,
         )
-        loaders = stack.enter_context(train_loader), stack.enter_context(val_loader)
+        for loader in (train_loader, val_loader):
+            stack.callback(loader.close)
         stack.callback(shards.end_fetching)  # before the loaders' threads are waited for: they may wait for a store
         yield Inputs(
             manifest=manifest,
             plan=plan,
-            train_loader=loaders[0],
-            val_loader=loaders[1],
+            train_loader=train_loader,
+            val_loader=val_loader,
             val_reader=val_reader,
             foresight=foresight,
             train=train,
             val=val,
             train_labels=train_reader.labels,
         )
+
+
+@contextmanager
+def started_early(settings: Settings) -> Iterator[DecodeServer | None]:
+    """The server of the decoding processes, where there will be some: it imports its modules while this process joins
+    the others and starts CUDA."""
+    if not settings.data.uses_processes("cuda" if torch.cuda.is_available() else "cpu"):
+        yield None
+        return
+    with DecodeServer() as server:
+        yield server
+
+
+def default_workers(cores: int, *, processes: bool) -> int:
+    """What decodes beside one training process that has so many cores.
+
+    One core is left to the thread that launches kernels, from five cores on another to the backward pass's.
+    """
+    if not processes:
+        return min(cores, _MAX_THREADS)
+    return max(1, min(cores - (1 if cores < 5 else 2), _MAX_PROCESSES))
 
 
 def refuse_device_decoding(settings: Settings, device_type: str) -> None:

@@ -1,0 +1,336 @@
+"""Plan + reader -> batches of uint8 images, decoded ahead by processes.
+
+Legend: B images of one rank's batch, C = 3, S the side.
+
+Beside a GPU: threads that decode hold the GIL that the thread which launches kernels needs, and leave it a third of its
+speed (shards/STREAMING.md). The batches are those of `loader`, bit for bit. They stand in slots of one shared mapping
+that workers write to and the GPU copies from. A slot is used again when the last tensor that looks into it is gone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
+from wasteddp.data.decode_pool import DecodePool, DecodeServer, Task
+from wasteddp.data.decode_server import ROW_DTYPE, UNREAD, Failure, Rows
+from wasteddp.data.decoding import Encoded
+from wasteddp.data.draws import I64
+from wasteddp.data.plan import PADDING
+from wasteddp.data.reading import SplitReader
+from wasteddp.data.shared_memory import SharedMemory
+from wasteddp.data.views import View
+from wasteddp.errors import DamagedSampleError
+
+_HANDED_OUT = 2  # slots that whoever takes the batches may hold; what is more is copied
+_ALIGNED = 4096  # bytes; a batch begins on a page
+
+
+@dataclass(slots=True)
+class _Pending:
+    epoch: int
+    step_in_epoch: int
+    samples: I64
+    slot: _Slot
+    images: npt.NDArray[np.uint8]  # [B, S, S, C], in the slot
+    rows: Rows  # [B] in the slot
+    tasks: list[Task]
+    shards: frozenset[int]
+    sent: Future[None] | None = None  # where sending may wait for a store
+
+
+@dataclass(slots=True, frozen=True)
+class _Slot:
+    memory: int  # its key in the pool
+    shared: SharedMemory
+    offset: int
+    num_bytes: int  # of images; the rows' records stand behind them
+
+    def rows(self, size: int) -> Rows:
+        return self.shared.view(self.offset + self.num_bytes, size * ROW_DTYPE.itemsize).view(ROW_DTYPE)
+
+
+@dataclass(slots=True)
+class _Slots:
+    """The mapping that batches stand in, as long as batches are no larger."""
+
+    key: int
+    shared: SharedMemory
+    rows: int
+    image_bytes: int
+    free: deque[_Slot] = field(default_factory=deque)
+    num_out: int = 0
+
+
+class ProcessLoader:
+    """Decodes batches ahead of their use, in processes. The same batches as `loader.Loader` for the same arguments.
+
+    Memory: (prefetch + 3) batches of B * 3 * S^2 bytes, S the largest so far, in one mapping; a decoded image a worker.
+
+    Args:
+        reader, view, image_size_px, prefetch, replace: as in `loader.Loader`.
+        workers: decoding processes.
+        pin_memory: the mapping is registered with CUDA, for copies that run beside a GPU's work.
+        idle: decode only when nothing else wants the core, for training on a CPU.
+        largest_px: the largest S that will come, so that memory is reserved once.
+        server: see `DecodePool`.
+    """
+
+    def __init__(
+        self,
+        reader: SplitReader,
+        view: View,
+        *,
+        image_size_px: int | Callable[[int], int],
+        workers: int,
+        prefetch: int = 2,
+        replace: bool = False,
+        pin_memory: bool = False,
+        idle: bool = False,
+        largest_px: int = 0,
+        server: DecodeServer | None = None,
+    ) -> None:
+        self._reader, self._view, self._size = reader, view, image_size_px
+        self._labels = reader.labels
+        self._workers, self._prefetch, self._largest_px = workers, prefetch, largest_px
+        self._replace, self._pin = replace, pin_memory
+        self._pool = DecodePool(workers, reader.opened, is_idle=idle, server=server)
+        self._sender = ThreadPoolExecutor(1, "shards") if reader.may_wait else None
+        self._slots: _Slots | None = None
+        self._shared: list[SharedMemory] = []
+        self._pending: deque[_Pending] = deque()
+        self._abandoned: list[_Pending] = []  # batches that nobody took
+
+    def batches(self, steps: Iterable[tuple[int, int, I64]]) -> Iterator[Batch]:
+        """A batch for each (epoch, step in epoch, sample numbers), in order."""
+        self._settle_abandoned()
+        pending = self._pending
+        steps = self._reader.ahead(steps, in_flight=self._prefetch + 1)
+        try:
+            while True:
+                while len(pending) <= self._prefetch and (step := next(steps, None)):
+                    pending.append(self._started(*step))
+                    self._send(pending[-1], len(pending))
+                if not pending:
+                    return
+                batch = self._finished(pending[0])
+                pending.popleft()
+                yield batch
+        finally:
+            self._abandoned += pending
+            pending.clear()
+
+    def notes(self) -> list[str]:
+        """What happened to the processes since it was asked last: deaths and replacements."""
+        return [self._pool.notes.popleft() for _ in range(len(self._pool.notes))]
+
+    def at_work(self) -> str:
+        """What the worker that has been longest at one sample is at; '' where all are idle. From any thread."""
+        longest = self._pool.longest()
+        if longest is None:
+            return ""
+        number, sample, seconds = longest
+        return f"decoding process {number} has been at {self._reader.describe(sample)} for {seconds:.0f} s"
+
+    def close(self) -> None:
+        if self._sender:
+            self._sender.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
+        for shared in self._shared:
+            shared.close()
+
+    def __enter__(self) -> ProcessLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- a batch on its way -----------------------------------------------------------------------------------------
+
+    def _started(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
+        side = self._size(epoch) if callable(self._size) else self._size
+        slot, size = self._slot(len(samples), side), len(samples)
+        images = slot.shared.view(slot.offset, size * side * side * 3).reshape(size, side, side, 3)
+        rows, used = slot.rows(size), np.flatnonzero(samples != PADDING)
+        images[samples == PADDING] = 0
+        self._describe(rows[: len(used)], used, samples[used] % self._reader.num_samples, samples[used], epoch)
+        pending = _Pending(epoch, step_in_epoch, samples, slot, images, rows, [], frozenset(), None)
+        chunk = max(1, -(-len(used) // self._workers))
+        at = slot.offset + slot.num_bytes
+        for begin in range(0, len(used), chunk):
+            part = rows[begin : min(begin + chunk, len(used))]
+            pending.tasks.append(
+                Task(slot.memory, slot.offset, side, self._view, at + begin * ROW_DTYPE.itemsize, part)
+            )
+        pending.shards = frozenset(rows["shard"][: len(used)].tolist())
+        return pending
+
+    def _describe(self, records: Rows, rows: I64, stored: I64, samples: I64, epoch: int) -> None:
+        """Writes what a worker must know of each row. `stored` is 0 .. N-1; `samples`: what the draws are keyed by."""
+        shards, index = self._reader.records(stored)
+        draws = self._view.draws(samples, epoch)
+        records["row"], records["shard"], records["sample"] = rows, shards, stored
+        records["offset"], records["length"], records["sha256"] = index["offset"], index["length"], index["sha256"]
+        records["draws"][:, : draws.shape[1]] = draws
+
+    def _send(self, batch: _Pending, num_pending: int) -> None:
+        # remote shards are let go of when no batch needs them, or their disk could not be freed
+        wanted = frozenset().union(*(other.shards for other in self._pending)) if self._sender else None
+
+        def send() -> None:
+            for number, task in enumerate(batch.tasks):
+                self._pool.submit(task, number + batch.step_in_epoch, wanted=wanted)
+
+        if self._sender:
+            batch.sent = self._sender.submit(send)
+        else:
+            send()
+
+    def _finished(self, pending: _Pending) -> Batch:
+        if pending.sent:
+            pending.sent.result()  # what could not be fetched is raised here
+        self._pool.wait(pending.tasks)
+        size = len(pending.samples)
+        read = np.where(pending.samples == PADDING, PADDING, pending.samples % self._reader.num_samples)
+        encoded: list[Encoded | None] = [None] * size
+        failures: list[Failure] = []
+        for task in pending.tasks:
+            assert task.answer is not None
+            failures += task.answer[0]
+            self._keep_encoded(pending, task, encoded)
+        damage = []
+        for failure in sorted(failures):
+            row = failure[0]
+            sample = int(read[row])
+            replacement, encoded[row] = self._tried_again(pending, failure, sample)
+            if replacement:
+                damage.append(replacement)
+                read[row] = replacement.replaced_by
+        labels = torch.zeros(size, dtype=torch.int64, pin_memory=self._pin)
+        is_image = read != PADDING
+        labels.numpy()[is_image] = self._labels[read[is_image]]
+        return Batch(
+            pending.epoch,
+            pending.step_in_epoch,
+            self._handed_out(pending).permute(0, 3, 1, 2),  # [B, S, S, C] -> [B, C, S, S], channels-last without a copy
+            labels,
+            pending.samples,
+            read,
+            tuple(damage),
+            tuple(encoded) if any(encoded) else (),
+        )
+
+    def _keep_encoded(self, pending: _Pending, task: Task, encoded: list[Encoded | None]) -> None:
+        assert task.answer is not None
+        for row, data, box in task.answer[1]:
+            in_row = pending.images[row].reshape(-1)[:data].tobytes() if isinstance(data, int) else data
+            encoded[row] = Encoded(in_row, box)
+
+    def _settle_abandoned(self) -> None:
+        """Waits until no worker writes any more to the slots of batches that nobody took."""
+        for left in self._abandoned:
+            if left.sent and not left.sent.cancel():
+                left.sent.exception()
+            self._pool.wait([task for task in left.tasks if task.is_sent])
+            self._give_back(left.slot)
+        self._abandoned.clear()
+
+    # --- a row that failed ------------------------------------------------------------------------------------------
+
+    def _tried_again(self, pending: _Pending, failure: Failure, sample: int) -> tuple[Damage | None, Encoded | None]:
+        """The row again, where its bytes can be had after all, or else with the next sample that can be read."""
+        row, kind, reason = failure
+        cause: Exception | None = None
+        if kind == UNREAD:
+            try:
+                self._reader.read(sample)  # it fetches a damaged copy again, and says what is wrong
+            except DamagedSampleError as error:
+                cause, reason = error, error.found
+            else:
+                self._pool.drop(int(self._reader.records(np.array([sample]))[0][0]))
+                found, encoded = self._alone(pending, row, sample, int(pending.samples[row]))
+                if not found:
+                    return None, encoded
+                reason = "its bytes cannot be read by a decoding process, and can by the training process"
+        for after in range(1, MAX_REPLACEMENTS if self._replace else 0):
+            used = (sample + after) % self._reader.num_samples
+            found, encoded = self._alone(pending, row, used, used)
+            if not found:
+                return Damage(sample, self._reader.describe(sample), reason, used), encoded
+        raise refuse_damaged(self._reader.describe(sample), reason, is_replaced=self._replace) from cause
+
+    def _alone(self, pending: _Pending, row: int, stored: int, sample: int) -> tuple[list[Failure], Encoded | None]:
+        """One row in a task of its own: its failures, and what is left to the device."""
+        record = pending.rows[row : row + 1]
+        self._describe(record, np.array([row]), np.array([stored]), np.array([sample]), pending.epoch)
+        at = pending.slot.offset + pending.slot.num_bytes + row * ROW_DTYPE.itemsize
+        task = Task(pending.slot.memory, pending.slot.offset, pending.images.shape[1], self._view, at, record)
+        self._pool.submit(task, row, wanted=None)
+        self._pool.wait([task])
+        assert task.answer is not None
+        encoded: list[Encoded | None] = [None] * len(pending.samples)
+        self._keep_encoded(pending, task, encoded)
+        return task.answer[0], encoded[row]
+
+    # --- slots ------------------------------------------------------------------------------------------------------
+
+    def _slot(self, rows: int, side: int) -> _Slot:
+        slots = self._slots
+        if slots is None or rows > slots.rows or rows * side * side * 3 > slots.image_bytes:
+            slots = self._slots = self._reserved(rows, max(side, self._largest_px))
+        return slots.free.popleft()
+
+    def _reserved(self, rows: int, side: int) -> _Slots:
+        """Slots for the batches on their way and those handed out. What stands in smaller ones before is not moved."""
+        image_bytes = _aligned(rows * side * side * 3)
+        slot_bytes = _aligned(image_bytes + rows * ROW_DTYPE.itemsize)
+        num_slots = self._prefetch + 1 + _HANDED_OUT
+        shared, key = SharedMemory(num_slots * slot_bytes), len(self._shared)
+        self._shared.append(shared)
+        if self._pin and not shared.register_with_cuda():
+            self._pool.notes.append(
+                f"{shared.num_bytes:,} bytes of batches could not be page-locked: copies to the GPU wait "
+                "(ulimit -l, the container's memory lock limit)"
+            )
+        self._pool.share(key, shared)
+        slots = _Slots(key, shared, rows, image_bytes)
+        slots.free.extend(_Slot(key, shared, number * slot_bytes, image_bytes) for number in range(num_slots))
+        return slots
+
+    def _handed_out(self, pending: _Pending) -> torch.Tensor:
+        """The images, in their slot; copied where the one who takes batches still holds those before."""
+        slots, slot = self._slots, pending.slot
+        if slots is None or slot.shared is not slots.shared or slots.num_out >= _HANDED_OUT:
+            copy = torch.empty(pending.images.shape, dtype=torch.uint8, pin_memory=self._pin)
+            copy.numpy()[:] = pending.images
+            self._give_back(slot)
+            return copy
+        base = slot.shared.view(slot.offset, pending.images.size)
+        slots.num_out += 1
+        weakref.finalize(base, _returned, slots, slot).atexit = False
+        return torch.from_numpy(base.reshape(pending.images.shape))
+
+    def _give_back(self, slot: _Slot) -> None:
+        if self._slots and slot.shared is self._slots.shared:
+            self._slots.free.append(slot)
+
+
+def _returned(slots: _Slots, slot: _Slot) -> None:
+    """The last tensor that looked into the slot is gone."""
+    slots.num_out -= 1
+    slots.free.append(slot)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNED) * _ALIGNED

@@ -1,0 +1,107 @@
+"""Memory that several processes write to: without a name, so that nothing stays behind when they die.
+
+A memfd needs no /dev/shm, which containers limit to 64 MB, but counts as memory of the container. Where the kernel or a
+seccomp profile refuses it, an unlinked file in /dev/shm or in the folder for temporary files takes its place. All pages
+are reserved at once: writing to a page that cannot be had would be a bus error.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wasteddp.errors import SettingsError
+
+
+class SharedMemory:
+    """A mapping of `num_bytes`, and the descriptor by which other processes map it too."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.descriptor, self.kind = _reserve(num_bytes)
+        self._map = mmap.mmap(self.descriptor, num_bytes)
+        self._registered_at = 0
+
+    def view(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Part of it, uint8 [num_bytes]. The mapping lives as long as one of these does."""
+        return np.frombuffer(self._map, np.uint8, num_bytes, offset)
+
+    def register_with_cuda(self) -> bool:
+        """Page-locks it, so that a GPU copies from it directly. False where the driver refuses."""
+        address = self.view(0, self.num_bytes).ctypes.data
+        # Source: CUDA Runtime API, cudaHostRegister; flags 0 is cudaHostRegisterDefault
+        if int(_cudart().cudaHostRegister(address, self.num_bytes, 0)) != 0:
+            return False
+        self._registered_at = address
+        return True
+
+    def close(self) -> None:
+        """Closes the descriptor. The pages are given back when the last view is gone."""
+        if self._registered_at:
+            import torch
+
+            torch.cuda.synchronize()  # a copy from it may be under way
+            _cudart().cudaHostUnregister(self._registered_at)
+            self._registered_at = 0
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _cudart() -> Any:
+    import torch  # here: the rest of this module must not load it
+
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def map_shared(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """The mapping of a descriptor that another process made; the descriptor is closed."""
+    try:
+        return mmap.mmap(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _reserve(num_bytes: int) -> tuple[int, str]:
+    """(descriptor, kind) of the first kind of memory that can be had whole."""
+    refused = []
+    for kind, make in _KINDS.items():
+        descriptor = -1
+        try:
+            descriptor = make()
+            os.ftruncate(descriptor, num_bytes)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(descriptor, 0, num_bytes)
+            return descriptor, kind
+        except (OSError, AttributeError) as error:
+            refused.append(f"{kind}: {getattr(error, 'strerror', None) or 'this system does not have it'}")
+            if descriptor >= 0:
+                os.close(descriptor)
+    raise SettingsError(
+        f"{num_bytes:,} bytes that decoding processes share cannot be had ({'; '.join(refused)})",
+        "the processes would have nowhere to put their images",
+        f"free that much memory or disk, name a folder that has it in TMPDIR ({tempfile.gettempdir()} was tried), set "
+        "data.prefetch or train.batch_size lower, or decode in threads: data.workers='4 threads'",
+    )
+
+
+def _memfd() -> int:
+    return os.memfd_create("wasteddp")
+
+
+def _unlinked(folder: str | None) -> int:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.dup(file.fileno())
+
+
+_KINDS: dict[str, Callable[[], int]] = {
+    "memfd": _memfd,
+    "/dev/shm": lambda: _unlinked("/dev/shm"),
+    "a temporary file": lambda: _unlinked(None),
+}
