@@ -62,9 +62,9 @@ def resize_crops(
         images = [decoded[i] for i in chunk]
         begins = np.cumsum([0, *(image.numel() for image in images)])[:-1]
         sizes = np.array([image.shape[1:] for image in images], np.int64)
-        table = np.column_stack([np.array(rows, np.int64)[chunk], boxes_B4[chunk], sizes, begins])
+        table = np.stack([np.array(rows, np.int64)[chunk], *boxes_B4[chunk].T, *sizes.T, begins])
         height, width = (int(longest) for longest in boxes_B4[chunk, 2:].max(axis=0))
-        row, top, left, heights, widths, image_height, image_width, begin = to_device(table, images_BCHW.device).T
+        row, top, left, heights, widths, image_height, image_width, begin = to_device(table, images_BCHW.device)
         # beyond its crop's edge an image repeats its last pixel, which has no weight
         y = torch.arange(height, device=top.device).minimum(heights[:, None] - 1) + top[:, None]  # [N, H]
         x = torch.arange(width, device=top.device).minimum(widths[:, None] - 1) + left[:, None]  # [N, W]
