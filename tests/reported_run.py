@@ -30,6 +30,7 @@ def metric_rows(num_rows: int) -> Iterable[dict[str, float]]:
             "train/images_per_s": 400 + 30 * math.sin(step / 3),
             "train/step_ms": 80 - 5 * math.sin(step / 3),
             "train/wait_fraction": 0.01 + 0.005 * math.cos(step),
+            "train/starved_fraction": 0.02,
             "train/damaged": 0,
             "checkpoint/stall_ms": 12.5,
             "checkpoint/seconds": 0.5 + step / num_rows,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from wasteddp.data.batch import Batch
 from wasteddp.data.loader import Loader
 from wasteddp.data.views import TrainingView
 from wasteddp.errors import DamagedSampleError
-from wasteddp.training import inputs
+from wasteddp.training import copying, inputs
 from wasteddp.training.copying import copied_ahead, one_ahead
 
 
@@ -62,6 +64,36 @@ def test_an_item_that_cannot_be_begun_comes_behind_those_that_were() -> None:
     assert [next(ahead), next(ahead)] == [2, 4]
     with pytest.raises(ZeroDivisionError):
         next(ahead)
+
+
+def test_what_the_device_decodes_is_begun_by_a_thread_and_given_out_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: dict[int, str] = {}
+
+    def copied(batch: SimpleNamespace, *_: object) -> tuple[SimpleNamespace, str]:
+        threads[batch.number] = threading.current_thread().name
+        if batch.number == 3:
+            raise ValueError("nvJPEG")
+        return batch, f"event {batch.number}"
+
+    waited: list[str] = []
+    stream = SimpleNamespace(wait_event=waited.append)
+    monkeypatch.setattr(copying, "_copied", copied)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    tensor = SimpleNamespace(record_stream=lambda stream: None)
+    made = [
+        SimpleNamespace(number=i, encoded_B=(None, object())[: 2 * (i % 2)], images_BCHW=tensor, labels_B=tensor)
+        for i in range(5)
+    ]
+    seen: list[Any] = []
+    with pytest.raises(ValueError, match="nvJPEG"):
+        seen.extend(copied_ahead(iter(made), torch.device("cuda")))  # type: ignore[arg-type]
+    assert seen == made[:3]
+    assert waited == ["event 0", "event 1", "event 2"]
+    here = threading.current_thread().name
+    assert [threads[i] == here for i in range(4)] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("looks_ahead", [False, True])

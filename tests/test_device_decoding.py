@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pictures import jpeg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wasteddp.data import device_decoding
 from wasteddp.data.augment import Augment
@@ -100,6 +104,95 @@ def test_without_a_gpu_it_is_refused() -> None:
     inputs.refuse_device_decoding(parse(""), "cpu")
 
 
+def photos(count: int, seed: int, *, most_px: int = 90) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Noise, the hardest to resize alike, and a box in each: single pixels, lines, parts and the whole."""
+    rng = np.random.default_rng(seed)
+    images, boxes = [], []
+    for i in range(count):
+        sizes = rng.integers(1, most_px + 1, 2)
+        crop = np.array([[1, 1], [1, sizes[1]], [sizes[0], 1], sizes, *[rng.integers(1, sizes + 1)] * 3][i % 7])
+        boxes.append([*rng.integers(0, sizes - crop + 1), *crop])
+        images.append(torch.from_numpy(rng.integers(0, 256, (3, *sizes), dtype=np.uint8)))
+    return images, np.array(boxes, np.int64)
+
+
+def one_by_one(images: Sequence[torch.Tensor], boxes: np.ndarray, view_px: tuple[int, int]) -> torch.Tensor:
+    """What torch's own resize makes of each crop."""
+    resized = []
+    for image, (top, left, height, width) in zip(images, boxes, strict=True):
+        crop = image[None, :, top : top + height, left : left + width].float()
+        out = torch.nn.functional.interpolate(crop, view_px, mode="bilinear", antialias=True)
+        resized.append(out[0].round().clamp(0, 255).to(torch.uint8))
+    return torch.stack(resized)
+
+
+@pytest.mark.parametrize("view_px", [(24, 24), (1, 1), (7, 50), (120, 33)])
+@pytest.mark.parametrize("chunk_bytes", [1, 2_000_000, 2**40])
+def test_crops_are_resized_together_as_torch_resizes_each(
+    view_px: tuple[int, int], chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_decoding, "_CHUNK_BYTES", chunk_bytes)
+    images, boxes = photos(60, seed=sum(view_px))
+    rows = np.random.default_rng(0).permutation(64)[:60].tolist()
+    out = torch.full((64, 3, *view_px), 77, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    device_decoding.resize_crops(out, rows, images, boxes)
+    apart = (out[rows].int() - one_by_one(images, boxes, view_px).int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 1e-3, "only what lies half way between two levels may be rounded otherwise"
+    assert (out[sorted(set(range(64)) - set(rows))] == 77).all()
+
+
+def test_factors_of_11_bits_are_a_level_apart_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tf32(factor: torch.Tensor) -> torch.Tensor:
+        """To 10 bits after the leading one, to nearest."""
+        return ((factor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda one, other: bmm(tf32(one), tf32(other)))
+    images, boxes = photos(200, seed=1, most_px=300)
+    out = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
+    device_decoding.resize_crops(out, range(200), images, boxes)
+    apart = (out.int() - one_by_one(images, boxes, (32, 32)).int()).abs()
+    assert 0 < apart.float().mean() < 0.1
+    assert apart.max() == 1
+
+
+def test_chunks_hold_each_image_once_within_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    crops = rng.integers(1, 800, (300, 2))
+    image_bytes = 3 * crops.prod(axis=1) * rng.integers(1, 4, 300)
+    monkeypatch.setattr(device_decoding, "_CHUNK_BYTES", 64 * 2**20)
+    found = list(device_decoding.chunks(crops, image_bytes, (224, 224)))
+    assert sorted(np.concatenate(found).tolist()) == list(range(300))
+    assert 10 < len(found) < 150
+    for chunk in found:
+        padded = len(chunk) * crops[chunk].max(axis=0).prod()
+        assert len(chunk) == 1 or 3 * 9 * padded + image_bytes[chunk].sum() <= 64 * 2**20
+    monkeypatch.setattr(device_decoding, "_CHUNK_BYTES", 2**60)
+    assert len(list(device_decoding.chunks(crops, image_bytes, (224, 224)))) == 1
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that are not a view of their argument."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_as_many_operations_are_begun_for_many_images_as_for_few() -> None:
+    counts = []
+    for count in (7, 70):
+        images, boxes = photos(count, seed=3)
+        out = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
+        with Kernels() as kernels:
+            device_decoding.resize_crops(out, range(count), images, boxes)
+        counts.append(kernels.count)
+    assert counts[0] == counts[1] < 64
+
+
 @pytest.mark.gpu
 def test_a_gpu_gets_whole_batches(small_shards: Path) -> None:
     if not torch.cuda.is_available():
@@ -109,3 +202,22 @@ def test_a_gpu_gets_whole_batches(small_shards: Path) -> None:
     for ours, decoded in zip(run(small_shards, VIEW), left, strict=True):
         assert not decoded.encoded_B
         assert (ours.images_BCHW.int() - decoded.images_BCHW.cpu().int()).abs().float().mean() < 4
+
+
+@pytest.mark.gpu
+def test_a_gpu_resizes_as_the_cpu_and_its_host_does_not_wait() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    images, boxes = photos(140, seed=4, most_px=500)
+    out = torch.zeros(140, 3, 64, 64, dtype=torch.uint8, device="cuda")
+    on_gpu = [image.cuda() for image in images]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            device_decoding.resize_crops(out, range(140), on_gpu, boxes)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    apart = (out.cpu().int() - one_by_one(images, boxes, (64, 64)).int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 1e-3

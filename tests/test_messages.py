@@ -28,6 +28,9 @@ def test_a_row_in_words_has_the_figures_the_memory_and_the_time_left() -> None:
     for part in ("step 30/120", "epoch 1.50", "loss 1.2500", "450.0 images/s", "waiting 1.2%", "1834 MB", "3 min left"):
         assert part in line
     assert "left" not in progress_line(120, 120, ROW, better=False)
+    assert "starved" not in progress_line(30, 120, ROW | {"train/starved_fraction": 0.05}, better=False)
+    starved = progress_line(30, 120, ROW | {"train/starved_fraction": 0.63}, better=False)
+    assert "waiting 1.2%  starved 63% of the forward pass" in starved
     evaluated = {"val/loss": 1.0, "val/accuracy": 0.5, "val/macro_recall": 0.4, "val/samples": 327, "val/seconds": 0.6}
     assert progress_line(30, 120, ROW | evaluated, better=True).endswith("best so far")
 

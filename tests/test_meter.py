@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from trainings import config_of
 
 from wasteddp import settings, train
 from wasteddp.training import runtime
-from wasteddp.training.meter import Meter
+from wasteddp.training.meter import Meter, starved_fraction
 
 
 class Waits(TorchDispatchMode):
@@ -78,8 +79,27 @@ def test_a_row_has_the_figures_of_each_rank(tmp_path: Path) -> None:
             return 2 * tensor
 
         def gather(self, share: Any) -> list[Any]:
-            first = replace(share, wait_fraction=0.1, p50_ms=10.0, p95_ms=20.0, peak_mb=100.0, images_per_s=50.0)
-            return [first, replace(first, wait_fraction=0.3, p50_ms=12.0, p95_ms=30.0, peak_mb=90.0, images_per_s=40.0)]
+            first = replace(
+                share,
+                wait_fraction=0.1,
+                starved_fraction=0.5,
+                p50_ms=10.0,
+                p95_ms=20.0,
+                peak_mb=100.0,
+                images_per_s=50.0,
+            )
+            return [
+                first,
+                replace(
+                    first,
+                    wait_fraction=0.3,
+                    starved_fraction=0.7,
+                    p50_ms=12.0,
+                    p95_ms=30.0,
+                    peak_mb=90.0,
+                    images_per_s=40.0,
+                ),
+            ]
 
     meter.add(torch.tensor(2.0))
     meter.step_done()
@@ -87,4 +107,27 @@ def test_a_row_has_the_figures_of_each_rank(tmp_path: Path) -> None:
     assert both["train/loss"] == 2.0
     assert both["train/wait_fraction"] == pytest.approx(0.2)
     assert (both["train/wait_fraction_max"], both["train/step_ms_p50"], both["train/step_ms_p95"]) == (0.3, 11.0, 30.0)
+    assert both["train/starved_fraction"] == 0.7
     assert (both["rank/0/images_per_s"], both["rank/1/images_per_s"], both["memory/peak_mb"]) == (50.0, 40.0, 100.0)
+
+
+@pytest.mark.parametrize(("wall_s", "cpu_s", "expected"), [(2, 0.5, 0.75), (2, 2, 0), (2, 2.001, 0), (0, 0, 0)])
+def test_a_thread_that_waits_for_nothing_is_starved_where_it_is_on_no_core(
+    wall_s: float, cpu_s: float, expected: float
+) -> None:
+    assert starved_fraction(wall_s, cpu_s) == expected
+
+
+def test_only_a_forward_pass_can_starve_and_a_row_begins_again() -> None:
+    world = runtime.start(settings.parse("precision: fp32\nrun: {threads: 1}\ntrain: {batch_size: 8}"))
+    meter = Meter(world.device)
+    time.sleep(0.1)  # outside: another's turn
+    assert meter.read(world, 8)["train/starved_fraction"] == 0
+    with meter.forward():
+        time.sleep(0.3)  # not on a core, as if others held them
+    assert meter.read(world, 8)["train/starved_fraction"] > 0.9
+    with meter.forward():
+        begun_s = time.thread_time()
+        while time.thread_time() < begun_s + 0.1:
+            pass
+    assert meter.read(world, 8)["train/starved_fraction"] < 0.9

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from trainings import config_of
 
 from wasteddp import train
 from wasteddp.data.reading import SplitReader
-from wasteddp.training.profiling import KINDS, exclusive_shares, verdict
+from wasteddp.training.profiling import KINDS, exclusive_shares, shares_of, verdict
 
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda p: (float(p[0]), float(p[0] + p[1]))))
 
@@ -40,8 +43,9 @@ def test_talk_and_reading_behind_computing_cost_nothing() -> None:
     assert shares == {"device": 0.8, "communication": 0.05, "data": 0.1, "Python": pytest.approx(0.05)}
 
 
-def shares(device: float, communication: float, data: float) -> dict[str, float]:
-    return {"device": device, "communication": communication, "data": data, "Python": 1 - device - communication - data}
+def shares(device: float, communication: float, data: float, starved: float = 0.0) -> dict[str, float]:
+    rest = 1 - device - communication - data
+    return {"device": device, "communication": communication, "data": data, "Python": rest, "starved": starved}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,9 @@ def shares(device: float, communication: float, data: float) -> dict[str, float]
         ([shares(0.9, 0.02, 0.03)], "device"),
         ([shares(0.2, 0.02, 0.7)], "data"),
         ([shares(0.3, 0.02, 0.08)], "Python"),
+        ([shares(0.3, 0.02, 0.08, starved=0.2)], "Python"),
+        ([shares(0.3, 0.02, 0.08, starved=0.4)], "starvation"),
+        ([shares(0.6, 0.0, 0.1, starved=0.3)], "device"),
         ([shares(0.3, 0.6, 0.05), shares(0.32, 0.61, 0.05)], "communication"),
         # rank 0 waits for rank 1, and rank 1 for its loader: the loader is what bounds both
         ([shares(0.2, 0.75, 0.01), shares(0.2, 0.05, 0.7)], "data"),
@@ -61,6 +68,74 @@ def test_the_rank_that_waits_least_for_others_is_judged(by_rank: list[dict[str, 
     assert "of 10 steps of 123 ms" in text
     assert text.count("  rank ") == len(by_rank)
     assert "  do: " in text
+
+
+def test_what_a_starved_loop_needs_is_not_larger_micro_batches() -> None:
+    starved, busy = (verdict([shares(0.2, 0, 0, starved=part)], step_ms=9, steps=1) for part in (0.7, 0.1))
+    assert "data.workers" in starved
+    assert "train.max_micro_batch" not in starved
+    assert "train.max_micro_batch" in busy
+
+
+def event(name: str, begin: int, end: int, *, on: str = "CPU") -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name, device_type=SimpleNamespace(name=on), time_range=SimpleNamespace(start=begin, end=end)
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpu_us", "starved"),
+    [
+        (55, 0.0),  # the kernels are small: the thread was busy wherever the device was not
+        (30, 0.0),  # as much as the time in which the device idled and no backward pass was being launched
+        (10, 0.2),
+        (0, 0.3),
+    ],
+)
+def test_on_a_gpu_the_thread_that_launches_the_backward_pass_is_not_starvation(cpu_us: int, starved: float) -> None:
+    events = [
+        event("wasteddp: step", 0, 100),
+        event("wasteddp: step", 0, 100, on="CUDA"),
+        event("wasteddp: waiting for data", 0, 5),
+        event("aten::conv2d", 5, 40),  # the host's side of a launch
+        event("kernel", 10, 45, on="CUDA"),
+        event("autograd::engine::evaluate_function: ConvolutionBackward0", 40, 80),
+        event("kernel", 60, 70, on="CUDA"),
+    ]
+    found, seconds = shares_of(events, cpu_us / 1e6)
+    assert seconds == 100 / 1e6
+    assert found == pytest.approx({**shares(0.45, 0.0, 0.05), "starved": starved - 0.05 * (starved > 0)})
+
+
+def starved_part(shape: int) -> float:
+    """Of 3 steps of a loop of operations on small tensors."""
+    values, begun = torch.ones(shape), time.thread_time()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(3):
+            with torch.profiler.record_function("wasteddp: step"):
+                for _ in range(100):
+                    values = values * 1.0
+    return shares_of(profile.events(), time.thread_time() - begun)[0]["starved"]
+
+
+def test_threads_that_hold_the_gil_starve_a_loop_of_small_operations() -> None:
+    is_over = threading.Event()
+
+    def busy() -> None:
+        while not is_over.is_set():
+            pass
+
+    alone = min(starved_part(64) for _ in range(3))
+    threads = [threading.Thread(target=busy, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        together = starved_part(64)
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert alone < 0.25 < 0.5 < together
 
 
 def profiled(folder: Path, shards: Path, *more: str) -> tuple[str, Path]:
@@ -77,7 +152,7 @@ def test_a_slow_loader_is_found_out_and_the_trace_is_left(
     read = SplitReader.read
 
     def slowly(self: SplitReader, sample: int) -> bytes:
-        time.sleep(0.04)  # 12 images by one thread: half a second a step, beside a tenth of computing
+        time.sleep(0.15)  # 12 images by one thread: 1.8 s a step, beside a tenth of computing, or a busy machine's 0.8
         return read(self, sample)
 
     monkeypatch.setattr(SplitReader, "read", slowly)

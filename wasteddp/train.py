@@ -165,8 +165,9 @@ def train(
             guard.begin_step()
             rate = recipe.begin_step(optimizer, progress)
             for number, micro in enumerate(world.micro_batches(batch, ddp)):
-                images_BCHW, targets = recipe.inputs(micro, batch.epoch)
-                loss = recipe.loss(ddp(images_BCHW), targets)
+                with meter.forward():
+                    images_BCHW, targets = recipe.inputs(micro, batch.epoch)
+                    loss = recipe.loss(ddp(images_BCHW), targets)
                 if number == 0:
                     stepper.zero_grad()  # here, not behind the step: a sixth of a CPU's speed (configs/NOTES.md)
                 world.accelerator.backward(loss)

@@ -38,6 +38,7 @@ _FORMS = (
     Form("Speed", ("train/images_per_s",), "images/s", from_zero=True),
     Form("Speed by rank", ("rank/*/images_per_s",), "images/s", from_zero=True),
     Form("Waiting for data", ("train/wait_fraction", "train/wait_fraction_max"), "of the time", True, from_zero=True),
+    Form("Starved of the GIL or a core", ("train/starved_fraction",), "of the forward pass", True, from_zero=True),
 )
 # Metrics that a chart would not make clearer, or that another figure of the page shows.
 _NO_CHART = {

@@ -4,6 +4,7 @@ while this one is computed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,18 +22,30 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
 
     The host's side must be page-locked, or the copy waits. Its memory may go back to the loader at once: torch's
     allocator of page-locked memory keeps it until the copies that it knows of are done.
+
+    What is to be decoded on the device is begun by a thread of its own: nvJPEG's caller waits until it is done
+    (without the GIL), and the loop would launch nothing meanwhile.
     """
     if device.type != "cuda":
         yield from batches
         return
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    for batch, copied in one_ahead(batches, lambda batch: _copied(batch, device, side)):
-        current = torch.cuda.current_stream(device)
-        current.wait_event(copied)  # of this batch: the one behind it is being copied on the same stream
-        for tensor in (batch.images_BCHW, batch.labels_B):
-            # it was allocated on the side stream: without this its memory could be given out again while it is read
-            tensor.record_stream(current)
-        yield batch
+    with ThreadPoolExecutor(1, "wasteddp-nvjpeg") as decoder:
+
+        def begin(batch: Batch) -> Callable[[], tuple[Batch, torch.cuda.Event]]:
+            if any(batch.encoded_B):
+                return decoder.submit(_copied, batch, device, side).result
+            begun = _copied(batch, device, side)
+            return lambda: begun
+
+        for finish in one_ahead(batches, begin):
+            batch, copied = finish()
+            current = torch.cuda.current_stream(device)
+            current.wait_event(copied)  # of this batch: the next one is being copied on the same stream
+            for tensor in (batch.images_BCHW, batch.labels_B):
+                # it was allocated on the side stream: without this its memory could be given out while it is read
+                tensor.record_stream(current)
+            yield batch
 
 
 def one_ahead(items: Iterator[Item], begin: Callable[[Item], Begun]) -> Iterator[Begun]:

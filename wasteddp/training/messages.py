@@ -42,6 +42,9 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
     return "\n".join(["; ".join(parts), *order])
 
 
+_STARVED = 0.2  # of the forward pass: from here on it is worth a word
+
+
 def progress_line(step: int, last_step: int, row: Mapping[str, float], better: bool) -> str:
     """One row of metrics in words: for a log, and where there is no terminal."""
     parts = [f"step {step}/{last_step}"]
@@ -50,6 +53,8 @@ def progress_line(step: int, last_step: int, row: Mapping[str, float], better: b
             f"epoch {row['epoch']:.2f}  loss {_loss(row)}  lr {row['lr']:.3g}  "
             f"{row['train/images_per_s']:.1f} images/s  waiting {row['train/wait_fraction']:.1%}"
         )
+        if row.get("train/starved_fraction", 0.0) >= _STARVED:
+            parts.append(f"starved {row['train/starved_fraction']:.0%} of the forward pass")
         if "memory/peak_mb" in row:
             parts.append(f"{row['memory/peak_mb']:.0f} MB")
         if step < last_step:

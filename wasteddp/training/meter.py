@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ class _Share:
 
     images_per_s: float
     wait_fraction: float
+    starved_fraction: float
     p50_ms: float
     p95_ms: float
     peak_mb: float
@@ -36,6 +38,7 @@ class Meter:
         self.step_loss = torch.zeros((), device=device)  # this rank's part of the present step's mean loss
         self._skipped = torch.zeros((), device=device)
         self._steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
+        self._forward_s, self._forward_cpu_s = 0.0, 0.0
         self._step_s: list[float] = []
         self._step_began = self._since
 
@@ -48,6 +51,17 @@ class Meter:
             if batch is None:
                 return
             yield batch
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward pass: what the loop's thread does alone, and without waiting for anything.
+
+        The backward pass is launched by another thread on a GPU, and the rest of a step may wait for other ranks.
+        """
+        began_s, cpu_began_s = time.perf_counter(), time.thread_time()
+        yield
+        self._forward_cpu_s += time.thread_time() - cpu_began_s
+        self._forward_s += time.perf_counter() - began_s
 
     def add(self, loss: torch.Tensor) -> None:
         """This rank's part of a step's mean loss: a micro-batch's mean over the accumulation."""
@@ -90,6 +104,7 @@ class Meter:
             "train/images_per_s": global_batch * steps / seconds,
             "train/wait_fraction": float(np.mean([share.wait_fraction for share in shares])),
             "train/wait_fraction_max": max(share.wait_fraction for share in shares),
+            "train/starved_fraction": max(share.starved_fraction for share in shares),
             "memory/peak_mb": max(share.peak_mb for share in shares),
             **(_by_rank(shares) if 1 < len(shares) <= _MOST_RANKS else {}),
         }
@@ -98,12 +113,25 @@ class Meter:
         """Forgets the time since the last row: an evaluation is no training."""
         self._loss, self._skipped = torch.zeros_like(self._loss), torch.zeros_like(self._skipped)
         self._steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
+        self._forward_s, self._forward_cpu_s = 0.0, 0.0
         self._step_s, self._step_began = [], self._since
 
     def _share(self, world: Runtime, num_images: float, seconds: float) -> _Share:
         p50_s, p95_s = np.percentile(self._step_s or [0.0], (50, 95))
         busy_s = max(seconds - self._waited_s, 1e-9)
-        return _Share(num_images / busy_s, self._waited_s / seconds, 1000 * p50_s, 1000 * p95_s, _peak_mb(world.device))
+        return _Share(
+            images_per_s=num_images / busy_s,
+            wait_fraction=self._waited_s / seconds,
+            starved_fraction=starved_fraction(self._forward_s, self._forward_cpu_s),
+            p50_ms=1000 * p50_s,
+            p95_ms=1000 * p95_s,
+            peak_mb=_peak_mb(world.device),
+        )
+
+
+def starved_fraction(wall_s: float, cpu_s: float) -> float:
+    """The part of a time in which a thread that waits for nothing was not on a core, from its CPU time in it."""
+    return max(0.0, 1 - cpu_s / wall_s) if wall_s > 0 else 0.0
 
 
 def _by_rank(shares: list[_Share]) -> dict[str, float]:

@@ -11,11 +11,20 @@ METRICS: dict[str, tuple[str, str]] = {
     "train/loss": ("nats", "mean over the global batches since the last row"),
     "train/grad_norm": ("1", "norm of the gradient before clipping, at the step"),
     "train/images_per_s": ("images/s", "of all ranks, since the last row"),
-    "train/step_ms": ("ms", "mean time of a step since the last row"),
+    "train/step_ms": ("ms", "mean time of a step since the last row, whatever it waited for"),
     "train/step_ms_p50": ("ms", "median of the steps since the last row, of all ranks"),
     "train/step_ms_p95": ("ms", "95th percentile of the steps since the last row, of the slowest rank"),
-    "train/wait_fraction": ("1", "part of the time spent waiting for data, mean of the ranks"),
+    "train/wait_fraction": (
+        "1",
+        "part of the time spent waiting for data, not for the GIL or a core; mean of the ranks",
+    ),
     "train/wait_fraction_max": ("1", "the same of the rank that waited most"),
+    "train/starved_fraction": (
+        "1",
+        "part of the forward passes' time in which the loop's thread was not on a core: others held the GIL or the "
+        "cores (or it waited for a compiler, SyncBatchNorm's messages, or the other threads of an operation on a CPU); "
+        "nothing of the rest of a step; of the rank that starved most",
+    ),
     "train/damaged": ("samples", "training samples replaced since the run began"),
     "coverage/samples": ("samples", "trained on in the epoch that ended, by all ranks"),
     "coverage/expected": ("samples", "of that epoch, by the manifest and the plan"),
