@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,15 @@ from wasteddp.data.views import TrainingView
 from wasteddp.errors import DamagedSampleError
 from wasteddp.training import copying, inputs
 from wasteddp.training.copying import copied_ahead, one_ahead
+
+
+class Event(str):
+    """Stands for an event that a stream has passed when `is_passed` says so."""
+
+    is_passed = True
+
+    def query(self) -> bool:
+        return self.is_passed
 
 
 def batches(count: int) -> list[Batch]:
@@ -71,11 +81,11 @@ def test_what_the_device_decodes_is_begun_by_a_thread_and_given_out_in_its_place
 ) -> None:
     threads: dict[int, str] = {}
 
-    def copied(batch: SimpleNamespace, *_: object) -> tuple[SimpleNamespace, str]:
+    def copied(batch: SimpleNamespace, *_: object) -> tuple[SimpleNamespace, Event]:
         threads[batch.number] = threading.current_thread().name
         if batch.number == 3:
             raise ValueError("nvJPEG")
-        return batch, f"event {batch.number}"
+        return batch, Event(f"event {batch.number}")
 
     waited: list[str] = []
     stream = SimpleNamespace(wait_event=waited.append)
@@ -127,9 +137,9 @@ class Tape:
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
 
-    def record_event(self) -> str:
+    def record_event(self) -> Event:
         self._asked.append("event")
-        return self._asked[-2].replace("copy", "copied")
+        return Event(self._asked[-2].replace("copy", "copied"))
 
     def wait_event(self, event: str) -> None:
         self._asked.append(f"wait until {event}")
@@ -167,6 +177,33 @@ def test_the_network_waits_for_the_copy_of_its_own_batch_only(monkeypatch: pytes
         expected += copies[number + 1]
         expected += [f"wait until copied {number}", *[f"in use {number}"] * 2, f"train {number}"]
     assert asked == expected
+
+
+@pytest.mark.parametrize("is_passed", [True, False])
+def test_a_batch_of_the_loader_is_kept_until_its_copy_is_done(monkeypatch: pytest.MonkeyPatch, is_passed: bool) -> None:
+    """Its memory is written again when it is gone."""
+    monkeypatch.setattr(Event, "is_passed", is_passed)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Tape([""]))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Tape([]))
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Source(Tensor):
+        def to(self, device: torch.device, *, non_blocking: bool) -> Tensor:
+            return Tensor([], self._number)
+
+    def sources() -> Iterator[Batch]:
+        for number, batch in enumerate(batches(6)):
+            images = Source([], number)
+            alive.append(weakref.ref(images))
+            yield replace(batch, images_BCHW=images, labels_B=Tensor([], number))  # type: ignore[arg-type]
+            del images
+
+    for number, _ in enumerate(copied_ahead(sources(), torch.device("cuda"))):
+        if number == 3:  # number 4 is being copied
+            kept = [reference() is not None for reference in alive]
+    assert kept[-1]
+    assert kept[:3] == [not is_passed] * 3
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ while this one is computed."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,8 +21,8 @@ Begun = TypeVar("Begun")
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches, images and labels on `device`. Where that is no GPU they are passed on as they are.
 
-    The host's side must be page-locked, or the copy waits. Its memory may go back to the loader at once: torch's
-    allocator of page-locked memory keeps it until the copies that it knows of are done.
+    The host's side must be page-locked, or the copy waits. A batch of the loader is kept until its copy is done: only
+    then may the loader's processes write to its memory again.
 
     What is to be decoded on the device is begun by a thread of its own: nvJPEG's caller waits until it is done
     (without the GIL), and the loop would launch nothing meanwhile.
@@ -30,12 +31,20 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
         yield from batches
         return
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    being_copied: deque[tuple[Batch, torch.cuda.Event]] = deque()
     with ThreadPoolExecutor(1, "wasteddp-nvjpeg") as decoder:
 
-        def begin(batch: Batch) -> Callable[[], tuple[Batch, torch.cuda.Event]]:
-            if any(batch.encoded_B):
-                return decoder.submit(_copied, batch, device, side).result
-            begun = _copied(batch, device, side)
+        def copy(source: Batch) -> tuple[Batch, torch.cuda.Event]:
+            begun = _copied(source, device, side)
+            being_copied.append((source, begun[1]))
+            return begun
+
+        def begin(source: Batch) -> Callable[[], tuple[Batch, torch.cuda.Event]]:
+            while being_copied and being_copied[0][1].query():  # type: ignore[no-untyped-call]
+                being_copied.popleft()
+            if any(source.encoded_B):
+                return decoder.submit(copy, source).result
+            begun = copy(source)
             return lambda: begun
 
         for finish in one_ahead(batches, begin):
