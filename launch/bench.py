@@ -3,6 +3,7 @@
     python -m launch.bench step       the model's step alone, on images in memory, beside timm's and torchvision's loops
     python -m launch.bench train      the program from shards, beside the step alone, timm's and torchvision's training
     python -m launch.bench loader     images/s of the loader beside torchvision's, webdataset and decoding alone
+    python -m launch.bench workers    decoding threads beside processes: what they leave to the launching thread
     python -m launch.bench checks     what all checks of a training cost, as a share of a step
     python -m launch.bench checkpoint the loop's wait for a save beside torch.save; --starts 3: resumed starts
     python -m launch.bench scaling    images/s with ranks through the launcher, and the share of communication
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 
-from launch import bench_checkpoint, bench_loader, bench_scaling, bench_step, bench_train
+from launch import bench_checkpoint, bench_loader, bench_scaling, bench_step, bench_train, bench_workers
 from launch.machine import headline
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     checks.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml")
     checks.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     checks.add_argument("--rounds", type=int, default=20, help="timed steps; each check is timed ten times as often")
-    for module in (bench_train, bench_step, bench_scaling, bench_checkpoint):
+    for module in (bench_train, bench_step, bench_scaling, bench_checkpoint, bench_workers):
         module.add(commands)
     arguments = parser.parse_args()
     print(headline() + "\n", flush=True)
@@ -40,6 +41,8 @@ def main() -> None:
         bench_scaling.compare(arguments)
     elif arguments.command == "loader":
         bench_loader.compare(arguments.shards, arguments.rounds, arguments.seconds)
+    elif arguments.command == "workers":
+        bench_workers.compare(arguments)
     elif arguments.command == "checks":
         from launch import bench_checks
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_waits import no_wait_for_the_gpu
 from pictures import jpeg
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -211,13 +211,8 @@ def test_a_gpu_resizes_as_the_cpu_and_its_host_does_not_wait() -> None:
     images, boxes = photos(140, seed=4, most_px=500)
     out = torch.zeros(140, 3, 64, 64, dtype=torch.uint8, device="cuda")
     on_gpu = [image.cuda() for image in images]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode")
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            device_decoding.resize_crops(out, range(140), on_gpu, boxes)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with no_wait_for_the_gpu():
+        device_decoding.resize_crops(out, range(140), on_gpu, boxes)
     apart = (out.cpu().int() - one_by_one(images, boxes, (64, 64)).int()).abs()
     assert apart.max() <= 1
     assert apart.float().mean() < 1e-3

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_waits import no_wait_for_the_gpu
 from torch import nn
 
 from wasteddp import settings
@@ -169,8 +170,5 @@ def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:
     for key, parameter in model.named_parameters():
         parameter.grad = values[key]
     optimizer.step()  # makes the state
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_gpu():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

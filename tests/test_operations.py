@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from gpu_waits import no_wait_for_the_gpu
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from wasteddp.data.operations import FILL_RGB, apply
@@ -163,8 +164,5 @@ def test_a_gpu_gives_the_bits_of_a_cpu() -> None:
 def test_the_host_does_not_wait_for_the_gpu() -> None:
     images, (operations, magnitudes) = pictures(65, 64).repeat(12, 1, 1, 1).cuda(), every_operation(60)
     apply(images, operations, magnitudes)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_gpu():
         apply(images, operations, magnitudes)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

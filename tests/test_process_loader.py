@@ -190,12 +190,15 @@ def test_damage_ends_an_evaluation(small_shards: Path, server: DecodeServer, tmp
 def deadly_run(
     shards: Path, server: DecodeServer, once: Path | None, *samples: int, replace: bool = True
 ) -> tuple[list[Batch], list[str]]:
+    notes: list[str] = []
     view = KillingView(VIEW, frozenset(sha256_of(shards, sample) for sample in samples), once)
     with (
         SplitReader(Manifest.load(shards), "train") as reader,
-        ProcessLoader(reader, view, image_size_px=24, workers=2, replace=replace, server=server) as loader,
+        ProcessLoader(
+            reader, view, image_size_px=24, workers=2, replace=replace, warn=notes.append, server=server
+        ) as loader,
     ):
-        return list(loader.batches(training_steps(PLAN, 0, 8, rank=0, world_size=1))), loader.notes()
+        return list(loader.batches(training_steps(PLAN, 0, 8, rank=0, world_size=1))), notes
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_rows_are_decoded_again(
@@ -229,10 +232,11 @@ def test_a_sample_that_kills_ends_what_may_not_replace(small_shards: Path, serve
 
 
 def test_a_server_that_is_killed_takes_its_workers_along_and_all_are_replaced(small_shards: Path) -> None:
+    notes: list[str] = []
     with (
         SplitReader(Manifest.load(small_shards), "train") as reader,
         DecodeServer() as own,
-        loader_of(reader, own) as loader,
+        loader_of(reader, own, warn=notes.append) as loader,
     ):
         assert isinstance(loader, ProcessLoader)
         batches = []
@@ -244,7 +248,8 @@ def test_a_server_that_is_killed_takes_its_workers_along_and_all_are_replaced(sm
                 assert wait_until(lambda: not any(map(is_alive, before)))  # noqa: B023
         require_equal(batches, run(small_shards, None))
         assert not set(before) & set(loader._pool.pids)
-        assert all("with the server" in note for note in loader.notes())
+        assert len(notes) == 2
+        assert all("with the server" in note for note in notes)
 
 
 def test_workers_that_cannot_live_end_the_run_with_advice(
@@ -277,7 +282,7 @@ reader = SplitReader(Manifest.load(Path(sys.argv[1])), "train")
 loader = loader_of(reader, DecodeServer(), workers=3)
 batches = loader.batches(training_steps(PLAN, 0, 1000, rank=0, world_size=1))
 next(batches)
-print(loader._pool._server._process.pid, *loader._pool.pids, flush=True)
+print(loader._pool.server.pid, *loader._pool.pids, flush=True)
 for _ in batches: time.sleep(0.01)
 """
 

@@ -77,6 +77,10 @@ class DecodeServer:
         self._lock = threading.Lock()
         self._begin()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def fork(self, end: int) -> int:
         """The pid of a new worker, which has the descriptor `end`. A server that was killed is started again."""
         with self._lock:
@@ -148,18 +152,24 @@ class DecodePool:
         num_workers: how many.
         opened: gives the descriptor of a shard, which may have to be waited for.
         is_idle: they run only when nothing else wants a core (Linux).
+        warn: is told of each death.
         server: that forks them; one of the pool's own, if left out.
     """
 
     def __init__(
-        self, num_workers: int, opened: Opened, *, is_idle: bool = False, server: DecodeServer | None = None
+        self,
+        num_workers: int,
+        opened: Opened,
+        *,
+        warn: Callable[[str], None],
+        is_idle: bool = False,
+        server: DecodeServer | None = None,
     ) -> None:
-        self._opened, self._is_idle = opened, is_idle
+        self._opened, self._is_idle, self._warn = opened, is_idle, warn
         self._memories: dict[int, SharedMemory] = {}
         self._at_work = SharedMemory(num_workers * AT_WORK_DTYPE.itemsize)
         self.at_work = self._at_work.view(0, self._at_work.num_bytes).view(AT_WORK_DTYPE)
         self.at_work["row"] = -1
-        self.notes: deque[str] = deque()  # deaths, to be reported by whoever reads them
         self._lock = threading.RLock()  # tasks of a remote set are sent by a thread of the loader's
         self._broken: WorkerError | None = None
         self._selector = selectors.DefaultSelector()
@@ -171,6 +181,10 @@ class DecodePool:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def server(self) -> DecodeServer:
+        return self._server
 
     @property
     def pids(self) -> list[int]:
@@ -277,7 +291,7 @@ class DecodePool:
                 task.rows = task.rows[:-1]
                 task.killed.append((row, KILLED, f"it killed {_DEATHS_OF_A_ROW} decoding processes (the last {how})"))
         at["row"] = -1
-        self.notes.append(f"decoding process {dead.number} (pid {dead.pid}) {how}{where}; another takes its place")
+        self._warn(f"decoding process {dead.number} (pid {dead.pid}) {how}{where}; another takes its place")
         if dead.deaths + 1 >= _DEATHS_IN_A_ROW:
             self._broken = WorkerError(
                 f"decoding process {dead.number} {how} {_DEATHS_IN_A_ROW} times in a row without finishing a task",

@@ -32,7 +32,7 @@ from wasteddp.data.decode_pool import DecodeServer
 from wasteddp.data.decoding import Encoded, ImageHWC, UndecodableError
 from wasteddp.data.draws import I64
 from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
-from wasteddp.data.process_loader import ProcessLoader
+from wasteddp.data.process_loader import ProcessLoader, print_warning
 from wasteddp.data.reading import SplitReader
 from wasteddp.data.views import Draws, EvaluationView, TrainingView, View
 from wasteddp.errors import DamagedSampleError
@@ -115,10 +115,6 @@ class Loader:
             return ""
         name, (sample, since) = longest
         return f"{name} has been at {self._reader.describe(sample)} for {time.monotonic() - since:.0f} s"
-
-    def notes(self) -> list[str]:
-        """As `ProcessLoader.notes`: a thread does not die alone."""
-        return []
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -226,6 +222,7 @@ def training_loader(
     processes: bool = False,
     largest_px: int = 0,
     server: DecodeServer | None = None,
+    warn: Callable[[str], None] = print_warning,
 ) -> AnyLoader:
     """Loader of random crops; what cannot be decoded is replaced.
 
@@ -234,6 +231,7 @@ def training_loader(
         processes: the workers are processes, as is right beside a GPU; else threads. The batches are the same.
         largest_px: the largest side that will come.
         server: that forks the processes; one of the loader's own, if left out.
+        warn: is told of each process that died.
     """
     return _loader(
         reader,
@@ -241,6 +239,7 @@ def training_loader(
         processes=processes,
         largest_px=largest_px,
         server=server,
+        warn=warn,
         image_size_px=image_size_px,
         workers=workers,
         prefetch=prefetch,
@@ -260,6 +259,7 @@ def evaluation_loader(
     pin_memory: bool = False,
     processes: bool = False,
     server: DecodeServer | None = None,
+    warn: Callable[[str], None] = print_warning,
 ) -> AnyLoader:
     """Loader of the centre views that evaluation and prediction use."""
     return _loader(
@@ -267,6 +267,7 @@ def evaluation_loader(
         EvaluationView(resize_px),
         processes=processes,
         server=server,
+        warn=warn,
         image_size_px=image_size_px,
         workers=workers,
         prefetch=prefetch,
@@ -280,11 +281,12 @@ def _loader(
     *,
     processes: bool,
     server: DecodeServer | None,
+    warn: Callable[[str], None],
     largest_px: int = 0,
     **how: Any,
 ) -> AnyLoader:
     if processes:
-        return ProcessLoader(reader, view, largest_px=largest_px, server=server, **how)
+        return ProcessLoader(reader, view, largest_px=largest_px, server=server, warn=warn, **how)
     return Loader(reader, view, **how)
 
 

@@ -9,6 +9,7 @@ that workers write to and the GPU copies from. A slot is used again when the las
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -71,6 +72,10 @@ class _Slots:
     num_out: int = 0
 
 
+def print_warning(words: str) -> None:
+    print(f"warning: {words}", file=sys.stderr, flush=True)
+
+
 class ProcessLoader:
     """Decodes batches ahead of their use, in processes. The same batches as `loader.Loader` for the same arguments.
 
@@ -82,6 +87,7 @@ class ProcessLoader:
         pin_memory: the mapping is registered with CUDA, for copies that run beside a GPU's work.
         idle: decode only when nothing else wants the core, for training on a CPU.
         largest_px: the largest S that will come, so that memory is reserved once.
+        warn: is told of each process that died and was replaced.
         server: see `DecodePool`.
     """
 
@@ -97,13 +103,14 @@ class ProcessLoader:
         pin_memory: bool = False,
         idle: bool = False,
         largest_px: int = 0,
+        warn: Callable[[str], None] = print_warning,
         server: DecodeServer | None = None,
     ) -> None:
         self._reader, self._view, self._size = reader, view, image_size_px
         self._labels = reader.labels
         self._workers, self._prefetch, self._largest_px = workers, prefetch, largest_px
-        self._replace, self._pin = replace, pin_memory
-        self._pool = DecodePool(workers, reader.opened, is_idle=idle, server=server)
+        self._replace, self._pin, self._warn = replace, pin_memory, warn
+        self._pool = DecodePool(workers, reader.opened, warn=warn, is_idle=idle, server=server)
         self._sender = ThreadPoolExecutor(1, "shards") if reader.may_wait else None
         self._slots: _Slots | None = None
         self._shared: list[SharedMemory] = []
@@ -128,10 +135,6 @@ class ProcessLoader:
         finally:
             self._abandoned += pending
             pending.clear()
-
-    def notes(self) -> list[str]:
-        """What happened to the processes since it was asked last: deaths and replacements."""
-        return [self._pool.notes.popleft() for _ in range(len(self._pool.notes))]
 
     def at_work(self) -> str:
         """What the worker that has been longest at one sample is at; '' where all are idle. From any thread."""
@@ -299,7 +302,7 @@ class ProcessLoader:
         shared, key = SharedMemory(num_slots * slot_bytes), len(self._shared)
         self._shared.append(shared)
         if self._pin and not shared.register_with_cuda():
-            self._pool.notes.append(
+            self._warn(
                 f"{shared.num_bytes:,} bytes of batches could not be page-locked: copies to the GPU wait "
                 "(ulimit -l, the container's memory lock limit)"
             )

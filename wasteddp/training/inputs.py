@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from wasteddp.data.forecast import train_plan
 from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.plan import EvaluationPlan, TrainPlan
+from wasteddp.data.process_loader import print_warning
 from wasteddp.data.quality import Labels
 from wasteddp.data.reading import SplitReader
 from wasteddp.data.shard_set import opened as opened_set
@@ -59,10 +59,7 @@ class Inputs:
         steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
         self.foresight.train_reader.expect(self.foresight.others(first_step, last_step))
         try:
-            for batch in copied_ahead(self.train_loader.batches(steps), world.device):
-                for note in self.train_loader.notes():
-                    print(f"warning: rank {world.rank}: {note}", file=sys.stderr, flush=True)
-                yield batch
+            yield from copied_ahead(self.train_loader.batches(steps), world.device)
         except StoppedError as error:
             yield replace(Batch.failed(error), failure=None)
         except WastedError as error:
@@ -125,6 +122,7 @@ def opened(settings: Settings, world: Runtime, server: DecodeServer | None = Non
             processes=processes,
             largest_px=settings.data.image_size,
             server=server,
+            warn=lambda words: print_warning(f"rank {world.rank}: {words}"),
         )
         val_loader = evaluation_loader(
             val_reader,
@@ -134,6 +132,7 @@ def opened(settings: Settings, world: Runtime, server: DecodeServer | None = Non
             pin_memory=pin_memory,
             processes=processes,
             server=server,
+            warn=lambda words: print_warning(f"rank {world.rank}: {words}"),
         )
         for loader in (train_loader, val_loader):
             stack.callback(loader.close)

@@ -1,0 +1,159 @@
+"""What decoding costs the thread that launches kernels: threads in its process beside processes of their own.
+
+Called by `python -m launch.bench workers`. Needs no GPU: a loop of small tensor operations stands for a step that
+launches kernels. It runs alone, and while a loader decodes at full speed on the other cores, in turns, each side in a
+process of its own. Also printed: images/s of the loader alone, the time to its first batch, and its processes' memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launch import ROOT
+from wasteddp.data.parallel import num_usable_cores
+
+BATCH, IMAGE_SIZE_PX = 64, 224
+KINDS = ("threads", "processes")
+_OPERATIONS = 200  # a "step"
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("workers", help="decoding threads beside decoding processes")
+    parser.add_argument("--shards", default="shards/trashnet")
+    parser.add_argument("--workers", default="", help="of the loader, such as 1,2,4 (default: 1 and all cores)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="timed of each side in each round")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Prints medians: the loop's pace beside each kind as part of its pace alone, and what each kind decodes alone."""
+    cores = num_usable_cores()
+    beside = max(1, cores - 1)  # one core is the launching thread's
+    counts = [int(word) for word in arguments.workers.split(",") if word] or sorted({1, cores})
+    sides = [("alone", "", 0)] + [("pace", kind, beside) for kind in KINDS]
+    sides += [("loader", kind, count) for count in counts for kind in KINDS]
+    found: dict[tuple[str, str, int], list[dict[str, float]]] = {side: [] for side in sides}
+    for number in range(arguments.rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            command = [sys.executable, "-m", "launch.bench_workers", *map(str, side), arguments.shards]
+            done = subprocess.run(
+                [*command, str(arguments.seconds)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+            )
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+
+    def median(side: tuple[str, str, int], what: str) -> float:
+        return statistics.median(found_one[what] for found_one in found[side])
+
+    alone = median(sides[0], "operations_per_s")
+    print(f"a loop of small tensor operations, alone {alone:,.0f} a second; beside {beside} decoding:")
+    for kind in KINDS:
+        pace, images = (median(("pace", kind, beside), what) for what in ("operations_per_s", "images_per_s"))
+        print(f"  {kind:10s} {pace / alone:5.2f} of that, {images:8.1f} images/s decoded meanwhile")
+    print(f"the loader alone, batches of {BATCH} x {IMAGE_SIZE_PX} px:")
+    for count in counts:
+        for kind in KINDS:
+            side = "loader", kind, count
+            print(
+                f"  {count} {kind:10s} {median(side, 'images_per_s'):8.1f} images/s   first batch "
+                f"{median(side, 'first_batch_s'):5.2f} s   memory {median(side, 'server_mb'):5.0f} MB of the server, "
+                f"{median(side, 'worker_mb'):5.1f} MB more a worker, {median(side, 'shared_mb'):5.1f} MB shared"
+            )
+
+
+@contextmanager
+def _loader(kind: str, workers: int, shards: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+    from wasteddp.data.loader import training_loader, training_steps
+    from wasteddp.data.manifest import Manifest
+    from wasteddp.data.plan import TrainPlan
+    from wasteddp.data.reading import SplitReader
+
+    with SplitReader(Manifest.load(Path(shards)), "train") as reader:
+        plan = TrainPlan(num_samples=reader.num_samples, global_batch=BATCH, seed=0, lanes=BATCH)
+        with training_loader(
+            reader,
+            seed=0,
+            image_size_px=IMAGE_SIZE_PX,
+            crop_scale=(0.35, 1.0),
+            crop_ratio=(3 / 4, 4 / 3),
+            workers=workers,
+            prefetch=2,
+            pin_memory=False,
+            processes=kind == "processes",
+        ) as loader:
+            yield loader, loader.batches(training_steps(plan, 0, 10**6, rank=0, world_size=1))
+
+
+def _loader_alone(kind: str, workers: int, shards: str, seconds: float) -> dict[str, float]:
+    began = time.perf_counter()
+    with _loader(kind, workers, shards) as (loader, batches):
+        next(batches)
+        first_s = time.perf_counter() - began
+        for _ in range(8):  # more than are in flight
+            next(batches)
+        began, images = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            images += len(next(batches).samples)
+        rate = images / (time.perf_counter() - began)
+        memory = {"server_mb": 0.0, "worker_mb": 0.0, "shared_mb": 0.0}
+        if kind == "processes":
+            pool = loader._pool
+            memory = {
+                "server_mb": _private_mb(pool.server.pid),
+                "worker_mb": statistics.mean(map(_private_mb, pool.pids)),
+                "shared_mb": sum(shared.num_bytes for shared in loader._shared) / 1e6,
+            }
+        return {"images_per_s": rate, "first_batch_s": first_s, **memory}
+
+
+def _private_mb(pid: int) -> float:
+    """Memory that is this process's only; what it shares with others, libraries' code too, is not counted."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, float]:
+    """Small operations a second in the main thread, while another thread takes batches as fast as they come."""
+    import torch
+
+    torch.set_num_threads(1)
+    images, ends = [0], threading.Event()
+
+    def take(batches: Iterator[Any]) -> None:
+        while not ends.is_set():
+            images[0] += len(next(batches).samples)
+
+    def loop() -> float:
+        x = torch.zeros(64)
+        began, operations = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            for _ in range(_OPERATIONS):
+                x = x * 0.5 + 1.0
+            operations += 2 * _OPERATIONS
+        return operations / (time.perf_counter() - began)
+
+    if kind == "":
+        return {"operations_per_s": loop(), "images_per_s": 0.0}
+    with _loader(kind, workers, shards) as (_, batches):
+        next(batches)
+        taker = threading.Thread(target=take, args=(batches,))
+        taker.start()
+        pace = loop()
+        ends.set()
+        taker.join()
+        return {"operations_per_s": pace, "images_per_s": images[0] / seconds}
+
+
+if __name__ == "__main__":
+    what, kind, workers, shards, seconds = sys.argv[1:]
+    measure = _loader_alone if what == "loader" else _pace
+    print(json.dumps(measure(kind, int(workers), shards, float(seconds))))
