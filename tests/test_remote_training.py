@@ -61,6 +61,12 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     return message
 
 
+@pytest.fixture(params=["threads", "processes"])
+def decoding(request: pytest.FixtureRequest) -> str:
+    """Who decodes, as a setting: the same is asked of both."""
+    return f"data.workers=2 {request.param}"
+
+
 def last_needed(shards: Path, arguments: list[str]) -> tuple[str, int]:
     """The training tar that the first epoch needs last, and the step that needs it first."""
     _, config, *overrides = arguments
@@ -73,9 +79,11 @@ def last_needed(shards: Path, arguments: list[str]) -> tuple[str, int]:
     return split.shards[late].tar, first_use[late]
 
 
-def test_a_url_gives_the_weights_of_the_folder_and_evaluates(small_shards: Path, local: bytes, tmp_path: Path) -> None:
+def test_a_url_gives_the_weights_of_the_folder_and_evaluates(
+    small_shards: Path, local: bytes, tmp_path: Path, decoding: str
+) -> None:
     with serving(small_shards) as server:
-        assert train.main(arguments_of(tmp_path, f"{server.url}/")) == 0
+        assert train.main(arguments_of(tmp_path, f"{server.url}/", decoding)) == 0
         assert final_weights(tmp_path / "run") == local
         used = Manifest.load(small_shards)
         wanted = {shard.tar for name in ("train", "val") for shard in used.split(name).shards}
@@ -88,7 +96,9 @@ def test_a_url_gives_the_weights_of_the_folder_and_evaluates(small_shards: Path,
         assert metrics["hashes"]["manifest"] == metrics["hashes"]["manifest_trained_on"]
 
 
-def test_a_store_that_fails_now_and_then_changes_nothing(small_shards: Path, local: bytes, tmp_path: Path) -> None:
+def test_a_store_that_fails_now_and_then_changes_nothing(
+    small_shards: Path, local: bytes, tmp_path: Path, decoding: str
+) -> None:
     faults: tuple[Fault | None, ...] = ("500", None, "cut", "reset", None, "flip", "429", None)
     with serving(small_shards) as server:
         requests = 0
@@ -101,7 +111,7 @@ def test_a_store_that_fails_now_and_then_changes_nothing(small_shards: Path, loc
             return None if name == "manifest.json" and fault == "flip" else fault
 
         server.faults = now_and_then
-        assert train.main(arguments_of(tmp_path, server.url)) == 0
+        assert train.main(arguments_of(tmp_path, server.url, decoding)) == 0
     assert final_weights(tmp_path / "run") == local
 
 
@@ -128,11 +138,11 @@ def test_a_store_that_goes_away_ends_the_run_saved_and_it_goes_on_later(
 
 
 def test_a_store_that_refuses_ends_the_run_saved_where_it_stands(
-    small_shards: Path, local: bytes, tmp_path: Path, refused: Callable[[list[str]], str]
+    small_shards: Path, local: bytes, tmp_path: Path, refused: Callable[[list[str]], str], decoding: str
 ) -> None:
     late, first_use = last_needed(small_shards, arguments_of(tmp_path, small_shards))
     arguments = lambda url: arguments_of(  # noqa: E731
-        tmp_path, url, "checkpoint.every_steps=0", "data.prefetch=1", "data.ahead_steps=1"
+        tmp_path, url, "checkpoint.every_steps=0", "data.prefetch=1", "data.ahead_steps=1", decoding
     )
     with serving(small_shards) as server:
         server.faults = lambda name, number: "403" if name == late else None
@@ -148,13 +158,18 @@ def test_a_store_that_refuses_ends_the_run_saved_where_it_stands(
 
 @pytest.mark.parametrize("held_by", ["the reader", "the thread that fetches ahead"])
 def test_a_signal_ends_the_wait_for_a_store_and_the_run_saves_and_goes_on_later(
-    held_by: str, small_shards: Path, local: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_by: str,
+    decoding: str,
+    small_shards: Path,
+    local: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(signals, "STOP", stop := signals.StopRequest())
     monkeypatch.setattr(inputs, "STOP", stop)
     ahead = 1 if held_by == "the reader" else 32
     settings = ("checkpoint.every_steps=0", "data.prefetch=1", f"data.ahead_steps={ahead}")
-    settings += ("data.read_timeout_s=60", "data.read_attempts=1")
+    settings += (decoding, "data.read_timeout_s=60", "data.read_attempts=1")
     late, first_use = last_needed(small_shards, arguments_of(tmp_path, small_shards, *settings))
     with serving(small_shards) as server:
         asked_at = [0.0]
@@ -244,7 +259,7 @@ def test_a_missing_shard_is_one_message(
     assert "404 Not Found" in said
 
 
-def test_damaged_samples_are_replaced_as_in_a_folder(small_shards: Path, tmp_path: Path) -> None:
+def test_damaged_samples_are_replaced_as_in_a_folder(small_shards: Path, tmp_path: Path, decoding: str) -> None:
     shards = Path(shutil.copytree(small_shards, tmp_path / "shards"))
     manifest = Manifest.load(shards)
     with SplitReader(manifest, "train") as reader:
@@ -254,7 +269,7 @@ def test_damaged_samples_are_replaced_as_in_a_folder(small_shards: Path, tmp_pat
         file.write(b"\0" * 64)
     assert train.main(arguments_of(tmp_path / "local", shards, "data.max_damaged=9")) == 0
     with serving(shards) as server:
-        assert train.main(arguments_of(tmp_path / "remote", server.url, "data.max_damaged=9")) == 0
+        assert train.main(arguments_of(tmp_path / "remote", server.url, decoding, "data.max_damaged=9")) == 0
     ours, theirs = (rows(tmp_path / name / "run")[-1]["train/damaged"] for name in ("remote", "local"))
     assert ours == theirs > 0
     assert final_weights(tmp_path / "remote" / "run") == final_weights(tmp_path / "local" / "run")

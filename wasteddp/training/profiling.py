@@ -38,7 +38,7 @@ _STEP, _WAIT = "wasteddp: step", "wasteddp: waiting for data"
 _TALK = ("gloo:", "nccl:", "c10d::", "ncclDevKernel", "ncclKernel", "mpi:", "ucc:")
 
 _REMEDIES = {
-    "data": "let more threads decode (data.workers), read ahead further (data.prefetch), keep the shards on a local "
+    "data": "let more workers decode (data.workers), read ahead further (data.prefetch), keep the shards on a local "
     "disk, or shrink the images once (wasteddp shard --max-side)",
     "device": "this is as it should be; faster are a lower precision, smaller images, a smaller network, more devices",
     "communication": "give each rank more to do between two messages (a larger train.batch_size), use fewer ranks, or "
