@@ -38,6 +38,7 @@ from launch.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.settings import Settings
+from wasteddp.training.inputs import default_workers
 from wasteddp.training.runtime import MOST_UNTRIED
 
 _WARM = _ROW = 10  # steps before those that are timed, and between two of the program's rows
@@ -171,8 +172,15 @@ def _torchvision(settings: Settings, stack: ExitStack, images: Path) -> bench_st
 
 
 def _workers(settings: Settings) -> int:
-    """As many processes as our program has threads that decode."""
-    return settings.data.num_workers or min(settings.run.threads or num_usable_cores(), 8)
+    """As many processes as our program has workers that decode."""
+    processes, cores = settings.data.uses_processes(device_type()), num_usable_cores()
+    return settings.data.num_workers or default_workers(
+        cores if processes else settings.run.threads or cores, processes=processes
+    )
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _endless(loader: Any) -> Batches:

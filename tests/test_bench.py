@@ -93,7 +93,8 @@ def test_the_scaling_table_has_efficiency_and_communication() -> None:
 
 def test_communication_is_read_from_the_profilers_verdict() -> None:
     shares = [
-        dict.fromkeys(profiling.KINDS, 0.0) | {"device": 1 - talk, "communication": talk} for talk in (0.25, 0.05)
+        dict.fromkeys((*profiling.KINDS, "starved"), 0.0) | {"device": 1 - talk, "communication": talk}
+        for talk in (0.25, 0.05)
     ]
     verdict = profiling.verdict(shares, step_ms=10.0, steps=4)
     assert bench_scaling.talk_of(verdict) == (0.05, 0.25)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from wasteddp import settings as settings_file
 from wasteddp.data.manifest import Manifest
-from wasteddp.errors import ShardError
+from wasteddp.errors import SettingsError, ShardError
+from wasteddp.training import inputs
 from wasteddp.training.inputs import refuse_different_sets
 
 
@@ -23,3 +25,28 @@ def test_ranks_that_read_different_sets_are_refused(small_shards: Path) -> None:
     manifest = Manifest.load(small_shards)
     with pytest.raises(ShardError, match=rf"rank 0 reads the manifest {manifest.sha256[:12]} and rank 2 ffffffffffff"):
         refuse_different_sets(manifest, World())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "processes"), [(1, 1, 1), (2, 2, 1), (4, 4, 3), (5, 5, 3), (8, 8, 6), (16, 8, 14), (64, 8, 24)]
+)
+def test_the_default_leaves_cores_to_the_training_process(cores: int, threads: int, processes: int) -> None:
+    assert inputs.default_workers(cores, processes=False) == threads
+    assert inputs.default_workers(cores, processes=True) == processes
+
+
+@pytest.mark.parametrize(
+    ("workers", "number", "on_a_cpu", "on_a_gpu"),
+    [("0", 0, False, True), ("3", 3, False, True), ("3 threads", 3, False, False), ("0 processes", 0, True, True)],
+)
+def test_workers_are_of_the_kind_that_is_right_or_named(
+    workers: str, number: int, on_a_cpu: bool, on_a_gpu: bool
+) -> None:
+    data = settings_file.parse("", [f"data.workers={workers}"]).data
+    assert (data.num_workers, data.uses_processes("cpu"), data.uses_processes("cuda")) == (number, on_a_cpu, on_a_gpu)
+
+
+@pytest.mark.parametrize("workers", ["-1", "3 thread", "many", "3processes", "'3 processes or so'"])
+def test_other_workers_are_refused(workers: str) -> None:
+    with pytest.raises(SettingsError, match=r"data\.workers"):
+        settings_file.parse("", [f"data.workers={workers}"])

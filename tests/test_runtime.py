@@ -57,8 +57,8 @@ def test_ranks_share_the_cores_that_several_may_use(
     monkeypatch.setattr(runtime.socket, "gethostname", lambda: "here")
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as accelerate launch sets it
-        assert runtime._use_cores(0, world) == torch.get_num_threads() == threads  # type: ignore[arg-type]
-        assert runtime._use_cores(5, world) == torch.get_num_threads() == 5  # type: ignore[arg-type]
+        assert runtime._use_cores(0, world) == (torch.get_num_threads(), threads) == (threads, threads)  # type: ignore[arg-type]
+        assert runtime._use_cores(5, world) == (torch.get_num_threads(), threads) == (5, threads)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)
 

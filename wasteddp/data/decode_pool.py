@@ -32,6 +32,7 @@ from wasteddp.errors import WorkerError
 KILLED = "killed"  # a failure of a row, as `decode_server.UNREAD`
 
 _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _DEATHS_OF_A_ROW = 2
 _DEATHS_IN_A_ROW = 10  # of a worker, without an answer between
 _MOST_SHARDS = 128  # that a worker has open
@@ -333,8 +334,8 @@ def _describe_end(code: int) -> str:
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """One thread in each process, and no GPU: importing must not touch one."""
-    return {**environment, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """One thread in each process, since one with several should not fork; no GPU: importing must not touch one."""
+    return {**environment, **dict.fromkeys(_THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _send_task(worker: _Worker, task: Task, descriptors: Mapping[int, int], wanted: frozenset[int] | None) -> None:

@@ -104,7 +104,9 @@ def opened(settings: Settings, world: Runtime, server: DecodeServer | None = Non
             shards.require_room(foresight.train_windows(num_steps, in_flight), foresight.val_windows(in_flight))
         refuse_different_sets(manifest, world)
         processes = settings.data.uses_processes(world.device.type)
-        workers = settings.data.num_workers or default_workers(world.threads, processes=processes)
+        workers = settings.data.num_workers or default_workers(
+            world.cores if processes else world.threads, processes=processes
+        )
         if processes and server is None:
             server = stack.enter_context(DecodeServer())
         pin_memory = world.device.type == "cuda"

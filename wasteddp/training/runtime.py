@@ -46,6 +46,7 @@ class Runtime:
     accumulation: int
     control: Any  # a gloo group or None, for a few bytes between the hosts: never waits for a GPU's queue
     watch: Watchdog
+    cores: int = 1  # this process's share of the machine's
     micro_batch_reason: str = ""  # where the settings leave it open
 
     @property
@@ -204,7 +205,8 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
         watch=watch or Watchdog(),
         micro_batch_reason="" if asked else f"the largest part up to {MOST_UNTRIED}; what fits is tried on CUDA only",
     )
-    return replace(world, threads=_use_cores(settings.run.threads, world))
+    threads, cores = _use_cores(settings.run.threads, world)  # all ranks
+    return replace(world, threads=threads, cores=cores)
 
 
 def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp, timeout: timedelta) -> Accelerator:
@@ -258,14 +260,16 @@ def choose_precision(asked: str, has_gpu: bool) -> tuple[str, str]:
     return asked, "as set"
 
 
-def _use_cores(asked: int, world: Runtime) -> int:
-    """All ranks: CPU threads of this process. `accelerate launch` sets OMP_NUM_THREADS=1: one core of many would work.
+def _use_cores(asked: int, world: Runtime) -> tuple[int, int]:
+    """All ranks: CPU threads of this process, and its cores.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1: one core of many would work.
 
     Ranks of a machine share the cores that several of them may use. Those that something pins (`srun --cpu-bind`,
     `numactl`) have their own. Ranks are not pinned here: on two cores that made no difference (configs/NOTES.md).
     """
     machine, cores = socket.gethostname(), usable_cores()
     sharing = sum(name == machine and not cores.isdisjoint(others) for name, others in world.gather((machine, cores)))
-    threads = asked or max(1, num_usable_cores() // sharing)
-    torch.set_num_threads(threads)
-    return threads
+    own = max(1, num_usable_cores() // sharing)
+    torch.set_num_threads(asked or own)
+    return asked or own, own
