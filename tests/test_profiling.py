@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from trainings import config_of
@@ -105,37 +103,6 @@ def test_on_a_gpu_the_thread_that_launches_the_backward_pass_is_not_starvation(c
     found, seconds = shares_of(events, cpu_us / 1e6)
     assert seconds == 100 / 1e6
     assert found == pytest.approx({**shares(0.45, 0.0, 0.05), "starved": starved - 0.05 * (starved > 0)})
-
-
-def starved_part(shape: int) -> float:
-    """Of 3 steps of a loop of operations on small tensors."""
-    values, begun = torch.ones(shape), time.thread_time()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(3):
-            with torch.profiler.record_function("wasteddp: step"):
-                for _ in range(100):
-                    values = values * 1.0
-    return shares_of(profile.events(), time.thread_time() - begun)[0]["starved"]
-
-
-def test_threads_that_hold_the_gil_starve_a_loop_of_small_operations() -> None:
-    is_over = threading.Event()
-
-    def busy() -> None:
-        while not is_over.is_set():
-            pass
-
-    alone = min(starved_part(64) for _ in range(20))  # other programs may want the core now and then
-    threads = [threading.Thread(target=busy, daemon=True) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        together = max(starved_part(64) for _ in range(5))
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join()
-    assert alone < 0.25 < 0.5 < together
 
 
 def profiled(folder: Path, shards: Path, *more: str) -> tuple[str, Path]:
