@@ -169,20 +169,22 @@ def test_a_signal_ends_the_wait_for_a_store_and_the_run_saves_and_goes_on_later(
     monkeypatch.setattr(inputs, "STOP", stop)
     ahead = 1 if held_by == "the reader" else 32
     settings = ("checkpoint.every_steps=0", "data.prefetch=1", f"data.ahead_steps={ahead}")
-    settings += (decoding, "data.read_timeout_s=60", "data.read_attempts=1")
+    settings += (decoding, "data.read_timeout_s=120", "data.read_attempts=1")
     late, first_use = last_needed(small_shards, arguments_of(tmp_path, small_shards, *settings))
     with serving(small_shards) as server:
-        asked_at = [0.0]
+        asked_at, metrics = [0.0], tmp_path / "run" / "metrics.jsonl"
 
         def ask_to_stop() -> None:
+            # a start of seconds must be over: before the first step there is nothing to save
+            until(lambda: metrics.exists() and metrics.read_text(), limit_s=120)
+            time.sleep(1.0)
             asked_at[0] = time.monotonic()
             stop.signal_name = "SIGTERM"
 
         def stall(name: str, number: int) -> Fault | None:
             if name != late:
                 return None
-            # the steps before it are over by then, and the run waits
-            threading.Timer(1.5, ask_to_stop).start()
+            threading.Thread(target=ask_to_stop, daemon=True).start()
             return "stall"
 
         server.faults = stall
