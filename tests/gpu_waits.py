@@ -1,12 +1,16 @@
-"""What a host does not wait for: for the tests that need a GPU."""
+"""What a host does not wait for: for the tests of what runs on a GPU, with one and without."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_READS = torch.ops.aten._local_scalar_dense.default
 
 
 @contextmanager
@@ -22,3 +26,13 @@ def no_wait_for_the_gpu() -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors in the block, on any device: on a GPU it waits for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is _READS
+        return func(*args, **(kwargs or {}))

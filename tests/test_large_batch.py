@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_waits import no_wait_for_the_gpu
+from gpu_waits import Reads
 from torch import nn
 
 from wasteddp import settings
@@ -158,17 +158,29 @@ def test_momentum_of_lars_keeps_its_place_when_the_rate_changes() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["lars", "lamb"])
-def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    model = model_of().cuda()
+@pytest.mark.parametrize("given", [(), ("found_inf",), ("found_inf", "grad_scale")])
+def test_a_step_reads_no_number_from_the_device(name: str, given: tuple[str, ...]) -> None:
+    """Seen on a CPU, where reading costs nothing: on a GPU the host would wait."""
+    model = model_of()
     optimizer = built(name, model)
-    values = {key: torch.from_numpy(g).float().cuda() for key, g in gradients(model, 0).items()}
-    optimizer.found_inf = torch.zeros((), device="cuda")  # type: ignore[attr-defined]
-    for key, parameter in model.named_parameters():
-        parameter.grad = values[key]
-    optimizer.step()  # makes the state
-    with no_wait_for_the_gpu():
-        optimizer.step()
+    for attribute in given:
+        setattr(optimizer, attribute, torch.ones(()) if attribute == "grad_scale" else torch.zeros(()))
+    for step in range(2):
+        values = gradients(model, step)
+        with Reads() as reads:
+            stepped(model, optimizer, values)
+        assert reads.count == 0
+
+
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+def test_steps_of_lamb_are_counted_bit_for_bit(found: float | None) -> None:
+    model = model_of()
+    optimizer = built("lamb", model)
+    if found is not None:
+        optimizer.found_inf = torch.tensor(found)  # type: ignore[attr-defined]
+    for step in range(3):
+        stepped(model, optimizer, gradients(model, step))
+    counts = {name: t for name, t in optim.state_tensors(optimizer, model).items() if name.startswith("num_steps:")}
+    assert len(counts) == len(list(model.parameters()))
+    assert all(torch.equal(count, torch.tensor(0.0 if found else 3.0)) for count in counts.values())

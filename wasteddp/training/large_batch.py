@@ -155,8 +155,10 @@ class LAMB(_LayerWise):
         for weight in weights:  # by another name than Adam's "step", which torch leaves on the CPU when it is loaded
             self.state[weight].setdefault("num_steps", torch.zeros((), device=weight.device))
         counts = [self.state[weight]["num_steps"] for weight in weights]
-        # a tensor on the device: a number, which is one of the host, would be waited for
-        torch._foreach_add_(counts, torch.ones((), device=weights[0].device) if goes is None else goes.float())
+        if goes is None:
+            torch._foreach_add_(counts, 1.0)
+        else:  # without alpha, torch takes a tensor [] for a number of the host, and waits for the device to read it
+            torch._foreach_add_(counts, goes.float(), alpha=1)
         return counts
 
 
