@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
@@ -85,10 +84,3 @@ def test_colour_is_torchvisions_where_nothing_is_clamped() -> None:
 def test_the_memory_format_is_kept() -> None:
     for layout in (torch.channels_last, torch.contiguous_format):
         assert ALL(images(4).contiguous(memory_format=layout), np.arange(4), 0).is_contiguous(memory_format=layout)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_what_a_cpu_gives() -> None:
-    on_gpu = ALL(images(16).cuda(), np.arange(16), 0).cpu()
-    assert torch.allclose(on_gpu, ALL(images(16), np.arange(16), 0), atol=1e-4)

@@ -204,12 +204,3 @@ def test_a_batch_of_the_loader_is_kept_until_its_copy_is_done(monkeypatch: pytes
             kept = [reference() is not None for reference in alive]
     assert kept[-1]
     assert kept[:3] == [not is_passed] * 3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_a_gpu_gets_equal_batches_in_order(count: int) -> None:
-    passed = list(copied_ahead(iter(batches(count)), torch.device("cuda")))
-    assert [int(batch.images_BCHW[0, 0, 0, 0]) for batch in passed] == list(range(count))
-    assert all(batch.images_BCHW.is_cuda and batch.labels_B.is_cuda for batch in passed)

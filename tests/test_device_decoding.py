@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_waits import no_wait_for_the_gpu
 from pictures import jpeg
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +25,7 @@ from wasteddp.data.reading import SplitReader
 from wasteddp.data.views import TrainingView
 from wasteddp.errors import SettingsError
 from wasteddp.settings import parse
-from wasteddp.training import copying, gallery, inputs
+from wasteddp.training import gallery, inputs
 
 VIEW = TrainingView(seed=0, scale=(0.3, 1.0), ratio=(0.75, 1.33))
 LEFT = dataclasses.replace(VIEW, on_device=True)
@@ -191,28 +190,3 @@ def test_as_many_operations_are_begun_for_many_images_as_for_few() -> None:
             device_decoding.resize_crops(out, range(count), images, boxes)
         counts.append(kernels.count)
     assert counts[0] == counts[1] < 64
-
-
-@pytest.mark.gpu
-def test_a_gpu_gets_whole_batches(small_shards: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    device = torch.device("cuda")
-    left = copying.copied_ahead(iter(run(small_shards, LEFT)), device)
-    for ours, decoded in zip(run(small_shards, VIEW), left, strict=True):
-        assert not decoded.encoded_B
-        assert (ours.images_BCHW.int() - decoded.images_BCHW.cpu().int()).abs().float().mean() < 4
-
-
-@pytest.mark.gpu
-def test_a_gpu_resizes_as_the_cpu_and_its_host_does_not_wait() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    images, boxes = photos(140, seed=4, most_px=500)
-    out = torch.zeros(140, 3, 64, 64, dtype=torch.uint8, device="cuda")
-    on_gpu = [image.cuda() for image in images]
-    with no_wait_for_the_gpu():
-        device_decoding.resize_crops(out, range(140), on_gpu, boxes)
-    apart = (out.cpu().int() - one_by_one(images, boxes, (64, 64)).int()).abs()
-    assert apart.max() <= 1
-    assert apart.float().mean() < 1e-3

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from gpu_waits import no_wait_for_the_gpu
 from safetensors.torch import load_file
 from torch import nn
 from trainings import config_of, final_weights, rows
@@ -90,17 +89,6 @@ def test_a_skipped_step_does_not_count() -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     average.update(2, torch.tensor(False))
     assert not torch.equal(before["0.weight"], average.network.state_dict()["0.weight"])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_the_host_waits_for_no_update() -> None:
-    model = network().cuda()
-    average, skipped = Ema(model, DECAY), torch.tensor(False, device="cuda")
-    with no_wait_for_the_gpu():
-        average.update(0, None)
-        average.update(1, skipped)
-    assert torch.equal(average.network.state_dict()["0.weight"], model.state_dict()["0.weight"])
 
 
 def test_a_network_without_counters_is_averaged_too() -> None:

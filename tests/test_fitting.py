@@ -163,16 +163,6 @@ def test_an_attempt_takes_all_images_forwards_and_backwards(monkeypatch: pytest.
     assert went == [("forward", 4), ("backward", 4)]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_that_has_little_memory_left_takes_less() -> None:
-    settings = settings_file.parse(AUTO.to_yaml(), ["train.batch_size=8192", "data.image_size=224"])
-    world, recipe, model = real(settings)
-    found, _ = settled(settings, world, recipe, model, START)
-    assert 1 <= found.micro_batch < 8192
-    attempt(found.micro_batch, settings, world, recipe, model)
-
-
 def test_memory_that_ends_later_says_which_number_to_lower() -> None:
     error = explained(torch.OutOfMemoryError("CUDA out of memory. Tried"), AUTO, "computing")
     assert isinstance(error, DeviceMemoryError)

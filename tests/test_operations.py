@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from gpu_waits import no_wait_for_the_gpu
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from wasteddp.data.operations import FILL_RGB, apply
@@ -150,19 +149,3 @@ def test_one_and_two_threads_give_the_same_bits() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_bits_of_a_cpu() -> None:
-    images, (operations, magnitudes) = pictures(65, 64).repeat(12, 1, 1, 1), every_operation(60)
-    assert torch.equal(apply(images.cuda(), operations, magnitudes).cpu(), apply(images, operations, magnitudes))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_host_does_not_wait_for_the_gpu() -> None:
-    images, (operations, magnitudes) = pictures(65, 64).repeat(12, 1, 1, 1).cuda(), every_operation(60)
-    apply(images, operations, magnitudes)
-    with no_wait_for_the_gpu():
-        apply(images, operations, magnitudes)

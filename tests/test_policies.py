@@ -145,12 +145,3 @@ def test_the_settings_reach_the_pixels() -> None:
     for other in ({"policy": "trivialaugment"}, {"policy_ops": 2}, {"policy_strength": 0.6}):
         changed = Augment.of(asked.model_copy(update=other), seed=5)
         assert not torch.equal(changed(images(9), np.arange(9), 0), plain(images(9), np.arange(9), 0))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("policy", ["trivialaugment", "randaugment"])
-def test_a_gpu_gives_the_bits_of_a_cpu(policy: str) -> None:
-    augment = Augment(0, horizontal_flip=0.5, policy=policy)
-    on_gpu = augment(images(64).cuda(), np.arange(64), 0).cpu()
-    assert torch.equal(on_gpu, augment(images(64), np.arange(64), 0))

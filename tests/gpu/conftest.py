@@ -1,0 +1,43 @@
+"""What the tests of this folder share: memory that one leaves to the next, and a report of what they measured.
+
+    python -m pytest -m gpu
+
+Each module marks its tests with `pytestmark = ON_A_GPU`, so that they are skipped where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+_MEASURED = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_MEASURED] = []
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes a line with a number and its unit; printed at the end of the run."""
+    return request.config.stash.setdefault(_MEASURED, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(_MEASURED, []):
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        terminalreporter.section(f"measured on {card}, torch {torch.__version__}")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    """What a test leaves in torch's cache is memory that the next one would not find."""
+    yield
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,22 @@
+"""How many images at once fit on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gpu_waits import ON_A_GPU
+from test_fitting import AUTO, START, real
+
+from wasteddp import settings as settings_file
+from wasteddp.training.fitting import attempt, settled
+
+pytestmark = ON_A_GPU
+
+
+def test_a_gpu_that_has_little_memory_left_takes_less(measured: Callable[[str], None]) -> None:
+    settings = settings_file.parse(AUTO.to_yaml(), ["train.batch_size=8192", "data.image_size=224"])
+    world, recipe, model = real(settings)
+    found, _ = settled(settings, world, recipe, model, START)
+    measured(f"{found.micro_batch} of 8192 images of 224 px fit at once: {settings.model.arch}, {found.precision}")
+    assert 1 <= found.micro_batch < 8192
+    attempt(found.micro_batch, settings, world, recipe, model)
