@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from wasteddp.training.checkpoint_writer import CheckpointWriter, States
-from wasteddp.training.checkpoints import Progress, listed, step_of
+from wasteddp.training.checkpoint_writer import CheckpointWriter
+from wasteddp.training.checkpoints import Progress, States, listed, step_of
 from wasteddp.training.lineage import Lineage
 
 LINEAGE = Lineage("m" * 64, ("glass", "paper"), "resnet18", 0, 32, 32, 1, 0, "train", 64, "sgd")

@@ -16,13 +16,13 @@ from wasteddp.errors import StorageError
 from wasteddp.training import checkpoints
 from wasteddp.training.checkpoint_writer import (
     CheckpointWriter,
-    HostCopy,
     inner_name,
     kept_steps,
     recover,
     refuse_full_disk,
 )
 from wasteddp.training.checkpoints import Progress
+from wasteddp.training.state_copy import HostCopy
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writes checkpoints behind the loop's back: the loop waits for the copy of the tensors only.
+"""Writes checkpoints in a thread: the loop waits for the copy of the tensors only, and on a GPU not even for that.
 
 A thread writes, syncs, renames, syncs the folder, and prunes after that; what a kill leaves half-done is cleared, or
 put back, by `recover` at the next start.
@@ -11,13 +11,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 
 from wasteddp.data.manifest import sync_folder
@@ -30,39 +29,11 @@ from wasteddp.training.checkpoints import (
     SETTINGS,
     STATE_SUFFIX,
     Progress,
-    State,
+    States,
     listed,
     step_of,
 )
-
-States = Mapping[str, Mapping[str, torch.Tensor]]
-
-
-class HostCopy:
-    """Host memory for the tensors of a run, kept from one save to the next.
-
-    Fresh memory would cost a page fault for every 4 KB, more than the copying itself. The copies lie in memory as the
-    tensors do (channels-last stays so): reordering them is left to the thread that writes.
-    """
-
-    def __init__(self) -> None:
-        self._copies: dict[str, State] = {}
-
-    def of(self, states: States) -> dict[str, State]:
-        """The copies, whole on return; they are overwritten by the next call."""
-        on_gpu = False
-        for name, state in states.items():
-            copies = self._copies.setdefault(name, {})
-            for key, tensor in state.items():
-                copy = copies.get(key)
-                if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                    copy = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=tensor.is_cuda)
-                copies[key] = copy.copy_(tensor.detach(), non_blocking=True)
-                on_gpu = on_gpu or tensor.is_cuda
-        if on_gpu:
-            torch.cuda.synchronize()
-        # what is not there any more, such as the state of an optimizer that was made anew, must not be saved
-        return {name: {key: self._copies[name][key] for key in state} for name, state in states.items()}
+from wasteddp.training.state_copy import Fetch, StateCopy
 
 
 class CheckpointWriter:
@@ -72,14 +43,17 @@ class CheckpointWriter:
         folder: of the checkpoints.
         keep_last: newest ones kept, besides the best.
         keep_every: of every so many steps one is kept for good; 0: none.
+        say: takes a line about the run, such as that a copy has to be waited for.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, keep_every: int = 0, say: Callable[[str], object] = print
+    ) -> None:
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._work: Callable[[], None] = lambda: None
-        self._host = HostCopy()
+        self._copy = StateCopy(say)
         self._handed_over_at = 0.0
         self.seconds: float | None = None  # that the last checkpoint took from being handed over to lying on the disk
 
@@ -97,7 +71,7 @@ class CheckpointWriter:
         before: Callable[[States], object] | None = None,
         after: Callable[[], object] | None = None,
     ) -> None:
-        """Copies the tensors and returns; the copy is written by a thread.
+        """Copies the tensors, or launches their copy, and returns; the copy is written by a thread.
 
         Args:
             states: named states; "model" and "optimizer" must be among them.
@@ -109,8 +83,7 @@ class CheckpointWriter:
             StorageError: the save before this one failed. What was complete before it is untouched.
         """
         self.wait()
-        copies = self._host.of(states)
-        self._work = partial(self._keep, progress, copies, settings_yaml, before, after)
+        self._work = partial(self._keep, progress, self._copy.begin(states), settings_yaml, before, after)
         self.again()
 
     def again(self) -> None:
@@ -138,7 +111,7 @@ class CheckpointWriter:
     def _keep(
         self,
         progress: Progress,
-        copies: dict[str, State],
+        fetch: Fetch,
         settings_yaml: str,
         before: Callable[[States], object] | None,
         after: Callable[[], object] | None,
@@ -146,7 +119,7 @@ class CheckpointWriter:
         # contiguous: safetensors refuses channels-last
         states = {
             name: {inner_name(key): tensor.contiguous() for key, tensor in state.items()}
-            for name, state in copies.items()
+            for name, state in fetch().items()
         }
         if before:
             before(states)
@@ -159,7 +132,7 @@ class CheckpointWriter:
         if after:
             after()
 
-    def _write(self, progress: Progress, states: dict[str, State], settings_yaml: str) -> None:
+    def _write(self, progress: Progress, states: States, settings_yaml: str) -> None:
         final = self._folder / f"step-{progress.step:08d}"
         temporary, replaced = _temporary(final), _replaced(final)
         with storage("writing a checkpoint", final):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +41,7 @@ SETTINGS = "settings.yaml"
 STATE_SUFFIX = ".safetensors"
 
 State = dict[str, torch.Tensor]
+States = Mapping[str, Mapping[str, torch.Tensor]]  # by name, before they are copied
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from wasteddp.settings import Settings
 from wasteddp.training import checkpoints, claim, environment, messages
 from wasteddp.training.batch_job import Notice
 from wasteddp.training.best_model import card_of, save_best
-from wasteddp.training.checkpoint_writer import CheckpointWriter, States, recover, refuse_full_disk
-from wasteddp.training.checkpoints import Checkpoint, Progress
+from wasteddp.training.checkpoint_writer import CheckpointWriter, recover, refuse_full_disk
+from wasteddp.training.checkpoints import Checkpoint, Progress, States
 from wasteddp.training.claim import Claim
 from wasteddp.training.inputs import Inputs
 from wasteddp.training.last_words import append_to_log
@@ -63,6 +63,7 @@ class Keeper:
         self._clock = clock
         self._evaluated = ema.STATE if further and ema.STATE in further else "model"
         self._commit = environment.commit()
+        self._settings_yaml = settings.to_yaml()  # once: it takes 5 to 8 ms, for which the loop would wait
         self._writer: CheckpointWriter | None = None
         self._claim: Claim | None = None
         self._saved_at = clock()
@@ -80,6 +81,7 @@ class Keeper:
                     self._checkpoints,
                     keep_last=settings.checkpoint.keep_last,
                     keep_every=settings.checkpoint.keep_every,
+                    say=self._say,
                 )
 
     def __enter__(self) -> Keeper:
@@ -162,7 +164,7 @@ class Keeper:
                 self._writer.save(
                     replace(progress, scaler=scaler.state_dict() if scaler else None),
                     states,
-                    self._settings.to_yaml(),
+                    self._settings_yaml,
                     before=keep_best,
                     after=(lambda: request.unlink(missing_ok=True)) if request.exists() else None,
                 )
@@ -204,9 +206,11 @@ class Keeper:
         except StorageError as error:
             self._failed = True
             self.num_failed += 1
-            message = messages.not_saved(error)
-            self._world.say(message)
-            append_to_log(self._folder, message)
+            self._say(messages.not_saved(error))
+
+    def _say(self, message: str) -> None:
+        self._world.say(message)
+        append_to_log(self._folder, message)
 
     def _insist(self) -> None:
         self._settle()

@@ -56,7 +56,7 @@ class RunState:
         """All ranks: what a checkpoint holds. The networks' running statistics are the mean over the ranks, for any
         number of them to load; each rank's own are kept beside it, so that the same number goes on bit for bit."""
         states: dict[str, Mapping[str, torch.Tensor]] = {
-            "model": self._model.state_dict(),
+            "model": self._model.state_dict(keep_vars=True),  # 320 detached tensors would cost the loop 0.4 ms
             "optimizer": optim.state_tensors(self._optimizer, self._model),
             **{name: thing.state_dict() for name, thing in self._further.items()},
         }
