@@ -1,0 +1,18 @@
+"""The training program with ranks that share one GPU, over gloo, since NCCL refuses that. Only tests run it."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from accelerate.utils import InitProcessGroupKwargs
+
+from wasteddp.train import main
+from wasteddp.training import runtime, signals
+from wasteddp.training.last_words import leave
+
+if __name__ == "__main__":
+    signals.install()  # as train.py does when it is the program
+    os.environ["LOCAL_RANK"] = "0"  # Accelerate takes the device from it, and DDP its number
+    runtime.InitProcessGroupKwargs = partial(InitProcessGroupKwargs, backend="gloo")  # type: ignore[assignment,misc]
+    leave(main())
