@@ -15,6 +15,14 @@ from wasteddp.data.sharding import Job, Options, make_shards
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadgroup a file's tests stay together, for the sake of what they train once; so do all on Slurm."""
+    for item in items:
+        name = "slurm" if "slurm" in item.path.parts else str(item.path.relative_to(Path(__file__).parent))
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps one state a process, with the precision of its first use."""
