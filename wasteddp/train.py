@@ -47,7 +47,8 @@ from wasteddp.model import ema
 from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
 from wasteddp.training import coverage, divergence, fitting, inputs, messages, network, optim, run_folder, runtime
-from wasteddp.training.agenda import Agenda, agree
+from wasteddp.training.agenda import Agenda
+from wasteddp.training.agreement import agreed
 from wasteddp.training.checkpoints import Progress
 from wasteddp.training.divergence import Guard, Retreat
 from wasteddp.training.keeper import Keeper
@@ -146,20 +147,19 @@ def train(
         if stopped_early or progress.unmeasured is not None:
             last_step = progress.step
         is_stopped, failure = False, None
-        batches = profiler.watched(data.batches(progress.step, last_step, world))
-        for batch in meter.waiting(world.watch.steps(batches, progress.step)):
-            # agree: all ranks
-            agreed = agree(batch, world, seed=plan.seed, asks=keeper.asks())
-            if agreed.stops:
+        batches = agreed(data.batches(progress.step, last_step, world), world, seed=plan.seed, asks=keeper.asks)
+        for batch, agree in meter.waiting(world.watch.steps(profiler.watched(batches), progress.step)):
+            agreement = agree()  # all ranks
+            if agreement.stops:
                 if meter.num_steps:
                     progress = guard.judge(progress, meter.read(world, settings.train.batch_size), saves=True)
                 keeper.save(progress, epoch=batch.epoch, best=None)
                 is_stopped, failure = True, batch.failure
                 break
-            if agreed.damaged:
-                progress = replace(progress, damaged=progress.damaged + agreed.damaged)
+            if agreement.damaged:
+                progress = replace(progress, damaged=progress.damaged + agreement.damaged)
                 messages.report_damage(world, tracker.say, batch.damage, progress.damaged, settings.data.max_damaged)
-            due = agenda.due(progress.step + 1, is_asked=agreed.saves or keeper.notice.wants_a_save())
+            due = agenda.due(progress.step + 1, is_asked=agreement.saves or keeper.notice.wants_a_save())
 
             # update: all ranks
             guard.begin_step()
@@ -175,7 +175,7 @@ def train(
             norm = recipe.clip(is_asked=due.logs or guard.skips)
             skipped = guard.step(stepper, meter.step_loss, norm)
             average.update(progress.step, skipped)
-            covered = coverage.added(progress.covered, agreed.sums, batch)
+            covered = coverage.added(progress.covered, agreement.sums, batch)
             progress = replace(progress, step=progress.step + 1, covered=covered)
             meter.step_done(skipped)
             profiler.step_done()  # all ranks

@@ -8,7 +8,8 @@ or batch it is in. The random crop happens earlier, while decoding (`images.trai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,41 @@ from wasteddp.data.to_device import to_device
 _ERASE_SCALE = (0.02, 0.33)
 _ERASE_RATIO = (0.3, 3.3)
 # Source: ITU-R BT.601 luma, as in torchvision.transforms.functional.rgb_to_grayscale
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
+
+Bools = npt.NDArray[np.bool_]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What is done to each image of a batch, as the random numbers of its sample say.
+
+    A pixel becomes own x pixel + grey x luma of the pixel + mean x mean luma of the image, clamped to 0 .. 255.
+    """
+
+    flips_columns_B: Bools
+    flips_rows_B: Bools
+    own_B: F32
+    grey_B: F32
+    mean_B: F32
+    erased_B4: I64  # first row and the one after the last, first column and the one after the last
+
+    def table(self) -> F32:
+        """All of it, float32 [B, 9] in the order of the fields."""
+        columns = self.flips_columns_B, self.flips_rows_B, self.own_B, self.grey_B, self.mean_B, *self.erased_B4.T
+        return np.stack(columns, axis=1).astype(np.float32)
+
+    def mask(self, height: int, width: int) -> Bools:
+        """Which pixels are erased, [B, H, W]."""
+        rows, columns = np.arange(height)[None, :, None], np.arange(width)[None, None, :]
+        top, bottom, left, right = self.erased_B4.T[:, :, None, None]
+        mask: Bools = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+        return mask
+
+
+# (uint8 [B, 3, H, W] channels-last, what is done to it, whether its colour changes) -> float32 of the same shape
+Kernel = Callable[[torch.Tensor, Drawn, bool], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +77,16 @@ class Augment:
     policy: str = "none"
     policy_ops: int = 2
     policy_strength: float = 0.3
+    kernel: Kernel | None = field(default=None, compare=False)  # does all but a policy's operations; see `on`
 
     @classmethod
     def of(cls, settings: settings.Augment, seed: int) -> Augment:
         """The part of the settings that happens on the device to one image."""
         return cls(seed, **settings.model_dump(include={field.name for field in fields(cls)}))
+
+    @property
+    def has_colour(self) -> bool:
+        return bool(self.brightness or self.contrast or self.saturation)
 
     def __call__(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
         """uint8 [B, 3, H, W] -> normalised float32 of the same shape and memory format.
@@ -56,26 +96,65 @@ class Augment:
             samples: sample numbers, int64 [B].
             epoch: of the batch.
         """
-        device = images_BCHW.device
+        device, (height, width) = images_BCHW.device, images_BCHW.shape[2:]
         is_channels_last = images_BCHW.is_contiguous(memory_format=torch.channels_last)
+        drawn = self._draw(samples, epoch, height, width)
+        if self.kernel and self.policy == "none" and is_channels_last:
+            return self.kernel(images_BCHW, drawn, self.has_colour)
         # One plane a channel for the arithmetic: what is one number an image or a channel is then one number a row of
         # memory, and a batch of 32 at 112 px takes 3 ms on two cores, against 13 ms in channels-last.
         images_BCHW = images_BCHW.contiguous()
-        flips = uniform(FLIP, self.seed, epoch, samples, num=2)
-        for probability, draw, axis in ((self.horizontal_flip, flips[:, 0], 3), (self.vertical_flip, flips[:, 1], 2)):
-            if probability > 0:
-                chosen = column(draw < probability, device)
-                images_BCHW = torch.where(chosen, images_BCHW.flip(axis), images_BCHW)
+        for chosen_B, axis in ((drawn.flips_columns_B, 3), (drawn.flips_rows_B, 2)):
+            if chosen_B.any():
+                images_BCHW = torch.where(column(chosen_B, device), images_BCHW.flip(axis), images_BCHW)
         if self.policy != "none":
             images_BCHW = self._policy(images_BCHW, samples, epoch)
+            if self.kernel and is_channels_last:
+                no = np.zeros(len(samples), np.bool_)
+                images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+                return self.kernel(images_BCHW, replace(drawn, flips_columns_B=no, flips_rows_B=no), self.has_colour)
         pixels_BCHW = images_BCHW.float()
-        if self.brightness or self.contrast or self.saturation:
-            pixels_BCHW = self._colour(images_BCHW, pixels_BCHW, samples, epoch)
+        if self.has_colour:
+            pixels_BCHW = _coloured(images_BCHW, pixels_BCHW, drawn)
         normalised = normalise(pixels_BCHW)
         if self.erase:
-            keep = ~_erased(samples, epoch, self.seed, self.erase, images_BCHW.shape[2], images_BCHW.shape[3])
-            normalised = normalised * to_device(keep[:, None], device)  # 0 is the mean colour
+            normalised = normalised * to_device(~drawn.mask(height, width)[:, None], device)  # 0 is the mean colour
         return normalised.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
+
+    def on(self, device: torch.device, say: Callable[[str], object]) -> Augment:
+        """The same augmentation, the fastest way that this device is seen to compute with the bits of a CPU.
+
+        Args:
+            say: takes the reason where that is not the one kernel; results are the same either way.
+        """
+        if device.type != "cuda":
+            return self
+        try:
+            from wasteddp.data import fused_augment  # Triton comes with torch's CUDA builds on Linux only
+
+            reason = fused_augment.difference(device)
+        except Exception as error:  # no Triton, no C compiler, a card that it does not know: each has its own
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if reason:
+            say(f"augmentation takes some 30 kernels a batch instead of one: {reason}")
+            return self
+        return replace(self, kernel=fused_augment.augment)
+
+    def _draw(self, samples: I64, epoch: int, height: int, width: int) -> Drawn:
+        flips = uniform(FLIP, self.seed, epoch, samples, num=2)
+        colours = 2 * uniform(COLOUR, self.seed, epoch, samples, num=3) - 1
+        sizes = self.brightness, self.contrast, self.saturation
+        # Brightness b, contrast c and saturation s, factors in [1 - x, 1 + x], are together one linear map.
+        # Source: torchvision.transforms.ColorJitter, in this fixed order and clamped once, at the end.
+        b, c, s = (1 + size * colours[:, number] for number, size in enumerate(sizes))
+        return Drawn(
+            flips_columns_B=flips[:, 0] < self.horizontal_flip,
+            flips_rows_B=flips[:, 1] < self.vertical_flip,
+            own_B=(s * c * b).astype(np.float32),
+            grey_B=((1 - s) * c * b).astype(np.float32),
+            mean_B=((1 - c) * b).astype(np.float32),
+            erased_B4=_erased(samples, epoch, self.seed, self.erase, height, width),
+        )
 
     def _policy(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
         """One image's operations one after another, each of them for the whole batch at once."""
@@ -93,40 +172,31 @@ class Augment:
             images_BCHW = operations.apply(images_BCHW, operations_B, magnitudes_B)
         return images_BCHW
 
-    def _colour(self, images_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
-        """Brightness b, contrast c and saturation s, factors in [1 - x, 1 + x], as the one linear map that they make:
 
-            s c b pixel + (1 - s) c b grey + (1 - c) b mean       grey: the pixel's luma, mean: that of the image
-
-        Source: torchvision.transforms.ColorJitter, in this fixed order and clamped once, at the end.
-        """
-        height, width = images_BCHW.shape[2:]
-        draws = 2 * uniform(COLOUR, self.seed, epoch, samples, num=3) - 1
-        b, c, s = (1 + size * draws[:, i] for i, size in enumerate((self.brightness, self.contrast, self.saturation)))
-        own, grey, mean = (
-            column(f.astype(np.float32), images_BCHW.device) for f in (s * c * b, (1 - s) * c * b, (1 - c) * b)
-        )
-        red_B1HW, green_B1HW, blue_B1HW = torch.split(pixels_BCHW, 1, dim=1)
-        grey_B1HW = red_B1HW * _LUMA[0] + green_B1HW * _LUMA[1] + blue_B1HW * _LUMA[2]
-        # sums of integers are the same in whatever order a device or a number of threads adds them
-        sums_BC = images_BCHW.sum((2, 3), dtype=torch.int64).double()
-        mean_B = (sums_BC[:, 0] * _LUMA[0] + sums_BC[:, 1] * _LUMA[1] + sums_BC[:, 2] * _LUMA[2]) / (height * width)
-        offset_B1HW = grey_B1HW * grey + mean_B.float().view(-1, 1, 1, 1) * mean
-        return (pixels_BCHW * own).add_(offset_B1HW).clamp_(0, 255)
+def mean_luma(images_BCHW: torch.Tensor) -> torch.Tensor:
+    """The mean of each image's luma, float64 [B]; the same bits on each device."""
+    # sums of integers are the same in whatever order a device or a number of threads adds them
+    sums_BC = images_BCHW.sum((2, 3), dtype=torch.int64).double()
+    num_pixels = images_BCHW.shape[2] * images_BCHW.shape[3]
+    return (sums_BC[:, 0] * LUMA[0] + sums_BC[:, 1] * LUMA[1] + sums_BC[:, 2] * LUMA[2]) / num_pixels
 
 
-def _erased(samples: I64, epoch: int, seed: int, probability: float, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Which pixels are erased: bool [B, H, W]."""
+def _coloured(images_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+    device = images_BCHW.device
+    own, grey, mean = (column(factor_B, device) for factor_B in (drawn.own_B, drawn.grey_B, drawn.mean_B))
+    red_B1HW, green_B1HW, blue_B1HW = torch.split(pixels_BCHW, 1, dim=1)
+    grey_B1HW = red_B1HW * LUMA[0] + green_B1HW * LUMA[1] + blue_B1HW * LUMA[2]
+    offset_B1HW = grey_B1HW * grey + mean_luma(images_BCHW).float().view(-1, 1, 1, 1) * mean
+    return (pixels_BCHW * own).add_(offset_B1HW).clamp_(0, 255)
+
+
+def _erased(samples: I64, epoch: int, seed: int, probability: float, height: int, width: int) -> I64:
+    """See `Drawn.erased_B4`; four zeros where nothing is erased."""
     chance, area, ratio, top, left = uniform(ERASE, seed, epoch, samples, num=5).T
     area = height * width * (_ERASE_SCALE[0] + (_ERASE_SCALE[1] - _ERASE_SCALE[0]) * area)
     ratio = np.exp(np.log(_ERASE_RATIO[0]) + np.log(_ERASE_RATIO[1] / _ERASE_RATIO[0]) * ratio)
     box_height = np.minimum(height, np.round(np.sqrt(area * ratio)))
     box_width = np.minimum(width, np.round(np.sqrt(area / ratio)))
-    first_row = np.floor((height - box_height + 1) * top)[:, None]
-    first_column = np.floor((width - box_width + 1) * left)[:, None]
-    rows, columns = np.arange(height)[None, :], np.arange(width)[None, :]
-    in_rows = (rows >= first_row) & (rows < first_row + box_height[:, None])  # [B, H]
-    in_columns = (columns >= first_column) & (columns < first_column + box_width[:, None])  # [B, W]
-    erased: npt.NDArray[np.bool_] = in_rows[:, :, None] & in_columns[:, None, :]
-    erased &= (chance < probability)[:, None, None]
-    return erased
+    first_row, first_column = np.floor((height - box_height + 1) * top), np.floor((width - box_width + 1) * left)
+    box_B4 = np.stack((first_row, first_row + box_height, first_column, first_column + box_width), axis=1)
+    return np.where((chance < probability)[:, None], box_B4, 0).astype(np.int64)

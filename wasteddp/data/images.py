@@ -124,8 +124,10 @@ def _as_1CHW(pixels: ImageHWC) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _constants(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift and factor, [1, 3, 1, 1], made once: making them waits for the device."""
+def normalising(
+    device: torch.device, mean: Sequence[float] = MEAN_RGB, std: Sequence[float] = STD_RGB
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and factor for pixels in 0..255, [1, 3, 1, 1], made once: making them waits for the device."""
     shift, factor = [255.0 * m for m in mean], [1.0 / (255.0 * s) for s in std]
     return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (shift, factor))  # type: ignore[return-value]
 
@@ -136,5 +138,5 @@ def normalise(
     std: tuple[float, float, float] = STD_RGB,
 ) -> torch.Tensor:
     """uint8 [B, 3, H, W] in 0..255 -> float32 of zero mean and unit variance: (x / 255 - mean) / std."""
-    shift, factor = _constants(mean, std, images_BCHW.device)
+    shift, factor = normalising(images_BCHW.device, mean, std)
     return (images_BCHW.float() - shift) * factor

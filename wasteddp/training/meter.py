@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from wasteddp.data.batch import Batch
 from wasteddp.training.runtime import Runtime
+
+Item = TypeVar("Item")
 
 _MOST_RANKS = 16  # that have metrics of their own: each name is a curve more on a dashboard
 
@@ -42,7 +44,7 @@ class Meter:
         self._step_s: list[float] = []
         self._step_began = self._since
 
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
         """The same batches, with the time spent waiting for each counted."""
         while True:
             before = time.perf_counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -94,13 +94,22 @@ class Runtime:
 
     def totals(self, *counts: int) -> list[int]:
         """All ranks: the sum of each count over the ranks."""
+        return self.begin_totals(*counts)()
+
+    def begin_totals(self, *counts: int) -> Callable[[], list[int]]:
+        """All ranks: `totals`, begun. What is returned waits until all ranks have begun theirs."""
         if self.control is None:
-            return list(counts)
+            return lambda: list(counts)
         words = torch.tensor(counts)
-        before = self.watch.meet()
-        dist.all_reduce(words, group=self.control)
-        self.watch.met(before)
-        return words.tolist()
+        pending = dist.all_reduce(words, group=self.control, async_op=True)
+
+        def finish() -> list[int]:
+            before = self.watch.meet()
+            pending.wait()
+            self.watch.met(before)
+            return words.tolist()
+
+        return finish
 
     def say(self, message: str) -> None:
         """Rank 0 prints, before there is a tracker that also keeps it."""
