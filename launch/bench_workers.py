@@ -2,7 +2,10 @@
 
 Called by `python -m launch.bench workers`. Needs no GPU: a loop of small tensor operations stands for a step that
 launches kernels. It runs alone, and while a loader decodes at full speed on the other cores, in turns, each side in a
-process of its own. Also printed: images/s of the loader alone, the time to its first batch, and its processes' memory.
+process of its own. A loader in a program that has nothing to do with the loop shows what the machine itself takes from
+it, by its caches, its memory and its other users: what the loader costs is the distance from there.
+
+Also printed: images/s of the loader alone, the time to its first batch, and its processes' memory.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from wasteddp.data.parallel import num_usable_cores
 
 BATCH, IMAGE_SIZE_PX = 64, 224
 KINDS = ("threads", "processes")
+ELSEWHERE = "elsewhere"  # a loader in another program
 _OPERATIONS = 200  # a "step"
 
 
@@ -40,7 +44,7 @@ def compare(arguments: argparse.Namespace) -> None:
     cores = num_usable_cores()
     beside = max(1, cores - 1)  # one core is the launching thread's
     counts = [int(word) for word in arguments.workers.split(",") if word] or sorted({1, cores})
-    sides = [("alone", "", 0)] + [("pace", kind, beside) for kind in KINDS]
+    sides = [("alone", "", 0)] + [("pace", kind, beside) for kind in (*KINDS, ELSEWHERE)]
     sides += [("loader", kind, count) for count in counts for kind in KINDS]
     found: dict[tuple[str, str, int], list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(arguments.rounds):
@@ -56,17 +60,23 @@ def compare(arguments: argparse.Namespace) -> None:
 
     alone = median(sides[0], "operations_per_s")
     print(f"a loop of small tensor operations, alone {alone:,.0f} a second; beside {beside} decoding:")
-    for kind in KINDS:
+    for kind in (*KINDS, ELSEWHERE):
         pace, images = (median(("pace", kind, beside), what) for what in ("operations_per_s", "images_per_s"))
-        print(f"  {kind:10s} {pace / alone:5.2f} of that, {images:8.1f} images/s decoded meanwhile")
+        name = kind if kind in KINDS else "in another program"
+        print(f"  {name:18s} {pace / alone:5.2f} of that, {images:8.1f} images/s decoded meanwhile")
     print(f"the loader alone, batches of {BATCH} x {IMAGE_SIZE_PX} px:")
     for count in counts:
         for kind in KINDS:
             side = "loader", kind, count
             print(
                 f"  {count} {kind:10s} {median(side, 'images_per_s'):8.1f} images/s   first batch "
-                f"{median(side, 'first_batch_s'):5.2f} s   memory {median(side, 'server_mb'):5.0f} MB of the server, "
-                f"{median(side, 'worker_mb'):5.1f} MB more a worker, {median(side, 'shared_mb'):5.1f} MB shared"
+                f"{median(side, 'first_batch_s'):5.2f} s"
+                + (
+                    f"   memory {median(side, 'processes_mb'):5.0f} MB of its processes, of which each worker's own "
+                    f"{median(side, 'worker_mb'):5.1f}; {median(side, 'shared_mb'):5.1f} MB of batches"
+                    if kind == "processes"
+                    else ""
+                )
             )
 
 
@@ -104,21 +114,21 @@ def _loader_alone(kind: str, workers: int, shards: str, seconds: float) -> dict[
         while time.perf_counter() - began < seconds:
             images += len(next(batches).samples)
         rate = images / (time.perf_counter() - began)
-        memory = {"server_mb": 0.0, "worker_mb": 0.0, "shared_mb": 0.0}
+        memory = {"processes_mb": 0.0, "worker_mb": 0.0, "shared_mb": 0.0}
         if kind == "processes":
             pool = loader._pool
             memory = {
-                "server_mb": _private_mb(pool.server.pid),
-                "worker_mb": statistics.mean(map(_private_mb, pool.pids)),
+                "processes_mb": sum(_memory_mb(pid, "Pss_Anon", "Pss_File") for pid in (pool.server.pid, *pool.pids)),
+                "worker_mb": statistics.mean(_memory_mb(pid, "Private_") for pid in pool.pids),
                 "shared_mb": sum(shared.num_bytes for shared in loader._shared) / 1e6,
             }
         return {"images_per_s": rate, "first_batch_s": first_s, **memory}
 
 
-def _private_mb(pid: int) -> float:
-    """Memory that is this process's only; what it shares with others, libraries' code too, is not counted."""
+def _memory_mb(pid: int, *kinds: str) -> float:
+    """What the kernel counts for a process. Private_: nobody else has it; Pss_: a page of n processes counts 1/n."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(kinds)) / 1024
 
 
 def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, float]:
@@ -143,6 +153,14 @@ def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, flo
 
     if kind == "":
         return {"operations_per_s": loop(), "images_per_s": 0.0}
+    if kind == ELSEWHERE:
+        command = [sys.executable, "-m", "launch.bench_workers", "decode", "threads", str(workers), shards, "0"]
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout
+            other.stdout.readline()  # its first batch is there
+            began, pace = time.perf_counter(), loop()
+            out, _ = other.communicate("")
+        return {"operations_per_s": pace, "images_per_s": int(out) / (time.perf_counter() - began)}
     with _loader(kind, workers, shards) as (_, batches):
         next(batches)
         taker = threading.Thread(target=take, args=(batches,))
@@ -153,7 +171,27 @@ def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, flo
         return {"operations_per_s": pace, "images_per_s": images[0] / seconds}
 
 
+def _decode(kind: str, workers: int, shards: str) -> None:
+    """Decodes from the line that it prints to the end of its input; prints how many images."""
+    ends, images = threading.Event(), 0
+
+    def wait_for_the_end() -> None:
+        sys.stdin.read()
+        ends.set()
+
+    with _loader(kind, workers, shards) as (_, batches):
+        next(batches)
+        print("decoding", flush=True)
+        threading.Thread(target=wait_for_the_end, daemon=True).start()
+        while not ends.is_set():
+            images += len(next(batches).samples)
+        print(images, flush=True)
+
+
 if __name__ == "__main__":
     what, kind, workers, shards, seconds = sys.argv[1:]
-    measure = _loader_alone if what == "loader" else _pace
-    print(json.dumps(measure(kind, int(workers), shards, float(seconds))))
+    if what == "decode":
+        _decode(kind, int(workers), shards)
+    else:
+        measure = _loader_alone if what == "loader" else _pace
+        print(json.dumps(measure(kind, int(workers), shards, float(seconds))))
