@@ -31,7 +31,7 @@ from launch.drawn import drawn_set
 from wasteddp import settings as settings_file
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.settings import Settings
-from wasteddp.training.runtime import choose_precision
+from wasteddp.training import precision
 
 WARM_STEPS, PROFILED_STEPS, ROW_STEPS = 4, 4, 4
 
@@ -69,10 +69,9 @@ def compare(arguments: argparse.Namespace) -> None:
             for ranks in numbers if number % 2 == 0 else reversed(numbers):
                 found[ranks].append(_run(runs[ranks], ranks, shards, Path(tempfile.mkdtemp(dir=folder))))
     first = runs[numbers[0]]
-    precision = choose_precision(first.precision, torch.cuda.is_available())[0]
     threads = f", {first.run.threads} threads each" if first.run.threads else ""
     print(
-        f"{first.model.arch}, {first.data.image_size} px, {precision}, micro-batches of at most "
+        f"{first.model.arch}, {first.data.image_size} px, {first.precision}, micro-batches of at most "
         f"{first.train.max_micro_batch}{threads}; median of {arguments.rounds} rounds of {steps} steps, in turns\n"
     )
     print(table(found, {ranks: run.train.batch_size for ranks, run in runs.items()}))
@@ -122,6 +121,7 @@ def _settings(arguments: argparse.Namespace, ranks: int, most: int, steps: int) 
         "evaluate.every_steps=1000000",
         f"profile.skip={WARM_STEPS + steps}",
         f"profile.steps={PROFILED_STEPS}",
+        f"precision={precision.without_measuring(asked.precision)}",
         "data.lanes=0",
         "model.weights=none",
         "track.wandb=disabled",

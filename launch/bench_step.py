@@ -37,7 +37,7 @@ from wasteddp import settings as settings_file
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.model import resnet
 from wasteddp.settings import Settings
-from wasteddp.training import optim, runtime
+from wasteddp.training import optim, precision, runtime
 
 OURS, TIMM = "wasteddp", "timm"
 
@@ -69,9 +69,9 @@ def compare(arguments: argparse.Namespace) -> None:
                 command += [str(arguments.steps), str(arguments.warm)]
                 done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
                 found[side].append(float(json.loads(done.stdout.splitlines()[-1])))
-    images, precision = settings.train.batch_size, runtime.choose_precision(settings.precision, _has_gpu())[0]
+    images = settings.train.batch_size
     print(
-        f"{settings.model.arch}, {images} images of {settings.data.image_size} px in memory, {precision}, "
+        f"{settings.model.arch}, {images} images of {settings.data.image_size} px in memory, {settings.precision}, "
         f"{settings.optimizer.name}; median of {arguments.rounds} rounds of {arguments.steps} steps, in turns\n"
     )
     print(table(found, images))
@@ -95,6 +95,7 @@ def one_micro_batch(settings: Settings, folder: Path) -> Settings:
     shards = drawn_set(folder, num_images=images, size_px=settings.data.image_size)
     changes = [f"train.batch_size={images}", f"train.max_micro_batch={images}", "data.lanes=0", "model.weights=none"]
     changes += [f"data.shards={shards}", "data.train_split=train", "data.eval_split=val", f"run.out={folder / 'run'}"]
+    changes += [f"precision={precision.without_measuring(settings.precision)}"]  # the same on all sides
     return settings_file.parse(settings.to_yaml(), changes)
 
 
@@ -161,8 +162,8 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
 def _bare(settings: Settings, stack: ExitStack) -> Step:
     from accelerate import Accelerator
 
-    precision = runtime.choose_precision(settings.precision, _has_gpu())[0]
-    accelerator = Accelerator(cpu=not _has_gpu(), mixed_precision={"fp32": "no"}.get(precision, precision))
+    asked = settings.precision
+    accelerator = Accelerator(cpu=not _has_gpu(), mixed_precision={"fp32": "no"}.get(asked, asked))
     model = resnet.build(settings.model.arch, NUM_CLASSES)
     model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optim.build(model, settings.optimizer)
@@ -279,12 +280,11 @@ def _batch(settings: Settings, *, channels_last: bool) -> tuple[torch.Tensor, to
 
 def _precision(settings: Settings) -> tuple[torch.autocast, torch.amp.GradScaler]:
     """The contexts of the scripts for the same precision as ours; they do nothing where it needs none."""
-    precision = runtime.choose_precision(settings.precision, _has_gpu())[0]
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
     kind = _device().type
     return (
-        torch.autocast(kind, dtype, enabled=precision != "fp32"),
-        torch.amp.GradScaler(kind, enabled=precision == "fp16"),
+        torch.autocast(kind, dtype, enabled=settings.precision != "fp32"),
+        torch.amp.GradScaler(kind, enabled=settings.precision == "fp16"),
     )
 
 

@@ -12,6 +12,7 @@ from wasteddp import settings
 from wasteddp.data import parallel
 from wasteddp.errors import LaunchError
 from wasteddp.training import runtime
+from wasteddp.training.precision import NOTHING_KEPT, choose, refuse_impossible
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,13 @@ def test_precision_on_a_cpu_comes_with_its_reason(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_bf16)
-    assert runtime.choose_precision(asked, has_gpu=False) == (precision, reason)
+    chosen = choose(asked, has_gpu=False, kept=NOTHING_KEPT, measure=lambda _: {})
+    assert (chosen.name, chosen.reason) == (precision, reason)
 
 
 def test_fp16_without_a_gpu_is_refused() -> None:
     with pytest.raises(LaunchError, match="precision is fp16 and there is no GPU"):
-        runtime.choose_precision("fp16", has_gpu=False)
+        refuse_impossible("fp16", has_gpu=False)
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,21 @@ from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, StoppedError
 from wasteddp.model import ema
 from wasteddp.report.at_the_end import reported
 from wasteddp.settings import Settings
-from wasteddp.training import coverage, divergence, fitting, inputs, messages, network, optim, run_folder, runtime
+from wasteddp.training import (
+    compilation,
+    coverage,
+    divergence,
+    fitting,
+    inputs,
+    messages,
+    network,
+    optim,
+    run_folder,
+    runtime,
+)
 from wasteddp.training.agenda import Agenda
 from wasteddp.training.agreement import agreed
-from wasteddp.training.checkpoints import Progress
+from wasteddp.training.checkpoints import Progress, kept_choices
 from wasteddp.training.divergence import Guard, Retreat
 from wasteddp.training.keeper import Keeper
 from wasteddp.training.last_words import leave
@@ -75,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             watch.start(settings)
             server = stack.enter_context(inputs.started_early(settings))
-            world = runtime.start(settings, watch)  # all ranks
+            kept = kept_choices(Path(settings.run.out), arguments.resume)
+            world = runtime.start(settings, watch, kept)  # all ranks
             with contextlib.closing(world), inputs.opened(settings, world, server) as data:
                 start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
                 steps = 1 if arguments.check else None
@@ -111,6 +123,7 @@ def train(
     plan, manifest, out = data.plan, data.manifest, Path(settings.run.out)
 
     # --- model, optimizer, loss -------------------------------------------------------------------------------------
+    world = compilation.settled(settings, world, plan)  # all ranks
     model, origin = network.made(settings, world, len(manifest.classes))  # all ranks
     optimizer = optim.build(model, settings.optimizer)
     recipe = Recipe(settings, world, data, model)  # all ranks

@@ -15,6 +15,7 @@ name comes back under that name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -32,12 +33,14 @@ from safetensors.torch import load
 
 from wasteddp.errors import CheckpointError
 from wasteddp.training.lineage import Lineage
+from wasteddp.training.precision import NOTHING_KEPT, Kept
 
 FORMAT = "wasteddp-checkpoint"
 FORMAT_VERSION = 4  # 2: the lineage has block, window and train_split; 3: balance and teacher; 4: unmeasured
 COMPLETE = "complete.json"
 PROGRESS = "progress.json"
 SETTINGS = "settings.yaml"
+FOLDER = "checkpoints"  # in run.out
 STATE_SUFFIX = ".safetensors"
 
 State = dict[str, torch.Tensor]
@@ -63,6 +66,8 @@ class Progress:
     rollbacks: int = 0  # times that the run went back because it diverged
     lr_factor: float = 1.0  # what they have made of the learning rate
     unmeasured: dict[str, float] | None = None  # the step's metrics, where its evaluation did not come to its end
+    precision: str = ""  # that it was computed in
+    compiles: bool | None = None  # whether the network was compiled
     micro_batch: int = 0  # that the run began with, where train.max_micro_batch left it open; 0: it did not
 
     def stopped_early(self, patience: int) -> bool:
@@ -147,6 +152,20 @@ def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Che
         )
     say(f"{folder.parent} has gone on from {resume} already, so it goes on from its own newest checkpoint")
     return newest(folder, say)
+
+
+def kept_choices(run: Path, resume: str) -> Kept:
+    """What was chosen on the machine that began the run, from the checkpoint that a start will probably go on from.
+
+    It is not checked here, since the processes have not met: `starting_point` is what proves it and reports.
+    """
+    paths = [] if resume == "never" else listed(run / FOLDER) if resume == "auto" else [Path(resume)]
+    for path in reversed(paths):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            raw = json.loads((path / PROGRESS).read_bytes())
+            # until 2026-11 it was not written down: fp16 had a loss scale, and auto was bf16 otherwise
+            return Kept(raw.get("precision") or ("fp16" if raw.get("scaler") else "bf16"), raw.get("compiles"))
+    return NOTHING_KEPT
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:

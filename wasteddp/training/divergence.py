@@ -21,7 +21,7 @@ from torch import nn
 from wasteddp.errors import DivergedError, storage
 from wasteddp.model.resnet import running_statistics
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoints import Progress, listed, step_of
+from wasteddp.training.checkpoints import FOLDER, Progress, listed, step_of
 from wasteddp.training.runtime import Runtime
 
 _FINITE = ("train/loss", "train/grad_norm")
@@ -175,7 +175,7 @@ def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Run
         try:
             return train(retreat)
         except RollBack as back:
-            folder = Path(settings.run.out) / "checkpoints"
+            folder = Path(settings.run.out) / FOLDER
             world.accelerator.free_memory()  # or the model that diverged would stay beside the next
             newest = _newest_step(folder, world)  # all ranks
             if retreat.rollbacks and newest == retreat.from_step:

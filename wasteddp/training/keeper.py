@@ -162,7 +162,12 @@ class Keeper:
                     save = partial(save_best, card=card, seen=best, settings=settings, world=self._world, data=data)
                     keep_best = partial(self._save_best, save)
                 self._writer.save(
-                    replace(progress, scaler=scaler.state_dict() if scaler else None),
+                    replace(
+                        progress,
+                        scaler=scaler.state_dict() if scaler else None,
+                        precision=self._world.precision,
+                        compiles=self._world.compiles,
+                    ),
                     states,
                     self._settings_yaml,
                     before=keep_best,
@@ -245,4 +250,4 @@ class Keeper:
 
     @property
     def _checkpoints(self) -> Path:
-        return self._folder / "checkpoints"
+        return self._folder / checkpoints.FOLDER

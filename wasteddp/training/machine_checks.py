@@ -22,8 +22,9 @@ import torch
 
 from wasteddp.data.parallel import usable_cores
 from wasteddp.errors import LaunchError
+from wasteddp.training import precision
 from wasteddp.training.finding import Finding
-from wasteddp.training.runtime import Runtime, choose_precision
+from wasteddp.training.runtime import Runtime
 
 _CONSTRAINTS = Path(__file__).resolve().parents[2] / "launch" / "constraints.txt"
 _DEVELOPMENT = ("hypothesis", "mypy", "pytest", "ruff")
@@ -144,13 +145,19 @@ def check_devices(devices: list[Device]) -> Finding:
 
 
 def check_precision(asked: str) -> Finding:
+    has_gpu = torch.cuda.is_available()
+    if has_gpu and asked == "auto":
+        return Finding("precision", "green", "auto: bf16 or fp16, by what is measured to be faster when a run begins")
     try:
-        precision, reason = choose_precision(asked, torch.cuda.is_available())
+        precision.refuse_impossible(asked, has_gpu=has_gpu)
     except LaunchError as error:
         return Finding("precision", "red", error.found, error.remedy)
-    if "emulates" in reason:
-        return Finding("precision", "yellow", f"{precision}: {reason}", "set precision to auto or fp32: it is faster")
-    return Finding("precision", "green", f"{precision}: {reason}")
+    chosen = precision.choose(asked, has_gpu=has_gpu, kept=precision.NOTHING_KEPT, measure=lambda _: {})
+    if "emulates" in chosen.reason:
+        return Finding(
+            "precision", "yellow", f"{chosen.name}: {chosen.reason}", "set precision to auto or fp32: it is faster"
+        )
+    return Finding("precision", "green", f"{chosen.name}: {chosen.reason}")
 
 
 def check_shared_memory(num_gpus: int, path: Path = Path("/dev/shm")) -> Finding:

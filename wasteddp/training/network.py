@@ -23,4 +23,4 @@ def made(settings: Settings, world: Runtime, num_classes: int) -> tuple[nn.Modul
         network = resnet.build(model.arch, num_classes, zero_init=model.zero_init_residual)
         origin = weights.initialise(network, model.arch, model.weights)
     resnet.freeze(network, resnet.frozen_to_the_end(model, settings.train.epochs))
-    return placed(network, model, device=world.device, world_size=world.world_size), origin
+    return placed(network, model, device=world.device, world_size=world.world_size, compiles=world.compiles), origin

@@ -11,7 +11,7 @@ from wasteddp.settings import Model, Settings
 _MOST_GRAPHS = 64  # that torch.compile makes of one network
 
 
-def placed(model: nn.Module, settings: Model, *, device: torch.device, world_size: int) -> nn.Module:
+def placed(model: nn.Module, settings: Model, *, device: torch.device, world_size: int, compiles: bool) -> nn.Module:
     """The same network, on the device and as it is used; before hooks are set on its BatchNorm, and before DDP.
 
     Compiled is its call, in place and inside DDP, at the first call: with the hooks and the autocast that come before
@@ -22,7 +22,7 @@ def placed(model: nn.Module, settings: Model, *, device: torch.device, world_siz
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if settings.sync_batchnorm and world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    if settings.compile:
+    if compiles:
         # a graph for each size of images and each unfrozen stage; behind the limit, of 8, torch compiles no more
         torch._dynamo.config.cache_size_limit = max(_MOST_GRAPHS, torch._dynamo.config.cache_size_limit)
         model.compile(dynamic=False)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import nn
 
 from wasteddp.data.batch import Batch
@@ -25,7 +26,8 @@ from wasteddp.data.parallel import num_usable_cores, usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
 from wasteddp.settings import Ddp, Settings
-from wasteddp.training import batch_job, placement
+from wasteddp.training import batch_job, placement, precision
+from wasteddp.training.precision import NOTHING_KEPT, Kept
 from wasteddp.training.watchdog import SLOW_FACTOR, Watchdog
 
 MOST_UNTRIED = 64  # images in a micro-batch, where train.max_micro_batch says none and none is tried (`fitting`)
@@ -47,6 +49,10 @@ class Runtime:
     control: Any  # a gloo group or None, for a few bytes between the hosts: never waits for a GPU's queue
     watch: Watchdog
     cores: int = 1  # this process's share of the machine's
+    kept: Kept = NOTHING_KEPT
+    images_per_s: float = 0.0  # of forward and backward passes here, not compiled; 0: not measured
+    compiles: bool = False  # the network; see `compilation`
+    compile_reason: str = ""
     micro_batch_reason: str = ""  # where the settings leave it open
 
     @property
@@ -170,11 +176,12 @@ class Runtime:
         self.accelerator.end_training()
 
 
-def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
+def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHING_KEPT) -> Runtime:
     """All ranks: joins the process group, chooses device, precision and threads, and solves the micro-batch.
 
     Args:
         watch: is told where this rank is.
+        kept: what the checkpoint says that this run goes on from. Rank 0's is that of all.
 
     Raises:
         LaunchError: a world that Accelerate does not see, or a precision that the device cannot do.
@@ -183,7 +190,7 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
     batch_job.refuse_other_world(os.environ)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
-    precision, reason = choose_precision(settings.precision, has_gpu)
+    precision.refuse_impossible(settings.precision, has_gpu=has_gpu)
     # Solved before the group is joined: a wrong number of processes then ends at once, everywhere.
     asked = settings.train.max_micro_batch
     micro, accumulation = micro_batch(
@@ -192,50 +199,40 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
     placement.refuse_impossible(settings, launched, accumulation, has_gpu=has_gpu)
     # Longer than the watchdog waits, which can say more than that a collective timed out.
     timeout = timedelta(seconds=60 + 1.2 * SLOW_FACTOR * settings.run.timeout_s)
-    accelerator = _join(precision, launched, has_gpu, settings.ddp, timeout)
-    if accelerator.num_processes != launched:
+    processes = _join(launched, has_gpu, timeout)
+    if processes.num_processes != launched:
         raise LaunchError(
-            f"the launcher started {launched} processes and Accelerate sees {accelerator.num_processes}",
+            f"the launcher started {launched} processes and Accelerate sees {processes.num_processes}",
             "each process would train its own model on all of the data, and the last to save would win",
             "on a CPU, launch with `--config_file launch/accelerate/cpu2.yaml`; on GPUs, with `--multi_gpu`",
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if launched > 1 else None
+    kept, chosen = _agreed_precision(settings, processes, control, kept)  # all ranks
+    accelerator = _accelerator(chosen.name, has_gpu, settings.ddp)
     world = Runtime(
         accelerator=accelerator,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
-        precision=precision,
-        precision_reason=reason,
+        precision=chosen.name,
+        precision_reason=chosen.reason,
         threads=1,
         micro_batch=micro,
         accumulation=accumulation,
         control=control,
         watch=watch or Watchdog(),
+        kept=kept,
+        images_per_s=chosen.images_per_s.get(chosen.name, 0.0),
+        compiles=settings.model.compile is True,  # auto is decided when it is known how long the run is
         micro_batch_reason="" if asked else f"the largest part up to {MOST_UNTRIED}; what fits is tried on CUDA only",
     )
     threads, cores = _use_cores(settings.run.threads, world)  # all ranks
     return replace(world, threads=threads, cores=cores)
 
 
-def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp, timeout: timedelta) -> Accelerator:
+def _join(launched: int, has_gpu: bool, timeout: timedelta) -> PartialState:
     try:
-        return Accelerator(
-            # Without cpu=True each process of a launch without a GPU believes that it is alone.
-            cpu=not has_gpu and not torch.backends.mps.is_available(),
-            mixed_precision={"fp32": "no"}.get(precision, precision),
-            kwargs_handlers=[
-                # Rank 0's BatchNorm statistics would otherwise be sent to all in each forward, the others' lost.
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False,
-                    gradient_as_bucket_view=True,
-                    bucket_cap_mb=ddp.bucket_mb,
-                    static_graph=ddp.static_graph,
-                    comm_hook=DDPCommunicationHookType(ddp.compression.replace("none", "no")),
-                ),
-                InitProcessGroupKwargs(timeout=timeout),
-            ],
-        )
+        return PartialState(cpu=_is_on_cpu(has_gpu), timeout=timeout)
     except ValueError as error:
         raise LaunchError(
             f"the {launched} processes that were launched cannot be joined: {error}",
@@ -244,29 +241,46 @@ def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp, timeout: timed
         ) from error
 
 
-def choose_precision(asked: str, has_gpu: bool) -> tuple[str, str]:
-    """(precision, reason) for "auto", "fp32", "bf16" or "fp16".
+def _is_on_cpu(has_gpu: bool) -> bool:
+    # Without cpu=True each process of a launch without a GPU believes that it is alone.
+    return not has_gpu and not torch.backends.mps.is_available()
 
-    Raises:
-        LaunchError: fp16 without a GPU. Accelerate would run fp32 there and go on calling it fp16.
-    """
-    if has_gpu:
-        supported = torch.cuda.is_bf16_supported()
-        device = torch.cuda.get_device_name()
-    else:
-        supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        device = "this CPU, with AVX512-BF16 or AMX," if supported else "this CPU, without AVX512-BF16 and AMX,"
-    if asked == "auto":
-        return ("bf16", f"{device} computes it") if supported else ("fp32", f"{device} does not compute bf16")
-    if asked == "fp16" and not has_gpu:
-        raise LaunchError(
-            "precision is fp16 and there is no GPU",
-            "a CPU would compute in fp32 and the log would say fp16",
-            "set precision to auto, bf16 or fp32",
+
+def _agreed_precision(
+    settings: Settings, processes: PartialState, control: Any, kept: Kept
+) -> tuple[Kept, precision.Precision]:
+    """All ranks: what rank 0 keeps and measures. Before the accelerator is made, which is told the precision."""
+    answer: list[Any] = [None]
+    if processes.process_index == 0:
+        chosen = precision.choose(
+            settings.precision,
+            has_gpu=processes.device.type == "cuda",
+            kept=kept,
+            measure=partial(precision.measure, settings, processes.device),
+            is_speed_asked=settings.model.compile == "auto" and kept.compiles is None,
         )
-    if asked == "bf16" and not supported:
-        return "bf16", f"as set; {device} emulates it, slower than fp32"
-    return asked, "as set"
+        answer = [(kept, chosen)]
+    if control is not None:
+        dist.broadcast_object_list(answer, src=0, group=control)
+    kept, chosen = answer[0]
+    return kept, chosen
+
+
+def _accelerator(precision: str, has_gpu: bool, ddp: Ddp) -> Accelerator:
+    return Accelerator(
+        cpu=_is_on_cpu(has_gpu),
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        kwargs_handlers=[
+            # Rank 0's BatchNorm statistics would otherwise be sent to all in each forward, the others' lost.
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=ddp.bucket_mb,
+                static_graph=ddp.static_graph,
+                comm_hook=DDPCommunicationHookType(ddp.compression.replace("none", "no")),
+            ),
+        ],
+    )
 
 
 def _use_cores(asked: int, world: Runtime) -> tuple[int, int]:

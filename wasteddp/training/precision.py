@@ -1,0 +1,149 @@
+"""The precision that a run computes in: as set, that of the checkpoint it goes on from, or the faster one of its card.
+
+bf16 and fp16 are equally fast in a GPU's matrix units, and differ in what surrounds them: on one H200, not compiled,
+fp16 was 28 % faster, as torch takes cuDNN's BatchNorm for fp16 and not for bf16 (configs/NOTES.md). So `auto` measures.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+
+from wasteddp.errors import LaunchError
+from wasteddp.model import resnet
+from wasteddp.settings import Model, Settings
+
+_LEAST_GAIN = 1.05  # of fp16 over bf16, which needs no loss scale and overflows nowhere
+_MOST_IMAGES, _WARM_UP, _ROUNDS, _STEPS = 64, 3, 5, 3
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a run keeps from its checkpoint, because it was chosen on the machine that began it."""
+
+    precision: str = ""  # "": there is no checkpoint
+    compiles: bool | None = None  # None: no checkpoint, or one that does not say
+
+
+NOTHING_KEPT = Kept()
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    name: str  # fp32, bf16 or fp16
+    reason: str
+    images_per_s: dict[str, float] = field(default_factory=dict)  # by precision: of this process, as far as measured
+
+
+Measure = Callable[[Sequence[str]], dict[str, float]]  # images/s of each precision; nothing, if memory is lacking
+
+
+def choose(asked: str, *, has_gpu: bool, kept: Kept, measure: Measure, is_speed_asked: bool = False) -> Precision:
+    """The precision for "auto", "fp32", "bf16" or "fp16".
+
+    Args:
+        measure: see `measure`; it is called on a GPU only, and not if nothing hangs on it.
+        is_speed_asked: the images/s are to be known even if the choice does not hang on them.
+    """
+    if not has_gpu:
+        return _on_a_cpu(asked)
+    card, has_bf16 = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked != "auto":
+        emulated = "" if asked != "bf16" or has_bf16 else f"; {card} emulates it, slower than fp16"
+        chosen = Precision(asked, f"as set{emulated}")
+    elif kept.precision and (has_bf16 or kept.precision != "bf16"):
+        chosen = Precision(kept.precision, "as in the checkpoint that it goes on from")
+    elif torch.cuda.get_device_capability() < (7, 0):
+        chosen = Precision("fp32", f"{card} has no matrix units for less")
+    elif not has_bf16:
+        chosen = Precision("fp16", f"{card} does not compute bf16")
+    else:
+        return _the_faster(card, measure(("bf16", "fp16")))
+    return Precision(chosen.name, chosen.reason, measure((chosen.name,)) if is_speed_asked else {})
+
+
+def _the_faster(card: str, images_per_s: dict[str, float]) -> Precision:
+    if not images_per_s:
+        return Precision("bf16", f"{card} has too little free memory to measure whether fp16 is faster")
+    bf16, fp16 = images_per_s["bf16"], images_per_s["fp16"]
+    name = "fp16" if fp16 >= _LEAST_GAIN * bf16 else "bf16"
+    reason = f"measured on {card}, not compiled: bf16 {bf16:,.0f} images/s, fp16 {fp16:,.0f}"
+    return Precision(name, reason, images_per_s)
+
+
+def _on_a_cpu(asked: str) -> Precision:
+    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    device = "this CPU, with AVX512-BF16 or AMX," if supported else "this CPU, without AVX512-BF16 and AMX,"
+    if asked == "auto" and supported:
+        return Precision("bf16", f"{device} computes it")
+    if asked == "auto":
+        return Precision("fp32", f"{device} does not compute bf16")
+    if asked == "bf16" and not supported:
+        return Precision("bf16", f"as set; {device} emulates it, slower than fp32")
+    return Precision(asked, "as set")
+
+
+def without_measuring(asked: str) -> str:
+    """fp32, bf16 or fp16, for "auto" too: on a GPU bf16, if it computes that. For what compares at one precision."""
+    if torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return asked if asked != "auto" else "bf16" if has_bf16 else "fp16"
+    return _on_a_cpu(asked).name
+
+
+def refuse_impossible(asked: str, *, has_gpu: bool) -> None:
+    """Before the processes meet, so that all of them end with the same message.
+
+    Raises:
+        LaunchError: fp16 without a GPU. Accelerate would run fp32 there and go on calling it fp16.
+    """
+    if asked == "fp16" and not has_gpu:
+        raise LaunchError(
+            "precision is fp16 and there is no GPU",
+            "a CPU would compute in fp32 and the log would say fp16",
+            "set precision to auto, bf16 or fp32",
+        )
+
+
+def measure(settings: Settings, device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
+    """Images/s of forward and backward passes of the run's network, in turns, medians; nothing, if memory is lacking.
+
+    The network has random weights and is gone afterwards; random numbers that follow are as if there had been none.
+    """
+    num_images, size = min(settings.train.max_micro_batch or _MOST_IMAGES, _MOST_IMAGES), settings.data.image_size
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            return _images_per_s(settings.model, device, precisions, num_images, size)
+        except torch.OutOfMemoryError:
+            return {}
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _images_per_s(
+    model: Model, device: torch.device, precisions: Sequence[str], num_images: int, size: int
+) -> dict[str, float]:
+    layout = torch.channels_last if model.channels_last else torch.contiguous_format
+    network = resnet.build(model.arch, 10).to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    images_BCHW = torch.rand(num_images, 3, size, size, device=device).contiguous(memory_format=layout)
+    labels_B = torch.zeros(num_images, dtype=torch.int64, device=device)
+    seconds: dict[str, list[float]] = {name: [] for name in precisions}
+    for number in range(_ROUNDS + 1):
+        for name in precisions:
+            began = time.perf_counter()
+            for _ in range(_STEPS if number else _WARM_UP):
+                with torch.autocast(device.type, _DTYPES[name], enabled=name != "fp32"):
+                    loss = functional.cross_entropy(network(images_BCHW).float(), labels_B)
+                loss.backward()  # type: ignore[no-untyped-call]
+                network.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: _STEPS * num_images / statistics.median(taken[1:]) for name, taken in seconds.items()}
