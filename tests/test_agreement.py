@@ -28,11 +28,13 @@ class World:
     """Two ranks, the other of which does what this one does; `events` is what happened, in order."""
 
     world_size: int = 2
+    other_ends_at: int = -1  # the batch that the other rank does not have
     events: list[str] = field(default_factory=list)
     begun: int = 0
 
     def begin_totals(self, *counts: int) -> Callable[[], list[int]]:
         number, totals = self.begun, [self.world_size * count for count in counts]
+        totals[0] += number == self.other_ends_at
         self.begun += 1
         self.events.append(f"begin {number}")
 
@@ -56,8 +58,9 @@ def test_the_next_sum_travels_while_a_step_is_computed() -> None:
     world = World()
     loop(world, map(batch, range(3)))
     assert world.events == [
-        *("begin 0", "begin 1", "read 0", "step 0"),
-        *("begin 2", "read 1", "step 1"),
+        "begin 0",
+        *("read 0", "begin 1", "step 0"),
+        *("read 1", "begin 2", "step 1"),
         *("read 2", "step 2"),
     ]
 
@@ -78,6 +81,17 @@ def test_a_rank_without_a_batch_stops_all_before_its_step_and_after_the_one_befo
     results = loop(world, iter([batch(0), batch(1), last]))
     assert [result.stops for result in results] == [False, False, True]
     assert world.events.index("step 1") > world.events.index("begin 2")  # known to all before, and not too early
+
+
+def test_ranks_that_stop_have_begun_as_many_sums_each() -> None:
+    """One more on one of them would be taken for the next thing that they tell each other."""
+    last = Batch.failed(ShardError("a.tar is gone", "no batch", "copy it again"))
+    failing, other = World(), World(other_ends_at=2)
+    for world, batches in ((failing, iter([batch(0), batch(1), last])), (other, map(batch, range(9)))):
+        for _, agree in agreed(batches, world, seed=SEED, asks=bool):  # type: ignore[arg-type]
+            if agree().stops:
+                break
+    assert failing.begun == other.begun == 3
 
 
 @pytest.mark.parametrize(("world_size", "stops"), [(1, [False, True, True, True]), (2, [False, False, True, True])])
