@@ -126,8 +126,9 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
 
 
 def decide(asked: bool | str = "auto", **changes: Any) -> compilation.Decision:
-    known = {"kept": None, "gain": 1.4, "num_images": 10**7, "images_per_s": 4500.0, "num_graphs": 2, "lacking": ""}
-    return compilation.decide(asked, **known | changes)
+    work = compilation.Work(changes.pop("num_images", 10**7), changes.pop("num_graphs", 2))
+    known = {"kept": None, "gain": 1.4, "images_per_s": 4500.0, "lacking": ""}
+    return compilation.decide(asked, work=work, **known | changes)
 
 
 def test_a_long_run_is_compiled_and_a_short_one_is_not() -> None:
@@ -157,41 +158,47 @@ def test_what_else_decides(changes: dict[str, Any], compiles: bool) -> None:
     assert decision.reason
 
 
-def test_graphs_are_counted() -> None:
-    def count(text: str) -> int:
-        return compilation.num_graphs(settings.parse(text))
+def test_graphs_and_images_are_counted() -> None:
+    def work(text: str) -> tuple[float, int]:
+        counted = compilation.Work.of(settings.parse(text), steps_per_epoch=10, images_a_step=8)
+        return counted.num_images, counted.num_graphs
 
-    assert count("") == 2  # training and evaluation
-    assert count("data: {image_size: 128}\nschedule: {start_size: 96, full_size_at: 0.5}\ntrain: {epochs: 10}") == 4
-    assert count("model: {freeze: backbone, unfreeze_every_epochs: 1}\ntrain: {epochs: 3}") == 4
-    assert count("model: {freeze: backbone, unfreeze_every_epochs: 1}\ntrain: {epochs: 100}") == 1 + 6
+    assert work("train: {epochs: 3}") == (240, 2)  # training and evaluation
+    assert work("train: {epochs: 3, stop_at_step: 15}") == (120, 2)
+    growing = "data: {image_size: 128}\nschedule: {start_size: 64, full_size_at: 0.5}\ntrain: {epochs: 4}"
+    assert work(growing) == (80 * (0.25 + 0.5625 + 1 + 1), 4)  # 64, 96, 128 and 128 px
+    unfreezing = "model: {freeze: backbone, unfreeze_every_epochs: 1}\n"
+    assert work(unfreezing + "train: {epochs: 3}") == (240, 4)
+    assert work(unfreezing + "train: {epochs: 9}") == (720, 1 + 6)
 
 
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CC", raising=False)
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compilation, "find_spec", lambda _: object())
-    monkeypatch.setattr(compilation.shutil, "which", lambda _: None)
-    assert compilation.what_is_lacking() == "there is no C compiler (cc, gcc, clang or $CC)"
+    monkeypatch.setattr(compilation.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None if name in ("gcc", "clang") else name)
+    found = compilation.what_is_lacking({})
+    assert found == "there is no C compiler: gcc or clang (on Debian and Ubuntu: apt-get install gcc)"
     with pytest.raises(SettingsError, match=r"model\.compile is true, and there is no C compiler"):
-        compilation.refuse_without_compiler(compilation.what_is_lacking())
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: name)
-    assert compilation.what_is_lacking() == ""
+        compilation.refuse_without_compiler(found)
+    assert "Python.h is missing" in compilation.what_is_lacking({"CC": "ccache gcc"})
+    (tmp_path / "Python.h").touch()
+    assert compilation.what_is_lacking({"CC": "ccache gcc"}) == ""
     compilation.refuse_without_compiler("")
     monkeypatch.setattr(compilation, "find_spec", lambda _: None)
-    assert compilation.what_is_lacking() == "Triton is not installed"
+    assert compilation.what_is_lacking({}) == "Triton is not installed (pip install triton)"
 
 
-def test_compiled_code_is_kept_and_a_folder_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", "/home/me/cache")
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-        patch.delenv("TORCHINDUCTOR_CACHE_DIR")
-        patch.setenv("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
-        compilation.keep_compiled_code()
-        assert compilation.os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/home/me/cache/wasteddp/compiled"
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
-        compilation.keep_compiled_code()
-        assert compilation.os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+def test_compiled_code_is_kept_and_a_folder_of_the_users_is_left_alone(tmp_path: Path) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    compilation.keep_compiled_code(environment)
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "wasteddp-compiled")
+    environment["TORCHINDUCTOR_CACHE_DIR"] = "/mine"
+    compilation.keep_compiled_code(environment)
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    (tmp_path / "file").touch()
+    impossible = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    compilation.keep_compiled_code(impossible)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in impossible
 
 
 @pytest.mark.parametrize("value", ["auto", "true", "false"])

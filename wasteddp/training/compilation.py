@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import shutil
+import sysconfig
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from wasteddp.data.plan import TrainPlan
 from wasteddp.errors import SettingsError
@@ -39,15 +45,13 @@ def settled(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
     if settings.model.compile is True:
         with world.together():
             refuse_without_compiler(lacking)
-    steps = plan.steps_per_epoch * settings.train.epochs
-    steps = min(steps, settings.train.stop_at_step or steps)
+    work = Work.of(settings, plan.steps_per_epoch, settings.train.batch_size // world.world_size)
     decision = decide(
         settings.model.compile,
         kept=world.kept.compiles,
         gain=_GAIN.get(world.precision, 1.0) if is_gpu else 1.0,
-        num_images=steps * settings.train.batch_size // world.world_size,
+        work=work,
         images_per_s=world.images_per_s,
-        num_graphs=num_graphs(settings),
         lacking=next(filter(None, world.gather(lacking)), ""),  # all ranks
     )
     if decision.compiles:
@@ -60,9 +64,8 @@ def decide(
     *,
     kept: bool | None,
     gain: float,
-    num_images: int,
+    work: Work,
     images_per_s: float,
-    num_graphs: int,
     lacking: str,
 ) -> Decision:
     """Whether to compile for True, False or "auto".
@@ -70,9 +73,7 @@ def decide(
     Args:
         kept: what the checkpoint says that the run goes on from.
         gain: images/s compiled over those without; 1: none is known.
-        num_images: that this process trains on in the whole run.
-        images_per_s: of this process, not compiled; 0: unknown.
-        num_graphs: that are compiled.
+        images_per_s: of this process, at the full side and not compiled; 0: unknown.
         lacking: what this machine has not that compiling needs; "": nothing.
     """
     if asked != "auto":
@@ -85,35 +86,52 @@ def decide(
         return Decision(False, "no gain is known for this device and precision")
     if not images_per_s:
         return Decision(False, "there was too little free memory to measure what it would save")
-    cost_s = num_graphs * _SECONDS_A_GRAPH
-    saved_s = num_images / images_per_s * (1 - 1 / gain)
+    cost_s, all_s = work.num_graphs * _SECONDS_A_GRAPH, work.num_images / images_per_s
+    saved_s = all_s * (1 - 1 / gain)
     reason = (
-        f"estimated: {saved_s:,.0f} s saved of {num_images / images_per_s:,.0f} s, {cost_s:,.0f} s of compiling "
-        f"{num_graphs} graphs"
+        f"estimated: {saved_s:,.0f} s saved of {all_s:,.0f} s, {cost_s:,.0f} s of compiling {work.num_graphs} graphs"
     )
     return Decision(saved_s >= _LEAST_RETURN * cost_s, reason)
 
 
-def num_graphs(settings: Settings) -> int:
-    """One for each size of training images and each stage that is unfrozen, and one for evaluation."""
-    epochs, model = settings.train.epochs, settings.model
-    starts = {epoch for epoch, _ in sizes.changes(settings)}
-    every = model.unfreeze_every_epochs
-    kinds = {
-        (sizes.side_px(int(epoch), settings), resnet.frozen_at(model.freeze, every, epoch))
-        for epoch in {*starts, *((number * every for number in range(1, len(resnet.STAGES) + 1)) if every else ())}
-        if epoch < epochs
-    }
-    return len(kinds) + 1
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run computes from its first step to its last, whatever a checkpoint has of it already."""
+
+    num_images: float  # of one process, those of smaller sides counted by their area
+    num_graphs: int  # that are compiled: one for each side and each unfrozen stage, and one for evaluation
+
+    @classmethod
+    def of(cls, settings: Settings, steps_per_epoch: int, images_a_step: int) -> Work:
+        """`images_a_step`: of one process."""
+        model, left = settings.model, steps_per_epoch * settings.train.epochs
+        left = min(left, settings.train.stop_at_step or left)
+        num_images, graphs = 0.0, set()
+        for epoch in range(settings.train.epochs):
+            steps, side = min(left, steps_per_epoch), sizes.side_px(epoch, settings)
+            if not steps:
+                break
+            left -= steps
+            num_images += steps * images_a_step * (side / settings.data.image_size) ** 2
+            for moment in (epoch, epoch + (steps - 1) / steps_per_epoch):
+                graphs.add((side, resnet.frozen_at(model.freeze, model.unfreeze_every_epochs, moment)))
+        return cls(num_images, len(graphs) + 1)
 
 
-def what_is_lacking() -> str:
-    """What `torch.compile` needs on a GPU and this machine has not; "" where it has all."""
+def what_is_lacking(environment: Mapping[str, str] = os.environ) -> str:
+    """What `torch.compile` needs on a GPU and this machine has not; "" where it has all.
+
+    Source: triton/runtime/build.py; torch/_inductor/scheduler.py.
+    """
     if find_spec("triton") is None:
-        return "Triton is not installed"
-    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name):
-        return "there is no C compiler (cc, gcc, clang or $CC)"
-    return ""
+        return "Triton is not installed (pip install triton)"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 0):
+        return f"{torch.cuda.get_device_name()} is too old for Triton"
+    names = shlex.split(environment.get("CC", ""))[:1] or ["gcc", "clang"]
+    if not any(shutil.which(name) for name in names):
+        return f"there is no C compiler: {' or '.join(names)} (on Debian and Ubuntu: apt-get install gcc)"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return "" if header.exists() else f"{header} is missing (on Debian and Ubuntu: apt-get install python3-dev)"
 
 
 def refuse_without_compiler(lacking: str) -> None:
@@ -121,12 +139,17 @@ def refuse_without_compiler(lacking: str) -> None:
         raise SettingsError(
             f"model.compile is true, and {lacking}",
             "torch would fail in the first step",
-            "install it (on Debian and Ubuntu: apt-get install gcc; pip install triton), or set model.compile to auto",
+            "install it, or set model.compile to auto",
         )
 
 
-def keep_compiled_code() -> None:
-    """Where compiled code is kept from one start to the next: torch's default is a folder in /tmp."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wasteddp" / "compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+def keep_compiled_code(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Where compiled code is kept from one start to the next: torch's default is a folder in /tmp.
+
+    Not in ~/.cache/wasteddp, whose files are deleted to make room for shards.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written: torch's own folder
+        folder = Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wasteddp-compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, parse_flag_from_env
 from torch import nn
 
 from wasteddp.data.batch import Batch
@@ -242,8 +242,11 @@ def _join(launched: int, has_gpu: bool, timeout: timedelta) -> PartialState:
 
 
 def _is_on_cpu(has_gpu: bool) -> bool:
-    # Without cpu=True each process of a launch without a GPU believes that it is alone.
-    return not has_gpu and not torch.backends.mps.is_available()
+    """For `cpu=`: without it each process of a launch without a GPU believes that it is alone.
+
+    `use_cpu` of a launch configuration sets the variable, which PartialState does not read.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (not has_gpu and not torch.backends.mps.is_available())
 
 
 def _agreed_precision(
