@@ -25,7 +25,7 @@ from wasteddp.data.parallel import num_usable_cores, usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
 from wasteddp.settings import Ddp, Settings
-from wasteddp.training import batch_job, placement
+from wasteddp.training import batch_job, determinism, placement
 from wasteddp.training.watchdog import SLOW_FACTOR, Watchdog
 
 MOST_UNTRIED = 64  # images in a micro-batch, where train.max_micro_batch says none and none is tried (`fitting`)
@@ -48,6 +48,7 @@ class Runtime:
     watch: Watchdog
     cores: int = 1  # this process's share of the machine's
     micro_batch_reason: str = ""  # where the settings leave it open
+    sent_in_order: torch.dtype | None = None  # of the gradients, with run.deterministic; None: DDP's all-reduce
 
     @property
     def is_main(self) -> bool:
@@ -120,11 +121,9 @@ class Runtime:
         """All ranks: replaces the tensors by their mean over the ranks, in one message."""
         if self.world_size == 1 or not tensors:
             return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         before = self.watch.meet()
-        dist.all_reduce(flat)
+        flat = self.stack(torch.cat([tensor.reshape(-1) for tensor in tensors])).mean(0)  # in the order of the ranks
         self.watch.met(before)
-        flat /= self.world_size
         for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -155,7 +154,10 @@ class Runtime:
         with warnings.catch_warnings():
             # torch 2.14 has another name for broadcast_buffers; accelerate 1.15 and torch 2.11 know only this one
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            return tuple(self.accelerator.prepare(model, optimizer))
+            ddp, stepper = self.accelerator.prepare(model, optimizer)
+        if self.sent_in_order and self.world_size > 1:
+            determinism.add_in_order(ddp, self.sent_in_order)
+        return ddp, stepper
 
     def close(self) -> None:
         self.accelerator.end_training()
@@ -172,6 +174,9 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
         SettingsError: a global batch that the number of processes does not divide; what torch cannot do with so many.
     """
     batch_job.refuse_other_world(os.environ)
+    in_order = settings.run.deterministic
+    if in_order:
+        determinism.demand(compiles=bool(settings.model.compile))  # before anything is computed on a GPU
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
     precision, reason = choose_precision(settings.precision, has_gpu)
@@ -183,7 +188,9 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
     placement.refuse_impossible(settings, launched, accumulation, has_gpu=has_gpu)
     # Longer than the watchdog waits, which can say more than that a collective timed out.
     timeout = timedelta(seconds=60 + 1.2 * SLOW_FACTOR * settings.run.timeout_s)
-    accelerator = _join(precision, launched, has_gpu, settings.ddp, timeout)
+    compression = settings.ddp.compression
+    comm_hook = DDPCommunicationHookType("no" if in_order else compression.replace("none", "no"))
+    accelerator = _join(precision, launched, has_gpu, settings.ddp, comm_hook, timeout)
     if accelerator.num_processes != launched:
         raise LaunchError(
             f"the launcher started {launched} processes and Accelerate sees {accelerator.num_processes}",
@@ -204,12 +211,15 @@ def start(settings: Settings, watch: Watchdog | None = None) -> Runtime:
         control=control,
         watch=watch or Watchdog(),
         micro_batch_reason="" if asked else f"the largest part up to {MOST_UNTRIED}; what fits is tried on CUDA only",
+        sent_in_order={"none": torch.float32, "bf16": torch.bfloat16}[compression] if in_order else None,
     )
     threads, cores = _use_cores(settings.run.threads, world)  # all ranks
     return replace(world, threads=threads, cores=cores)
 
 
-def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp, timeout: timedelta) -> Accelerator:
+def _join(
+    precision: str, launched: int, has_gpu: bool, ddp: Ddp, comm_hook: DDPCommunicationHookType, timeout: timedelta
+) -> Accelerator:
     try:
         return Accelerator(
             # Without cpu=True each process of a launch without a GPU believes that it is alone.
@@ -222,7 +232,7 @@ def _join(precision: str, launched: int, has_gpu: bool, ddp: Ddp, timeout: timed
                     gradient_as_bucket_view=True,
                     bucket_cap_mb=ddp.bucket_mb,
                     static_graph=ddp.static_graph,
-                    comm_hook=DDPCommunicationHookType(ddp.compression.replace("none", "no")),
+                    comm_hook=comm_hook,
                 ),
                 InitProcessGroupKwargs(timeout=timeout),
             ],
