@@ -5,6 +5,7 @@ timed. The loops are written after the scripts that they are named for, with the
 without loader, log and schedule:
 
     wasteddp        the update of train.py on one uint8 batch: augmentation, forward, backward, step, sums
+    deterministic   the same with run.deterministic; "wasteddp is" then says how many times as fast it is without
     bare loop       our network and optimizer under Accelerate on ready float images, and nothing else
     timm            train_one_epoch of timm's train.py with --channels-last --amp: its ResNet, optimizer and loss
     torchvision     train_one_epoch of references/classification/train.py: an unfused optimizer, the accuracies that it
@@ -39,7 +40,7 @@ from wasteddp.model import resnet
 from wasteddp.settings import Settings
 from wasteddp.training import optim, precision, runtime
 
-OURS, TIMM = "wasteddp", "timm"
+OURS, DETERMINISTIC, TIMM = "wasteddp", "deterministic", "timm"
 
 Step = Callable[[], object]
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # normalised images and labels, anywhere
@@ -53,11 +54,13 @@ def add(commands: Any) -> None:
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--steps", type=int, default=10, help="timed steps of each side in each round")
     command.add_argument("--warm", type=int, default=5, help="steps before them")
+    command.add_argument("--side", action="append", default=[], choices=list(SIDES), help=f"besides {OURS}; all")
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Prints a line a side: the median of its rounds, and the median of what ours was of it in the same round."""
-    sides = [side for side in SIDES if side != TIMM or find_spec("timm")]
+    asked = [OURS, *arguments.side] if arguments.side else list(SIDES)
+    sides = [side for side in SIDES if side in asked and (side != TIMM or find_spec("timm"))]
     found: dict[str, list[float]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:
         settings = one_micro_batch(settings_file.load(arguments.config, arguments.set), Path(name))
@@ -75,7 +78,7 @@ def compare(arguments: argparse.Namespace) -> None:
         f"{settings.optimizer.name}; median of {arguments.rounds} rounds of {arguments.steps} steps, in turns\n"
     )
     print(table(found, images))
-    if TIMM not in found:
+    if TIMM in asked and TIMM not in found:
         print("\ntimm is not installed: pip install --no-deps timm")
 
 
@@ -157,6 +160,11 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
         meter.step_done(skipped)
 
     return step
+
+
+def _deterministic(settings: Settings, stack: ExitStack) -> Step:
+    stack.callback(torch.set_deterministic_debug_mode, "default")
+    return _wasteddp(settings_file.parse(settings.to_yaml(), ["run.deterministic=true"]), stack)
 
 
 def _bare(settings: Settings, stack: ExitStack) -> Step:
@@ -255,6 +263,7 @@ def _torchvision_channels_last(settings: Settings, stack: ExitStack) -> Step:
 
 SIDES: dict[str, Callable[[Settings, ExitStack], Step]] = {
     OURS: _wasteddp,
+    DETERMINISTIC: _deterministic,
     "bare loop": _bare,
     TIMM: timm_step,
     "torchvision": torchvision_step,

@@ -59,6 +59,12 @@ def test_what_is_set_is_taken_and_measured_only_where_it_is_asked(card: pytest.M
     assert choose("bf16", {"bf16": 7.0}, is_speed_asked=True).images_per_s == {"bf16": 7.0}
 
 
+def test_nothing_is_measured_where_two_runs_must_choose_the_same(card: pytest.MonkeyPatch) -> None:
+    chosen = choose("auto", {"bf16": 1.0, "fp16": 2.0}, may_measure=False, is_speed_asked=True)
+    assert (chosen.name, chosen.images_per_s) == ("bf16", {})
+    assert choose("auto", {"bf16": 1.0, "fp16": 2.0}, Kept("fp16"), may_measure=False).name == "fp16"
+
+
 def test_older_cards(card: pytest.MonkeyPatch) -> None:
     card.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert choose("auto", {"fp16": 1.0}).name == "fp16"
@@ -149,6 +155,7 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not() -> None:
         ({"kept": False}, False),
         ({"kept": True, "lacking": "there is no C compiler"}, False),
         ({"gain": 1.0}, False),
+        ({"is_deterministic": True}, False),
         ({"images_per_s": 0.0}, False),
     ],
 )

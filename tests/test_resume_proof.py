@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from trainings import CONFIG
 
 from wasteddp import cli, settings
 from wasteddp.errors import CheckpointError
-from wasteddp.training import resume_receipt
+from wasteddp.training import resume_proof, resume_receipt
 from wasteddp.training.resume_proof import Kill, Proof, compare
 
 KILL = Kill(1, 1, "SIGKILL", 2, 0.1, 2, (-9,))
@@ -73,6 +76,51 @@ def test_other_statistics_at_the_end_are_noticed(tmp_path: Path) -> None:
     assert not proof.holds
     with pytest.raises(CheckpointError, match="first in the statistics at the end"):
         resume_receipt.refuse(proof, tmp_path)
+
+
+def test_the_receipt_says_whether_sums_have_a_fixed_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    proof = proof_of(tmp_path, weights="other")
+    assert not proof.deterministic
+    with pytest.raises(CheckpointError, match=r"--set run\.deterministic=true"):
+        resume_receipt.refuse(proof, tmp_path)
+    resume_receipt.show(proof, tmp_path)
+    assert "run.deterministic" not in capsys.readouterr().out
+    fixed = replace(proof, deterministic=True)
+    with pytest.raises(CheckpointError) as raised:
+        resume_receipt.refuse(fixed, tmp_path)
+    assert "run.deterministic" not in str(raised.value)
+    resume_receipt.show(fixed, tmp_path)
+    assert "run.deterministic: kernels and ranks add in a fixed order, in both runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "asked", "expected"),
+    [(True, [], True), (False, [], False), (True, ["run.deterministic=false"], False)],
+)
+def test_on_a_gpu_both_runs_are_deterministic(
+    has_gpu: bool, asked: list[str], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    started: list[bool] = []
+
+    class Finished(resume_proof.Ranks):
+        @classmethod
+        def started(cls, arguments: Sequence[str], num: int, run: Path) -> Finished:
+            overrides = [value for key, value in pairwise(arguments) if key == "--set"]
+            started.append(settings.load(arguments[1], overrides).run.deterministic)
+            if not run.exists():
+                write_run(run)
+            return cls([], run)
+
+    monkeypatch.setattr(resume_proof, "Ranks", Finished)
+    monkeypatch.setattr(resume_proof, "_kill", lambda *_: KILL)
+    monkeypatch.setattr(resume_proof, "_finish", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    command = ["verify-resume", "--config", str(tmp_path / "c.yaml"), "--steps", "3", "--kills", "1"]
+    command += [part for override in asked for part in ("--set", override)]
+    assert cli.main([*command, "--out", str(tmp_path / "proof")]) == 0
+    assert started == [expected] * 3
+    assert json.loads((tmp_path / "proof" / "receipt.json").read_text())["deterministic"] is expected
 
 
 def test_more_kills_than_steps_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

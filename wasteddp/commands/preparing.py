@@ -66,7 +66,8 @@ def _add_verify_resume(commands: Commands) -> None:
         help="prove that a training that is killed ends like one that is not",
         description="Trains some steps undisturbed, then once more with SIGKILL and SIGTERM at random moments, and "
         "prints both side by side. Exit code 0: the same samples, images and, at one number of processes, weights "
-        "bit for bit; 2: not. Removes the two runs if they are the same; the receipt stays.",
+        "bit for bit; 2: not. Removes the two runs if they are the same; the receipt stays. On a GPU both have "
+        "run.deterministic, if --set does not say otherwise.",
     )
     command.add_argument("--config", required=True, metavar="YAML")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -85,6 +86,8 @@ def _add_verify_resume(commands: Commands) -> None:
 def _verify_resume(arguments: argparse.Namespace) -> None:
     import secrets
 
+    import torch
+
     from wasteddp.training import resume_proof, resume_receipt
 
     proof = resume_proof.prove(
@@ -96,6 +99,7 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
         seed=secrets.randbelow(10**6) if arguments.seed is None else arguments.seed,
         out=arguments.out,
         say=lambda line: print(line, flush=True),
+        deterministic=torch.cuda.is_available(),
     )
     resume_receipt.show(proof, arguments.out)
     resume_receipt.refuse(proof, arguments.out)

@@ -52,6 +52,7 @@ def settled(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
         gain=_GAIN.get(world.precision, 1.0) if is_gpu else 1.0,
         work=work,
         images_per_s=world.images_per_s,
+        is_deterministic=settings.run.deterministic,
         lacking=next(filter(None, world.gather(lacking)), ""),  # all ranks
     )
     if decision.compiles:
@@ -67,6 +68,7 @@ def decide(
     work: Work,
     images_per_s: float,
     lacking: str,
+    is_deterministic: bool = False,
 ) -> Decision:
     """Whether to compile for True, False or "auto".
 
@@ -82,6 +84,8 @@ def decide(
         return Decision(False, lacking)
     if kept is not None:
         return Decision(kept, "as when the run began")
+    if is_deterministic:
+        return Decision(False, "run.deterministic is set, and an estimate hangs on what was measured")
     if gain <= 1:
         return Decision(False, "no gain is known for this device and precision")
     if not images_per_s:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from wasteddp.errors import DeviceMemoryError, WastedError
+from wasteddp.errors import DeviceMemoryError, SettingsError, WastedError
 from wasteddp.settings import Settings
+from wasteddp.training import determinism
 from wasteddp.training.board import Beat
 
 _MOST_NAMED = 8
@@ -24,6 +25,14 @@ def comes_from_a_peer(error: Exception) -> bool:
 
 def explained(error: Exception, settings: Settings, place: str) -> Exception:
     """The error as something that the user can mend, where it is one."""
+    if determinism.lacks_a_kernel(error):
+        return SettingsError(
+            f"run.deterministic is set, and torch {torch.__version__} refuses an operation while {place}: "
+            f"{_first_line(error)}",
+            "two runs would not end with the same bits",
+            "set run.deterministic to false, or leave out the setting that asks for this operation; what a new version "
+            "of torch brought may be gone in another",
+        )
     if not isinstance(error, torch.OutOfMemoryError):
         return error
     evaluates = place == "evaluating"

@@ -30,7 +30,7 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
     parts = [
         f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
         f"{world.world_size} x {world.device_name}, {world.threads} threads each",
-        f"{world.precision} ({world.precision_reason})",
+        f"{world.precision} ({world.precision_reason})" + (", deterministic" if settings.run.deterministic else ""),
         f"{'compiled' if world.compiles else 'not compiled'} ({world.compile_reason})",
         f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
         f"x {world.accumulation} accumulated" + (f" ({world.micro_batch_reason})" if world.micro_batch_reason else ""),

@@ -44,11 +44,20 @@ class Precision:
 Measure = Callable[[Sequence[str]], dict[str, float]]  # images/s of each precision; nothing, if memory is lacking
 
 
-def choose(asked: str, *, has_gpu: bool, kept: Kept, measure: Measure, is_speed_asked: bool = False) -> Precision:
+def choose(
+    asked: str,
+    *,
+    has_gpu: bool,
+    kept: Kept,
+    measure: Measure,
+    may_measure: bool = True,
+    is_speed_asked: bool = False,
+) -> Precision:
     """The precision for "auto", "fp32", "bf16" or "fp16".
 
     Args:
         measure: see `measure`; it is called on a GPU only, and not if nothing hangs on it.
+        may_measure: False where two runs must choose the same.
         is_speed_asked: the images/s are to be known even if the choice does not hang on them.
     """
     if not has_gpu:
@@ -63,9 +72,11 @@ def choose(asked: str, *, has_gpu: bool, kept: Kept, measure: Measure, is_speed_
         chosen = Precision("fp32", f"{card} has no matrix units for less")
     elif not has_bf16:
         chosen = Precision("fp16", f"{card} does not compute bf16")
+    elif not may_measure:
+        chosen = Precision("bf16", f"{card} computes it; nothing is measured, as run.deterministic is set")
     else:
         return _the_faster(card, measure(("bf16", "fp16")))
-    return Precision(chosen.name, chosen.reason, measure((chosen.name,)) if is_speed_asked else {})
+    return Precision(chosen.name, chosen.reason, measure((chosen.name,)) if is_speed_asked and may_measure else {})
 
 
 def _the_faster(card: str, images_per_s: dict[str, float]) -> Precision:

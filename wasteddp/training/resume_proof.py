@@ -44,6 +44,7 @@ class Proof:
     seed: int
     processes: tuple[int, ...]
     precision: str
+    deterministic: bool  # run.deterministic, of both runs
     kills: tuple[Kill, ...]
     rows: tuple[dict[str, Any], ...]  # a step each: both runs side by side
     final_weights: tuple[str, str]  # of all tensors, running statistics too: undisturbed, interrupted
@@ -53,7 +54,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Samples and images must be the same at any number of processes; weights at the same number, on a CPU."""
+        """Samples and images must be the same at any number of processes; weights at the same number."""
         return self.same_samples and (self.same_weights or len(set(self.processes)) > 1)
 
 
@@ -67,6 +68,7 @@ def prove(
     seed: int,
     out: Path,
     say: Callable[[str], None],
+    deterministic: bool = False,
 ) -> Proof:
     """Trains undisturbed at `processes[0]`, then with `kills` interruptions at each of `processes` in turn.
 
@@ -74,6 +76,7 @@ def prove(
         steps: of either training.
         seed: of the moments and the signals.
         out: folder for both runs and receipt.json; the runs are removed if the proof holds.
+        deterministic: run.deterministic of both, where the overrides leave it open.
 
     Raises:
         SettingsError: a configuration that no run could have, or fewer steps than kills.
@@ -83,7 +86,7 @@ def prove(
         raise SettingsError(
             f"{kills} kills and {steps} steps", "there is one kill at most behind a step", "raise --steps"
         )
-    fixed = [*overrides, *_fixed(steps)]
+    fixed = [*(["run.deterministic=true"] if deterministic else []), *overrides, *_fixed(steps)]
     settings = settings_file.load(config, fixed)
     shutil.rmtree(out, ignore_errors=True)
     with storage("making the folder", out):
@@ -135,6 +138,7 @@ def compare(
         seed=seed,
         processes=processes,
         precision=settings.precision,
+        deterministic=settings.run.deterministic,
         kills=tuple(kills),
         rows=tuple(rows),
         final_weights=weights,

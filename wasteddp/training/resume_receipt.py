@@ -11,6 +11,10 @@ from wasteddp.errors import CheckpointError
 from wasteddp.training.resume_proof import Proof
 
 _WIDTH = 110  # characters: where there is no terminal rich takes 80, and would cut the hashes
+_ADVICE = (
+    "; a GPU's kernels, and three processes or more, add in a fixed order only with run.deterministic: give the same "
+    "command with --set run.deterministic=true"
+)
 _DIGITS = 8  # of a hash, in the table; the receipt has more
 
 
@@ -31,6 +35,8 @@ def show(proof: Proof, out: Path) -> None:
         losses = _side_by_side([value if value is None else f"{value:.6f}" for value in row["train/loss"]])
         steps.add_row(str(row["step"]), hashes["samples"], hashes["images"], losses, hashes["weights"])
     console.print(steps)
+    if proof.deterministic:
+        console.print("run.deterministic: kernels and ranks add in a fixed order, in both runs")
     console.print(f"samples and images: {'the same in every step' if proof.same_samples else 'NOT the same'}")
     weights = "the same, bit for bit" if proof.same_weights else "not the same"
     console.print(
@@ -53,8 +59,8 @@ def refuse(proof: Proof, out: Path) -> None:
     raise CheckpointError(
         f"the interrupted run has other {' or '.join(names)} than the undisturbed one, first {where}",
         "a run that is killed would not end like one that is not",
-        f"compare {out / 'undisturbed'} with {out / 'interrupted'}; on a GPU, whose kernels may add in another order "
-        "each time, compare with fp32 on a CPU first (CUDA_VISIBLE_DEVICES=)",
+        f"compare {out / 'undisturbed'} with {out / 'interrupted'}"
+        + ("" if proof.deterministic or not proof.same_samples else _ADVICE),
     )
 
 

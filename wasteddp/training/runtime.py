@@ -26,7 +26,7 @@ from wasteddp.data.parallel import num_usable_cores, usable_cores
 from wasteddp.data.plan import micro_batch
 from wasteddp.errors import LaunchError, WastedError
 from wasteddp.settings import Ddp, Settings
-from wasteddp.training import batch_job, placement, precision
+from wasteddp.training import batch_job, determinism, placement, precision
 from wasteddp.training.precision import NOTHING_KEPT, Kept
 from wasteddp.training.watchdog import SLOW_FACTOR, Watchdog
 
@@ -54,6 +54,7 @@ class Runtime:
     compiles: bool = False  # the network; see `compilation`
     compile_reason: str = ""
     micro_batch_reason: str = ""  # where the settings leave it open
+    sent_in_order: torch.dtype | None = None  # of the gradients, with run.deterministic; None: DDP's all-reduce
 
     @property
     def is_main(self) -> bool:
@@ -135,11 +136,9 @@ class Runtime:
         """All ranks: replaces the tensors by their mean over the ranks, in one message."""
         if self.world_size == 1 or not tensors:
             return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         before = self.watch.meet()
-        dist.all_reduce(flat)
+        flat = self.stack(torch.cat([tensor.reshape(-1) for tensor in tensors])).mean(0)  # in the order of the ranks
         self.watch.met(before)
-        flat /= self.world_size
         for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -170,7 +169,10 @@ class Runtime:
         with warnings.catch_warnings():
             # torch 2.14 has another name for broadcast_buffers; accelerate 1.15 and torch 2.11 know only this one
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            return tuple(self.accelerator.prepare(model, optimizer))
+            ddp, stepper = self.accelerator.prepare(model, optimizer)
+        if self.sent_in_order and self.world_size > 1:
+            determinism.add_in_order(ddp, self.sent_in_order)
+        return ddp, stepper
 
     def close(self) -> None:
         self.accelerator.end_training()
@@ -188,6 +190,9 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
         SettingsError: a global batch that the number of processes does not divide; what torch cannot do with so many.
     """
     batch_job.refuse_other_world(os.environ)
+    in_order = settings.run.deterministic
+    if in_order:
+        determinism.demand(compiles=settings.model.compile is True)  # before anything is computed on a GPU
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
     precision.refuse_impossible(settings.precision, has_gpu=has_gpu)
@@ -208,7 +213,9 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if launched > 1 else None
     kept, chosen = _agreed_precision(settings, processes, control, kept)  # all ranks
-    accelerator = _accelerator(chosen.name, has_gpu, settings.ddp)
+    compression = settings.ddp.compression
+    hook = DDPCommunicationHookType("no" if in_order else compression.replace("none", "no"))
+    accelerator = _accelerator(chosen.name, has_gpu, settings.ddp, hook)
     world = Runtime(
         accelerator=accelerator,
         rank=accelerator.process_index,
@@ -225,6 +232,7 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
         images_per_s=chosen.images_per_s.get(chosen.name, 0.0),
         compiles=settings.model.compile is True,  # auto is decided when it is known how long the run is
         micro_batch_reason="" if asked else f"the largest part up to {MOST_UNTRIED}; what fits is tried on CUDA only",
+        sent_in_order={"none": torch.float32, "bf16": torch.bfloat16}[compression] if in_order else None,
     )
     threads, cores = _use_cores(settings.run.threads, world)  # all ranks
     return replace(world, threads=threads, cores=cores)
@@ -260,6 +268,7 @@ def _agreed_precision(
             has_gpu=processes.device.type == "cuda",
             kept=kept,
             measure=partial(precision.measure, settings, processes.device),
+            may_measure=not settings.run.deterministic,
             is_speed_asked=settings.model.compile == "auto" and kept.compiles is None,
         )
         answer = [(kept, chosen)]
@@ -269,7 +278,7 @@ def _agreed_precision(
     return kept, chosen
 
 
-def _accelerator(precision: str, has_gpu: bool, ddp: Ddp) -> Accelerator:
+def _accelerator(precision: str, has_gpu: bool, ddp: Ddp, hook: DDPCommunicationHookType) -> Accelerator:
     return Accelerator(
         cpu=_is_on_cpu(has_gpu),
         mixed_precision={"fp32": "no"}.get(precision, precision),
@@ -280,7 +289,7 @@ def _accelerator(precision: str, has_gpu: bool, ddp: Ddp) -> Accelerator:
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=ddp.bucket_mb,
                 static_graph=ddp.static_graph,
-                comm_hook=DDPCommunicationHookType(ddp.compression.replace("none", "no")),
+                comm_hook=hook,
             ),
         ],
     )

@@ -1,0 +1,63 @@
+"""With run.deterministic three ranks add their gradients in one order, wherever DDP puts them in its messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# DDP lays its messages out again after the first step of a start, so the first and the third differ in nothing else.
+PROGRAM = """
+import os
+import sys
+import torch
+from wasteddp import settings
+from wasteddp.training import runtime
+from wasteddp.training.last_words import leave
+
+overrides = ["precision=fp32", "run.threads=1", "train.batch_size=6", *sys.argv[1:]]
+world = runtime.start(settings.parse("", overrides))
+torch.manual_seed(world.rank)
+images = torch.randn(8, 67)
+gradients = []
+for steps in (1, 3):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(67, 67) for _ in range(6)])
+    ddp, _ = world.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    for _ in range(steps):
+        model.zero_grad()
+        world.accelerator.backward(ddp(images).square().sum())
+    gradients.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+torch.manual_seed(0)
+alone = torch.nn.Sequential(*[torch.nn.Linear(67, 67) for _ in range(6)])
+alone(images).square().sum().backward()
+own = torch.cat([p.grad.reshape(-1) for p in alone.parameters()])
+first, second, third = world.stack(own)
+mean = (first + second + third) / 3
+means = [torch.tensor([1.0 + world.rank]), torch.tensor([[0.5, 3.0 * world.rank]])]
+world.average_(means)
+if world.is_main:
+    near = torch.allclose(gradients[0], mean, rtol=2e-2 if "ddp.compression=bf16" in overrides else 1e-4, atol=1e-3)
+    exact, same = torch.equal(gradients[0], mean), torch.equal(*gradients)
+    print("found", near, exact, same, [m.tolist() for m in means])
+world.close()
+leave(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "exact"), [(["ddp.bucket_mb=1"], True), (["ddp.compression=bf16", "ddp.bucket_mb=1"], False)]
+)
+def test_a_start_rounds_its_first_step_as_all_others(
+    overrides: list[str], exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command = [*launcher, str(tmp_path / "program.py"), "run.deterministic=true", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("found"))
+    assert line == f"found True {exact} True [[2.0], [[0.5, 3.0]]]"
