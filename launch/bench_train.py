@@ -37,8 +37,8 @@ from launch.bench_step import TIMM, Batches
 from launch.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.parallel import num_usable_cores
+from wasteddp.data.workers import default_workers
 from wasteddp.settings import Settings
-from wasteddp.training.inputs import default_workers
 from wasteddp.training.runtime import MOST_UNTRIED
 
 _WARM = _ROW = 10  # steps before those that are timed, and between two of the program's rows

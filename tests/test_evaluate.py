@@ -185,8 +185,8 @@ def test_an_image_that_cannot_be_decoded_stops_the_evaluation_with_its_source(
 ) -> None:
     tar = overwrite_image(run.parent / "shards", b"no image at all", mend_index=True)
     message = refused(run)
-    assert re.search(rf"{tar}, sample 2 at byte \d+ \(test/\w+/\d\.jpg\) cannot be decoded: unreadable", message)
-    assert "would not be one of this split" in message
+    assert re.search(rf"{tar}, sample 2 at byte \d+ \(test/\w+/\d\.jpg\) cannot be used: unreadable", message)
+    assert "would not cover the whole split" in message
 
 
 def test_labels_that_the_manifest_does_not_count_are_refused(run: Path, refused: Callable[..., str]) -> None:

@@ -10,7 +10,6 @@ import pytest
 from wasteddp import settings as settings_file
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import SettingsError, ShardError
-from wasteddp.training import inputs
 from wasteddp.training.inputs import refuse_different_sets
 
 
@@ -25,14 +24,6 @@ def test_ranks_that_read_different_sets_are_refused(small_shards: Path) -> None:
     manifest = Manifest.load(small_shards)
     with pytest.raises(ShardError, match=rf"rank 0 reads the manifest {manifest.sha256[:12]} and rank 2 ffffffffffff"):
         refuse_different_sets(manifest, World())  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("cores", "threads", "processes"), [(1, 1, 1), (2, 2, 1), (4, 4, 3), (5, 5, 3), (8, 8, 6), (16, 8, 14), (64, 8, 24)]
-)
-def test_the_default_leaves_cores_to_the_training_process(cores: int, threads: int, processes: int) -> None:
-    assert inputs.default_workers(cores, processes=False) == threads
-    assert inputs.default_workers(cores, processes=True) == processes
 
 
 @pytest.mark.parametrize(

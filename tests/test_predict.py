@@ -20,12 +20,15 @@ from PIL import Image
 from small_run import BINS, CARD, CLASSES, random_weights, write_image, write_run
 
 from wasteddp.cli import main
+from wasteddp.data.workers import Workers
 from wasteddp.errors import SourceError
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.paths import find_images
 from wasteddp.inference.predict import predict
 from wasteddp.inference.prediction_record import Answer, Failure, json_record
+
+WORKERS = Workers(2)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +197,7 @@ def test_the_same_pixels_get_the_same_answer_from_every_lossless_format(model: P
     classifier = Classifier.load(model, device="cpu")
     found = {
         Path(one.path).name: one.probabilities.tobytes()
-        for one in predict(classifier, find_images([str(tmp_path)]))
+        for one in predict(classifier, find_images([str(tmp_path)]), WORKERS)
         if isinstance(one, Answer)
     }
     assert found["a.png"] == found["a.bmp"] == found["a.tiff"] == found["a.webp"]
@@ -238,9 +241,9 @@ def test_unreadable_files_do_not_shift_the_answers_of_their_neighbours(model: Pa
     classifier = Classifier.load(model, device="cpu")
     good = [str(photos / name) for name in ("a.PNG", "b.jpg", "deep/d.bmp")]
     bad = str(photos / "notes.txt")
-    alone = {path: next(predict(classifier, [path])) for path in good}
+    alone = {path: next(predict(classifier, [path], WORKERS)) for path in good}
     mixed = [bad, good[0], bad, bad, good[1], *[bad] * 10, good[2], good[0]]
-    found = list(predict(classifier, mixed))
+    found = list(predict(classifier, mixed, WORKERS))
     assert [one.path for one in found] == mixed
     for one in found:
         if one.path == bad:
@@ -275,7 +278,7 @@ def test_of_many_failures_the_first_are_listed_and_the_rest_counted(
 
 
 def test_a_folder_that_cannot_be_listed_is_one_of_the_failures(model: Path, photos: Path) -> None:
-    found = list(predict(Classifier.load(model, device="cpu"), [str(photos)]))
+    found = list(predict(Classifier.load(model, device="cpu"), [str(photos)], WORKERS))
     assert found == [Failure(str(photos), "unreadable: this folder cannot be listed")]
 
 
@@ -291,10 +294,10 @@ def test_an_endless_list_of_files_is_answered_as_it_comes(model: Path, photos: P
             asked = number
             yield str(photos / "b.jpg")
 
-    answers = predict(Classifier.load(model, device="cpu"), endless())
+    answers = predict(Classifier.load(model, device="cpu"), endless(), WORKERS)
     assert isinstance(next(answers), Answer)
     assert asked < 1000
-    answers.close()  # type: ignore[attr-defined]
+    answers.close()
 
 
 def test_a_file_that_was_begun_is_gone_after_an_error_and_the_old_one_is_whole(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def test_a_url_gives_the_weights_of_the_folder_and_evaluates(
         wanted = {shard.tar for name in ("train", "val") for shard in used.split(name).shards}
         assert server.fetches() == dict.fromkeys(sorted(wanted), 1)
         assert cli.main(["evaluate", str(tmp_path / "run"), "--split", "test"]) == 0
-        assert cli.main(["evaluate", str(tmp_path / "run"), "--split", "val", "--shards", server.url]) == 0
+        by_processes = ["--shards", server.url, "--workers", "2 processes"]
+        assert cli.main(["evaluate", str(tmp_path / "run"), "--split", "val", *by_processes]) == 0
     for split, count in (("test", 10), ("val", 13)):
         metrics = json.loads((tmp_path / "run" / "evaluations" / split / "metrics.json").read_text())
         assert metrics["num_samples"] == count

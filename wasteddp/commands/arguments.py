@@ -12,6 +12,27 @@ def add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=positive, metavar="N", help="threads (default: one a core)")
 
 
+def add_decoders(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers",
+        type=_decoders,
+        default=0,
+        metavar="N",
+        help="what decodes images: '4 processes', '4 threads', or 4 of the kind that is right for the device: "
+        "processes on a GPU, threads on a CPU (default: as many as are right); no answer depends on it",
+    )
+
+
+def _decoders(text: str) -> str:
+    from wasteddp.settings import Data
+
+    try:
+        Data(workers=text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor 'N threads' nor 'N processes'") from error
+    return text
+
+
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasteddp.commands.arguments import Commands, add_compute, add_tta, positive
+from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, positive
 
 if TYPE_CHECKING:
     pass
@@ -29,6 +29,7 @@ def _add_evaluate(commands: Commands) -> None:
     command.add_argument("--split", default="test", help="split to measure on (default: %(default)s)")
     command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
     add_compute(command)
+    add_decoders(command)
     add_tta(command)
     command.set_defaults(run=_evaluate)
 
@@ -44,6 +45,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             device=arguments.device,
             tta=arguments.tta,
+            workers=arguments.workers,
         )
     )
 
@@ -61,6 +63,7 @@ def _add_predict(commands: Commands) -> None:
     command.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON")
     command.add_argument("--top", type=positive, default=3, metavar="N", help="classes to print (default: %(default)s)")
     add_compute(command)
+    add_decoders(command)
     add_tta(command)
     command.set_defaults(run=_predict)
 
@@ -78,6 +81,7 @@ def _predict(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             device=arguments.device,
             tta=arguments.tta,
+            workers=arguments.workers,
         )
     )
 

@@ -68,6 +68,6 @@ def refuse_damaged(where: str, reason: str, *, is_replaced: bool) -> DamagedSamp
     return DamagedSampleError(
         f"{where} cannot be used: {reason}"
         + (f"; nor can the {MAX_REPLACEMENTS - 1} samples after it" if is_replaced else ""),
-        "an evaluation with a hole is no evaluation, and a run on damaged shards is no run",
+        "the result would not cover the whole split",
         "find all that is damaged with `wasteddp verify`, then copy or make the set again",
     )

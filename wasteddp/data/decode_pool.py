@@ -298,7 +298,7 @@ class DecodePool:
                 f"decoding process {dead.number} {how} {_DEATHS_IN_A_ROW} times in a row without finishing a task",
                 "no batch would ever be whole",
                 "look for an out-of-memory message in the kernel's log (dmesg) or the cluster's; fewer processes "
-                "(data.workers) need less memory; data.workers='4 threads' needs none",
+                "need less memory, '4 threads' none: data.workers, of a command --workers",
             )
             raise self._broken
         fresh = self._start(dead.number)

@@ -57,6 +57,8 @@ ROW_DTYPE = np.dtype(
 # What a worker is at, in memory that its parent reads: row of its task (-1: none), sample, since when (monotonic, s).
 AT_WORK_DTYPE = np.dtype([("row", "i8"), ("sample", "i8"), ("since_s", "f8")])
 
+WHOLE = -1  # the length of a row that is a file of its own, of which no sha256 is known
+
 UNREAD, UNDECODABLE = "unread", "undecodable"
 Failure = tuple[int, str, str]  # row of the batch, UNREAD or UNDECODABLE, the reason in words
 Left = tuple[int, bytes | int, tuple[int, int, int, int]]  # row, a JPEG or its length where it stands in its row, box
@@ -137,11 +139,13 @@ def _fill(
         at_work["sample"], at_work["since_s"], at_work["row"] = record["sample"], time.monotonic(), number
         row = int(record["row"])
         place = images[row * num_bytes : (row + 1) * num_bytes]
+        length = int(record["length"])
         try:
-            data = os.pread(shards[int(record["shard"])], int(record["length"]), int(record["offset"]))
-        except OSError:
-            data = b""
-        if sha256(data).digest() != record["sha256"].tobytes():
+            data = _read(shards[int(record["shard"])], length, int(record["offset"]))
+        except OSError as error:
+            failures.append((row, UNREAD, error.strerror or ""))
+            continue
+        if length != WHOLE and sha256(data).digest() != record["sha256"].tobytes():
             failures.append((row, UNREAD, ""))  # the parent reads it too, and knows how to say what is wrong
             continue
         try:
@@ -154,6 +158,17 @@ def _fill(
                 place[: len(data)] = np.frombuffer(data, np.uint8)
             left.append((row, len(data) if fits else data, encoded.box))
     return failures, left
+
+
+def _read(descriptor: int, length: int, offset: int) -> bytes:
+    """From there on, or the whole file. Its position is shared with other processes and stays as it is."""
+    if length != WHOLE:
+        return os.pread(descriptor, length, offset)
+    at_once = max(os.fstat(descriptor).st_size + 1, 1 << 16)  # /proc says 0
+    data = b""
+    while part := os.pread(descriptor, at_once, len(data)):
+        data += part
+    return data
 
 
 def _how_it_ended(pid: int) -> int:

@@ -194,14 +194,14 @@ class Loader:
     def _replaced(self, out: ImageHWC, sample: int, epoch: int, error: Exception) -> tuple[Damage, Encoded | None]:
         """Writes the view of the next sample that can be read in the place of `sample`, which cannot."""
         where = self._reader.describe(sample)
-        reason = error.found if isinstance(error, DamagedSampleError) else str(error)
+        reason = error.found.removeprefix(f"{where}: ") if isinstance(error, DamagedSampleError) else str(error)
         for behind in range(1, MAX_REPLACEMENTS if self._replace else 0):
             used = (sample + behind) % self._reader.num_samples
             with contextlib.suppress(UndecodableError, DamagedSampleError):
                 draws = self._view.draws(np.array([used]), epoch)[0]
                 left = self._view.fill(out, self._reader.read(used), draws)
                 return Damage(sample, where, reason, used), left
-        raise refuse_damaged(where, reason, is_replaced=self._replace) from error
+        raise refuse_damaged(self._reader.describe_with_source(sample), reason, is_replaced=self._replace) from error
 
 
 AnyLoader = Loader | ProcessLoader

@@ -49,11 +49,6 @@ def num_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
             return cores
 
 
-def num_in_flight(workers: int) -> int:
-    """Items that `in_order` has taken and not yet yielded, at most."""
-    return (workers * _BATCHES_IN_FLIGHT + 1) * _BATCH
-
-
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
     """Yields `function(item)` for each item, in their order; an exception comes out in place of its batch."""
     if workers <= 1:

@@ -259,7 +259,7 @@ class ProcessLoader:
             try:
                 self._reader.read(sample)  # it fetches a damaged copy again, and says what is wrong
             except DamagedSampleError as error:
-                cause, reason = error, error.found
+                cause, reason = error, error.found.removeprefix(f"{self._reader.describe(sample)}: ")
             else:
                 self._pool.drop(int(self._reader.records(np.array([sample]))[0][0]))
                 found, encoded = self._alone(pending, row, sample, int(pending.samples[row]))
@@ -271,7 +271,8 @@ class ProcessLoader:
             found, encoded = self._alone(pending, row, used, used)
             if not found:
                 return Damage(sample, self._reader.describe(sample), reason, used), encoded
-        raise refuse_damaged(self._reader.describe(sample), reason, is_replaced=self._replace) from cause
+        where = self._reader.describe_with_source(sample)
+        raise refuse_damaged(where, reason, is_replaced=self._replace) from cause
 
     def _alone(self, pending: _Pending, row: int, stored: int, sample: int) -> tuple[list[Failure], Encoded | None]:
         """One row in a task of its own: its failures, and what is left to the device."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 
 import numpy as np
@@ -126,6 +126,12 @@ class SplitReader:
             f"{self._tars.where(shard)}, sample {sample - self._begins[shard]} "
             f"at byte {int(self._index[sample]['offset'])}"
         )
+
+    def describe_with_source(self, sample: int) -> str:
+        """The same with the path that the image was sharded from, where that can be read."""
+        with suppress(DamagedSampleError):
+            return f"{self.describe(sample)} ({self.source(sample)})"
+        return self.describe(sample)
 
     def ahead(self, steps: Iterable[Step], *, in_flight: int) -> Iterator[Step]:
         """The same steps, to be taken one by one; the shards of those to come may be fetched meanwhile.

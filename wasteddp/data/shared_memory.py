@@ -87,7 +87,8 @@ def _reserve(num_bytes: int) -> tuple[int, str]:
         f"{num_bytes:,} bytes that decoding processes share cannot be had ({'; '.join(refused)})",
         "the processes would have nowhere to put their images",
         f"free that much memory or disk, name a folder that has it in TMPDIR ({tempfile.gettempdir()} was tried), set "
-        "data.prefetch or train.batch_size lower, or decode in threads: data.workers='4 threads'",
+        "data.prefetch or train.batch_size lower, or decode in threads: data.workers='4 threads', of a command "
+        "--workers '4 threads'",
     )
 
 

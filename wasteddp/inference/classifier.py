@@ -166,6 +166,11 @@ class Classifier:
         return answers_BK[: len(views)]
 
 
+def device_type(name: str) -> str:
+    """Of the device that `find_device` will find, such as cuda; it is not started yet."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name.partition(":")[0]
+
+
 def find_device(name: str) -> torch.device:
     """The device called `name`, tried out: torch believes in cuda:7 until the first tensor goes there."""
     try:

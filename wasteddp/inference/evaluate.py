@@ -5,7 +5,8 @@ Legend: N samples of the split, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,23 @@ from rich.console import Console
 
 from wasteddp import settings as settings_file
 from wasteddp.data import shard_set
-from wasteddp.data.decoding import ImageHWC, UndecodableError
-from wasteddp.data.loader import evaluation_steps
+from wasteddp.data.decoding import ImageHWC
+from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
-from wasteddp.data.parallel import in_order, num_in_flight, num_usable_cores
 from wasteddp.data.plan import PADDING, EvaluationPlan
 from wasteddp.data.progress import progress
 from wasteddp.data.reading import SplitReader
 from wasteddp.data.shard_set import ShardSet
-from wasteddp.errors import BundleError, DamagedSampleError, SettingsError, ShardError, storage
+from wasteddp.data.workers import Workers, start_workers
+from wasteddp.errors import BundleError, SettingsError, ShardError, storage
 from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
-from wasteddp.inference.classifier import Classifier
+from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluation_record import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
 from wasteddp.settings import Data, plain_yaml
 
 _STEP = 64  # samples whose shards are fetched ahead, and let go of, together
-_STEPS_IN_FLIGHT = 2 + num_in_flight(num_usable_cores()) // _STEP
+_AHEAD = 2  # steps that are decoded ahead
 _OF_THE_SET = ("shards", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
 
 
@@ -47,14 +48,15 @@ class EvaluateOptions:
     batch_size: int | None = None
     device: str = "auto"
     tta: str = "none"
+    workers: int | str = 0  # as the setting data.workers
 
 
 def run(options: EvaluateOptions) -> None:
     """Evaluates, prints, and saves under `RUN/evaluations/<split>/`."""
-    classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size, tta=options.tta)
-    data = data_of(options.run, options.shards)
-    with shard_set.opened(data) as shards:
-        evaluation = evaluate_split(classifier, shards, options.split, console := Console())
+    with start_workers(options.workers, device_type(options.device)) as workers:
+        classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size, tta=options.tta)
+        with shard_set.opened(data_of(options.run, options.shards)) as shards:
+            evaluation = evaluate_split(classifier, shards, options.split, console := Console(), workers)
     folder = options.run / "evaluations" / options.split
     save_evaluation(
         folder,
@@ -74,7 +76,9 @@ def run(options: EvaluateOptions) -> None:
     console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
-def evaluate_split(classifier: Classifier, shards: ShardSet, split: str, console: Console) -> Evaluation:
+def evaluate_split(
+    classifier: Classifier, shards: ShardSet, split: str, console: Console, workers: Workers
+) -> Evaluation:
     """One split of an open set through the model, with a bar, and a warning if it is not the set trained on."""
     manifest = shards.manifest
     check_classes(manifest, classifier.card.classes)
@@ -90,50 +94,51 @@ def evaluate_split(classifier: Classifier, shards: ShardSet, split: str, console
         )
     with shards.reader(split) as reader, progress("evaluating", reader.num_samples) as advance:
         samples = np.arange(reader.num_samples)
-        at_once = _STEP * _STEPS_IN_FLIGHT
+        at_once = _STEP * (_AHEAD + 1)
         shards.require_room(reader.needs(samples[first : first + at_once]) for first in range(0, len(samples), _STEP))
-        return evaluate(classifier, reader, manifest.split(split), advance=advance)
+        return evaluate(classifier, reader, manifest.split(split), workers=workers, advance=advance)
 
 
-def evaluate(classifier: Classifier, reader: SplitReader, split: Split, *, advance: Callable[[], None]) -> Evaluation:
+def evaluate(
+    classifier: Classifier, reader: SplitReader, split: Split, *, workers: Workers, advance: Callable[[], None]
+) -> Evaluation:
     """Every sample of a split through the model, once.
 
     Args:
         advance: called once for each sample that is done.
 
     Raises:
-        DamagedSampleError: a sample cannot be read or decoded; an evaluation with a hole is no evaluation.
+        DamagedSampleError: a sample cannot be read or decoded; the result would not cover the whole split.
         ShardError: the samples are not those that the manifest counts.
     """
     num_classes = len(classifier.card.classes)
     labels = reader.labels
     _check_counts(np.bincount(labels, minlength=num_classes), split, "its index holds")
 
-    def view_of(sample: int) -> tuple[int, str, ImageHWC]:
-        data = reader.read(sample)
-        try:
-            return sample, reader.source(sample), classifier.view(data)
-        except UndecodableError as error:
-            raise DamagedSampleError(
-                f"{reader.describe(sample)} ({reader.source(sample)}) cannot be decoded: {error}",
-                "an evaluation without it would not be one of this split",
-                "find all that is damaged with `wasteddp verify`, then make the set again without it",
-            ) from error
-
     confusion = np.zeros((num_classes, num_classes), np.int64)
     probabilities_NK = np.full((reader.num_samples, num_classes), np.nan, np.float32)
     sources: list[str] = []
-    steps = evaluation_steps(EvaluationPlan(reader.num_samples, _STEP), rank=0, world_size=1)
-    taken = (sample for step in reader.ahead(steps, in_flight=_STEPS_IN_FLIGHT) for sample in step[2].tolist())
-    views = in_order(view_of, (sample for sample in taken if sample != PADDING), workers=num_usable_cores())
-    for batch in classifier.batches(views):
-        samples = [sample for sample, _, _ in batch]
-        answers_BK = classifier.probabilities([view for _, _, view in batch])
-        probabilities_NK[samples] = answers_BK
-        confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
-        sources += [source for _, source, _ in batch]
-        for _ in batch:
-            advance()
+    size = classifier.card.preprocessing
+    with (
+        evaluation_loader(
+            reader,
+            image_size_px=size.image_size_px,
+            resize_px=size.resize_px,
+            workers=workers.number,
+            prefetch=_AHEAD,
+            processes=workers.server is not None,
+            server=workers.server,
+        ) as loader,
+        closing(_views(loader, reader)) as views,
+    ):
+        for batch in classifier.batches(views):
+            samples = [sample for sample, _, _ in batch]
+            answers_BK = classifier.probabilities([view for _, _, view in batch])
+            probabilities_NK[samples] = answers_BK
+            confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
+            sources += [source for _, source, _ in batch]
+            for _ in batch:
+                advance()
     # The proof: what went through the model, batch by batch, is what the manifest says there is.
     _check_counts(confusion.sum(axis=1), split, "the model answered for")
     answers = Answers.of(labels, probabilities_NK)
@@ -146,6 +151,15 @@ def evaluate(classifier: Classifier, reader: SplitReader, split: Split, *, advan
         mistakes=Mistakes.of(answers),
     )
     return Evaluation(seen, tuple(sources), labels, probabilities_NK)
+
+
+def _views(loader: AnyLoader, reader: SplitReader) -> Generator[tuple[int, str, ImageHWC], None, None]:
+    """(sample, its source, its view uint8 [S, S, C]) of all samples, in order."""
+    for step in loader.batches(evaluation_steps(EvaluationPlan(reader.num_samples, _STEP), rank=0, world_size=1)):
+        images_BHWC = step.images_BCHW.permute(0, 2, 3, 1).numpy()
+        for sample, view in zip(step.samples.tolist(), images_BHWC, strict=True):
+            if sample != PADDING:
+                yield sample, reader.source(sample), view
 
 
 def data_of(run: Path, shards: str | None) -> Data:

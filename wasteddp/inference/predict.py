@@ -6,15 +6,16 @@ results go to the terminal and to the files as they come, so a folder may have m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from wasteddp.data.decoding import ImageHWC, UndecodableError
-from wasteddp.data.parallel import in_order, num_usable_cores
+from wasteddp.data.file_views import Unreadable, file_views
+from wasteddp.data.views import EvaluationView
+from wasteddp.data.workers import Workers, start_workers
 from wasteddp.errors import SourceError
-from wasteddp.inference.classifier import Classifier
+from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.paths import find_images
 from wasteddp.inference.prediction_record import (
     Answer,
@@ -39,6 +40,7 @@ class PredictOptions:
     batch_size: int | None = None
     device: str = "auto"
     tta: str = "none"
+    workers: int | str = 0  # as the setting data.workers
 
 
 def run(options: PredictOptions) -> None:
@@ -48,15 +50,18 @@ def run(options: PredictOptions) -> None:
         SourceError: a path names nothing, or not one image could be classified.
     """
     images = find_images(options.paths)
-    classifier = Classifier.load(options.model, device=options.device, batch_size=options.batch_size, tta=options.tta)
-    terminal = Terminal(classifier.card, top=options.top)
     with ExitStack() as stack:
+        workers = stack.enter_context(start_workers(options.workers, device_type(options.device)))
+        classifier = Classifier.load(
+            options.model, device=options.device, batch_size=options.batch_size, tta=options.tta
+        )
+        terminal = Terminal(classifier.card, top=options.top)
         records: list[Record] = [terminal]
         if options.csv:
             records.append(stack.enter_context(csv_record(options.csv, classifier.card)))
         if options.json:
             records.append(stack.enter_context(json_record(options.json, classifier.card, tta=classifier.tta)))
-        for prediction in predict(classifier, images):
+        for prediction in stack.enter_context(closing(predict(classifier, images, workers))):
             for record in records:
                 record.add(prediction)
     terminal.finish([path for path in (options.csv, options.json) if path is not None])
@@ -68,20 +73,12 @@ def run(options: PredictOptions) -> None:
         )
 
 
-def predict(classifier: Classifier, paths: Iterable[str]) -> Iterator[Prediction]:
+def predict(classifier: Classifier, paths: Iterable[str], workers: Workers) -> Generator[Prediction, None, None]:
     """One prediction a path, in order."""
-
-    def view_of(path: str) -> tuple[str, ImageHWC] | Failure:
-        try:
-            return path, classifier.view(Path(path).read_bytes())
-        except UndecodableError as error:
-            return Failure(path, str(error))
-        except IsADirectoryError:  # `find_images` gives out a folder only if it could not list it
-            return Failure(path, "unreadable: this folder cannot be listed")
-        except OSError as error:
-            return Failure(path, f"unreadable: {error.strerror}")
-
-    for batch in classifier.batches(in_order(view_of, paths, workers=num_usable_cores())):
-        answers_BK = iter(classifier.probabilities([one[1] for one in batch if not isinstance(one, Failure)]))
-        for one in batch:
-            yield one if isinstance(one, Failure) else Answer(one[0], next(answers_BK))
+    size = classifier.card.preprocessing
+    views = file_views(paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers)
+    with closing(views):
+        for batch in classifier.batches(views):
+            answers_BK = iter(classifier.probabilities([view for _, view in batch if not isinstance(view, Unreadable)]))
+            for path, view in batch:
+                yield Failure(path, view.reason) if isinstance(view, Unreadable) else Answer(path, next(answers_BK))

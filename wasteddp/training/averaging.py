@@ -25,9 +25,10 @@ from wasteddp import settings as settings_file
 from wasteddp.data import shard_set
 from wasteddp.data.manifest import write_atomically
 from wasteddp.data.shard_set import ShardSet
+from wasteddp.data.workers import Workers, start_workers
 from wasteddp.errors import CheckpointError, RunError, storage
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
-from wasteddp.inference.classifier import Classifier, find_device
+from wasteddp.inference.classifier import Classifier, device_type, find_device
 from wasteddp.inference.evaluate import check_classes, evaluate_split
 from wasteddp.inference.evaluation_record import Evaluation, save_evaluation
 from wasteddp.inference.metrics import Metrics, percent
@@ -76,6 +77,11 @@ def run(options: AverageOptions) -> None:
     """
     console = Console()
     out = _out(options)
+    with start_workers(0, device_type(options.device)) as workers:
+        _average(options, out, console, workers)
+
+
+def _average(options: AverageOptions, out: Path, console: Console, workers: Workers) -> None:
     best = Classifier.load(options.run, device=options.device, batch_size=options.batch_size)
     mean = mean_of_newest(options.run / "checkpoints", options.last, _say)
     settings = settings_file.parse(mean.settings_yaml, name=f"the settings of step {mean.steps[-1]}")
@@ -84,8 +90,8 @@ def run(options: AverageOptions) -> None:
         check_classes(shards.manifest, mean.progress.lineage.classes)
         weights, num_images = _with_statistics(mean, settings, shards, options)
         average = _classifier(mean, weights, settings, shards, options)
-        found = evaluate_split(average, shards, data.eval_split, console)
-        beside = evaluate_split(best, shards, data.eval_split, console)
+        found = evaluate_split(average, shards, data.eval_split, console, workers)
+        beside = evaluate_split(best, shards, data.eval_split, console, workers)
     _say(f"mean of the checkpoints of steps {', '.join(map(str, mean.steps))}")
     of_images = f"of {num_images:,} training images, centre views of {data.eval_size_px} px"
     _say(f"BatchNorm's statistics: {of_images if num_images else 'as they were, since it was frozen'}")

@@ -19,6 +19,7 @@ from wasteddp.data.process_loader import print_warning
 from wasteddp.data.quality import Labels
 from wasteddp.data.reading import SplitReader
 from wasteddp.data.shard_set import opened as opened_set
+from wasteddp.data.workers import default_workers
 from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
 from wasteddp.settings import Settings
 from wasteddp.training.copying import copied_ahead
@@ -26,8 +27,6 @@ from wasteddp.training.foresight import Foresight, ranks_here
 from wasteddp.training.runtime import Runtime
 from wasteddp.training.signals import STOP
 from wasteddp.training.sizes import side_px
-
-_MAX_THREADS, _MAX_PROCESSES = 8, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +160,6 @@ def started_early(settings: Settings) -> Iterator[DecodeServer | None]:
         return
     with DecodeServer() as server:
         yield server
-
-
-def default_workers(cores: int, *, processes: bool) -> int:
-    """What decodes beside one training process that has so many cores.
-
-    One core is left to the thread that launches kernels, from five cores on another to the backward pass's.
-    """
-    if not processes:
-        return min(cores, _MAX_THREADS)
-    return max(1, min(cores - (1 if cores < 5 else 2), _MAX_PROCESSES))
 
 
 def refuse_device_decoding(settings: Settings, device_type: str) -> None:
