@@ -66,8 +66,8 @@ def inputs(run: Path) -> list[tuple[Any, Any]]:
 
 
 def flat(weights: bytes) -> torch.Tensor:
-    """All weights, one after another; BatchNorm's statistics are left out."""
-    named = load(weights).items()
+    """All weights in the order of their names; BatchNorm's statistics are left out."""
+    named = sorted(load(weights).items())  # safetensors gives them in any order
     return torch.cat([t.reshape(-1).float() for name, t in named if "running" not in name and "num_b" not in name])
 
 
