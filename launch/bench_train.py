@@ -39,6 +39,7 @@ from wasteddp import settings as settings_file
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.data.workers import default_workers
 from wasteddp.settings import Settings
+from wasteddp.training import precision
 from wasteddp.training.runtime import MOST_UNTRIED
 
 _WARM = _ROW = 10  # steps before those that are timed, and between two of the program's rows
@@ -58,6 +59,9 @@ def add(commands: Any) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Prints a line a round, then a line a side: medians of its rounds, and of what ours was of it in each."""
     settings = settings_file.load(arguments.config, arguments.set)
+    # of all sides: auto would be measured for ours alone
+    overrides = [*arguments.set, f"precision={precision.without_measuring(settings.precision)}"]
+    overrides += ["model.compile=false"] if settings.model.compile == "auto" else []
     if arguments.steps % _ROW or arguments.steps < _ROW:
         raise SystemExit(f"--steps {arguments.steps}: the program is timed by its rows, take a multiple of {_ROW}")
     there = [OURS, BARE, *(side for side in OTHERS if side != TIMM or find_spec("timm"))]
@@ -72,7 +76,7 @@ def compare(arguments: argparse.Namespace) -> None:
         for number in range(1, arguments.rounds + 1):
             for side in sides if number % 2 else reversed(sides):
                 rate = _program if side == OURS else partial(_other, side)
-                found[side].append(rate(arguments.config, arguments.set, arguments.steps, folder))
+                found[side].append(rate(arguments.config, overrides, arguments.steps, folder))
             print(
                 f"round {number}: " + ", ".join(f"{side} {rates[-1]:.1f}" for side, rates in found.items()), flush=True
             )

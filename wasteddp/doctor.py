@@ -80,6 +80,8 @@ def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Findin
         world = runtime.start(settings, watch)
     except (LaunchError, SettingsError) as error:  # the same on every rank
         return [*findings, Finding("processes", "red", error.found, error.remedy)]
+    if settings.precision == "auto":  # measured meanwhile, on a GPU
+        findings[-1] = replace(findings[-1], found=f"{world.precision}: {world.precision_reason}")
     with contextlib.closing(world):
         found = (
             f"{world.world_size} process(es) x {world.micro_batch} images x {world.accumulation} accumulated = "

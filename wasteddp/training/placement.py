@@ -23,10 +23,14 @@ def placed(model: nn.Module, settings: Model, *, device: torch.device, world_siz
     if settings.sync_batchnorm and world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     if compiles:
-        # a graph for each size of images and each unfrozen stage; behind the limit, of 8, torch compiles no more
-        torch._dynamo.config.cache_size_limit = max(_MOST_GRAPHS, torch._dynamo.config.cache_size_limit)
-        model.compile(dynamic=False)
+        compile_in_place(model)
     return model
+
+
+def compile_in_place(model: nn.Module) -> None:
+    # a graph for each size of images and each unfrozen stage; after the limit, of 8, torch compiles no more
+    torch._dynamo.config.cache_size_limit = max(_MOST_GRAPHS, torch._dynamo.config.cache_size_limit)
+    model.compile(dynamic=False)
 
 
 def refuse_impossible(settings: Settings, num_processes: int, accumulation: int, *, has_gpu: bool) -> None:

@@ -6,6 +6,7 @@ fp16 was 28 % faster, as torch takes cuDNN's BatchNorm for fp16 and not for bf16
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -128,14 +129,18 @@ def measure(settings: Settings, device: torch.device, precisions: Sequence[str])
     The network has random weights and is gone afterwards; random numbers that follow are as if there had been none.
     """
     num_images, size = min(settings.train.max_micro_batch or _MOST_IMAGES, _MOST_IMAGES), settings.data.image_size
+    found: dict[str, float] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            return _images_per_s(settings.model, device, precisions, num_images, size)
-        except torch.OutOfMemoryError:
-            return {}
-        finally:
-            if device.type == "cuda":
+        while num_images and not found:
+            try:
+                found = _images_per_s(settings.model, device, precisions, num_images, size)
+            except torch.OutOfMemoryError:
+                num_images //= 2
+            if device.type == "cuda":  # after the handler: the error holds the tensors of the attempt
+                gc.collect()
                 torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+    return found
 
 
 def _images_per_s(

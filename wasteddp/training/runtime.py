@@ -212,6 +212,8 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
             "on a CPU, launch with `--config_file launch/accelerate/cpu2.yaml`; on GPUs, with `--multi_gpu`",
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if launched > 1 else None
+    watch = watch or Watchdog()
+    watch.at("measuring what is faster", slow=True)
     kept, chosen = _agreed_precision(settings, processes, control, kept)  # all ranks
     compression = settings.ddp.compression
     hook = DDPCommunicationHookType("no" if in_order else compression.replace("none", "no"))
@@ -227,7 +229,7 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
         micro_batch=micro,
         accumulation=accumulation,
         control=control,
-        watch=watch or Watchdog(),
+        watch=watch,
         kept=kept,
         images_per_s=chosen.images_per_s.get(chosen.name, 0.0),
         compiles=settings.model.compile is True,  # auto is decided when it is known how long the run is
