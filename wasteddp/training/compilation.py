@@ -55,7 +55,7 @@ def settled(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
         is_deterministic=settings.run.deterministic,
         lacking=next(filter(None, world.gather(lacking)), ""),  # all ranks
     )
-    if decision.compiles:
+    if decision.compiles and is_gpu:  # on a CPU a start that is killed can leave a library that is half written
         keep_compiled_code()
     return replace(world, compiles=decision.compiles, compile_reason=decision.reason)
 
