@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,12 @@ from small_run import write_images
 from wasteddp.data.sharding import Job, Options, make_shards
 
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
+
+
+def pytest_configure() -> None:
+    """A shell that runs the tests in the background ignores SIGINT, and so would all that they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -54,7 +54,7 @@ class Run(_Section):
     """Write steps.jsonl, hashes of each step's samples, images and weights: for `wasteddp verify-resume` and tests."""
     deterministic: bool = False
     """Two runs on the same kind of device, with the same versions and number of processes, killed or not, end with the
-    same bits: kernels and ranks add in a fixed order. Slower; one CPU process or two do so anyway."""
+    same bits: kernels and ranks add in a fixed order. One CPU process or two do so anyway."""
 
 
 class Data(_Section):
