@@ -3,7 +3,8 @@
 Called by `python -m launch.bench workers`. Needs no GPU: a loop of small tensor operations stands for a step that
 launches kernels. It runs alone, and while a loader decodes at full speed on the other cores, in turns, each side in a
 process of its own. A loader in a program that has nothing to do with the loop shows what the machine itself takes from
-it, by its caches, its memory and its other users: what the loader costs is the distance from there.
+it, by its caches, its memory and its other users: what the loader costs is the distance from there. How much of the
+time the loop's thread was on a core tells waiting, for the GIL or for a core, from computing more slowly.
 
 Also printed: images/s of the loader alone, the time to its first batch, and its processes' memory.
 """
@@ -63,7 +64,11 @@ def compare(arguments: argparse.Namespace) -> None:
     for kind in (*KINDS, ELSEWHERE):
         pace, images = (median(("pace", kind, beside), what) for what in ("operations_per_s", "images_per_s"))
         name = kind if kind in KINDS else "in another program"
-        print(f"  {name:18s} {pace / alone:5.2f} of that, {images:8.1f} images/s decoded meanwhile")
+        on_a_core = median(("pace", kind, beside), "on_a_core")
+        print(
+            f"  {name:18s} {pace / alone:5.2f} of that, on a core {on_a_core:4.0%} of the time, {images:8.1f} images/s "
+            "decoded meanwhile"
+        )
     print(f"the loader alone, batches of {BATCH} x {IMAGE_SIZE_PX} px:")
     for count in counts:
         for kind in KINDS:
@@ -142,25 +147,26 @@ def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, flo
         while not ends.is_set():
             images[0] += len(next(batches).samples)
 
-    def loop() -> float:
+    def loop() -> dict[str, float]:
         x = torch.zeros(64)
-        began, operations = time.perf_counter(), 0
+        began, cpu_began, operations = time.perf_counter(), time.thread_time(), 0
         while time.perf_counter() - began < seconds:
             for _ in range(_OPERATIONS):
                 x = x * 0.5 + 1.0
             operations += 2 * _OPERATIONS
-        return operations / (time.perf_counter() - began)
+        wall_s, cpu_s = time.perf_counter() - began, time.thread_time() - cpu_began
+        return {"operations_per_s": operations / wall_s, "on_a_core": cpu_s / wall_s}
 
     if kind == "":
-        return {"operations_per_s": loop(), "images_per_s": 0.0}
+        return loop()
     if kind == ELSEWHERE:
         command = [sys.executable, "-m", "launch.bench_workers", "decode", "threads", str(workers), shards, "0"]
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout
             other.stdout.readline()  # its first batch is there
-            began, pace = time.perf_counter(), loop()
+            pace = loop()
             out, _ = other.communicate("")
-        return {"operations_per_s": pace, "images_per_s": int(out) / (time.perf_counter() - began)}
+        return {**pace, "images_per_s": float(out)}
     with _loader(kind, workers, shards) as (_, batches):
         next(batches)
         taker = threading.Thread(target=take, args=(batches,))
@@ -168,11 +174,11 @@ def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, flo
         pace = loop()
         ends.set()
         taker.join()
-        return {"operations_per_s": pace, "images_per_s": images[0] / seconds}
+        return {**pace, "images_per_s": images[0] / seconds}
 
 
 def _decode(kind: str, workers: int, shards: str) -> None:
-    """Decodes from the line that it prints to the end of its input; prints how many images."""
+    """Decodes from the line that it prints to the end of its input; prints how many images a second."""
     ends, images = threading.Event(), 0
 
     def wait_for_the_end() -> None:
@@ -183,9 +189,10 @@ def _decode(kind: str, workers: int, shards: str) -> None:
         next(batches)
         print("decoding", flush=True)
         threading.Thread(target=wait_for_the_end, daemon=True).start()
+        began = time.perf_counter()
         while not ends.is_set():
             images += len(next(batches).samples)
-        print(images, flush=True)
+        print(images / (time.perf_counter() - began), flush=True)
 
 
 if __name__ == "__main__":
