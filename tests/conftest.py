@@ -24,9 +24,11 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup a file's tests stay together, for the sake of what they train once; so do all on Slurm."""
+    """With --dist loadgroup a file's tests stay together, for the sake of what they train once. Those that start several
+    processes come one after another: side by side, they would wait for each other's cores."""
     for item in items:
-        name = "slurm" if "slurm" in item.path.parts else str(item.path.relative_to(Path(__file__).parent))
+        path = item.path.relative_to(Path(__file__).parent)
+        name = "several processes" if path.parts[0] in ("chaos", "distributed", "slurm") else str(path)
         item.add_marker(pytest.mark.xdist_group(name))
 
 
