@@ -24,7 +24,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup a file's tests stay together, for the sake of what they train once. Those that start several
+    """With --dist loadgroup a file's tests stay together, for what they train once. Those that start several
     processes come one after another: side by side, they would wait for each other's cores."""
     for item in items:
         path = item.path.relative_to(Path(__file__).parent)
