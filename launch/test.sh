@@ -7,5 +7,4 @@ export PATH=$PWD/.venv/bin:$PATH
 ruff check .
 ruff format --check .
 mypy wasteddp launch
-# Files side by side, in their order: the slow folders come first. With `--numprocesses 0` one after another.
-pytest --numprocesses logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder "$@"
+pytest "$@"

@@ -22,16 +22,6 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup a file's tests stay together, for what they train once. Those that start several
-    processes come one after another: side by side, they would wait for each other's cores."""
-    for item in items:
-        path = item.path.relative_to(Path(__file__).parent)
-        name = "several processes" if path.parts[0] in ("chaos", "distributed", "slurm") else str(path)
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps one state a process, with the precision of its first use."""
