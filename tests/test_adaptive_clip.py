@@ -83,7 +83,7 @@ def test_clipping_comes_behind_the_loss_scale_and_tells_the_norm_before_it(limit
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.grad *= 1024
-    world = SimpleNamespace(accelerator=_HalfPrecision(optimizer, scaler), device=torch.device("cpu"))
+    world = SimpleNamespace(accelerator=_HalfPrecision(optimizer, scaler), device=torch.device("cpu"), say=print)
     data = SimpleNamespace(
         plan=SimpleNamespace(steps_per_epoch=1),
         manifest=SimpleNamespace(classes=("a", "b", "c")),
