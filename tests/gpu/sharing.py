@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import PartialState
 
 from wasteddp.train import main
 from wasteddp.training import runtime, signals
@@ -14,5 +14,6 @@ from wasteddp.training.last_words import leave
 if __name__ == "__main__":
     signals.install()  # as train.py does when it is the program
     os.environ["LOCAL_RANK"] = "0"  # Accelerate takes the device from it, and DDP its number
-    runtime.InitProcessGroupKwargs = partial(InitProcessGroupKwargs, backend="gloo")  # type: ignore[assignment,misc]
+    assert runtime.PartialState is PartialState  # what joins the ranks, and is replaced here
+    runtime.PartialState = partial(PartialState, backend="gloo")  # type: ignore[assignment,misc]
     leave(main())
