@@ -121,6 +121,14 @@ def test_the_newest_checkpoint_says_what_a_run_keeps(tmp_path: Path, found: dict
     assert kept_choices(tmp_path / "other", "auto") == NOTHING_KEPT
 
 
+def test_a_run_that_has_gone_on_keeps_its_own_choices(tmp_path: Path) -> None:
+    asked = checkpoint(tmp_path / "other", 5, json.dumps({"precision": "fp16"}))
+    checkpoint(tmp_path, 3, json.dumps({"precision": "bf16"}))
+    assert kept_choices(tmp_path, str(asked)) == Kept("fp16")
+    checkpoint(tmp_path, 7, json.dumps({"precision": "bf16"}))
+    assert kept_choices(tmp_path, str(asked)) == Kept("bf16")
+
+
 def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
     checkpoint(tmp_path, 3, json.dumps({"precision": "fp16"}))
     checkpoint(tmp_path, 4, "{")

@@ -159,13 +159,20 @@ def kept_choices(run: Path, resume: str) -> Kept:
 
     It is not checked here, since the processes have not met: `starting_point` is what proves it and reports.
     """
-    paths = [] if resume == "never" else listed(run / FOLDER) if resume == "auto" else [Path(resume)]
+    paths = [] if resume == "never" else listed(run / FOLDER)
+    if resume not in ("never", "auto") and not (paths and _step_in(paths[-1]) > _step_in(Path(resume))):
+        paths.append(Path(resume))  # else the run has gone on from there already
     for path in reversed(paths):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             raw = json.loads((path / PROGRESS).read_bytes())
             # until 2026-11 it was not written down: fp16 had a loss scale, and auto was bf16 otherwise
             return Kept(raw.get("precision") or ("fp16" if raw.get("scaler") else "bf16"), raw.get("compiles"))
     return NOTHING_KEPT
+
+
+def _step_in(path: Path) -> int:
+    """The step of a checkpoint, as its name says; 0 for another name."""
+    return int(step) if (step := path.name.removeprefix("step-")).isdigit() else 0
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
