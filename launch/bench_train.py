@@ -38,6 +38,7 @@ from launch.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.parallel import num_usable_cores
 from wasteddp.data.workers import default_workers
+from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.settings import Settings
 from wasteddp.training import precision
 from wasteddp.training.runtime import MOST_UNTRIED
@@ -100,6 +101,8 @@ def _program(config: str, overrides: list[str], steps: int, folder: Path) -> flo
         for line in process.stdout:
             if line.startswith(f"step {steps + _WARM}/"):
                 process.terminate()
+    if process.returncode not in (EXIT_FINISHED, EXIT_RESUMABLE):
+        raise SystemExit(process.returncode)  # it has said why
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     for path in sorted((folder / "run").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()

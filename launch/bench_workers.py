@@ -1,10 +1,10 @@
 """What decoding costs the thread that launches kernels: threads in its process beside processes of their own.
 
 Called by `python -m launch.bench workers`. Needs no GPU: a loop of small tensor operations stands for a step that
-launches kernels. It runs alone, and while a loader decodes at full speed on the other cores, in turns, each side in a
-process of its own. A loader in a program that has nothing to do with the loop shows what the machine itself takes from
-it, by its caches, its memory and its other users: what the loader costs is the distance from there. How much of the
-time the loop's thread was on a core tells waiting, for the GIL or for a core, from computing more slowly.
+launches kernels. It runs in turns while a loader decodes at full speed on the other cores and while the loader rests.
+A loader in a program that has nothing to do with the loop shows what the machine itself takes from it, by its caches,
+its memory and its other users: what the loader costs is the distance from there. How much of the time the loop's thread
+was on a core tells waiting, for the GIL or for a core, from computing more slowly.
 
 Also printed: images/s of the loader alone, the time to its first batch, and its processes' memory.
 """
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ BATCH, IMAGE_SIZE_PX = 64, 224
 KINDS = ("threads", "processes")
 ELSEWHERE = "elsewhere"  # a loader in another program
 _OPERATIONS = 200  # a "step"
+_TURNS = 4
+_SETTLES_S = 0.5
 
 
 def add(commands: Any) -> None:
@@ -41,11 +44,11 @@ def add(commands: Any) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Prints medians: the loop's pace beside each kind as part of its pace alone, and what each kind decodes alone."""
+    """Prints medians: what each kind leaves to a loop of its pace, and what it decodes alone."""
     cores = num_usable_cores()
     beside = max(1, cores - 1)  # one core is the launching thread's
     counts = [int(word) for word in arguments.workers.split(",") if word] or sorted({1, cores})
-    sides = [("alone", "", 0)] + [("pace", kind, beside) for kind in (*KINDS, ELSEWHERE)]
+    sides = [("pace", kind, beside) for kind in (*KINDS, ELSEWHERE)]
     sides += [("loader", kind, count) for count in counts for kind in KINDS]
     found: dict[tuple[str, str, int], list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(arguments.rounds):
@@ -59,15 +62,12 @@ def compare(arguments: argparse.Namespace) -> None:
     def median(side: tuple[str, str, int], what: str) -> float:
         return statistics.median(found_one[what] for found_one in found[side])
 
-    alone = median(sides[0], "operations_per_s")
-    print(f"a loop of small tensor operations, alone {alone:,.0f} a second; beside {beside} decoding:")
-    for kind in (*KINDS, ELSEWHERE):
-        pace, images = (median(("pace", kind, beside), what) for what in ("operations_per_s", "images_per_s"))
-        name = kind if kind in KINDS else "in another program"
-        on_a_core = median(("pace", kind, beside), "on_a_core")
+    print(f"a loop of small tensor operations while {beside} decode, as part of its pace while the loader rests:")
+    for side in sides[: len(KINDS) + 1]:
+        name = side[1] if side[1] in KINDS else "in another program"
         print(
-            f"  {name:18s} {pace / alone:5.2f} of that, on a core {on_a_core:4.0%} of the time, {images:8.1f} images/s "
-            "decoded meanwhile"
+            f"  {name:18s} {median(side, 'kept'):5.2f} of {median(side, 'operations_per_s'):,.0f} a second, on a core "
+            f"{median(side, 'on_a_core'):4.0%} of the time; {median(side, 'images_per_s'):8.1f} images/s meanwhile"
         )
     print(f"the loader alone, batches of {BATCH} x {IMAGE_SIZE_PX} px:")
     for count in counts:
@@ -137,62 +137,110 @@ def _memory_mb(pid: int, *kinds: str) -> float:
 
 
 def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, float]:
-    """Small operations a second in the main thread, while another thread takes batches as fast as they come."""
+    """Small operations a second in the main thread, in turns while a loader decodes at full speed and while it rests.
+
+    Both in the same process: from process to process the same loop's pace varies by a third.
+    """
     import torch
 
     torch.set_num_threads(1)
-    images, ends = [0], threading.Event()
+    x = torch.zeros(64)
 
-    def take(batches: Iterator[Any]) -> None:
-        while not ends.is_set():
-            images[0] += len(next(batches).samples)
-
-    def loop() -> dict[str, float]:
-        x = torch.zeros(64)
+    def loop() -> tuple[float, float]:
+        """Operations a second, and the part of the time that the thread was on a core."""
+        nonlocal x
         began, cpu_began, operations = time.perf_counter(), time.thread_time(), 0
-        while time.perf_counter() - began < seconds:
+        while time.perf_counter() - began < seconds / _TURNS:
             for _ in range(_OPERATIONS):
                 x = x * 0.5 + 1.0
             operations += 2 * _OPERATIONS
         wall_s, cpu_s = time.perf_counter() - began, time.thread_time() - cpu_began
-        return {"operations_per_s": operations / wall_s, "on_a_core": cpu_s / wall_s}
+        return operations / wall_s, cpu_s / wall_s
 
-    if kind == "":
-        return loop()
-    if kind == ELSEWHERE:
-        command = [sys.executable, "-m", "launch.bench_workers", "decode", "threads", str(workers), shards, "0"]
-        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-            assert other.stdout
-            other.stdout.readline()  # its first batch is there
-            pace = loop()
-            out, _ = other.communicate("")
-        return {**pace, "images_per_s": float(out)}
+    with (_another_program if kind == ELSEWHERE else _taking)(kind, workers, shards) as (start, rest):
+        alone, beside, counts = [], [], [rest()]
+        for _ in range(_TURNS):
+            alone.append(loop())
+            start()
+            beside.append(loop())
+            counts.append(rest())
+    return {
+        "operations_per_s": statistics.median(pace for pace, _ in alone),
+        "kept": statistics.median(pace for pace, _ in beside) / statistics.median(pace for pace, _ in alone),
+        "on_a_core": statistics.median(on_a_core for _, on_a_core in beside),
+        "images_per_s": (counts[-1] - counts[0]) / seconds,
+    }
+
+
+@contextmanager
+def _taking(kind: str, workers: int, shards: str) -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
+    """Start and rest, which returns the images so far; a thread of this process takes batches between them."""
+    images, takes, ends = 0, threading.Event(), threading.Event()
+
+    def take(batches: Iterator[Any]) -> None:
+        nonlocal images
+        while takes.wait() and not ends.is_set():
+            num = len(next(batches).samples)
+            images += num
+
+    def rest() -> int:
+        takes.clear()
+        taken = images
+        time.sleep(_SETTLES_S)  # batches in flight are still decoded
+        return taken
+
     with _loader(kind, workers, shards) as (_, batches):
         next(batches)
         taker = threading.Thread(target=take, args=(batches,))
         taker.start()
-        pace = loop()
-        ends.set()
-        taker.join()
-        return {**pace, "images_per_s": images[0] / seconds}
+        try:
+            yield takes.set, rest
+        finally:
+            ends.set()
+            takes.set()
+            taker.join()
+
+
+@contextmanager
+def _another_program(kind: str, workers: int, shards: str) -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
+    """As `_taking`; the loader is in a program that has nothing to do with this one, stopped and continued."""
+    command = [sys.executable, "-m", "launch.bench_workers", "decode", "threads", str(workers), shards, "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin
+        assert other.stdout
+        other.stdout.readline()  # its first batch is there
+
+        def rest() -> int:
+            print(file=other.stdin, flush=True)
+            assert other.stdout
+            images = int(other.stdout.readline())
+            other.send_signal(signal.SIGSTOP)
+            return images
+
+        def start() -> None:
+            other.send_signal(signal.SIGCONT)
+
+        try:
+            yield start, rest
+        finally:
+            other.kill()
 
 
 def _decode(kind: str, workers: int, shards: str) -> None:
-    """Decodes from the line that it prints to the end of its input; prints how many images a second."""
-    ends, images = threading.Event(), 0
+    """Decodes until it is killed; prints how many images so far, for each line of its input."""
+    images = 0
 
-    def wait_for_the_end() -> None:
-        sys.stdin.read()
-        ends.set()
+    def answer() -> None:
+        for _ in sys.stdin:
+            print(images, flush=True)
 
     with _loader(kind, workers, shards) as (_, batches):
         next(batches)
         print("decoding", flush=True)
-        threading.Thread(target=wait_for_the_end, daemon=True).start()
-        began = time.perf_counter()
-        while not ends.is_set():
-            images += len(next(batches).samples)
-        print(images / (time.perf_counter() - began), flush=True)
+        threading.Thread(target=answer, daemon=True).start()
+        while True:
+            num = len(next(batches).samples)
+            images += num
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = body[:100] + bytes([body[100] ^ 1]) + body[101:]
         if fault in ("cut", "reset", "stall"):
             body = body[: len(body) // 2]
-        self.wfile.write(body)
         with self.server.lock:
-            self.server.bytes_sent[self.path] += len(body)
+            self.server.bytes_sent[self.path] += len(body)  # before the last byte: the client may look once it has it
+        self.wfile.write(body)
         if fault == "cut":
             self.close_connection = True
         elif fault == "reset":

@@ -36,7 +36,15 @@ def decoders(training: int) -> list[int]:
                 servers.append(child)
         except OSError:
             continue
-    return [worker for server in servers for worker in children(server)]
+    return [worker for server in servers for worker in children(server) if is_alive(worker)]
+
+
+def is_alive(pid: int) -> bool:
+    """False of one that was killed and not yet waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
@@ -64,7 +72,8 @@ def test_killed_workers_change_nothing(small_shards: Path, tmp_path: Path) -> No
         _, errors = training.communicate(timeout=300)
     assert training.returncode == 0, errors
     assert kills == KILLS
-    # a worker that was idle when it was killed may not be missed before the end
-    assert len(re.findall(r"warning: rank 0: decoding process \d+ .* another takes its place", errors)) >= KILLS // 2
+    # three that train and three that evaluate: an idle one that was killed may not be missed before the end
+    deaths = re.findall(r"warning: rank 0: decoding process \d+ .* another takes its place", errors)
+    assert KILLS - 6 <= len(deaths) <= KILLS
     ours, others = (final_weights(tmp_path / name / "run") for name in ("killed", "quiet"))
     assert ours == others
