@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import narrow
 import pytest
 from pictures import jpeg
 from small_run import write_images
+from torchvision.models import resnet
 
 from wasteddp.data.sharding import Job, Options, make_shards
+from wasteddp.report import at_the_end
 
+REAL_RESNET, REAL_REPORT = resnet.ResNet, at_the_end.write_within
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 
 
@@ -28,6 +32,37 @@ def _fresh_accelerate() -> Iterator[None]:
     yield
     if accelerate := sys.modules.get("accelerate.state"):
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _narrow_networks() -> Iterator[None]:
+    before = narrow.install()
+    yield
+    narrow.restore(before)
+
+
+@pytest.fixture(scope="module")
+def full_width() -> Iterator[None]:
+    """The networks as torchvision builds them; a module that needs them asks for it in its `pytestmark`."""
+    before, resnet.ResNet = resnet.ResNet, REAL_RESNET  # type: ignore[misc]
+    yield
+    resnet.ResNet = before  # type: ignore[misc]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_report() -> Iterator[None]:
+    """A training in this process writes no report.html: that takes 2 s of a new process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at_the_end, "write_within", lambda limit_s, run: "report: left out in tests")
+        yield
+
+
+@pytest.fixture(scope="module")
+def reports() -> Iterator[None]:
+    """Trainings of this module write theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at_the_end, "write_within", REAL_REPORT)
+        yield
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from wasteddp.training import machine_checks, run_checks, wandb_connection
 from wasteddp.training.finding import Finding, print_table, worst
 from wasteddp.training.machine_checks import Device
 
+pytestmark = pytest.mark.usefixtures("full_width")  # the size of a checkpoint is looked at
+
 
 def findings_of(said: str) -> dict[str, dict[str, Any]]:
     return {finding["check"]: finding for finding in json.loads(said)["findings"]}

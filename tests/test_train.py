@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from small_run import write_images
-from trainings import ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
+from trainings import PROGRAM, ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
 
 from wasteddp import cli, train
 from wasteddp.data.manifest import Manifest
@@ -90,7 +90,7 @@ def test_kill_9_in_the_middle_of_an_epoch_costs_nothing(undisturbed: Path, small
     with subprocess.Popen(launch_command(arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 6/8"):
+            if line.startswith("step 2/8"):
                 kill_all(arguments)
     left = [row["step"] for row in rows(tmp_path / "run")]
     assert left[-1] < 8, "the run had ended before it was killed"
@@ -107,7 +107,7 @@ def test_kill_9_in_the_middle_of_an_epoch_costs_nothing(undisturbed: Path, small
 def test_a_signal_saves_and_says_how_to_go_on(undisturbed: Path, small_shards: Path, tmp_path: Path) -> None:
     arguments = [*config_of(tmp_path, small_shards), "--set", "checkpoint.every_steps=0"]
     command = launch_command(arguments)
-    script = command.index(str(ROOT / "wasteddp" / "train.py"))
+    script = command.index(str(PROGRAM))
     direct = [command[0], *command[script:]]  # without the launcher, to see the program's own exit code
     with subprocess.Popen(direct, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = ROOT / "wasteddp" / "train.py"
+REAL_PROGRAM = ROOT / "wasteddp" / "train.py"
+PROGRAM = ROOT / "tests" / "narrow.py"  # the same, with a small network
 CPU2 = ROOT / "launch" / "accelerate" / "cpu2.yaml"
 
 # 50 images, 4 steps an epoch of 12, one thread: two OpenMP teams on few cores would wait for each other

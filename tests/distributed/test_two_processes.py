@@ -11,7 +11,7 @@ import pytest
 import torch
 from faulty_server import serving
 from safetensors.torch import load
-from trainings import CPU2, ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
+from trainings import CPU2, PROGRAM, ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
 
 from wasteddp.data.forecast import train_plan
 from wasteddp.data.manifest import Manifest
@@ -51,7 +51,7 @@ def test_kill_9_of_two_processes_costs_nothing(two: Path, small_shards: Path, tm
     with subprocess.Popen(launch_command(arguments, *TWO), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 5/8"):
+            if line.startswith("step 2/8"):
                 kill_all(arguments)
     assert rows(tmp_path / "run")[-1]["step"] < 8, "the run had ended before it was killed"
     assert launch(arguments, *TWO).returncode == 0
@@ -74,7 +74,7 @@ def test_a_mistake_is_said_once_and_ends_every_rank(small_shards: Path, tmp_path
 
 def test_a_launch_that_accelerate_cannot_join_is_one_message(small_shards: Path, tmp_path: Path) -> None:
     command = launch_command(config_of(tmp_path, small_shards))
-    script = command.index(str(ROOT / "wasteddp" / "train.py"))
+    script = command.index(str(PROGRAM))
     alone = subprocess.run(
         [command[0], *command[script:]],
         env={**os.environ, "WORLD_SIZE": "2"},  # what a launcher sets, without the address that Accelerate joins by

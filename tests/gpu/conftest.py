@@ -20,6 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MEASURED] = []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _full_width(full_width: None) -> None:
+    """What is measured here is a user's network."""
+
+
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Takes a line with a number and its unit; printed at the end of the run."""
