@@ -39,19 +39,21 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     and torchvision's scripts call in the loop, and prints the medians."""
     import torch
 
-    from wasteddp.training import network, optim, runtime
-    from wasteddp.training.checkpoints import Progress
-    from wasteddp.training.inputs import Inputs
-    from wasteddp.training.keeper import Keeper
-    from wasteddp.training.lineage import Lineage
+    from wasteddp.training import build_model
+    from wasteddp.training.checkpoint.compatibility import Lineage
+    from wasteddp.training.checkpoint.files import Progress
+    from wasteddp.training.checkpoint.manager import Keeper
+    from wasteddp.training.dataloaders import Inputs
+    from wasteddp.training.distributed import runtime
+    from wasteddp.training.optimization import optimizers
 
     world = runtime.start(settings)
-    model, _ = network.made(settings, world, 6)
-    optimizer = optim.build(model, settings.optimizer)
+    model, _ = build_model.made(settings, world, 6)
+    optimizer = optimizers.build(model, settings.optimizer)
     model(torch.randn(2, 3, 64, 64, device=world.device)).sum().backward()
     optimizer.step()  # so that it has a state
     keeper = Keeper(settings, world, cast(Inputs, None), model, optimizer)
-    states = [*model.state_dict().values(), *optim.state_tensors(optimizer, model).values()]
+    states = [*model.state_dict().values(), *optimizers.state_tensors(optimizer, model).values()]
     num_bytes = sum(tensor.nbytes for tensor in states)
     source = torch.ones(num_bytes // 4, device=world.device)
     target = torch.zeros(num_bytes // 4, pin_memory=source.is_cuda)

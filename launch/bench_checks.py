@@ -21,13 +21,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # document
 from wasteddp import settings as settings_file
 from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
-from wasteddp.training import coverage, network, optim, runtime
-from wasteddp.training.board import Beat, Board
-from wasteddp.training.checkpoints import Progress
+from wasteddp.training import build_model, coverage_proof
+from wasteddp.training.checkpoint.compatibility import Lineage
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.distributed import runtime
 from wasteddp.training.divergence import Guard
-from wasteddp.training.journal import Journal
-from wasteddp.training.lineage import Lineage
-from wasteddp.training.meter import Meter
+from wasteddp.training.metrics import Meter
+from wasteddp.training.optimization import optimizers
+from wasteddp.training.tracking.journal import Journal
+from wasteddp.training.watchdog.heartbeat import Beat, Board
 
 _CLASSES = 6
 _BEATS_PER_S = 1.0
@@ -50,8 +52,8 @@ def main(config: str, overrides: list[str], rounds: int) -> None:
         config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
     )
     world = runtime.start(settings)
-    model, _ = network.made(settings, world, _CLASSES)
-    optimizer = optim.build(model, settings.optimizer)
+    model, _ = build_model.made(settings, world, _CLASSES)
+    optimizer = optimizers.build(model, settings.optimizer)
     ddp, stepper = world.prepare(model, optimizer)
     size, px = settings.train.max_micro_batch or world.micro_batch, settings.data.image_size
     images = torch.randn(size, 3, px, px, device=world.device).to(memory_format=torch.channels_last)
@@ -105,8 +107,8 @@ def _costs(
         board.beat(0)
 
     def count() -> None:
-        sums = world.totals(0, 0, *coverage.of(batch, 0))
-        coverage.added(progress.covered, sums[1:], batch)
+        sums = world.totals(0, 0, *coverage_proof.of(batch, 0))
+        coverage_proof.added(progress.covered, sums[1:], batch)
 
     def measure() -> None:
         meter.add(loss)

@@ -84,8 +84,8 @@ def _draw_photos(out: Path) -> None:
 def _wasteddp(root: Path, batch: int) -> Iterator[int]:
     from wasteddp.data.loader import training_loader, training_steps
     from wasteddp.data.manifest import Manifest
-    from wasteddp.data.plan import TrainPlan
-    from wasteddp.data.reading import SplitReader
+    from wasteddp.data.reader import SplitReader
+    from wasteddp.order.plan import TrainPlan
 
     with SplitReader(Manifest.load(root / "shards"), "train") as reader:
         plan = TrainPlan(num_samples=reader.num_samples, global_batch=batch, seed=0, lanes=batch)

@@ -29,9 +29,9 @@ import torch
 from launch import ROOT
 from launch.drawn import drawn_set
 from wasteddp import settings as settings_file
-from wasteddp.data.parallel import num_usable_cores
+from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
-from wasteddp.training import precision
+from wasteddp.training.distributed import precision
 
 WARM_STEPS, PROFILED_STEPS, ROW_STEPS = 4, 4, 4
 

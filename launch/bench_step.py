@@ -35,10 +35,11 @@ from torch import nn
 from launch import ROOT
 from launch.drawn import NUM_CLASSES, drawn_set
 from wasteddp import settings as settings_file
-from wasteddp.data.parallel import num_usable_cores
 from wasteddp.model import resnet
+from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
-from wasteddp.training import optim, precision, runtime
+from wasteddp.training.distributed import precision, runtime
+from wasteddp.training.optimization import optimizers
 
 OURS, DETERMINISTIC, TIMM = "wasteddp", "deterministic", "timm"
 
@@ -127,17 +128,17 @@ def seconds_a_step(step: Step, *, steps: int, warm: int) -> float:
 
 def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     from wasteddp.model import ema
-    from wasteddp.training import inputs, network
-    from wasteddp.training.checkpoints import Progress
+    from wasteddp.training import build_model, dataloaders
+    from wasteddp.training.checkpoint.compatibility import Lineage
+    from wasteddp.training.checkpoint.files import Progress
     from wasteddp.training.divergence import Guard
-    from wasteddp.training.lineage import Lineage
-    from wasteddp.training.meter import Meter
+    from wasteddp.training.metrics import Meter
     from wasteddp.training.recipe import Recipe
 
     world = runtime.start(settings)
-    data = stack.enter_context(inputs.opened(settings, world))
-    model, _ = network.made(settings, world, NUM_CLASSES)
-    optimizer = optim.build(model, settings.optimizer)
+    data = stack.enter_context(dataloaders.opened(settings, world))
+    model, _ = build_model.made(settings, world, NUM_CLASSES)
+    optimizer = optimizers.build(model, settings.optimizer)
     recipe, meter = Recipe(settings, world, data, model), Meter(world.device)
     ddp, stepper = world.prepare(model, optimizer)
     average = ema.of(settings.train.ema_decay, model, ddp)
@@ -174,7 +175,7 @@ def _bare(settings: Settings, stack: ExitStack) -> Step:
     accelerator = Accelerator(cpu=not _has_gpu(), mixed_precision={"fp32": "no"}.get(asked, asked))
     model = resnet.build(settings.model.arch, NUM_CLASSES)
     model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = optim.build(model, settings.optimizer)
+    optimizer = optimizers.build(model, settings.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     images, labels = _batch(settings, channels_last=True)

@@ -25,13 +25,14 @@ import torch
 
 from launch.machine import headline
 from wasteddp import settings as settings_file
-from wasteddp.data.encoding import encode_jpeg
-from wasteddp.data.parallel import num_usable_cores
-from wasteddp.training import messages, runtime
-from wasteddp.training.gallery import Gallery, Picture
-from wasteddp.training.label import Label
-from wasteddp.training.meter import Meter
-from wasteddp.training.tracking import RunTracker
+from wasteddp.data.encode import encode_jpeg
+from wasteddp.parallel import num_usable_cores
+from wasteddp.training import messages
+from wasteddp.training.distributed import runtime
+from wasteddp.training.metrics import Meter
+from wasteddp.training.tracking.pictures import Gallery, Picture
+from wasteddp.training.tracking.run_id import Label
+from wasteddp.training.tracking.tracker import RunTracker
 
 _LONGEST_SLEEP_S = 0.5  # of a slow machine's step: more rows a second than there would be, so that it ends in time
 _CLASSES = ("glass", "paper", "cardboard", "plastic", "metal", "trash")

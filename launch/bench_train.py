@@ -36,12 +36,12 @@ from launch import ROOT, bench_step
 from launch.bench_step import TIMM, Batches
 from launch.unpacked import unpack
 from wasteddp import settings as settings_file
-from wasteddp.data.parallel import num_usable_cores
-from wasteddp.data.workers import default_workers
+from wasteddp.data.decoding.workers import default_workers
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
+from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
-from wasteddp.training import precision
-from wasteddp.training.runtime import MOST_UNTRIED
+from wasteddp.training.distributed import precision
+from wasteddp.training.distributed.runtime import MOST_UNTRIED
 
 _WARM = _ROW = 10  # steps before those that are timed, and between two of the program's rows
 OURS, BARE = "wasteddp", "bare loop"

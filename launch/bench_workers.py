@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import ROOT
-from wasteddp.data.parallel import num_usable_cores
+from wasteddp.parallel import num_usable_cores
 
 BATCH, IMAGE_SIZE_PX = 64, 224
 KINDS = ("threads", "processes")
@@ -89,8 +89,8 @@ def compare(arguments: argparse.Namespace) -> None:
 def _loader(kind: str, workers: int, shards: str) -> Iterator[tuple[Any, Iterator[Any]]]:
     from wasteddp.data.loader import training_loader, training_steps
     from wasteddp.data.manifest import Manifest
-    from wasteddp.data.plan import TrainPlan
-    from wasteddp.data.reading import SplitReader
+    from wasteddp.data.reader import SplitReader
+    from wasteddp.order.plan import TrainPlan
 
     with SplitReader(Manifest.load(Path(shards)), "train") as reader:
         plan = TrainPlan(num_samples=reader.num_samples, global_batch=BATCH, seed=0, lanes=BATCH)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wasteddp.data.drawing import KINDS, draw_folder
-from wasteddp.data.sharding import Job, Options, make_shards
+from wasteddp.sharding.build import Job, Options, make_shards
+from wasteddp.sharding.sources.synthetic import KINDS, draw_folder
 
 NUM_CLASSES = len(KINDS)
 _LEAST_PX = 32

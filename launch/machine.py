@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from wasteddp.data.parallel import num_usable_cores
-from wasteddp.training import environment
+from wasteddp import environment
+from wasteddp.parallel import num_usable_cores
 
 _PACKAGES = ("torch", "torchvision", "accelerate")
 _PEERS = ("timm", "webdataset")  # named where they are installed

@@ -73,7 +73,7 @@ def write_shards(folder: Path) -> None:
     import webdataset
     from PIL import Image
 
-    from wasteddp.data.indexing import index_folder
+    from wasteddp.sharding.index import index_folder
 
     number = 0
     for shard, size in enumerate(SHARDS):
@@ -173,8 +173,8 @@ def resampled(folder: Path, accelerator: Any) -> Iterator[list[int]]:
 def ours(folder: Path, accelerator: Any) -> Iterator[list[int]]:
     from wasteddp.data.loader import training_loader, training_steps
     from wasteddp.data.manifest import Manifest
-    from wasteddp.data.plan import TrainPlan
-    from wasteddp.data.reading import SplitReader
+    from wasteddp.data.reader import SplitReader
+    from wasteddp.order.plan import TrainPlan
 
     rank, world_size = accelerator.process_index, accelerator.num_processes
     with SplitReader(Manifest.load(folder), "train") as reader:

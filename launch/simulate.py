@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from wasteddp.data import quality, traffic
-from wasteddp.data.coverage import digest, digest_of_range, signed
-from wasteddp.data.plan import TrainPlan
+from wasteddp.order import shuffle_quality, traffic
+from wasteddp.order.coverage import digest, digest_of_range, signed
+from wasteddp.order.plan import TrainPlan
 
 RANKS_PER_NODE = 8
 COLUMNS = (
@@ -128,7 +128,7 @@ def print_orders(arguments: argparse.Namespace) -> None:
         seconds = _core_seconds() - began
         looked_at = sorted({nodes * number // 16 for number in range(16)})
         found = traffic.measure(plan, plan.shard_samples, num_nodes=nodes, nodes=looked_at)
-        worth = quality.measure(plan)
+        worth = shuffle_quality.measure(plan)
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         balance = f"{min(p.least for p in parts):,} to {max(p.most for p in parts):,}"
         print(
@@ -195,7 +195,7 @@ def print_first_batch(samples: int) -> None:
     from launch.synthetic import synthetic_set
     from wasteddp.data.loader import training_loader, training_steps
     from wasteddp.data.manifest import Manifest
-    from wasteddp.data.reading import SplitReader
+    from wasteddp.data.reader import SplitReader
 
     with tempfile.TemporaryDirectory() as folder:
         shards = synthetic_set(Path(folder), samples).folder

@@ -13,10 +13,10 @@ from pictures import jpeg
 from small_run import write_images
 from torchvision.models import resnet
 
-from wasteddp.data.sharding import Job, Options, make_shards
-from wasteddp.report import at_the_end
+from wasteddp.report import background
+from wasteddp.sharding.build import Job, Options, make_shards
 
-REAL_RESNET, REAL_REPORT = resnet.ResNet, at_the_end.write_within
+REAL_RESNET, REAL_REPORT = resnet.ResNet, background.write_within
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 
 
@@ -53,7 +53,7 @@ def full_width() -> Iterator[None]:
 def _no_report() -> Iterator[None]:
     """A training in this process writes no report.html: that takes 2 s of a new process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(at_the_end, "write_within", lambda limit_s, run: "report: left out in tests")
+        patch.setattr(background, "write_within", lambda limit_s, run: "report: left out in tests")
         yield
 
 
@@ -61,7 +61,7 @@ def _no_report() -> Iterator[None]:
 def reports() -> Iterator[None]:
     """Trainings of this module write theirs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(at_the_end, "write_within", REAL_REPORT)
+        patch.setattr(background, "write_within", REAL_REPORT)
         yield
 
 

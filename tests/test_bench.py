@@ -17,7 +17,7 @@ from launch.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.manifest import Manifest
 from wasteddp.settings import Settings
-from wasteddp.training import profiling
+from wasteddp.training.tracking import profiler
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,10 @@ def test_the_scaling_table_has_efficiency_and_communication() -> None:
 
 def test_communication_is_read_from_the_profilers_verdict() -> None:
     shares = [
-        dict.fromkeys((*profiling.KINDS, "starved"), 0.0) | {"device": 1 - talk, "communication": talk}
+        dict.fromkeys((*profiler.KINDS, "starved"), 0.0) | {"device": 1 - talk, "communication": talk}
         for talk in (0.25, 0.05)
     ]
-    verdict = profiling.verdict(shares, step_ms=10.0, steps=4)
+    verdict = profiler.verdict(shares, step_ms=10.0, steps=4)
     assert bench_scaling.talk_of(verdict) == (0.05, 0.25)
 
 

@@ -25,12 +25,8 @@ from safetensors.torch import load, save
 from trainings import ROOT, config_of
 
 from wasteddp import settings, train
-from wasteddp.data import limits, sources
-from wasteddp.data.decoding import UndecodableError, decode_rgb, size_px
-from wasteddp.data.indexing import index_folder
+from wasteddp.data.decoding.decode import UndecodableError, decode_rgb, size_px
 from wasteddp.data.manifest import Manifest
-from wasteddp.data.recipes import load_bins, load_recipe
-from wasteddp.data.sharding import Job, Options, make_shards
 from wasteddp.errors import (
     BundleError,
     CheckpointError,
@@ -41,8 +37,12 @@ from wasteddp.errors import (
     WeightsError,
 )
 from wasteddp.inference.bundle import load_bundle
-from wasteddp.model import resnet, weights
-from wasteddp.training import checkpoints
+from wasteddp.model import pretrained, resnet
+from wasteddp.sharding.build import Job, Options, make_shards
+from wasteddp.sharding.index import index_folder
+from wasteddp.sharding.recipe import load_bins, load_recipe
+from wasteddp.sharding.sources import archives, limits
+from wasteddp.training.checkpoint import files
 
 TOKENS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -150,7 +150,7 @@ def test_weights_that_would_run_code_are_refused_and_do_not(tmp_path: Path) -> N
     )
     for name in ("bomb.pth", "plain.pth", "renamed.safetensors", "huge.safetensors", "long.safetensors"):
         with pytest.raises(WeightsError, match="holds no weights that can be loaded safely"):
-            weights.initialise(model, "resnet18", str(tmp_path / name))
+            pretrained.initialise(model, "resnet18", str(tmp_path / name))
     assert not mark.exists()
 
 
@@ -160,7 +160,7 @@ def test_weights_of_other_shapes_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match=r"1 of \d+ tensors are missing, unknown or of another shape.*'conv1.weight'"
     ):
-        weights.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
+        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
 
 
 def forged(finished: Path, out: Path, name: str, content: bytes) -> Path:
@@ -185,13 +185,13 @@ def test_a_forged_checkpoint_is_refused_and_runs_nothing(finished: Path, tmp_pat
         for number, content in enumerate(contents):
             path = forged(finished, tmp_path / f"{number}-{name}" / "step-00000004", name, content)
             with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
-                checkpoints.read(path)
+                files.read(path)
     outside = forged(finished, tmp_path / "outside" / "step-00000004", "progress.json", b"{}")
     listing = json.loads((outside / "complete.json").read_text())
     listing["sha256"]["../../secret"] = "0" * 64
     (outside / "complete.json").write_text(json.dumps(listing))
     with pytest.raises(CheckpointError):
-        checkpoints.read(outside)
+        files.read(outside)
     assert not mark.exists()
 
 
@@ -238,7 +238,7 @@ def test_members_of_a_tar_that_point_elsewhere_lead_nowhere(tmp_path: Path) -> N
         member("glass/pipe.jpg", type=tarfile.FIFOTYPE),
     ]
     (tmp_path / "work").mkdir()
-    source = sources.open_source(write_tar(tmp_path / "evil.tar", good_images() + evil), work_folder=tmp_path / "work")
+    source = archives.open_source(write_tar(tmp_path / "evil.tar", good_images() + evil), work_folder=tmp_path / "work")
     names = [file.path for file in source.files]
     assert "glass/up.jpg" in names
     assert "glass/absolute.jpg" in names
@@ -272,7 +272,7 @@ def test_a_tar_whose_headers_are_bombs_is_refused_unread(kind: bytes, tmp_path: 
         file.truncate(size + 4096)  # a hole: it takes no room on the disk, and would take 4 GB of memory
     said = r"a header claims 4,294,967,296 bytes, the limit is 1,048,576"
     with pytest.raises(SourceError, match=said):
-        sources.open_source(path, work_folder=tmp_path)
+        archives.open_source(path, work_folder=tmp_path)
     with pytest.raises(ShardError, match=said):
         index_folder(tmp_path, workers=1)
 
@@ -282,7 +282,7 @@ def test_a_compressed_tar_that_swells_is_refused_and_leaves_nothing(tmp_path: Pa
     assert path.stat().st_size < 1 << 20
     (tmp_path / "work").mkdir()
     with pytest.raises(SourceError, match="unpacks to over 100 times its"):
-        sources.open_source(path, work_folder=tmp_path / "work")
+        archives.open_source(path, work_folder=tmp_path / "work")
     assert not list((tmp_path / "work").iterdir())
 
 
@@ -300,10 +300,10 @@ def test_a_zip_of_bombs_and_outside_names_harms_nothing(tmp_path: Path) -> None:
 
 
 def test_an_archive_of_too_many_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_MEMBERS", 10)
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 10)
     assert limits.MAX_MEMBERS > 10
     with pytest.raises(SourceError, match="has more than 10 members"):
-        sources.open_source(write_tar(tmp_path / "many.tar", good_images()), work_folder=tmp_path)
+        archives.open_source(write_tar(tmp_path / "many.tar", good_images()), work_folder=tmp_path)
 
 
 def test_a_manifest_that_points_outside_its_folder_is_refused(small_shards: Path, tmp_path: Path) -> None:

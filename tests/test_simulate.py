@@ -10,7 +10,7 @@ import pytest
 
 from launch import simulate
 from launch.synthetic import synthetic_set
-from wasteddp.data.reading import SplitReader
+from wasteddp.data.reader import SplitReader
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"samples": 100_003, "ranks": 64, "batch": 4, "shard": 500}

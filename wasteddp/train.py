@@ -30,7 +30,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Run as a file, Python looks for modules in this folder first: put the checkout in its place.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from wasteddp.training import batch_job, signals
+from wasteddp.training.watchdog import signals, slurm
 
 if __name__ == "__main__":
     signals.install()  # before torch is imported: that takes seconds in which a signal would kill
@@ -44,34 +44,25 @@ from pathlib import Path
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, StoppedError
 from wasteddp.model import ema
-from wasteddp.report.at_the_end import reported
+from wasteddp.report.background import reported
 from wasteddp.settings import Settings
-from wasteddp.training import (
-    compilation,
-    coverage,
-    divergence,
-    fitting,
-    inputs,
-    messages,
-    network,
-    optim,
-    run_folder,
-    runtime,
-)
-from wasteddp.training.agenda import Agenda
+from wasteddp.training import build_model, coverage_proof, dataloaders, divergence, messages, micro_batch, run_folder
 from wasteddp.training.agreement import agreed
-from wasteddp.training.checkpoints import Progress, kept_choices
+from wasteddp.training.checkpoint.compatibility import Lineage
+from wasteddp.training.checkpoint.files import Progress, kept_choices
+from wasteddp.training.checkpoint.manager import Keeper
+from wasteddp.training.distributed import compilation, runtime
 from wasteddp.training.divergence import Guard, Retreat
-from wasteddp.training.keeper import Keeper
-from wasteddp.training.last_words import leave
-from wasteddp.training.lineage import Lineage
-from wasteddp.training.meter import Meter
-from wasteddp.training.profiling import Profiler
+from wasteddp.training.metrics import Meter
+from wasteddp.training.optimization import optimizers
 from wasteddp.training.recipe import Recipe
+from wasteddp.training.schedule import Intervals
 from wasteddp.training.step_end import StepEnd
-from wasteddp.training.step_record import StepRecord
-from wasteddp.training.tracking import TrackerScope
-from wasteddp.training.watchdog import Watchdog
+from wasteddp.training.step_hashes import StepRecord
+from wasteddp.training.tracking.profiler import Profiler
+from wasteddp.training.tracking.tracker import TrackerScope
+from wasteddp.training.watchdog.hard_exit import leave
+from wasteddp.training.watchdog.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,15 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = settings_file.load(arguments.config, arguments.set)
         with (
-            batch_job.mistake_marked(Path(settings.run.out)),
+            slurm.mistake_marked(Path(settings.run.out)),
             run_folder.rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings,
             contextlib.ExitStack() as stack,
         ):
             watch.start(settings)
-            server = stack.enter_context(inputs.started_early(settings))
+            server = stack.enter_context(dataloaders.started_early(settings))
             kept = kept_choices(Path(settings.run.out), arguments.resume)
             world = runtime.start(settings, watch, kept)  # all ranks
-            with contextlib.closing(world), inputs.opened(settings, world, server) as data:
+            with contextlib.closing(world), dataloaders.opened(settings, world, server) as data:
                 start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
                 steps = 1 if arguments.check else None
                 code = divergence.rolling_back(
@@ -108,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(
     settings: Settings,
     world: runtime.Runtime,
-    data: inputs.Inputs,
+    data: dataloaders.Inputs,
     start: tuple[str, Sequence[str]],
     retreat: Retreat,
     *,
@@ -124,8 +115,8 @@ def train(
 
     # --- model, optimizer, loss -------------------------------------------------------------------------------------
     world = compilation.settled(settings, world, plan)  # all ranks
-    model, origin = network.made(settings, world, len(manifest.classes))  # all ranks
-    optimizer = optim.build(model, settings.optimizer)
+    model, origin = build_model.made(settings, world, len(manifest.classes))  # all ranks
+    optimizer = optimizers.build(model, settings.optimizer)
     recipe = Recipe(settings, world, data, model)  # all ranks
     ddp, stepper = world.prepare(model, optimizer)  # all ranks
     average = ema.of(settings.train.ema_decay, model, ddp)
@@ -138,14 +129,14 @@ def train(
         progress = checkpoint.progress.started_again(progress.lineage)
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
     progress = retreat.applied(progress)
-    world, progress = fitting.settled(settings, world, recipe, model, progress)  # all ranks
+    world, progress = micro_batch.settled(settings, world, recipe, model, progress)  # all ranks
     all_steps = plan.steps_per_epoch * settings.train.epochs
     last_step = progress.step + max_steps if max_steps else min(all_steps, settings.train.stop_at_step or all_steps)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
     tracker = run_folder.begun(settings, world, data, progress, checkpoint, last_step=last_step)  # all ranks
     progress = replace(progress, tracker_id=tracker.id)
-    agenda = Agenda.of(settings, plan, last_step)
+    intervals = Intervals.of(settings, plan, last_step)
     guard = Guard(settings, world, model, optimizer, num_classes=len(manifest.classes), progress=progress)
     profiler = Profiler(settings.profile, world, out / "profile", tracker.say)
     record, meter = StepRecord(settings, world, progress.step), Meter(world.device)
@@ -172,7 +163,7 @@ def train(
             if agreement.damaged:
                 progress = replace(progress, damaged=progress.damaged + agreement.damaged)
                 messages.report_damage(world, tracker.say, batch.damage, progress.damaged, settings.data.max_damaged)
-            due = agenda.due(progress.step + 1, is_asked=agreement.saves or keeper.notice.wants_a_save())
+            due = intervals.due(progress.step + 1, is_asked=agreement.saves or keeper.notice.wants_a_save())
 
             # update: all ranks
             guard.begin_step()
@@ -188,7 +179,7 @@ def train(
             norm = recipe.clip(is_asked=due.logs or guard.skips)
             skipped = guard.step(stepper, meter.step_loss, norm)
             average.update(progress.step, skipped)
-            covered = coverage.added(progress.covered, agreement.sums, batch)
+            covered = coverage_proof.added(progress.covered, agreement.sums, batch)
             progress = replace(progress, step=progress.step + 1, covered=covered)
             meter.step_done(skipped)
             profiler.step_done()  # all ranks
@@ -197,7 +188,7 @@ def train(
             # measure: all ranks
             row: dict[str, float] = {}
             if batch.step_in_epoch + 1 == plan.steps_per_epoch:
-                row |= coverage.prove(progress, plan, batch.epoch, world, tracker)
+                row |= coverage_proof.prove(progress, plan, batch.epoch, world, tracker)
             if due.logs:
                 row |= meter.read(world, settings.train.batch_size)
                 row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": rate, "train/grad_norm": float(norm or 0)}

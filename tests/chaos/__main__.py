@@ -19,8 +19,8 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from wasteddp.data import drawing
-from wasteddp.data.sharding import Job, Options, make_shards
+from wasteddp.sharding.build import Job, Options, make_shards
+from wasteddp.sharding.sources import synthetic
 
 from . import launchers
 from .events import KINDS
@@ -72,9 +72,9 @@ def _tell(out: Path, lines: str, results: list[tuple[str, str, int, int]], train
 def make_small_shards(out: Path) -> Path:
     """100 training images in 3 classes, drawn: 8 steps an epoch and 4 images that each epoch leaves out."""
     if not (out / "shards" / "manifest.json").exists():
-        kinds = drawing.KINDS[:3]
+        kinds = synthetic.KINDS[:3]
         for split, count, seed in (("train", 34, 1), ("val", 5, 2)):
-            drawing.draw_folder(out / "images" / split, kinds=kinds, images_per_class=count, size_px=48, seed=seed)
+            synthetic.draw_folder(out / "images" / split, kinds=kinds, images_per_class=count, size_px=48, seed=seed)
         for extra in sorted((out / "images" / "train").rglob("*.*"))[:2]:
             extra.unlink()
         make_shards(Job(out / "images", out / "shards", Options(shard_mb=0.05)), workers=1)

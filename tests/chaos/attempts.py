@@ -16,8 +16,8 @@ from pathlib import Path
 
 from wasteddp import train
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
-from wasteddp.training import signals
-from wasteddp.training.ranks import free_port, rank_environment
+from wasteddp.training.distributed.ranks import free_port, rank_environment
+from wasteddp.training.watchdog import signals
 
 from . import inside
 from .events import Event

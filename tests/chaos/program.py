@@ -7,14 +7,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from wasteddp.training import signals
+from wasteddp.training.watchdog import signals
 
 if __name__ == "__main__":
     signals.install()  # where train.py does it: before torch is imported
 
 from tests.chaos import inside
 from wasteddp import train
-from wasteddp.training.last_words import leave
+from wasteddp.training.watchdog.hard_exit import leave
 
 if __name__ == "__main__":
     inside.prepare(None, Path(), 0)

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from wasteddp.data.augment import Augment
+from wasteddp.data.augmentation.augment import Augment
 from wasteddp.data.loader import Loader
 from wasteddp.errors import DamagedSampleError
 from wasteddp.train import main
-from wasteddp.training import signals
-from wasteddp.training.last_words import leave
-from wasteddp.training.meter import Meter
+from wasteddp.training.metrics import Meter
+from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog.hard_exit import leave
 
 
 def at_second_step(fault: str) -> None:

@@ -12,8 +12,8 @@ PROGRAM = """
 import sys
 import torch
 from wasteddp import settings
-from wasteddp.training import runtime
-from wasteddp.training.last_words import leave
+from wasteddp.training.distributed import runtime
+from wasteddp.training.watchdog.hard_exit import leave
 
 overrides = ["precision=fp32", "run.threads=1", "train.batch_size=4", *sys.argv[1:]]
 world = runtime.start(settings.parse("", overrides))

@@ -13,7 +13,7 @@ import pytest
 from trainings import CPU2, ROOT, config_of, kill_all, launch_command, rows
 from wandb_server import KEY, ServedRun, WandbServer
 
-from wasteddp.training import label
+from wasteddp.training.tracking import run_id
 
 PLANTED = "Zq8-planted-secret-71"
 SETTINGS = ("track.wandb=auto", "track.tags=[cpu, small]", "track.group=seeds", "track.images=4",
@@ -93,7 +93,7 @@ def test_figures_of_each_rank_are_gathered(story: Story) -> None:
 
 
 def test_the_run_says_what_it_is(story: Story) -> None:
-    run, kept = story.served, label.load(story.run)
+    run, kept = story.served, run_id.load(story.run)
     assert (run.id, run.state, run.group, run.job_type) == (kept.id, "finished", "seeds", "train")
     assert sorted(run.tags) == ["cpu", "small"]
     config = {name: entry["value"] for name, entry in run.config.items() if name != "_wandb"}

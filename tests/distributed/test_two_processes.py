@@ -13,8 +13,8 @@ from faulty_server import serving
 from safetensors.torch import load
 from trainings import CPU2, PROGRAM, ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
 
-from wasteddp.data.forecast import train_plan
 from wasteddp.data.manifest import Manifest
+from wasteddp.data.train_plan import train_plan
 from wasteddp.settings import load as load_settings
 
 TWO = ("--config_file", str(CPU2))

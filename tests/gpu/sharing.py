@@ -8,8 +8,9 @@ from functools import partial
 from accelerate import PartialState
 
 from wasteddp.train import main
-from wasteddp.training import runtime, signals
-from wasteddp.training.last_words import leave
+from wasteddp.training.distributed import runtime
+from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog.hard_exit import leave
 
 if __name__ == "__main__":
     signals.install()  # as train.py does when it is the program

@@ -12,7 +12,7 @@ from gpu_waits import ON_A_GPU
 from small_run import write_run
 
 from wasteddp.cli import main
-from wasteddp.data.workers import Workers, start_workers
+from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.inference import evaluate, predict
 
 pytestmark = ON_A_GPU

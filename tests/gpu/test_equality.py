@@ -17,10 +17,10 @@ from test_device_decoding import LEFT, VIEW, run
 from test_ema import DECAY, move, network
 from test_operations import every_operation, pictures
 
-from wasteddp.data.augment import Augment
-from wasteddp.data.operations import apply
+from wasteddp.data.augmentation.augment import Augment
+from wasteddp.data.augmentation.operations import apply
 from wasteddp.model.ema import Ema
-from wasteddp.training.copying import copied_ahead
+from wasteddp.training.device_batches import copied_ahead
 
 pytestmark = ON_A_GPU
 

@@ -8,7 +8,7 @@ from gpu_waits import ON_A_GPU
 from test_fitting import AUTO, START, real
 
 from wasteddp import settings as settings_file
-from wasteddp.training.fitting import attempt, settled
+from wasteddp.training.micro_batch import attempt, settled
 
 pytestmark = ON_A_GPU
 

@@ -14,10 +14,10 @@ from kept import LINEAGE
 from test_state_copy import change, states
 
 from wasteddp.model import resnet
-from wasteddp.training import checkpoints
-from wasteddp.training.checkpoint_writer import CheckpointWriter
-from wasteddp.training.checkpoints import Progress
-from wasteddp.training.state_copy import Gpu, StateCopy
+from wasteddp.training.checkpoint import files as checkpoints
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.state_copy import Gpu, StateCopy
+from wasteddp.training.checkpoint.writer import CheckpointWriter
 
 pytestmark = ON_A_GPU
 

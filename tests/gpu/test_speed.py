@@ -16,8 +16,8 @@ from test_two_ranks import launch as launch_sharing
 from trainings import ROOT, config_of, launch
 
 from wasteddp import settings as settings_file
-from wasteddp.training import runtime
-from wasteddp.training.compilation import what_is_lacking
+from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed.compilation import what_is_lacking
 
 pytestmark = ON_A_GPU
 CAN_COMPILE = pytest.mark.skipif(
@@ -86,8 +86,8 @@ LEARNS = """
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
-from wasteddp.training.compilation import keep_compiled_code
-from wasteddp.training.placement import compile_in_place
+from wasteddp.training.distributed.compilation import keep_compiled_code
+from wasteddp.training.distributed.placement import compile_in_place
 torch.manual_seed(1)
 images = torch.randn(8, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
 labels = torch.arange(8, device="cuda") % 3
@@ -135,8 +135,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from wasteddp.model import resnet
-from wasteddp.training.compilation import keep_compiled_code
-from wasteddp.training.placement import compile_in_place
+from wasteddp.training.distributed.compilation import keep_compiled_code
+from wasteddp.training.distributed.placement import compile_in_place
 model = resnet.build("resnet50", 6).cuda().to(memory_format=torch.channels_last).train()
 images = torch.randn(64, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
 keep_compiled_code()

@@ -10,8 +10,8 @@ from test_ema import DECAY, network
 from test_large_batch import built, gradients, model_of
 from test_operations import every_operation, pictures
 
-from wasteddp.data import device_decoding
-from wasteddp.data.operations import apply
+from wasteddp.data import gpu_decoding
+from wasteddp.data.augmentation.operations import apply
 from wasteddp.model.ema import Ema
 
 pytestmark = ON_A_GPU
@@ -60,7 +60,7 @@ def test_crops_resized_on_the_device_which_are_those_of_the_cpu() -> None:
     out = torch.zeros(140, 3, 64, 64, dtype=torch.uint8, device="cuda")
     on_gpu = [image.cuda() for image in images]
     with no_wait_for_the_gpu():
-        device_decoding.resize_crops(out, range(140), on_gpu, boxes)
+        gpu_decoding.resize_crops(out, range(140), on_gpu, boxes)
     apart = (out.cpu().int() - one_by_one(images, boxes, (64, 64)).int()).abs()
     assert apart.max() <= 1
     assert apart.float().mean() < 1e-3

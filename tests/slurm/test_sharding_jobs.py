@@ -8,8 +8,8 @@ from pathlib import Path
 from cluster import Cluster, Job
 from small_run import write_images
 
-from wasteddp.data.sharding import Job as Sharding
-from wasteddp.data.sharding import Options, make_shards
+from wasteddp.sharding.build import Job as Sharding
+from wasteddp.sharding.build import Options, make_shards
 
 # A site on which the second element of the array that reads finds no image of its container, until it is repaired.
 SITE = """

@@ -64,7 +64,7 @@ def add_compute(command: argparse.ArgumentParser) -> None:
 
 
 def add_tta(command: argparse.ArgumentParser) -> None:
-    from wasteddp.inference.views import VIEWS
+    from wasteddp.inference.tta import VIEWS
 
     command.add_argument(
         "--tta",

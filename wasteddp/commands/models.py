@@ -114,7 +114,7 @@ def _add_average(commands: Commands) -> None:
 
 
 def _average(arguments: argparse.Namespace) -> None:
-    from wasteddp.training.averaging import AverageOptions, run
+    from wasteddp.tools.average import AverageOptions, run
 
     run(
         AverageOptions(

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasteddp import doctor
 from wasteddp.commands.arguments import Commands, positive, words
+from wasteddp.tools import doctor
 
 if TYPE_CHECKING:
     pass
@@ -25,7 +25,7 @@ def _add_doctor(commands: Commands) -> None:
         "doctor",
         help="look at machine, data and disk before a long run",
         description="Green, yellow, red, and what to do. Exit codes: 0 all green, 1 something yellow, 2 something red. "
-        "Of several processes: accelerate launch ... -m wasteddp.doctor",
+        "Of several processes: accelerate launch ... -m wasteddp.tools.doctor",
     )
     doctor.add_arguments(command)
     command.set_defaults(run=_doctor)
@@ -53,7 +53,7 @@ def _add_lr_find(commands: Commands) -> None:
 
 def _lr_find(arguments: argparse.Namespace) -> None:
     from wasteddp import settings as settings_file
-    from wasteddp.training import lr_find
+    from wasteddp.tools import lr_find
 
     settings = settings_file.load(arguments.config, arguments.set)
     options = lr_find.Options(arguments.steps, arguments.lowest, arguments.highest)
@@ -88,9 +88,9 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from wasteddp.training import resume_proof, resume_receipt
+    from wasteddp.tools import resume_receipt, verify_resume
 
-    proof = resume_proof.prove(
+    proof = verify_resume.prove(
         arguments.config,
         arguments.set,
         steps=arguments.steps,

@@ -10,7 +10,7 @@ from wasteddp.commands.arguments import Commands, add_workers, numbers
 from wasteddp.errors import SourceError
 
 if TYPE_CHECKING:
-    from wasteddp.data.sharding import Job, Options
+    from wasteddp.sharding.build import Job, Options
 
 
 def add(commands: Commands) -> None:
@@ -58,36 +58,36 @@ def _add_shard(commands: Commands) -> None:
 
 
 def _shard(arguments: argparse.Namespace) -> None:
-    from wasteddp.data import parts, recipes, sharding
-    from wasteddp.data.parallel import num_usable_cores
     from wasteddp.data.summary import summarise
+    from wasteddp.parallel import num_usable_cores
+    from wasteddp.sharding import array_job, build, recipe
 
     workers = arguments.workers or num_usable_cores()
     if arguments.part or arguments.stage:
-        part = parts.Part.parse(arguments.part or "")
+        part = array_job.Part.parse(arguments.part or "")
         if not arguments.stage or arguments.overwrite:
             raise SourceError(
                 "--part was given without --stage, or with --overwrite",
                 "the parts would not be of one set",
                 "give --stage read, and when all parts have read --stage write; remove an old set yourself",
             )
-        make_part = {"read": parts.read_part, "write": parts.write_part}[arguments.stage]
+        make_part = {"read": array_job.read_part, "write": array_job.write_part}[arguments.stage]
         make_part(_shard_job(arguments), part, workers=workers)
         return
     if _is_recipe(arguments.source):
         _refuse_own_split(arguments)
         options = _shard_options(arguments)
         local, out = arguments.local, arguments.out
-        manifest = recipes.make_recipe(
+        manifest = recipe.make_recipe(
             arguments.source, out=out, local=local, options=options, workers=workers, overwrite=arguments.overwrite
         )
     else:
-        manifest = sharding.make_shards(_shard_job(arguments), workers=workers, overwrite=arguments.overwrite)
+        manifest = build.make_shards(_shard_job(arguments), workers=workers, overwrite=arguments.overwrite)
     print(summarise(manifest))
 
 
 def _shard_options(arguments: argparse.Namespace) -> Options:
-    from wasteddp.data import sharding
+    from wasteddp.sharding import build
 
     names = {
         "fractions": arguments.fractions,
@@ -100,28 +100,28 @@ def _shard_options(arguments: argparse.Namespace) -> Options:
         "near_duplicate_distance": arguments.near_duplicate_distance,
         "max_left_out": arguments.max_left_out,
     }
-    return sharding.Options(**{name: value for name, value in names.items() if value is not None})
+    return build.Options(**{name: value for name, value in names.items() if value is not None})
 
 
 def _shard_job(arguments: argparse.Namespace) -> Job:
     """What is to be sharded, where its images are at hand."""
-    from wasteddp.data import recipes, sharding, splits
+    from wasteddp.sharding import build, recipe, splits
 
     options = _shard_options(arguments)
     if _is_recipe(arguments.source):
         _refuse_own_split(arguments)
-        return recipes.local_job(arguments.source, out=arguments.out, local=arguments.local, options=options)
+        return recipe.local_job(arguments.source, out=arguments.out, local=arguments.local, options=options)
     if arguments.out is None or arguments.local is not None:
         raise SourceError(
             "--out is missing, or --from was given without a recipe",
             "where the set goes is not known",
             f"wasteddp shard {arguments.source} --out shards/NAME",
         )
-    return sharding.Job(
+    return build.Job(
         source=arguments.source,
         out=arguments.out,
         options=options,
-        bins=recipes.load_bins(arguments.bins) if arguments.bins else {},
+        bins=recipe.load_bins(arguments.bins) if arguments.bins else {},
         split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
     )
 

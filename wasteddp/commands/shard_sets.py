@@ -33,10 +33,10 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from wasteddp.data.parallel import num_usable_cores
-    from wasteddp.data.remote import is_url
-    from wasteddp.data.stores import shown
-    from wasteddp.data.verifying import require_whole, verify, verify_remote
+    from wasteddp.data.remote.filesystems import shown
+    from wasteddp.data.remote.folder import is_url
+    from wasteddp.parallel import num_usable_cores
+    from wasteddp.sharding.verify import require_whole, verify, verify_remote
 
     workers = arguments.workers or num_usable_cores()
     remote = is_url(arguments.set)
@@ -71,11 +71,11 @@ def _add_index(commands: Commands) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from wasteddp.data import indexing
-    from wasteddp.data.parallel import num_usable_cores
-    from wasteddp.data.remote import is_url
-    from wasteddp.data.stores import shown
+    from wasteddp.data.remote.filesystems import shown
+    from wasteddp.data.remote.folder import is_url
     from wasteddp.data.summary import summarise
+    from wasteddp.parallel import num_usable_cores
+    from wasteddp.sharding import index as indexing
 
     classes: tuple[str, ...] = arguments.classes
     if arguments.classes_from:
@@ -119,16 +119,16 @@ def _add_draw(commands: Commands) -> None:
 
 
 def _draw(arguments: argparse.Namespace) -> None:
-    from wasteddp.data import drawing
+    from wasteddp.sharding.sources import synthetic
 
-    count = drawing.draw_folder(
+    count = synthetic.draw_folder(
         arguments.folder,
-        kinds=drawing.KINDS,
+        kinds=synthetic.KINDS,
         images_per_class=arguments.images_per_class,
         size_px=arguments.size,
         seed=arguments.seed,
     )
-    print(f"{count} images of {len(drawing.KINDS)} classes in {arguments.folder}")
+    print(f"{count} images of {len(synthetic.KINDS)} classes in {arguments.folder}")
 
 
 def _add_plan(commands: Commands) -> None:
@@ -149,8 +149,8 @@ def _add_plan(commands: Commands) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from wasteddp import settings as settings_file
-    from wasteddp.data.forecast import forecast
     from wasteddp.data.manifest import Manifest
+    from wasteddp.data.train_plan import forecast
 
     overrides = [*arguments.set, f"data.shards={arguments.folder}"]
     settings = (

@@ -54,7 +54,7 @@ def _add_sync(commands: Commands) -> None:
 
 
 def _sync(arguments: argparse.Namespace) -> None:
-    from wasteddp.training.sync import sync
+    from wasteddp.training.tracking.wandb_sync import sync
 
     done = sync(arguments.run_folder, timeout_s=arguments.timeout, model=not arguments.no_model)
     print(f"W&B run {done.run_id}: sent {done.num_sent} of {done.num_rows} rows, it had the others; {done.url}")
@@ -74,7 +74,7 @@ def _add_dashboard(commands: Commands) -> None:
 
 
 def _dashboard(arguments: argparse.Namespace) -> None:
-    from wasteddp.training import dashboard
+    from wasteddp.tools import dashboard
 
     path = arguments.config or dashboard.DEFAULT_PATH
     loaded = dashboard.load(path)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from wasteddp.data.decoding import Encoded
-from wasteddp.data.draws import I64
+from wasteddp.data.decoding.decode import Encoded
 from wasteddp.errors import DamagedSampleError, WastedError
+from wasteddp.order.keyed_random import I64
 
 MAX_REPLACEMENTS = 100
 

@@ -28,14 +28,14 @@ import numpy as np
 import torch
 
 from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
-from wasteddp.data.decode_pool import DecodeServer
-from wasteddp.data.decoding import Encoded, ImageHWC, UndecodableError
-from wasteddp.data.draws import I64
-from wasteddp.data.plan import PADDING, EvaluationPlan, TrainPlan
+from wasteddp.data.decoding.decode import Encoded, ImageHWC, UndecodableError
+from wasteddp.data.decoding.pool import DecodeServer
+from wasteddp.data.decoding.views import Draws, EvaluationView, TrainingView, View
 from wasteddp.data.process_loader import ProcessLoader, print_warning
-from wasteddp.data.reading import SplitReader
-from wasteddp.data.views import Draws, EvaluationView, TrainingView, View
+from wasteddp.data.reader import SplitReader
 from wasteddp.errors import DamagedSampleError
+from wasteddp.order.keyed_random import I64
+from wasteddp.order.plan import PADDING, EvaluationPlan, TrainPlan
 
 _PLANNED_SAMPLES = 1 << 12  # of a rank, computed at once
 _TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker

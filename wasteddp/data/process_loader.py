@@ -22,15 +22,15 @@ import numpy.typing as npt
 import torch
 
 from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
-from wasteddp.data.decode_pool import DecodePool, DecodeServer, Task
-from wasteddp.data.decode_server import ROW_DTYPE, UNREAD, Failure, Rows
-from wasteddp.data.decoding import Encoded
-from wasteddp.data.draws import I64
-from wasteddp.data.plan import PADDING
-from wasteddp.data.reading import SplitReader
-from wasteddp.data.shared_memory import SharedMemory
-from wasteddp.data.views import View
+from wasteddp.data.decoding.decode import Encoded
+from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
+from wasteddp.data.decoding.shared_memory import SharedMemory
+from wasteddp.data.decoding.views import View
+from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows
+from wasteddp.data.reader import SplitReader
 from wasteddp.errors import DamagedSampleError
+from wasteddp.order.keyed_random import I64
+from wasteddp.order.plan import PADDING
 
 _HANDED_OUT = 2  # slots that whoever takes the batches may hold; what is more is copied
 _ALIGNED = 4096  # bytes; a batch begins on a page

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from wasteddp.data.draws import I64
 from wasteddp.data.manifest import Index, Shard, read_index
 from wasteddp.errors import ShardError
+from wasteddp.order.keyed_random import I64
 
 Step = tuple[int, int, I64]  # epoch, step in epoch, sample numbers
 ShardsOf = Callable[[I64], frozenset[int]]  # the shards, by number, that samples lie in

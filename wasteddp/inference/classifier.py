@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wasteddp.data.decoding import ImageHWC
-from wasteddp.data.images import evaluation_view, normalise
+from wasteddp.data.decoding.crop import evaluation_view, normalise
+from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.errors import BundleError, LaunchError
 from wasteddp.inference.bundle import BundleCard, load_bundle
-from wasteddp.inference.views import VIEWS
+from wasteddp.inference.tta import VIEWS
 from wasteddp.model.resnet import build
 
 # On two cores ResNet50 at 224 px answers 15-20 images/s at any batch size from 1 to 64, and one image alone costs

@@ -17,20 +17,20 @@ import yaml
 from rich.console import Console
 
 from wasteddp import settings as settings_file
-from wasteddp.data import shard_set
-from wasteddp.data.decoding import ImageHWC
+from wasteddp.data import dataset
+from wasteddp.data.dataset import ShardSet
+from wasteddp.data.decoding.decode import ImageHWC
+from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
-from wasteddp.data.plan import PADDING, EvaluationPlan
-from wasteddp.data.progress import progress
-from wasteddp.data.reading import SplitReader
-from wasteddp.data.shard_set import ShardSet
-from wasteddp.data.workers import Workers, start_workers
+from wasteddp.data.reader import SplitReader
 from wasteddp.errors import BundleError, SettingsError, ShardError, storage
-from wasteddp.inference.answers import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.classifier import Classifier, device_type
-from wasteddp.inference.evaluation_record import Evaluation, print_evaluation, save_evaluation
+from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
+from wasteddp.order.plan import PADDING, EvaluationPlan
+from wasteddp.progress import progress
 from wasteddp.settings import Data, plain_yaml
 
 _STEP = 64  # samples whose shards are fetched ahead, and let go of, together
@@ -55,7 +55,7 @@ def run(options: EvaluateOptions) -> None:
     """Evaluates, prints, and saves under `RUN/evaluations/<split>/`."""
     with start_workers(options.workers, device_type(options.device)) as workers:
         classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size, tta=options.tta)
-        with shard_set.opened(data_of(options.run, options.shards)) as shards:
+        with dataset.opened(data_of(options.run, options.shards)) as shards:
             evaluation = evaluate_split(classifier, shards, options.split, console := Console(), workers)
     folder = options.run / "evaluations" / options.split
     save_evaluation(

@@ -11,21 +11,13 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from wasteddp.data.file_views import Unreadable, file_views
-from wasteddp.data.views import EvaluationView
-from wasteddp.data.workers import Workers, start_workers
+from wasteddp.data.decoding.views import EvaluationView
+from wasteddp.data.decoding.workers import Workers, start_workers
+from wasteddp.data.file_loader import Unreadable, file_views
 from wasteddp.errors import SourceError
 from wasteddp.inference.classifier import Classifier, device_type
-from wasteddp.inference.paths import find_images
-from wasteddp.inference.prediction_record import (
-    Answer,
-    Failure,
-    Prediction,
-    Record,
-    Terminal,
-    csv_record,
-    json_record,
-)
+from wasteddp.inference.image_paths import find_images
+from wasteddp.inference.prediction_files import Answer, Failure, Prediction, Record, Terminal, csv_record, json_record
 
 
 @dataclass(frozen=True, slots=True)

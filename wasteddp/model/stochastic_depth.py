@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from wasteddp.data.draws import DEPTH, I64, uniform
-from wasteddp.data.to_device import to_device
+from wasteddp.data.augmentation.to_device import to_device
+from wasteddp.order.keyed_random import DEPTH, I64, uniform
 
 
 class StochasticDepth:

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from wasteddp.data.decoding import UndecodableError, decode_rgb
+from wasteddp.data.decoding.decode import UndecodableError, decode_rgb
 from wasteddp.data.manifest import Manifest
-from wasteddp.data.reading import SplitReader
+from wasteddp.data.reader import SplitReader
 from wasteddp.errors import WastedError
 
 SIDE_PX = 176  # on a screen of two pixels a point still sharp enough to see what it is

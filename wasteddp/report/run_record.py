@@ -15,10 +15,10 @@ import numpy as np
 import yaml
 
 from wasteddp.data.manifest import Manifest
-from wasteddp.data.remote import is_url
+from wasteddp.data.remote.folder import is_url
 from wasteddp.errors import RunError, WastedError, storage
 from wasteddp.inference.bundle import BundleCard, find_bundle, read_card
-from wasteddp.inference.evaluation_record import FORMAT as EVALUATION_FORMAT
+from wasteddp.inference.evaluation_files import FORMAT as EVALUATION_FORMAT
 from wasteddp.report.thinning import F64
 
 _SPLITS_FIRST = ("test", "val")

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from wasteddp.data.progress import duration
 from wasteddp.inference.metrics import percent
+from wasteddp.progress import duration
 from wasteddp.report.run_record import RunRecord, flat
 from wasteddp.settings import Settings
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from wasteddp.data.batch import Batch
-from wasteddp.training import coverage, signals
-from wasteddp.training.runtime import Runtime
+from wasteddp.training import coverage_proof
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.watchdog import signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def agreed(
 
     def begin(batch: Batch, *, may_ask: bool) -> tuple[bool, Callable[[], list[int]]]:
         ends, has_asked = bool(signals.STOP) or batch.failure is not None, may_ask and asks()
-        counts = ends, has_asked, len(batch.damage), *coverage.of(batch, seed)
+        counts = ends, has_asked, len(batch.damage), *coverage_proof.of(batch, seed)
         return has_asked, world.begin_totals(*counts)  # all ranks
 
     def read(total: Callable[[], list[int]]) -> Agreement:

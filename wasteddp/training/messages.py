@@ -5,15 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Collection, Mapping
 
-from wasteddp.data import quality
+from wasteddp import environment
 from wasteddp.data.batch import Damage
-from wasteddp.data.progress import duration
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
+from wasteddp.order import shuffle_quality
+from wasteddp.progress import duration
 from wasteddp.settings import Settings
-from wasteddp.training import environment, sizes
-from wasteddp.training.checkpoints import Progress
-from wasteddp.training.inputs import Inputs
-from wasteddp.training.runtime import Runtime
+from wasteddp.training import schedule
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed.runtime import Runtime
 
 _MOST_NAMED = 10
 
@@ -22,7 +23,7 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
     """What this run is, in one line: enough to judge a log by, and to find it with grep."""
     manifest, plan = data.manifest, data.plan
     val = manifest.splits[settings.data.eval_split]
-    order = [quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
+    order = [shuffle_quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
     if plan.balance:
         order.append(plan.balance.describe(manifest.classes))
     size_px = settings.data.eval_size_px
@@ -37,7 +38,7 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
         f"{last_step} steps, {plan.steps_per_epoch} an epoch"
         + ("" if plan.balance else f", which leaves out {plan.left_out_per_epoch} images, others each time"),
         f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
-        f"{len(manifest.classes)} classes, {sizes.describe(settings)}{evaluated_at}",
+        f"{len(manifest.classes)} classes, {schedule.describe(settings)}{evaluated_at}",
         f"seed {settings.run.seed}",
     ]
     return "\n".join(["; ".join(parts), *order])

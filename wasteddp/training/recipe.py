@@ -10,17 +10,18 @@ from math import inf
 import torch
 from torch import nn
 
-from wasteddp.data.augment import Augment
+from wasteddp.data.augmentation.augment import Augment
+from wasteddp.data.augmentation.mixup import Mixing
 from wasteddp.data.batch import Batch
-from wasteddp.data.mixing import Mixing
 from wasteddp.model import resnet
 from wasteddp.model.stochastic_depth import StochasticDepth
 from wasteddp.settings import Settings
-from wasteddp.training import adaptive_clip, distillation, losses, optim, sizes
-from wasteddp.training.checkpoints import Progress
-from wasteddp.training.distillation import Targets
-from wasteddp.training.inputs import Inputs
-from wasteddp.training.runtime import Runtime
+from wasteddp.training import schedule
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.optimization import adaptive_clip, distillation, losses, optimizers
+from wasteddp.training.optimization.distillation import Targets
 
 
 class Recipe:
@@ -33,7 +34,7 @@ class Recipe:
     def __init__(self, settings: Settings, world: Runtime, data: Inputs, model: nn.Module) -> None:
         self._settings, self._world, self._model = settings, world, model
         self._steps_per_epoch = data.plan.steps_per_epoch
-        self._new_sizes = {epoch * self._steps_per_epoch for epoch, _ in sizes.changes(settings)[1:]}
+        self._new_sizes = {epoch * self._steps_per_epoch for epoch, _ in schedule.changes(settings)[1:]}
         num_classes = len(data.manifest.classes)
         self.augment = Augment.of(settings.augment, settings.run.seed).on(world.device, world.say)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
@@ -50,8 +51,8 @@ class Recipe:
         model, epoch = self._settings.model, progress.step / self._steps_per_epoch
         self._frozen = resnet.frozen_at(model.freeze, model.unfreeze_every_epochs, epoch)
         resnet.train_mode(self._model, self._frozen)
-        rate = optim.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
-        optim.set_learning_rate(optimizer, rate)
+        rate = optimizers.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
+        optimizers.set_learning_rate(optimizer, rate)
         if progress.step in self._new_sizes:
             self._world.watch.at("computing at a new image size", slow=True)  # a network may be compiled anew for it
         return rate

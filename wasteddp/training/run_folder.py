@@ -9,15 +9,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from wasteddp import environment
 from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import EXIT_RESUMABLE
 from wasteddp.settings import Settings
-from wasteddp.training import batch_job, environment, messages
-from wasteddp.training.checkpoints import Checkpoint, Progress
-from wasteddp.training.inputs import Inputs
-from wasteddp.training.runtime import Runtime
-from wasteddp.training.signals import STOP
-from wasteddp.training.tracking import NoTracker, Tracker, run_tracker
+from wasteddp.training import messages
+from wasteddp.training.checkpoint.files import Checkpoint, Progress
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.tracking.tracker import NoTracker, Tracker, run_tracker
+from wasteddp.training.watchdog import slurm
+from wasteddp.training.watchdog.signals import STOP
 
 _RESUMABLE_MARK = "RESUMABLE"
 
@@ -37,7 +39,7 @@ def begun(
         if world.is_main:
             out = Path(settings.run.out)
             (out / _RESUMABLE_MARK).unlink(missing_ok=True)
-            (out / batch_job.MISTAKE_MARK).unlink(missing_ok=True)
+            (out / slurm.MISTAKE_MARK).unlink(missing_ok=True)
             write_atomically(out / "settings.yaml", settings.to_yaml().encode())
             write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
             own = checkpoint is not None and out.resolve() in checkpoint.path.resolve().parents

@@ -9,14 +9,14 @@ from torch import nn
 from wasteddp.errors import StoppedError, WastedError
 from wasteddp.settings import Settings
 from wasteddp.training import messages
-from wasteddp.training.agenda import Due
-from wasteddp.training.checkpoints import Progress
-from wasteddp.training.evaluation import evaluate
-from wasteddp.training.inputs import Inputs
-from wasteddp.training.keeper import Keeper
-from wasteddp.training.meter import Meter
-from wasteddp.training.runtime import Runtime
-from wasteddp.training.tracking import Tracker
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.manager import Keeper
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.evaluate import evaluate
+from wasteddp.training.metrics import Meter
+from wasteddp.training.schedule import Due
+from wasteddp.training.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True, slots=True)

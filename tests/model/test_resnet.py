@@ -1,0 +1,171 @@
+"""Networks by name, frozen stages that stay as they are, initial weights that are never silently random."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from wasteddp import settings
+from wasteddp.errors import SettingsError, WeightsError
+from wasteddp.model import pretrained, resnet
+
+
+def test_every_resnet_of_torchvision_can_be_named() -> None:
+    assert {"resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2"} <= set(resnet.architectures())
+
+
+def test_an_unknown_name_is_answered_with_those_there_are() -> None:
+    with pytest.raises(SettingsError, match=r"'resnet51' is no ResNet(.|\n)*resnet50"):
+        resnet.build("resnet51", 3)
+
+
+@pytest.mark.parametrize(("upto", "frozen_share"), [("none", 0.0), ("layer2", 0.06), ("backbone", 0.999)])
+def test_frozen_stages_keep_weights_and_statistics(upto: str, frozen_share: float) -> None:
+    model = resnet.build("resnet18", 3)
+    resnet.freeze(model, upto)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(p.numel() for n, p in model.named_parameters() if n in frozen) / total
+    assert share == pytest.approx(frozen_share, abs=0.005)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    resnet.train_mode(model, upto)
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    stages = [name for names in list(resnet.STAGES.values()) for name in names]
+    kept = [] if upto == "none" else stages[: stages.index({"layer2": "layer2", "backbone": "layer4"}[upto]) + 1]
+    assert not [name for name in changed if name.split(".")[0] in kept]
+    assert "fc.weight" in changed
+    if "layer4" not in kept:
+        assert "layer4.1.bn2.running_mean" in changed
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_blocks_start_as_the_identity_unless_told_otherwise(arch: str) -> None:
+    for zero_init in (True, False):
+        model = resnet.build(arch, 3, zero_init=zero_init)
+        last = model.layer1[0].bn3 if arch == "resnet50" else model.layer1[0].bn2
+        assert bool((last.weight == 0).all()) == zero_init
+
+
+def test_stages_are_unfrozen_one_after_another_from_the_last() -> None:
+    def found(freeze: str, every: float) -> list[str]:
+        return [resnet.frozen_at(freeze, every, step / 10) for step in range(0, 80, 5)]
+
+    assert found("none", 1) == ["none"] * 16
+    assert found("layer2", 0) == ["layer2"] * 16
+    assert found("layer2", 2.0) == ["layer2"] * 4 + ["layer1"] * 4 + ["stem"] * 4 + ["none"] * 4
+    assert found("backbone", 0.5)[:7] == ["backbone", "layer3", "layer2", "layer1", "stem", "none", "none"]
+    # 3 tenths are not quite three times 0.1: steps of an epoch must not be late by one
+    assert (resnet.frozen_at("layer3", 0.1, 3 / 10), resnet.frozen_at("layer3", 0.1, 0.2999)) == ("stem", "layer1")
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "expected"),
+    [(0, 90, "layer2"), (2, 2, "layer2"), (2, 3, "layer1"), (1, 3, "stem"), (1, 4, "none")],
+)
+def test_only_what_is_never_trained_is_frozen_for_good(every: float, epochs: int, expected: str) -> None:
+    parsed = settings.parse(f"model: {{freeze: layer2, unfreeze_every_epochs: {every}}}").model
+    assert resnet.frozen_to_the_end(parsed, epochs) == expected
+    last = resnet.frozen_at("layer2", every, epochs - 1 / 1000)  # of 1000 steps an epoch
+    assert last == expected
+
+
+def test_unfreezing_what_is_not_frozen_is_refused() -> None:
+    with pytest.raises(SettingsError, match="unfreeze_every_epochs is 2 and freeze is none"):
+        settings.parse("model: {unfreeze_every_epochs: 2}")
+
+
+def test_weights_of_a_file_go_into_the_backbone_and_not_into_the_head(tmp_path: Path) -> None:
+    source = resnet.build("resnet18", 10)
+    for path in (tmp_path / "w.safetensors", tmp_path / "w.pth"):
+        if path.suffix == ".pth":
+            torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, path)
+        else:
+            save_file(source.state_dict(), path)
+        model = resnet.build("resnet18", 3)
+        head = model.fc.weight.clone()
+        assert str(path) in pretrained.initialise(model, "resnet18", str(path))
+        assert torch.equal(model.layer3[0].conv1.weight, source.layer3[0].conv1.weight)
+        assert torch.equal(model.fc.weight, head)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_file(resnet.build("resnet34", 3).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"\d+ of \d+ tensors are missing, unknown or of another shape than resnet1"):
+        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
+
+
+class _RunsCode:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("code ran",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"fc.weight": _RunsCode()}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="holds no weights that can be loaded safely"):
+        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.pth"))
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(WeightsError, match=r"'/none/w.pth' and there is no such file"):
+        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", "/none/w.pth")
+
+
+def test_imagenet_weights_that_cannot_be_had_are_no_silent_random_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(WeightsError) as caught:
+        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", "imagenet")
+    message = str(caught.value)
+    assert "Name or service not known" in message
+    assert str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in message
+    assert all(way in message for way in ("where there is a network", "set model.weights to its path", "to none"))
+
+
+def test_imagenet_weights_are_taken_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real loading code, on a file that carries the name and the hash that the hub checks."""
+    import hashlib
+
+    import torchvision
+
+    source = resnet.build("resnet18", 1000)
+    path = tmp_path / "made.pth"
+    torch.save(source.state_dict(), path)
+    name = f"resnet18-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"
+    (tmp_path / "checkpoints").mkdir()
+    shutil.move(path, tmp_path / "checkpoints" / name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cached = type("Weights", (), {"DEFAULT": _Cached(name)})
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: cached)
+    model = resnet.build("resnet18", 3)
+    assert name in pretrained.initialise(model, "resnet18", "imagenet")
+    assert torch.equal(model.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+
+
+class _Cached:
+    """torchvision's own loading, of another file."""
+
+    def __init__(self, name: str) -> None:
+        self.url = f"https://nowhere.invalid/{name}"
+
+    def get_state_dict(self, **how: bool) -> dict[str, torch.Tensor]:
+        return torch.hub.load_state_dict_from_url(self.url, **how)
+
+
+def test_statistics_that_ranks_reconcile_are_all_of_batchnorm() -> None:
+    model = resnet.build("resnet18", 3)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(resnet.running_statistics(model)) == 2 * len(norms)

@@ -1,0 +1,92 @@
+"""Equal images are found by their bytes, images that show the same by their perceptual hashes."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance
+
+from wasteddp.data.decoding.decode import decode_gray
+from wasteddp.sharding.duplicates import leave_out_copies
+from wasteddp.sharding.near_duplicates import CONFIRMED_DISTANCE, candidate_pairs, find_near_pairs, perceptual_hash
+from wasteddp.sharding.sources.archives import File
+from wasteddp.sharding.sources.layout import Picture
+from wasteddp.sharding.sources.synthetic import draw_image
+
+
+def picture(path: str, class_name: str, split: str = "") -> Picture:
+    return Picture(File(path, 1, ""), class_name, split)
+
+
+def test_of_equal_images_of_one_class_the_first_is_kept() -> None:
+    pictures = [picture("a/1", "a"), picture("a/2", "a"), picture("a/3", "a")]
+    kept, left_out = leave_out_copies(pictures, [b"x", b"y", b"x"], keep_conflicts=False)
+    assert kept == [0, 1]
+    assert [(left.source, left.reason) for left in left_out] == [("a/3", "duplicate")]
+
+
+def test_of_equal_images_in_several_splits_the_one_in_test_is_kept() -> None:
+    pictures = [picture("train/a/1", "a", "train"), picture("val/a/1", "a", "val"), picture("test/a/1", "a", "test")]
+    assert leave_out_copies(pictures, [b"x"] * 3, keep_conflicts=False)[0] == [2]
+    assert leave_out_copies(pictures[:2], [b"x"] * 2, keep_conflicts=False)[0] == [1]
+
+
+def test_equal_images_of_two_classes_are_all_left_out_unless_told_otherwise() -> None:
+    pictures = [picture("a/1", "a"), picture("a/2", "a"), picture("b/1", "b")]
+    kept, left_out = leave_out_copies(pictures, [b"x"] * 3, keep_conflicts=False)
+    assert kept == []
+    assert {left.reason for left in left_out} == {"conflicting_label"}
+    assert left_out[0].detail == "same bytes as a/2 (a), b/1 (b)"
+    kept, left_out = leave_out_copies(pictures, [b"x"] * 3, keep_conflicts=True)
+    assert kept == [0]
+    assert [left.source for left in left_out] == ["a/2", "b/1"]
+
+
+@given(
+    st.lists(st.integers(0, 2**64 - 1), max_size=12),
+    st.lists(st.tuples(st.integers(0, 11), st.sets(st.integers(0, 63), max_size=12)), max_size=20),
+    st.integers(0, 11),
+)
+def test_the_search_finds_exactly_the_pairs_that_comparing_all_with_all_finds(
+    seeds: list[int], variants: list[tuple[int, set[int]]], distance: int
+) -> None:
+    values = list(seeds)
+    for index, bits in variants:  # near relatives of what is there, so that there is something to find
+        if seeds:
+            values.append(seeds[index % len(seeds)] ^ sum(1 << bit for bit in bits))
+    found = candidate_pairs(np.array(values, dtype=np.uint64), distance).tolist()
+    everything = [[i, j] for i in range(len(values)) for j in range(i + 1, len(values))]
+    assert found == [[i, j] for i, j in everything if (values[i] ^ values[j]).bit_count() <= distance]
+
+
+def test_a_pair_is_confirmed_by_the_finer_hash() -> None:
+    bits64 = np.zeros(3, np.uint64)
+    bits256 = np.zeros((3, 32), np.uint8)
+    bits256[1, : CONFIRMED_DISTANCE // 8] = 255  # just near enough to image 0, and image 2 too far from both
+    bits256[2, 10:] = 255
+    near = find_near_pairs(bits64, bits256)
+    assert near.pairs.tolist() == [[0, 1]]
+    assert near.distances.tolist() == [CONFIRMED_DISTANCE]
+
+
+def test_a_rescaled_recompressed_brightened_copy_is_near_and_another_image_is_not() -> None:
+    original = draw_image("can", 1, size_px=256, seed=0)
+    copy = ImageEnhance.Brightness(Image.open(io.BytesIO(original)).resize((200, 200))).enhance(0.9)
+    buffer = io.BytesIO()
+    copy.save(buffer, "JPEG", quality=60)
+    images = [original, buffer.getvalue(), draw_image("can", 2, size_px=256, seed=0)]
+    hashes = [perceptual_hash(decode_gray(data, min_side_px=64, is_plain=True)) for data in images]
+    bits256 = np.stack([np.frombuffer(h.bits256, np.uint8) for h in hashes])
+    near = find_near_pairs(np.array([h.bits64 for h in hashes], np.uint64), bits256)
+    assert near.pairs.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_images_have_no_pairs(count: int) -> None:
+    near = find_near_pairs(np.zeros(count, np.uint64), np.zeros((count, 32), np.uint8))
+    assert near.pairs.shape == (0, 2)
+    assert near.distances.shape == (0,)

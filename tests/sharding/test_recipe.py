@@ -1,0 +1,225 @@
+"""Recipes: what they say, what they download, what they draw."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wasteddp.cli import main
+from wasteddp.data.manifest import Manifest
+from wasteddp.errors import RecipeError
+from wasteddp.sharding import recipe as recipes
+from wasteddp.sharding.build import Options
+from wasteddp.sharding.sources import synthetic
+from wasteddp.sharding.sources.download import Download, fetch
+
+SHARDS = Path(__file__).parents[2] / "shards"
+CONTENT = bytes(range(256)) * 40
+BLOB = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT, usedforsecurity=False).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves CONTENT; with ranges or without, breaking off after some bytes, or with an error."""
+
+    ranges = True
+    break_after: int | None = None
+    status = 200
+    asked: list[str | None]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.asked.append(wanted)
+        begin = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.ranges else 0
+        if self.server.status != 200 or begin >= len(CONTENT):
+            self.send_response(self.server.status if self.server.status != 200 else 416)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - begin))
+        self.end_headers()
+        self.wfile.write(CONTENT[begin:][: self.server.break_after])
+        self.server.break_after = None
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as running:
+        running.asked = []
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def get(server: Server, folder: Path, **checks: object) -> Path:
+    wanted = Download(f"http://127.0.0.1:{server.server_port}/a.zip", "a.zip", **checks)  # type: ignore[arg-type]
+    return fetch(wanted, folder, allow_http_loopback=True, wait=lambda seconds: None)
+
+
+def test_a_download_is_checked_and_not_repeated(server: Server, tmp_path: Path) -> None:
+    checks = {"sha256": hashlib.sha256(CONTENT).hexdigest(), "git_blob": BLOB, "size_bytes": len(CONTENT)}
+    assert get(server, tmp_path, **checks).read_bytes() == CONTENT
+    get(server, tmp_path, **checks)
+    assert server.asked == [None]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_is_resumed(server: Server, tmp_path: Path, ranges: bool) -> None:
+    server.ranges, server.break_after = ranges, 3000
+    assert get(server, tmp_path, git_blob=BLOB).read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=3000-"]
+
+
+def test_a_part_that_is_complete_already_is_used(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "a.zip.part").write_bytes(CONTENT)
+    assert get(server, tmp_path, git_blob=BLOB).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        ({"sha256": "0" * 64}, "sha256 .* instead of 0000"),
+        ({"git_blob": "1" * 40}, "git blob id"),
+        ({"size_bytes": 7}, "10,240 bytes instead of 7"),
+    ],
+)
+def test_other_bytes_than_promised_are_refused_and_removed(
+    server: Server, tmp_path: Path, check: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"is not what the recipe promises: .*{message}"):
+        get(server, tmp_path, **check)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 4)])
+def test_a_server_that_refuses_is_asked_again_only_where_it_may_help(
+    server: Server, tmp_path: Path, status: int, attempts: int
+) -> None:
+    server.status = status
+    with pytest.raises(
+        RecipeError, match=rf"attempt {attempts} of 4\): HTTP Error {status}(.|\n)*--from FILE-or-FOLDER"
+    ):
+        get(server, tmp_path)
+    assert len(server.asked) == attempts
+
+
+def test_without_a_network_the_error_says_how_to_use_a_copy(tmp_path: Path) -> None:
+    wanted = Download("http://127.0.0.1:1/a.zip", "a.zip")
+    with pytest.raises(RecipeError, match=r"Connection refused(.|\n)*--from FILE-or-FOLDER"):
+        fetch(wanted, tmp_path, allow_http_loopback=True, wait=lambda seconds: None)
+    for url in ("http://127.0.0.1:1/a", "http://example.org/a", "file:///etc/passwd"):
+        with pytest.raises(RecipeError, match="is not https"):
+            fetch(Download(url, "a"), tmp_path, allow_http_loopback="example" in url)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "is no YAML"),
+        ("name: a\ntitle: b\nsynthetic: true\ndraw: {images_per_class: 1, size_px: 64, sede: 1}", "draw.sede: Extra"),
+        ("title: b\nsynthetic: true", "name: Field required"),
+        ("name: a\ntitle: b\nsynthetic: true", "has neither of `draw` and `download`"),
+        ("name: ../a\ntitle: b\nsynthetic: true", "name: String should match"),
+        ("name: a\ntitle: b\nsynthetic: false\nclasses: [x]\nbins: {y: z}", "bins are given for y, which is no class"),
+    ],
+)
+def test_a_wrong_recipe_says_which_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        recipes.load_recipe(tmp_path / "a.yaml")
+
+
+def test_the_recipes_of_the_repository_are_whole() -> None:
+    for path in SHARDS.glob("*.yaml"):
+        recipe = recipes.load_recipe(path)
+        assert recipe.name == path.stem
+        names = recipe.classes or synthetic.KINDS[: recipe.draw.classes if recipe.draw else 0]
+        assert set(recipe.bins) == set(names)
+        for entry in recipe.download:
+            assert entry.url.startswith("https://")
+            assert entry.sha256 or entry.git_blob
+            assert entry.url.endswith("/" + entry.file)
+        assert set(recipe.split.lists.values()) <= {entry.file for entry in recipe.download}
+
+
+def test_a_drawn_set_is_made_once_and_says_that_it_is_synthetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = (SHARDS / "sample.yaml").read_text().replace("images_per_class: 120", "images_per_class: 12")
+    (tmp_path / "sample.yaml").write_text(recipe.replace("size_px: 144", "size_px: 48"))
+    command = ["shard", str(tmp_path / "sample.yaml")]
+    assert main(command) == 0
+    manifest = Manifest.load(tmp_path / "sample")
+    assert manifest.classes == synthetic.KINDS
+    assert manifest.recipe["synthetic"] is True
+    assert sum(split.num_samples for split in manifest.splits.values()) == 72
+    assert manifest.bins["bottle"] == "glass"
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "is already made by this recipe: nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command, "--fractions", "0.5,0.25,0.25"])
+    assert "finished set of other images or other options" in capsys.readouterr().err
+
+
+def test_a_local_copy_may_be_a_zip_a_folder_with_a_zip_or_class_folders(trashnet_zip: Path, tmp_path: Path) -> None:
+    recipe = recipes.load_recipe(SHARDS / "trashnet.yaml")
+    job = recipes.plan_job(recipe, tmp_path / "out", Options())
+    for local in (trashnet_zip, trashnet_zip.parent):
+        found = recipes.find_images(recipe, job, local=local, downloads=tmp_path)
+        assert found.source == trashnet_zip
+        assert set(found.split_files) == {"train", "val", "test"}
+    for file in recipe.split.lists.values():
+        (tmp_path / file).touch()
+    assert recipes.find_images(recipe, job, local=tmp_path, downloads=tmp_path).source == tmp_path
+    (tmp_path / "a.zip").touch()
+    (tmp_path / "b.zip").touch()
+    with pytest.raises(RecipeError, match=r"holds 2 archives: a\.zip, b\.zip"):
+        recipes.find_images(recipe, job, local=tmp_path, downloads=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"holds no one-indexed-files-notrash_train\.txt"):
+        recipes.find_images(recipe, job, local=tmp_path / "empty", downloads=tmp_path)
+
+
+def test_drawings_depend_on_seed_kind_and_number_alone(tmp_path: Path) -> None:
+    first = synthetic.draw_image("can", 3, size_px=64, seed=0)
+    assert first == synthetic.draw_image("can", 3, size_px=64, seed=0)
+    others = {
+        synthetic.draw_image(k, n, size_px=64, seed=s) for k, n, s in (("can", 3, 1), ("can", 4, 0), ("box", 3, 0))
+    }
+    assert len(others) == 3
+    assert first not in others
+    assert main(["draw", str(tmp_path / "new"), "--images-per-class", "2", "--size", "64", "--seed", "5"]) == 0
+    assert len(list((tmp_path / "new").glob("*/*.jpg"))) == 2 * len(synthetic.KINDS)
+    with pytest.raises(SystemExit):
+        main(["draw", str(tmp_path / "new"), "--size", "4"])
+
+
+def test_the_mean_colour_of_a_drawing_hardly_tells_its_kind() -> None:
+    def mean_colour(kind: str, number: int) -> list[float]:
+        image = Image.open(io.BytesIO(synthetic.draw_image(kind, number, size_px=32, seed=0)))
+        return [float(channel) for channel in np.asarray(image, float).mean(axis=(0, 1))]
+
+    colours = np.array([[mean_colour(kind, n) for n in range(30)] for kind in synthetic.KINDS])  # [kind, number, RGB]
+    centres = colours[:, :20].mean(axis=1)
+    distances = np.linalg.norm(colours[:, 20:, None] - centres[None, None], axis=-1)
+    correct = distances.argmin(axis=-1) == np.arange(len(synthetic.KINDS))[:, None]
+    assert correct.mean() < 0.4  # chance is 0.17

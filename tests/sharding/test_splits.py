@@ -1,0 +1,125 @@
+"""Which split an image belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wasteddp.errors import SourceError
+from wasteddp.sharding import splits
+from wasteddp.sharding.sources.archives import File
+from wasteddp.sharding.sources.layout import Layout, Picture
+
+hashes = st.lists(st.binary(min_size=32, max_size=32), max_size=50, unique=True)
+
+
+@given(hashes, hashes, st.integers(0, 2**40))
+def test_adding_images_never_moves_old_ones(old: list[bytes], new: list[bytes], seed: int) -> None:
+    before = dict(zip(old, splits.by_fractions(old, (0.5, 0.3, 0.2), seed=seed), strict=True))
+    everything = new + old
+    after = dict(zip(everything, splits.by_fractions(everything, (0.5, 0.3, 0.2), seed=seed), strict=True))
+    assert all(after[image] == split for image, split in before.items())
+
+
+def test_the_fractions_are_met_and_another_seed_gives_another_split() -> None:
+    images = [hashlib.sha256(b"%d" % n).digest() for n in range(5000)]
+    first, second = (splits.by_fractions(images, (0.7, 0.15, 0.15), seed=seed) for seed in (0, 1))
+    # standard deviation of the train share: sqrt(0.7 * 0.3 / 5000) = 0.65 %
+    assert abs(first.count("train") / 5000 - 0.7) < 0.02
+    assert abs(first.count("test") / 5000 - 0.15) < 0.02
+    assert first != second
+
+
+@given(hashes)
+def test_nothing_falls_into_a_split_of_fraction_zero(images: list[bytes]) -> None:
+    assert "test" not in splits.by_fractions(images, (0.7, 0.3, 0.0), seed=0)
+    assert "val" not in splits.by_fractions(images, (0.7, 0.0, 0.3), seed=0)
+
+
+@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.2, 0.2), (1.2, -0.1, -0.1), (0, 0.5, 0.5)])
+def test_fractions_that_say_nothing_are_refused(fractions: tuple[float, ...]) -> None:
+    with pytest.raises(SourceError, match="add up to"):
+        splits.check_fractions(fractions)
+
+
+@given(st.data())
+def test_a_chain_of_near_duplicates_goes_where_its_smallest_hash_goes(data: st.DataObject) -> None:
+    images = data.draw(st.lists(st.binary(min_size=2, max_size=2), min_size=2, max_size=20, unique=True))
+    index = st.integers(0, len(images) - 1)
+    pairs = data.draw(st.lists(st.tuples(index, index), max_size=15))
+    chosen = [data.draw(st.sampled_from(("train", "val", "test"))) for _ in images]
+    grouped = splits.group_splits(chosen, images, np.array(pairs, np.int64).reshape(-1, 2))
+    groups = [{i} for i in range(len(images))]  # the slow way: merge until nothing changes
+    for first, second in pairs:
+        a, b = (next(g for g in groups if i in g) for i in (first, second))
+        if a is not b:
+            a |= b
+            groups.remove(b)
+    for group in groups:
+        smallest = min(group, key=lambda i: images[i])
+        assert {grouped[i] for i in group} == {chosen[smallest]}
+
+
+def layout(*paths: str) -> Layout:
+    pictures = tuple(Picture(File(path, 1, ""), path.split("/")[-2]) for path in paths)
+    return Layout(pictures, tuple(sorted({p.class_name for p in pictures})))
+
+
+def lists(folder: Path, **texts: str) -> list[splits.ListedImage]:
+    for split, text in texts.items():
+        (folder / f"one-indexed-{split}.txt").write_text(text)
+    return splits.read_list_files(splits.find_list_files(folder))
+
+
+def test_trashnets_lists_give_splits_whatever_the_order_of_their_numbers(tmp_path: Path) -> None:
+    listed = lists(tmp_path, train="glass1.jpg 2\nmetal1.jpg 1\n", test="glass2.jpg 2\ngone.jpg 1\n")
+    result, not_listed, missing = splits.apply_lists(
+        layout("glass/glass1.jpg", "glass/glass2.jpg", "metal/metal1.jpg", "metal/metal2.jpg"), listed
+    )
+    assert [(p.file.path, p.split) for p in result.pictures] == [
+        ("glass/glass1.jpg", "train"),
+        ("glass/glass2.jpg", "test"),
+        ("metal/metal1.jpg", "train"),
+    ]
+    assert not_listed == ["metal/metal2.jpg"]
+    assert [line.name for line in missing] == ["gone.jpg"]
+
+
+def test_lists_without_numbers_and_names_with_spaces_are_read(tmp_path: Path) -> None:
+    listed = lists(tmp_path, train="a/my 1.jpg\nb/my 1.jpg 7\n")
+    result, _, _ = splits.apply_lists(layout("x/a/my 1.jpg", "x/b/my 1.jpg"), listed)
+    assert len(result.pictures) == 2
+    assert [line.label_number for line in listed] == [None, 7]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("a1.jpg 1\na2.jpg 2\n", "", r"train.txt:2: a2.jpg lies in the folder a and has the label number 2"),
+        ("a1.jpg 1\nb1.jpg 1\n", "", r"b1.jpg lies in the folder b .* a1.jpg is 1, which lies in the folder a"),
+        ("a1.jpg 1\n", "a1.jpg 1\n", r"a1.jpg is listed twice: .*train.txt:1 \(train\) and .*test.txt:1 \(test\)"),
+        ("same.jpg\n", "", r"same.jpg may be a/same.jpg or b/same.jpg"),
+    ],
+)
+def test_lists_that_contradict_are_refused(tmp_path: Path, train: str, test: str, message: str) -> None:
+    images = layout("a/a1.jpg", "a/a2.jpg", "a/same.jpg", "b/b1.jpg", "b/same.jpg")
+    with pytest.raises(SourceError, match=message):
+        splits.apply_lists(images, lists(tmp_path, train=train, test=test))
+
+
+def test_split_files_are_a_folder_or_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds no \*train\*.txt"):
+        splits.parse_split_files([str(tmp_path)])
+    assert splits.parse_split_files(["train=a.txt", "valid=b.txt"]) == {"train": Path("a.txt"), "val": Path("b.txt")}
+    for wrong in (["train=a", "holdout=b"], ["val=a"], ["train=a", "train=b"], ["nowhere"]):
+        with pytest.raises(SourceError, match="is no folder and not train=FILE"):
+            splits.parse_split_files(wrong)
+    for name in ("train1.txt", "train2.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(SourceError, match=r"holds 2 lists for train: train1.txt, train2.txt"):
+        splits.parse_split_files([str(tmp_path)])

@@ -1,0 +1,33 @@
+"""A view for the tests of decoding processes: it kills the process that decodes certain images."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from wasteddp.data.decoding.decode import Encoded, ImageHWC
+from wasteddp.data.decoding.views import Draws, TrainingView
+from wasteddp.order.keyed_random import I64
+
+
+@dataclass(frozen=True)
+class KillingView:
+    """As `view`, but the process that meets one of `deadly` (sha256) dies; once each, if there is a folder `once`."""
+
+    view: TrainingView
+    deadly: frozenset[str]
+    once: Path | None = None
+
+    def draws(self, samples: I64, epoch: int) -> Draws:
+        return self.view.draws(samples, epoch)
+
+    def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> Encoded | None:
+        digest = sha256(data).hexdigest()
+        if digest in self.deadly and not (self.once and (self.once / digest).exists()):
+            if self.once:
+                (self.once / digest).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.view.fill(out, data, draws)

@@ -1,0 +1,57 @@
+"""ResNets of an eighth of the width, for tests of what does not depend on it: 0.2 million weights instead of 11.
+
+A step of 6 small images takes 30 ms instead of 300, and a checkpoint 2 MB instead of 90. All names, stages and blocks
+are those of torchvision's networks. As a program, with such a network:
+
+    narrow.py --config ...               wasteddp/train.py
+    narrow.py -m wasteddp.cli predict    another module
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(__file__).parents[2] / "wasteddp" / "train.py"
+_DIVISOR = 8
+
+
+def install() -> Any:
+    """Makes them what torchvision builds in this process; returns the class that it built before."""
+    from torch import nn
+    from torchvision.models import resnet
+
+    class NarrowResNet(resnet.ResNet):
+        def __init__(self, block: Any, layers: list[int], num_classes: int = 1000, **how: Any) -> None:
+            super().__init__(block, layers, num_classes, **how)
+            self.fc = nn.Linear(self.inplanes, num_classes)
+
+        def _make_layer(self, block: Any, planes: int, *rest: Any, **how: Any) -> nn.Sequential:
+            return super()._make_layer(block, planes // _DIVISOR, *rest, **how)
+
+    before = resnet.ResNet
+    resnet.ResNet = NarrowResNet  # type: ignore[misc]
+    return before
+
+
+def restore(before: Any) -> None:
+    from torchvision.models import resnet
+
+    resnet.ResNet = before  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(PROGRAM.parents[1])
+    if sys.argv[1:2] == ["-m"]:
+        install()
+        module = sys.argv[2]
+        del sys.argv[1:3]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        from wasteddp.training.watchdog import signals
+
+        signals.install()  # as the program does: a signal may come while torch is imported
+        install()
+        runpy.run_path(str(PROGRAM), run_name="__main__")

@@ -1,0 +1,73 @@
+"""A finished run in miniature, for the tests of what comes after training: 3 classes, tiny JPEGs, a random ResNet18."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from wasteddp.data.manifest import Manifest
+from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained, save_bundle
+from wasteddp.model.resnet import build
+from wasteddp.sharding.build import Job, Options, make_shards
+
+CLASSES = ("glass", "metal", "paper")
+BINS = {"glass": "green bin", "metal": "yellow bin", "paper": "blue bin"}
+TEST_IMAGES = (5, 3, 2)  # of each class: 10, so that the batches of 8 are a full one and a padded one
+
+CARD = BundleCard(
+    arch="resnet18",
+    classes=CLASSES,
+    preprocessing=Preprocessing(32, 36, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    trained=Trained(step=120, epoch=3, metric="val/macro_f1", value=0.5),
+    hashes=Hashes(manifest="0" * 64, settings="1" * 64, code="0.1.0"),
+    tool="wasteddp 0.1.0",
+    bins=BINS,
+)
+
+
+def write_image(path: Path, seed: int, size: tuple[int, int] = (48, 40)) -> Path:
+    """A picture of coloured patches, different for each seed; the suffix chooses the format."""
+    patches = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(patches).resize(size, Image.Resampling.BILINEAR).save(path)
+    return path
+
+
+def write_images(folder: Path, counts: Mapping[str, tuple[int, ...]], classes: tuple[str, ...] = CLASSES) -> Path:
+    """`folder/<split>/<class>/<number>.jpg`, as many as `counts[split]` says for each class."""
+    seed = 0
+    for split, numbers in counts.items():
+        for name, count in zip(classes, numbers, strict=True):
+            for number in range(count):
+                write_image(folder / split / name / f"{number}.jpg", seed)
+                seed += 1
+    return folder
+
+
+def write_shards(out: Path, source: Path, bins: Mapping[str, str]) -> Manifest:
+    """A shard set with two shards or more in its test split."""
+    manifest = make_shards(Job(source, out, Options(shard_mb=0.008), bins=bins), workers=1)
+    assert len(manifest.split("test").shards) >= 2
+    return manifest
+
+
+def random_weights(seed: int = 0, num_classes: int = len(CLASSES)) -> dict[str, torch.Tensor]:
+    """A ResNet18 that answers differently to different images: a fresh head says nearly the same to all."""
+    torch.manual_seed(seed)
+    state = build("resnet18", num_classes).state_dict()
+    return {**state, "fc.weight": state["fc.weight"] * 30}
+
+
+def write_run(folder: Path) -> Path:
+    """`folder/images`, `folder/shards` and `folder/run` with a model; returns the run's folder."""
+    source = write_images(folder / "images", {"train": (1, 1, 1), "test": TEST_IMAGES})
+    manifest = write_shards(folder / "shards", source, BINS)
+    run = folder / "run"
+    save_bundle(run / "model", replace(CARD, hashes=replace(CARD.hashes, manifest=manifest.sha256)), random_weights())
+    (run / "settings.yaml").write_text(f"data:\n  shards: {folder / 'shards'}\n")
+    return run

@@ -1,0 +1,68 @@
+"""Short real trainings for the tests, through the launcher that users have."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+REAL_PROGRAM = ROOT / "wasteddp" / "train.py"
+PROGRAM = ROOT / "tests" / "support" / "narrow.py"  # the same, with a small network
+CPU2 = ROOT / "launch" / "accelerate" / "cpu2.yaml"
+
+# 50 images, 4 steps an epoch of 12, one thread: two OpenMP teams on few cores would wait for each other
+CONFIG = """
+precision: fp32
+run: {threads: 1}
+data: {image_size: 32}
+model: {arch: resnet18, weights: none}
+train: {epochs: 2, batch_size: 12, max_micro_batch: 6, log_every_steps: 1}
+evaluate: {batch_size: 8}
+optimizer: {lr: 0.01}
+checkpoint: {every_steps: 1}
+track: {wandb: disabled}
+"""
+
+
+def config_of(folder: Path, shards: Path) -> list[str]:
+    """Arguments of a training in `folder / run`."""
+    path = folder / "config.yaml"
+    path.write_text(CONFIG)
+    return ["--config", str(path), "--set", f"data.shards={shards}", "--set", f"run.out={folder / 'run'}"]
+
+
+def launch_command(arguments: list[str], *launcher: str, program: Path = PROGRAM) -> list[str]:
+    """`accelerate launch`, of the interpreter that runs the tests."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
+    return [*start, str(program), *arguments]
+
+
+def launch(
+    arguments: list[str], *launcher: str, cwd: Path = ROOT, program: Path = PROGRAM
+) -> subprocess.CompletedProcess[str]:
+    command = launch_command(arguments, *launcher, program=program)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_weights(run: Path) -> bytes:
+    return (sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors").read_bytes()
+
+
+def kill_all(arguments: list[str]) -> None:
+    """kill -9 for every process of a training: torchrun gives each rank a session of its own."""
+    config = arguments[arguments.index("--config") + 1].encode()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if config in (folder / "cmdline").read_bytes():
+                    os.kill(int(folder.name), signal.SIGKILL)

@@ -1,0 +1,196 @@
+"""Keeping a run: when it is saved, and that what comes back is exactly what was there, whatever the optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from kept import LINEAGE, steps_in
+from torch import nn
+
+from wasteddp import settings
+from wasteddp.errors import CheckpointError, StorageError
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.manager import Keeper, Stateful
+from wasteddp.training.checkpoint.writer import CheckpointWriter
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.tracking.metric_names import is_known
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[Runtime]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield runtime.start(parsed(tmp_path))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def parsed(folder: Path, text: str = "") -> settings.Settings:
+    return settings.parse(f"precision: fp32\nrun: {{out: {folder / 'run'}, threads: 1}}\n{text}")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2)]
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def keeper_of(
+    folder: Path,
+    world: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    text: str = "",
+    further: dict[str, Stateful] | None = None,
+    clock: Callable[[], float] = lambda: 0.0,
+) -> Keeper:
+    optimizer = optimizer or OPTIMIZERS["sgd"](model.parameters())
+    data = cast(Inputs, None)  # only a best model asks for it
+    return Keeper(parsed(folder, text), world, data, model, optimizer, further=further, clock=clock)
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(images), torch.arange(6) % 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("saved_compiled", "loaded_compiled"),
+    [(False, False), (True, True), (True, False), (False, True)],
+    ids=["", "compiled", "compiled then not", "compiled only then"],
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_after_a_restore_are_those_of_a_run_without_one(
+    name: str, saved_compiled: bool, loaded_compiled: bool, tmp_path: Path, world: Runtime
+) -> None:
+    def start(*, compiled: bool) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+        model = network()
+        used: nn.Module = torch.compile(model, backend="eager") if compiled else model  # type: ignore[assignment]
+        return model, used, OPTIMIZERS[name](used.parameters())
+
+    undisturbed, used, optimizer = start(compiled=loaded_compiled)
+    take_steps(used, optimizer, 0, 6)
+
+    _, used, optimizer = start(compiled=saved_compiled)
+    take_steps(used, optimizer, 0, 3)
+    with keeper_of(tmp_path, world, used, optimizer) as keeper:
+        keeper.save(Progress(LINEAGE, step=3), epoch=0, best=None)
+        keeper.close()
+    model, used, optimizer = start(compiled=loaded_compiled)
+    take_steps(used, optimizer, 7, 8)  # what is there is replaced
+    with keeper_of(tmp_path, world, used, optimizer) as keeper:
+        found = keeper.starting_point("auto", [], lineage=LINEAGE)
+        assert found is not None
+        assert all(key.startswith(("0.", "1.", "4.")) for key in found.states["model"])
+        keeper.state.restore(found)
+    for parameter in model.parameters():
+        for tensor in optimizer.state[parameter].values():
+            assert tensor.ndim != 4 or tensor.stride() == parameter.stride(), "channels-last stays so"
+    take_steps(used, optimizer, 3, 6)
+    for key, tensor in undisturbed.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+def test_a_save_is_due_by_the_clock(tmp_path: Path, world: Runtime) -> None:
+    now = 0.0
+    with keeper_of(tmp_path, world, network(), text="checkpoint: {every_minutes: 2}", clock=lambda: now) as keeper:
+        assert not keeper.asks()
+        now = 119.0
+        assert not keeper.asks()
+        now = 120.0
+        assert keeper.asks()
+        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        keeper.close()
+        assert not keeper.asks()
+        now = 240.0
+        assert keeper.asks()
+
+
+def test_a_save_is_made_on_request_and_the_request_goes_when_it_is_on_the_disk(tmp_path: Path, world: Runtime) -> None:
+    with keeper_of(tmp_path, world, network()) as keeper:
+        assert not keeper.asks()
+        (tmp_path / "run" / "SAVE_NOW").touch()
+        assert keeper.asks()
+        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        keeper.close()
+        assert not (tmp_path / "run" / "SAVE_NOW").exists()
+        assert not keeper.asks()
+        assert steps_in(tmp_path / "run" / "checkpoints") == [1]
+
+
+def test_further_states_come_back_or_are_missed(tmp_path: Path, world: Runtime) -> None:
+    average = nn.Linear(2, 2)
+    with keeper_of(tmp_path, world, network(), further={"ema": average}) as keeper:
+        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        keeper.close()
+    other = nn.Linear(2, 2)
+    with keeper_of(tmp_path, world, network(), further={"ema": other}) as keeper:
+        found = keeper.starting_point("auto", [], lineage=LINEAGE)
+        assert found is not None
+        keeper.state.restore(found)
+        assert torch.equal(other.weight, average.weight)
+    with (
+        keeper_of(tmp_path, world, network(), further={"twin": other}) as keeper,
+        pytest.raises(CheckpointError, match="has no state of: twin"),
+    ):
+        keeper.state.restore(found)
+
+
+def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
+    tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = CheckpointWriter._write
+
+    def slow(self: CheckpointWriter, *arguments: Any) -> None:
+        time.sleep(0.2)
+        real(self, *arguments)
+
+    def no_room(*_: Any) -> None:
+        raise StorageError("no room", "", "")
+
+    monkeypatch.setattr(CheckpointWriter, "_write", slow)
+    with keeper_of(tmp_path, world, network()) as keeper:
+        assert keeper.metrics == {"checkpoint/stall_ms": 0, "checkpoint/failed": 0}, "there has been none"
+        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        assert "checkpoint/seconds" not in keeper.metrics, "it is being written"
+        keeper.drain()
+        seconds = keeper.metrics["checkpoint/seconds"]
+        assert 0.2 <= seconds < 10
+        monkeypatch.setattr(CheckpointWriter, "_write", no_room)
+        keeper.save(Progress(LINEAGE, step=2), epoch=0, best=None)
+        keeper.save(Progress(LINEAGE, step=3), epoch=0, best=None)  # tells of the one before
+        assert keeper.metrics["checkpoint/failed"] == 1
+        assert keeper.metrics["checkpoint/seconds"] == seconds
+        assert keeper.metrics["checkpoint/stall_ms"] > 0
+        monkeypatch.setattr(CheckpointWriter, "_write", real)
+        keeper.close()  # tries once more
+        assert keeper.metrics["checkpoint/seconds"] < 0.2
+    assert all(is_known(name) for name in keeper.metrics)
+
+
+def test_two_keepers_of_one_run_are_refused(tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wasteddp.training.checkpoint.run_lock.WAIT_S", 0.2)
+    with keeper_of(tmp_path, world, network()), pytest.raises(CheckpointError, match="is being written by process"):
+        keeper_of(tmp_path, world, network())
+    with keeper_of(tmp_path, world, network()):
+        pass

@@ -1,0 +1,169 @@
+"""Learning rates, decay, and optimizer states that come back exactly."""
+
+from __future__ import annotations
+
+from math import ceil, cos, pi
+
+import pytest
+import torch
+from torch import nn
+
+from wasteddp import settings
+from wasteddp.model import resnet
+from wasteddp.training.checkpoint.state import room_for_checkpoint
+from wasteddp.training.optimization import optimizers
+
+NAMES = ["sgd", "adam", "adamw", "lars", "lamb"]
+
+
+def rates(text: str, steps_per_epoch: int = 10) -> list[float]:
+    parsed = settings.parse(f"train: {{epochs: 10}}\noptimizer: {{lr: 1.0}}\n{text}")
+    return [optimizers.learning_rate(step, parsed, steps_per_epoch) for step in range(10 * steps_per_epoch)]
+
+
+def test_cosine_with_warmup_is_the_formula() -> None:
+    found = rates("schedule: {name: cosine, warmup_epochs: 2, final_fraction: 0.1}")
+    assert found[:20] == pytest.approx([0.01 + 0.99 * step / 20 for step in range(20)])
+    assert found[20:] == pytest.approx([0.1 + 0.9 * (1 + cos(pi * step / 80)) / 2 for step in range(80)])
+
+
+def test_steps_drop_at_their_epochs() -> None:
+    found = rates("schedule: {name: step, step_epochs: 4, step_factor: 0.5}")
+    assert found == pytest.approx([1.0] * 40 + [0.5] * 40 + [0.25] * 20)
+
+
+def test_constant_is_constant_after_its_warmup() -> None:
+    found = rates("schedule: {name: constant, warmup_epochs: 0.5}")
+    assert found[0] == 0.01
+    assert set(found[5:]) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("factor", "lengths"), [(1.0, [30] * 3), (2.0, [30, 60]), (1.5, [30, 45, 67.5]), (1.001, [30, 30.03])]
+)
+def test_cosine_with_restarts_is_its_cycles_laid_end_to_end(factor: float, lengths: list[float]) -> None:
+    cycles = f"name: cosine_restarts, cycle_epochs: 3, cycle_factor: {factor}"
+    found = rates(f"schedule: {{{cycles}, warmup_epochs: 1, final_fraction: 0.2}}")
+    assert found[:10] == pytest.approx([0.01 + 0.99 * step / 10 for step in range(10)])
+    for step in range(90):
+        begin = 0.0
+        for length in lengths:  # the slow way: walks through the cycles
+            if step < begin + length - 1e-9:
+                assert found[10 + step] == pytest.approx(0.2 + 0.8 * (1 + cos(pi * (step - begin) / length)) / 2)
+                break
+            begin += length
+    assert found[10] == 1.0
+    if factor in (1.0, 2.0):
+        assert found[40] == 1.0
+        assert found[39] < 0.21
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-15, 1.0 + 1e-9, 1.01, 2.0, 3.0, 7.5, 1e6])
+def test_restarts_come_at_their_steps_in_the_longest_run(factor: float) -> None:
+    """A million epochs of 1000 steps: each cycle begins at the peak, at the first step behind the one before."""
+    schedule = f"schedule: {{name: cosine_restarts, cycle_epochs: 1, cycle_factor: {factor!r}}}"
+    parsed = settings.parse(f"train: {{epochs: 1000000}}\noptimizer: {{lr: 1.0}}\n{schedule}")
+    begin, length = 0.0, 1000.0
+    for _ in range(200):
+        if begin > 1e9:
+            break
+        first = ceil(begin - 1e-6)
+        assert optimizers.learning_rate(first, parsed, 1000) == pytest.approx(1, abs=3e-6)
+        if first:
+            assert optimizers.learning_rate(first - 1, parsed, 1000) < 0.01
+        begin, length = begin + length, length * factor
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_stage_has_its_part_of_the_rate_and_biases_and_norms_still_do_not_decay(name: str) -> None:
+    model = resnet.build("resnet18", 3)
+    resnet.freeze(model, "stem")
+    text = f"optimizer: {{name: {name}, layer_decay: 0.5, lr: 0.8, weight_decay: 0.3}}"
+    optimizer = optimizers.build(model, settings.parse(text).optimizer)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for peak in (0.8, 0.2):
+        found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+        for number, stage in enumerate(("layer1", "layer2", "layer3", "layer4", "fc")):
+            rate = peak * 0.5 ** (4 - number)
+            for name, (lr, decay) in found.items():
+                if name.startswith(stage):
+                    assert lr == rate
+                    assert decay == (0.3 if model.get_parameter(name).ndim > 1 else 0.0)
+        optimizers.set_learning_rate(optimizer, 0.2)
+
+
+def test_a_state_is_taken_over_by_other_groups() -> None:
+    """A run may go on with other rates for its stages: what is stored goes by the parameters' names."""
+    model = resnet.build("resnet18", 3)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = optimizers.build(model, settings.parse("").optimizer)
+    optimizer.step()
+    stored = {key: value.clone() for key, value in optimizers.state_tensors(optimizer, model).items()}
+    other = optimizers.build(model, settings.parse("optimizer: {layer_decay: 0.5}").optimizer)
+    assert len(other.param_groups) == 12
+    optimizers.load_state_tensors(other, model, stored)
+    assert all(torch.equal(stored[key], value) for key, value in optimizers.state_tensors(other, model).items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_biases_and_norms_do_not_decay(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = optimizers.build(model, settings.parse(f"optimizer: {{name: {name}, weight_decay: 0.3}}").optimizer)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "3.weight": 0.3, "3.bias": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_been(name: str) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        optimizer.zero_grad()
+        model(torch.randn(8, 5, generator=generator)).square().sum().backward()
+        optimizer.step()
+
+    parsed = settings.parse(f"optimizer: {{name: {name}, lr: 0.01, weight_decay: 0.1}}").optimizer
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    optimizer = optimizers.build(whole, parsed)
+    step(whole, optimizer, 1)
+    step(whole, optimizer, 2)
+    resumed = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    resumed.load_state_dict({key: value.clone() for key, value in whole.state_dict().items()})
+    again = optimizers.build(resumed, parsed)
+    tensors = {key: value.clone() for key, value in optimizers.state_tensors(optimizer, whole).items()}
+    assert len(tensors) == 6 * (1 if name in ("sgd", "lars") else 3)
+    # the largest state: as many as the weights, and a number a parameter
+    room = room_for_checkpoint(
+        settings.parse(f"optimizer: {{name: {name}}}"), sum(p.nbytes for p in whole.parameters())
+    )
+    assert 0 <= sum(p.nbytes for p in [*whole.parameters(), *tensors.values()]) - room <= 4 * 6
+    optimizers.load_state_tensors(again, resumed, tensors)
+    step(whole, optimizer, 3)
+    step(resumed, again, 3)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_state_takes_the_memory_format_of_its_weight(name: str) -> None:
+    """A fused step over a weight in channels-last and a momentum that is not would mix up their elements."""
+    parsed = settings.parse(f"optimizer: {{name: {name}, lr: 0.01}}").optimizer
+    whole, resumed = (nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last) for _ in range(2))  # type: ignore[call-overload]
+    optimizer, again = optimizers.build(whole, parsed), optimizers.build(resumed, parsed)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        model.weight.grad = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+        model.weight.grad = model.weight.grad.contiguous(memory_format=torch.channels_last)
+        optimizer.step()
+
+    step(whole, optimizer, 1)
+    resumed.load_state_dict(whole.state_dict())
+    stored = {key: value.clone().contiguous() for key, value in optimizers.state_tensors(optimizer, whole).items()}
+    optimizers.load_state_tensors(again, resumed, stored)
+    step(whole, optimizer, 2)
+    step(resumed, again, 2)
+    assert torch.equal(whole.weight, resumed.weight)

@@ -1,0 +1,142 @@
+"""The two views of an image: what training sees and what evaluation sees, both uint8 and square.
+
+Legend: H W of the upright image, S the side of the view, B images in a batch, C = 3.
+
+Both decode no more pixels than they need (JPEG DCT scaling) and resize with antialiasing through torch's uint8 kernel:
+200 us for 512x384 to 224, against 730 us in Pillow. Normalising belongs on the device: uint8 is a quarter of the bytes.
+An `out` given is filled and returned, so that a loader's batch is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import ceil, exp, log, sqrt
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from wasteddp.data.decoding.decode import Header, ImageHWC, decode_rgb, header
+
+# Source: ImageNet statistics, torchvision.transforms._presets.ImageClassification
+MEAN_RGB = (0.485, 0.456, 0.406)
+STD_RGB = (0.229, 0.224, 0.225)
+
+# `interpolate` answers in planes, and turning them into pixels took as long as the resize (170 us): this is the
+# operator behind it, told where to write.
+_RESIZE = torch.ops.aten._upsample_bilinear2d_aa.out
+
+Box = tuple[int, int, int, int]  # top, left, height, width, px
+
+
+def training_view(
+    data: bytes,
+    *,
+    image_size_px: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    uniform: npt.NDArray[np.float64],
+    out: ImageHWC | None = None,
+) -> ImageHWC:
+    """A random crop of random area and aspect ratio, resized to uint8 [S, S, 3].
+
+    Args:
+        uniform: four numbers in [0, 1): area, ratio, top, left. The crop is a function of them and the image alone.
+
+    Raises:
+        UndecodableError: see `decode_rgb`.
+    """
+    known = header(data)
+    box = crop_box(known.height, known.width, scale=scale, ratio=ratio, uniform=uniform)
+    # colour at half resolution is repeated, not interpolated: 40 of 360 us less, and no difference that training sees
+    return _crop_resize(data, known, box, image_size_px, out, is_fast=True)
+
+
+def evaluation_view(data: bytes, *, image_size_px: int, resize_px: int, out: ImageHWC | None = None) -> ImageHWC:
+    """The shorter side resized to `resize_px`, the central square of it: uint8 [S, S, 3].
+
+    It is computed as one crop of the original and one resize, so no pixel outside the crop is resized.
+
+    Raises:
+        UndecodableError: see `decode_rgb`.
+    """
+    known = header(data)
+    shorter = min(known.height, known.width)
+    side = min(shorter, max(1, round(shorter * image_size_px / resize_px)))
+    box = ((known.height - side) // 2, (known.width - side) // 2, side, side)
+    return _crop_resize(data, known, box, image_size_px, out, is_fast=False)
+
+
+def crop_box(
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    uniform: npt.NDArray[np.float64],
+) -> Box:
+    """Where the random crop lies. Area uniform in `scale` of the image, log of width/height uniform in `ratio`.
+
+    Source: Szegedy et al. 2015 (Inception); torchvision's RandomResizedCrop draws up to ten times until the crop fits
+    and then takes the centre; here the first draw is trimmed to the image, so the cost and the draws are fixed.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * float(uniform[0]))
+    aspect = exp(log(ratio[0]) + (log(ratio[1]) - log(ratio[0])) * float(uniform[1]))
+    crop_height = min(height, max(1, round(sqrt(area / aspect))))
+    crop_width = min(width, max(1, round(sqrt(area * aspect))))
+    top = int((height - crop_height + 1) * float(uniform[2]))
+    left = int((width - crop_width + 1) * float(uniform[3]))
+    return top, left, crop_height, crop_width
+
+
+def _crop_resize(
+    data: bytes, known: Header, box: Box, image_size_px: int, out: ImageHWC | None, *, is_fast: bool
+) -> ImageHWC:
+    """Decodes, crops `box` (in pixels of the full upright image) and resizes it to uint8 [S, S, 3].
+
+    The JPEG is decoded at the smallest DCT scale at which the crop still has S pixels on each side.
+    """
+    height, width, _ = known
+    top, left, crop_height, crop_width = box
+    pixels = decode_rgb(
+        data,
+        known=known,
+        min_height_px=min(height, ceil(height * image_size_px / crop_height)),
+        min_width_px=min(width, ceil(width * image_size_px / crop_width)),
+        is_fast=is_fast,
+    )
+    vertical, horizontal = pixels.shape[0] / height, pixels.shape[1] / width  # 1, or the DCT scale
+    rows = slice(round(top * vertical), max(round((top + crop_height) * vertical), round(top * vertical) + 1))
+    columns = slice(
+        round(left * horizontal), max(round((left + crop_width) * horizontal), round(left * horizontal) + 1)
+    )
+    if out is None:
+        out = np.empty((image_size_px, image_size_px, 3), np.uint8)
+    # False: corners are not aligned; None: the scale is that of the sizes
+    _RESIZE(_as_1CHW(pixels[rows, columns]), (image_size_px, image_size_px), False, None, None, out=_as_1CHW(out))
+    return out
+
+
+def _as_1CHW(pixels: ImageHWC) -> torch.Tensor:
+    """[H, W, C] -> [1, C, H, W] as a view: channels-last is the layout that the fast uint8 kernel wants."""
+    return torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def normalising(
+    device: torch.device, mean: Sequence[float] = MEAN_RGB, std: Sequence[float] = STD_RGB
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and factor for pixels in 0..255, [1, 3, 1, 1], made once: making them waits for the device."""
+    shift, factor = [255.0 * m for m in mean], [1.0 / (255.0 * s) for s in std]
+    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (shift, factor))  # type: ignore[return-value]
+
+
+def normalise(
+    images_BCHW: torch.Tensor,
+    mean: tuple[float, float, float] = MEAN_RGB,
+    std: tuple[float, float, float] = STD_RGB,
+) -> torch.Tensor:
+    """uint8 [B, 3, H, W] in 0..255 -> float32 of zero mean and unit variance: (x / 255 - mean) / std."""
+    shift, factor = normalising(images_BCHW.device, mean, std)
+    return (images_BCHW.float() - shift) * factor

@@ -1,0 +1,379 @@
+"""Decoding processes as their parent sees them: started, given tasks, replaced when they die.
+
+A task is some rows of a batch. Each worker has its own socket and a queue of tasks in it; nobody waits for a lock that
+a killed process could hold. A worker that dies is replaced and gets its unanswered tasks again: a task only writes its
+own rows, so doing it twice changes nothing. A row at which two workers died is answered as a failure of that row.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from wasteddp.data.decoding.shared_memory import SharedMemory
+from wasteddp.data.decoding.views import View
+from wasteddp.data.decoding.worker import AT_WORK_DTYPE, NUMBER, REAP, START, UNKNOWN, Answer, Failure, Rows
+from wasteddp.errors import WorkerError
+
+KILLED = "killed"  # a failure of a row, as `worker.UNREAD`
+
+_BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_DEATHS_OF_A_ROW = 2
+_DEATHS_IN_A_ROW = 10  # of a worker, without an answer between
+_MOST_SHARDS = 128  # that a worker has open
+_DESCRIPTORS_AT_ONCE = 200  # Linux sends at most 253 in a message (SCM_MAX_FD)
+_ROOT = Path(__file__).resolve().parents[3]
+
+Opened = Callable[[int], AbstractContextManager[int]]  # the descriptor of a shard, by number
+
+
+@dataclass(slots=True)
+class Task:
+    """Rows of a batch for one worker."""
+
+    memory: int  # key of the memory that the batch stands in
+    offset: int  # of the batch in it, bytes
+    side: int  # S
+    view: View
+    rows_offset: int  # of the rows' records in the memory, bytes
+    rows: Rows  # [n], the records themselves
+    is_sent: bool = False
+    answer: Answer | None = None
+    killed: list[Failure] = field(default_factory=list)  # rows that killed workers
+    deaths: dict[int, int] = field(default_factory=dict)  # by row of the batch
+
+
+@dataclass(slots=True)
+class _Worker:
+    number: int
+    pid: int
+    end: Connection
+    tasks: deque[Task] = field(default_factory=deque)
+    shards: dict[int, None] = field(default_factory=dict)  # what it has open, the oldest first
+    deaths: int = 0  # without an answer between
+
+
+class DecodeServer:
+    """The process that forks workers, for all pools of this process. It imports the decoders in the background.
+
+    It is a new interpreter, so it does not matter whether CUDA or threads were started before.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begin()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fork(self, end: int) -> int:
+        """The pid of a new worker, which has the descriptor `end`. A server that was killed is started again."""
+        with self._lock:
+            try:
+                return self._asked_to_fork(end)
+            except (OSError, EOFError):
+                self._end()
+                self._begin()
+                return self._asked_to_fork(end)
+
+    def exit_code(self, pid: int) -> int:
+        """Of a worker that closed its socket; minus the signal that killed it; UNKNOWN if another server started it."""
+        with self._lock:
+            try:
+                self._control.sendall(REAP + NUMBER.pack(pid))
+                return self._answer()
+            except (OSError, EOFError):
+                return UNKNOWN
+
+    def close(self) -> None:
+        """Ends it, and the kernel ends what workers are left."""
+        with self._lock:
+            self._end()
+
+    def __enter__(self) -> DecodeServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self) -> None:
+        self._control, its = socket.socketpair()
+        # blocked for the server and all that it forks, from its first instruction: the parent decides what they mean
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        try:
+            with its:
+                code = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from wasteddp.data.decoding import worker; "
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", f"{code}worker.serve({its.fileno()})"],
+                    pass_fds=[its.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=_environment(os.environ),
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _end(self) -> None:
+        self._control.close()
+        self._process.kill()  # SIGTERM is blocked there, and nothing of it is worth waiting for
+        self._process.wait()
+
+    def _asked_to_fork(self, end: int) -> int:
+        socket.send_fds(self._control, [START], [end])
+        return self._answer()
+
+    def _answer(self) -> int:
+        data = self._control.recv(NUMBER.size, socket.MSG_WAITALL)
+        if len(data) < NUMBER.size:
+            raise EOFError
+        return int(NUMBER.unpack(data)[0])
+
+
+class DecodePool:
+    """Processes that fill rows of batches.
+
+    Args:
+        num_workers: how many.
+        opened: gives the descriptor of a shard, which may have to be waited for.
+        is_idle: they run only when nothing else wants a core (Linux).
+        warn: is told of each death.
+        server: that forks them; one of the pool's own, if left out.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        opened: Opened,
+        *,
+        warn: Callable[[str], None],
+        is_idle: bool = False,
+        server: DecodeServer | None = None,
+    ) -> None:
+        self._opened, self._is_idle, self._warn = opened, is_idle, warn
+        self._memories: dict[int, SharedMemory] = {}
+        self._at_work = SharedMemory(num_workers * AT_WORK_DTYPE.itemsize)
+        self.at_work = self._at_work.view(0, self._at_work.num_bytes).view(AT_WORK_DTYPE)
+        self.at_work["row"] = -1
+        self._lock = threading.RLock()  # tasks of a remote set are sent by a thread of the loader's
+        self._broken: WorkerError | None = None
+        self._selector = selectors.DefaultSelector()
+        self._server, self._is_own_server = server or DecodeServer(), server is None
+        self._workers: list[_Worker] = []
+        try:
+            for number in range(num_workers):
+                self._workers.append(self._start(number))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def server(self) -> DecodeServer:
+        return self._server
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self._workers]
+
+    def share(self, key: int, memory: SharedMemory) -> None:
+        """All workers map it, those that come later too."""
+        with self._lock:
+            self._memories[key] = memory
+            for worker in self._workers:
+                _send_memory(worker, key, memory)
+
+    def submit(self, task: Task, worker: int, *, wanted: frozenset[int] | None = None) -> None:
+        """Gives a worker (modulo their number) a task, with the descriptors of the shards that it does not have.
+
+        Args:
+            wanted: the shards that may stay open; others are closed. None: the last `_MOST_SHARDS`.
+        """
+        needed = dict.fromkeys(task.rows["shard"].tolist())
+        with ExitStack() as stack:
+            # waited for without the lock: another thread may answer for the workers meanwhile
+            descriptors = {shard: stack.enter_context(self._opened(shard)) for shard in needed}
+            with self._lock:
+                target = self._workers[worker % len(self._workers)]
+                target.tasks.append(task)
+                task.is_sent = True
+                _send_task(target, task, descriptors, wanted)
+
+    def drop(self, shard: int) -> None:
+        """All workers close a shard, whose file was replaced."""
+        with self._lock:
+            for worker in self._workers:
+                if shard in worker.shards:
+                    del worker.shards[shard]
+                    _send(worker, ("drop", [shard]))
+
+    def wait(self, tasks: Iterable[Task]) -> None:
+        """Until all are answered.
+
+        Raises:
+            WorkerError: the processes die as fast as they are started.
+            RuntimeError: a fault of the program in one of them, with its traceback.
+        """
+        for task in tasks:
+            while task.answer is None:
+                if self._broken:
+                    raise self._broken
+                for key, _ in self._selector.select():
+                    self._receive(key.data)
+
+    def close(self) -> None:
+        with self._lock:
+            for worker in self._workers:
+                worker.end.close()
+            self._selector.close()
+            if self._is_own_server:
+                self._server.close()
+            self._at_work.close()
+
+    # --- one worker -------------------------------------------------------------------------------------------------
+
+    def _start(self, number: int) -> _Worker:
+        ours, its = socket.socketpair()
+        with its:
+            pid = self._server.fork(its.fileno())
+        worker = _Worker(number, pid, Connection(ours.detach()))
+        _send(worker, ("start", number, self._at_work.num_bytes, self._is_idle))
+        _send_descriptors(worker, [self._at_work.descriptor])
+        for key, memory in self._memories.items():
+            _send_memory(worker, key, memory)
+        self._selector.register(worker.end, selectors.EVENT_READ, number)
+        return worker
+
+    def _receive(self, number: int) -> None:
+        with self._lock:
+            worker = self._workers[number]
+            try:
+                answer = worker.end.recv()
+            except (EOFError, OSError):
+                self._replace(worker)
+                return
+            worker.deaths = 0
+            task = worker.tasks.popleft()
+            if isinstance(answer, str):
+                task.answer = [], []
+                raise RuntimeError(f"in the decoding process {number}:\n{answer}")
+            failures, left = answer
+            task.answer = sorted([*failures, *task.killed]), left
+
+    def _replace(self, dead: _Worker) -> None:
+        """Starts another in its place with the same tasks. The row that it died at is left out the second time."""
+        self._selector.unregister(dead.end)
+        dead.end.close()
+        how = _describe_end(self._server.exit_code(dead.pid))
+        at = self.at_work[dead.number]
+        where = ""
+        if dead.tasks and 0 <= at["row"] < len(dead.tasks[0].rows):
+            task, index = dead.tasks[0], int(at["row"])
+            row = int(task.rows[index]["row"])
+            where = f" at sample {int(at['sample'])}"
+            task.deaths[row] = task.deaths.get(row, 0) + 1
+            if task.deaths[row] >= _DEATHS_OF_A_ROW:
+                task.rows[index:-1] = task.rows[index + 1 :].copy()
+                task.rows = task.rows[:-1]
+                task.killed.append((row, KILLED, f"it killed {_DEATHS_OF_A_ROW} decoding processes (the last {how})"))
+        at["row"] = -1
+        self._warn(f"decoding process {dead.number} (pid {dead.pid}) {how}{where}; another takes its place")
+        if dead.deaths + 1 >= _DEATHS_IN_A_ROW:
+            self._broken = WorkerError(
+                f"decoding process {dead.number} {how} {_DEATHS_IN_A_ROW} times in a row without finishing a task",
+                "no batch would ever be whole",
+                "look for an out-of-memory message in the kernel's log (dmesg) or the cluster's; fewer processes "
+                "need less memory, '4 threads' none: data.workers, of a command --workers",
+            )
+            raise self._broken
+        fresh = self._start(dead.number)
+        fresh.deaths = dead.deaths + 1
+        self._workers[dead.number] = fresh
+        for task in dead.tasks:
+            fresh.tasks.append(task)
+            with ExitStack() as stack:
+                needed = dict.fromkeys(task.rows["shard"].tolist())
+                descriptors = {shard: stack.enter_context(self._opened(shard)) for shard in needed}
+                _send_task(fresh, task, descriptors, None)
+
+    def longest(self) -> tuple[int, int, float] | None:
+        """(worker, sample, seconds) of the one that has been longest at one sample; None where all are idle."""
+        busy = [
+            (float(entry["since_s"]), number, int(entry["sample"]))
+            for number, entry in enumerate(self.at_work.copy())
+            if entry["row"] >= 0
+        ]
+        if not busy:
+            return None
+        since_s, number, sample = min(busy)
+        return number, sample, time.monotonic() - since_s
+
+
+def _describe_end(code: int) -> str:
+    if code == UNKNOWN:
+        return "was killed with the server of the decoding processes"
+    if code >= 0:
+        return f"ended with code {code}"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """One thread in each process, since one with several should not fork; no GPU: importing must not touch one."""
+    return {**environment, **dict.fromkeys(_THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _send_task(worker: _Worker, task: Task, descriptors: Mapping[int, int], wanted: frozenset[int] | None) -> None:
+    if wanted is None:
+        past = list(worker.shards)[: max(0, len(worker.shards) - _MOST_SHARDS)]
+    else:
+        past = [shard for shard in worker.shards if shard not in wanted]
+    past = [shard for shard in past if shard not in descriptors]
+    if past:
+        for shard in past:
+            del worker.shards[shard]
+        _send(worker, ("drop", past))
+    missing = [shard for shard in descriptors if shard not in worker.shards]
+    for at in range(0, len(missing), _DESCRIPTORS_AT_ONCE):
+        some = missing[at : at + _DESCRIPTORS_AT_ONCE]
+        _send(worker, ("shards", some))
+        _send_descriptors(worker, [descriptors[shard] for shard in some])
+    worker.shards |= dict.fromkeys(missing)
+    _send(worker, ("rows", task.memory, task.offset, task.side, task.view, task.rows_offset, len(task.rows)))
+
+
+def _send_memory(worker: _Worker, key: int, memory: SharedMemory) -> None:
+    _send(worker, ("memory", key, memory.num_bytes))
+    _send_descriptors(worker, [memory.descriptor])
+
+
+def _send(worker: _Worker, message: tuple[Any, ...]) -> None:
+    with _death_is_seen_later():
+        worker.end.send(message)
+
+
+def _send_descriptors(worker: _Worker, descriptors: list[int]) -> None:
+    with _death_is_seen_later(), socket.socket(fileno=os.dup(worker.end.fileno())) as end:
+        socket.send_fds(end, [b"d"], descriptors)
+
+
+@contextmanager
+def _death_is_seen_later() -> Iterator[None]:
+    """A worker that died is found, and gets all of it again, when its answer is waited for."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        yield

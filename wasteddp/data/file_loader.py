@@ -1,0 +1,204 @@
+"""Image files -> square views, in the order of the files, decoded ahead by threads or by processes.
+
+Legend: R files that a worker is given at once, C = 3, S the side.
+
+For processes this process opens each file and sends its descriptor, so a name means what it means here (/dev/stdin,
+<(command)), and what cannot be opened has the same reason. A pipe can be read only once: it is read and decoded here.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import stat
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
+from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
+from wasteddp.data.decoding.shared_memory import SharedMemory
+from wasteddp.data.decoding.views import View
+from wasteddp.data.decoding.worker import ROW_DTYPE, UNDECODABLE, WHOLE, Rows
+from wasteddp.data.decoding.workers import Workers
+from wasteddp.data.process_loader import print_warning
+from wasteddp.parallel import in_order
+
+_FILES_AT_ONCE = 8  # R: a message costs a tenth of what decoding a small JPEG does
+_PARTS_IN_FLIGHT = 2  # for each worker: one being decoded, one waiting
+_OPENERS = 4  # threads: to open a file on a network file system takes a millisecond
+_NO_DRAWS = np.zeros(0)
+_KEYS = 1 << 31  # of descriptors, int32
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Why there is no view of a file."""
+
+    reason: str
+
+
+FileView = tuple[str, ImageHWC | Unreadable]
+
+
+def file_views(
+    paths: Iterable[str],
+    view: View,
+    *,
+    side_px: int,
+    workers: Workers,
+    warn: Callable[[str], None] = print_warning,
+) -> Generator[FileView, None, None]:
+    """(path, uint8 [S, S, C]) of each file, or why there is none. The same for any number and kind of workers.
+
+    Memory by processes: 2 workers + 1 times R views in a mapping, R <= 8, and as many open files.
+
+    Args:
+        view: one that needs no random numbers.
+        side_px: S.
+        warn: is told of each process that died and was replaced.
+    """
+    if workers.server is None:
+
+        def read(path: str) -> FileView:
+            out = np.empty((side_px, side_px, 3), np.uint8)
+            try:
+                view.fill(out, Path(path).read_bytes(), _NO_DRAWS)
+            except (OSError, UndecodableError) as error:
+                return path, Unreadable(_describe(error))
+            return path, out
+
+        yield from in_order(read, paths, workers=workers.number)
+        return
+    with ExitStack() as stack:
+        yield from _Processes(view, side_px, workers.number, workers.server, warn, stack).views(paths)
+
+
+@dataclass(slots=True)
+class _Part:
+    """R neighbouring files, for one worker."""
+
+    number: int
+    first: int  # number of its first file
+    paths: list[str]
+    slot: int
+    unreadable: dict[int, str] = field(default_factory=dict)  # by row
+    keys: list[int] = field(default_factory=list)  # of the files that were sent
+    task: Task | None = None
+    sent: Future[None] | None = None
+
+
+class _Processes:
+    def __init__(
+        self,
+        view: View,
+        side_px: int,
+        number: int,
+        server: DecodeServer,
+        warn: Callable[[str], None],
+        stack: ExitStack,
+    ) -> None:
+        self._view, self._side = view, side_px
+        # by key, open until a worker has answered: it may have to be sent again
+        files = self._files = dict[int, io.FileIO]()
+        stack.callback(self._close_files)
+        self._num_parts = _PARTS_IN_FLIGHT * number + 1
+        self._rows = max(1, min(_FILES_AT_ONCE, _most_files() // self._num_parts))
+        self._image_bytes = self._rows * side_px * side_px * 3
+        self._slot_bytes = self._image_bytes + self._rows * ROW_DTYPE.itemsize
+        self._memory = SharedMemory(self._num_parts * self._slot_bytes)
+        stack.callback(self._memory.close)
+        self._pool = DecodePool(number, lambda key: nullcontext(files[key].fileno()), warn=warn, server=server)
+        stack.callback(self._pool.close)
+        self._pool.share(0, self._memory)
+        self._openers = ThreadPoolExecutor(_OPENERS, "open")
+        stack.callback(self._openers.shutdown, cancel_futures=True)
+
+    def views(self, paths: Iterable[str]) -> Iterator[FileView]:
+        source = iter(paths)
+        parts = enumerate(iter(lambda: list(islice(source, self._rows)), []))
+        pending: deque[_Part] = deque()
+        free = deque(range(self._num_parts))
+        while True:
+            for number, some in islice(parts, len(free)):
+                part = _Part(number, number * self._rows, some, free.popleft())
+                part.sent = self._openers.submit(self._send, part)
+                pending.append(part)
+            if not pending:
+                return
+            part = pending.popleft()
+            found = self._finished(part)
+            free.append(part.slot)
+            yield from found
+
+    def _send(self, part: _Part) -> None:
+        """Opens the files and gives a worker those that it can read."""
+        images, rows = self._images(part), []
+        for row, path in enumerate(part.paths):
+            try:
+                file = Path(path).open("rb", buffering=0)  # noqa: SIM115, closed when a worker has answered
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    with file:
+                        self._view.fill(images[row], file.readall(), _NO_DRAWS)
+                    continue
+            except (OSError, UndecodableError) as error:
+                part.unreadable[row] = _describe(error)
+                continue
+            rows.append(row)
+            part.keys.append((part.first + row) % _KEYS)
+            self._files[part.keys[-1]] = file
+        if not rows:
+            return
+        at = part.slot * self._slot_bytes
+        rows_at = at + self._image_bytes
+        records: Rows = self._memory.view(rows_at, len(rows) * ROW_DTYPE.itemsize).view(ROW_DTYPE)
+        records[:] = np.zeros(len(rows), ROW_DTYPE)
+        records["row"], records["shard"], records["sample"] = rows, part.keys, [part.first + row for row in rows]
+        records["length"] = WHOLE
+        part.task = Task(0, at, self._side, self._view, rows_at, records)
+        self._pool.submit(part.task, part.number, wanted=frozenset(part.keys))
+
+    def _finished(self, part: _Part) -> list[FileView]:
+        assert part.sent is not None
+        part.sent.result()
+        if part.task:
+            self._pool.wait([part.task])
+            assert part.task.answer is not None
+            for row, kind, reason in part.task.answer[0]:
+                part.unreadable[row] = reason if kind == UNDECODABLE else f"unreadable: {reason}"
+        for key in part.keys:
+            self._files.pop(key).close()
+        images = self._images(part)
+        return [
+            (path, Unreadable(part.unreadable[row]) if row in part.unreadable else images[row].copy())
+            for row, path in enumerate(part.paths)
+        ]
+
+    def _images(self, part: _Part) -> npt.NDArray[np.uint8]:
+        """uint8 [R, S, S, C]"""
+        place = self._memory.view(part.slot * self._slot_bytes, self._image_bytes)
+        return place.reshape(self._rows, self._side, self._side, 3)
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _describe(error: OSError | UndecodableError) -> str:
+    if isinstance(error, IsADirectoryError):  # `find_images` gives out a folder only if it could not list it
+        return "unreadable: this folder cannot be listed"
+    return f"unreadable: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
+def _most_files() -> int:
+    """That may be open at once: part of what the system allows this process, 1,024 by default."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 400 if allowed == resource.RLIM_INFINITY else min(400, allowed // 2)

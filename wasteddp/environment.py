@@ -1,0 +1,77 @@
+"""What a run was made with: versions, machine, commit. For `environment.json`, the log's first lines, the bundle."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from wasteddp import __version__
+from wasteddp.redaction import redacted
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "accelerate",
+    "webdataset",
+    "wandb",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "safetensors",
+)
+
+
+def describe() -> dict[str, Any]:
+    """Plain values; no host name, user or path: a run folder is passed on."""
+    return {
+        "wasteddp": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "command": [Path(sys.argv[0]).name, *map(redacted, sys.argv[1:])],
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with a + where tracked files differ from it; the version where there is no checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return f"v{__version__}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

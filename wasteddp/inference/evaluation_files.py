@@ -1,0 +1,185 @@
+"""What an evaluation leaves behind: a table on the terminal and four files.
+
+    runs/<name>/evaluations/<split>/
+        metrics.json       every figure, the confusion matrix, the worst mistakes, and what they were measured on
+        confusion.csv      rows true, columns predicted
+        confusion.png      the same to look at
+        predictions.csv    each image: true class, predicted class, probability of each class
+
+The first two are also written by training, of its best model on its evaluation split; the others only by
+`wasteddp evaluate`. metrics.json is removed first and written last: a folder that has it is whole, and of one
+evaluation.
+Nothing in the files depends on the clock: the same model on the same images writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from wasteddp import __version__
+from wasteddp.data.manifest import write_atomically
+from wasteddp.errors import storage
+from wasteddp.inference.bundle import BundleCard
+from wasteddp.inference.metrics import F32, percent
+from wasteddp.inference.plots import confusion_png
+from wasteddp.inference.reliability import Mistake, Seen
+
+FORMAT = "wasteddp-evaluation"
+FORMAT_VERSION = 1
+_FILES = ("metrics.json", "confusion.csv", "confusion.png", "predictions.csv")
+_LARGEST_PRINTED_MATRIX = 12  # classes: wider ones do not fit in 80 columns
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A split seen through a model, and each of its answers. N samples in the split's order, K classes."""
+
+    seen: Seen
+    sources: tuple[str, ...]  # [N]
+    labels: npt.NDArray[np.int32]  # [N]
+    probabilities_NK: F32
+
+
+def save_evaluation(
+    folder: Path, evaluation: Evaluation, card: BundleCard, *, manifest_sha256: str, options: Mapping[str, Any]
+) -> None:
+    """Writes the four files of one evaluation."""
+    seen, classes = evaluation.seen, evaluation.seen.classes
+    _clear(folder)
+    title = f"{seen.split}: {percent(seen.metrics.accuracy)} of {seen.metrics.num_samples} images right"
+    write_atomically(folder / "confusion.png", confusion_png(seen.confusion, classes, title=title))
+    predicted = evaluation.probabilities_NK.argmax(axis=1)
+    rows = zip(evaluation.sources, evaluation.labels, predicted, evaluation.probabilities_NK, strict=True)
+    write_atomically(
+        folder / "predictions.csv",
+        _csv(
+            [["source", "true", "predicted", *(f"p_{name}" for name in classes)]],
+            ([source, classes[true], classes[guess], *p] for source, true, guess, p in rows),
+        ),
+    )
+    _save_figures(folder, seen, evaluation.sources.__getitem__, card, manifest_sha256, options)
+
+
+def save_seen(
+    folder: Path,
+    seen: Seen,
+    source_of: Callable[[int], str],
+    card: BundleCard,
+    *,
+    manifest_sha256: str,
+    options: Mapping[str, Any],
+) -> None:
+    """Writes the figures of an evaluation of which the single answers were not kept; removes those of one before."""
+    _clear(folder)
+    _save_figures(folder, seen, source_of, card, manifest_sha256, options)
+
+
+def _clear(folder: Path) -> None:
+    with storage("saving the evaluation", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _save_figures(
+    folder: Path,
+    seen: Seen,
+    source_of: Callable[[int], str],
+    card: BundleCard,
+    manifest_sha256: str,
+    options: Mapping[str, Any],
+) -> None:
+    """confusion.csv, then metrics.json."""
+    classes = seen.classes
+    write_atomically(
+        folder / "confusion.csv",
+        _csv(
+            [["true \\ predicted", *classes]],
+            ([name, *row] for name, row in zip(classes, seen.confusion, strict=True)),
+        ),
+    )
+
+    def told(mistake: Mistake) -> dict[str, Any]:
+        return {
+            "sample": mistake.sample,
+            "source": source_of(mistake.sample),
+            "true": classes[mistake.true],
+            "predicted": classes[mistake.predicted],
+            "probability": mistake.confidence,
+            "probability_of_true": mistake.of_truth,
+        }
+
+    record = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "tool": f"wasteddp {__version__}",
+        "options": dict(options),
+        "hashes": {
+            "manifest": manifest_sha256,
+            "manifest_trained_on": card.hashes.manifest,
+            "weights": card.hashes.weights,
+        },
+        "model": {"arch": card.arch, "temperature": card.temperature, "trained": asdict(card.trained)},
+        "classes": list(classes),
+        **seen.metrics.to_json(),
+        "confusion": seen.confusion.tolist(),
+        "reliability": seen.reliability.to_json(),
+        "surest_mistakes": [told(mistake) for mistake in seen.mistakes.surest],
+        "worst_mistakes": [told(mistake) for mistake in seen.mistakes.worst],
+    }
+    content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(folder / "metrics.json", content.encode("utf-8", "surrogateescape"))
+
+
+def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
+    """The figures as tables."""
+    metrics, classes = seen.metrics, seen.classes
+    summary = Table(title=title, title_justify="left", show_header=False)
+    summary.add_column()
+    summary.add_column(justify="right")
+    interval = f"{percent(metrics.accuracy_low)} to {percent(metrics.accuracy_high)}"
+    summary.add_row("accuracy", f"{percent(metrics.accuracy)} ({metrics.num_correct} of {metrics.num_samples})")
+    summary.add_row("95 % interval of it", interval)
+    summary.add_row("macro F1", percent(metrics.macro_f1))
+    summary.add_row("macro recall (balanced accuracy)", percent(metrics.macro_recall))
+    console.print(summary)
+
+    by_class = Table("class", title="by class", title_justify="left")
+    for column in ("precision", "recall", "F1", "images"):
+        by_class.add_column(column, justify="right")
+    for name, one in zip(classes, metrics.per_class, strict=True):
+        by_class.add_row(_plain(name), percent(one.precision), percent(one.recall), percent(one.f1), str(one.support))
+    console.print(by_class)
+
+    if len(classes) <= _LARGEST_PRINTED_MATRIX:
+        # Names would make the columns wider than a terminal: columns carry the row's number.
+        matrix = Table("true", title="confusion: rows true, columns predicted", title_justify="left")
+        for number in range(1, len(classes) + 1):
+            matrix.add_column(str(number), justify="right")
+        for number, (name, row) in enumerate(zip(classes, seen.confusion.tolist(), strict=True), start=1):
+            matrix.add_row(f"{number} {_plain(name)}", *(str(count) if count else "·" for count in row))
+        console.print(matrix)
+
+
+def _plain(name: str) -> str:
+    """A class name that rich will not take for markup."""
+    return name.replace("[", "\\[")
+
+
+def _csv(head: Iterable[Iterable[Any]], rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows(head)
+    writer.writerows(rows)  # float32 is written with as many digits as it takes to read it back exactly
+    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -1,0 +1,215 @@
+"""Which samples are in which step: pure arithmetic on (seed, epoch, step). No torch, no clock, no process group.
+
+Legend: N samples of the split, numbered through all its S shards; G global batch; P lanes; R ranks; B block;
+W window; T steps of an epoch; L = T * G / P samples of a lane.
+
+The samples of the split in a keyed order are cut into P lanes of L samples. Step k takes the next G / P samples of
+every lane, and rank r of R owns the lanes [r * P / R, (r + 1) * P / R). So the samples of a step are the same for every
+R that divides P, and a rank computes its own part of any step without knowing the others'.
+
+    lane 0   s s s s s s s s s s     rank 0 owns the lanes 0 .. P/R - 1
+    lane 1   s s s s s s s s s s
+    ...          |  |
+                 step k takes this column: G samples
+
+Nothing is stored: a permutation is a keyed Feistel network evaluated at the positions that are asked for, so seeking
+into any epoch and step costs the same as starting, and memory does not grow with N. Block mode keeps a table of S.
+
+With a `Balance` it is not the N samples that are cut into lanes but the D = T * G draws of the epoch, of which some are
+of the same sample. Such a draw has the number sample + k * N: the number % N is what lies in the shards, and all that
+is keyed by the number (crops, flips) differs between the draws of a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wasteddp.errors import SettingsError
+from wasteddp.order.balance import Balance
+from wasteddp.order.blocks import Cuts, block_order
+from wasteddp.order.keyed_random import BLOCKS, I64, WINDOW, permute
+
+PADDING = -1
+_START = 1  # last part of a key, see `TrainPlan.samples_at`
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """The order of training samples.
+
+    Args:
+        num_samples: N.
+        global_batch: G.
+        seed: with the epoch, the only source of the order.
+        lanes: P, a divisor of G. The default, G itself, allows every number of ranks that divides G.
+        block: B samples that lie side by side in a shard are read one after another. 1 is a uniform permutation; B of
+            a shard's size or more reads whole shards.
+        window: W samples of a lane are shuffled among each other, so that a block does not stay in one step's
+            neighbourhood; 0 or 1 is none. Needed only where `block` is larger than 1.
+        shard_samples: samples of each shard, N together. Needed only where `block` is larger than 1: no block spans two
+            shards. Empty: one shard.
+        balance: how often each class is drawn, T * G draws an epoch. None: each sample once. Only where `block` is 1.
+    """
+
+    num_samples: int
+    global_batch: int
+    seed: int
+    lanes: int
+    block: int = 1
+    window: int = 0
+    shard_samples: tuple[int, ...] = field(default=(), repr=False)
+    balance: Balance | None = field(default=None, repr=False)
+    _cuts: Cuts = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.num_samples < self.global_batch:
+            raise SettingsError(
+                f"the training split has {self.num_samples} samples and train.batch_size is {self.global_batch}",
+                "an epoch would have no step",
+                f"set train.batch_size to {self.num_samples} or less",
+            )
+        if self.lanes < 1 or self.global_batch % self.lanes:
+            raise SettingsError(
+                f"data.lanes is {self.lanes} and train.batch_size is {self.global_batch}",
+                "a step could not take the same number of samples from every lane",
+                "set data.lanes to a divisor of train.batch_size, or to 0",
+            )
+        shard_samples = self.shard_samples or (self.num_samples,)
+        if sum(shard_samples) != self.num_samples:
+            raise ValueError(f"shards of {sum(shard_samples)} samples together, and a plan for {self.num_samples}")
+        fits = self.steps_per_epoch * self.global_batch
+        if self.balance and (self.block > 1 or self.balance.num_draws != fits):
+            raise ValueError(f"{self.balance.num_draws} draws, blocks of {self.block}, and {fits} samples an epoch")
+        object.__setattr__(self, "_cuts", Cuts.of(shard_samples, self.block))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_samples // self.global_batch
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._cuts.shard_begins) - 1
+
+    @property
+    def lane_length(self) -> int:
+        return self.steps_per_epoch * self.global_batch // self.lanes
+
+    @property
+    def num_draws(self) -> int:
+        """Positions of an epoch's order: N, or D."""
+        return self.balance.num_draws if self.balance else self.num_samples
+
+    @property
+    def left_out_per_epoch(self) -> int:
+        """Samples that do not fill a global batch: others in each epoch. Of balanced draws, none."""
+        return self.num_draws - self.steps_per_epoch * self.global_batch
+
+    def step_samples(self, epoch: int, step_in_epoch: int, *, rank: int = 0, world_size: int = 1) -> I64:
+        """Sample numbers of one rank's part of a step: int64 [G / R], lane by lane."""
+        steps = range(step_in_epoch, step_in_epoch + 1)
+        samples: I64 = self.steps_samples(epoch, steps, rank=rank, world_size=world_size)[0]
+        return samples
+
+    def steps_samples(self, epoch: int, steps: range, *, rank: int = 0, world_size: int = 1) -> I64:
+        """The same for neighbouring steps of an epoch at once, for less than each alone: int64 [steps, G / R]."""
+        if self.lanes % world_size:
+            raise SettingsError(
+                f"{world_size} processes and {self.lanes} lanes",
+                "the lanes could not be dealt out evenly",
+                f"start a number of processes that divides {self.lanes}",
+            )
+        lanes_per_rank = self.lanes // world_size
+        lane = np.arange(rank * lanes_per_rank, (rank + 1) * lanes_per_rank, dtype=np.int64)
+        per_lane = self.global_batch // self.lanes
+        in_lane = np.arange(steps.start * per_lane, steps.stop * per_lane, dtype=np.int64).reshape(-1, 1, per_lane)
+        # [steps, lanes of the rank, samples a lane] -> [steps, G / R]
+        lane_3d, in_lane_3d = np.broadcast_arrays(lane[:, None], in_lane)
+        samples = self._sample(epoch, lane_3d.reshape(-1), in_lane_3d.reshape(-1))
+        return samples.reshape(len(steps), -1)
+
+    def left_out_samples(self, epoch: int) -> I64:
+        """The samples that an epoch has no step for: int64 [left_out_per_epoch]."""
+        first = self.steps_per_epoch * self.global_batch
+        return self.samples_at(epoch, np.arange(first, self.num_draws, dtype=np.int64))
+
+    def samples_at(self, epoch: int, position: I64) -> I64:
+        """The samples at positions 0 .. N-1 of an epoch's order; lane p has p * L .. (p + 1) * L - 1 of them."""
+        if self.block == 1:
+            draw = permute(position, self.num_draws, BLOCKS, self.seed, epoch)
+            return self.balance.samples(epoch, draw) if self.balance else draw
+        # The order of blocks is a ring with an epoch's own starting point. What is left out is at its end: without
+        # that, it would always be the end of a block, and the samples at the blocks' beginnings never.
+        start = permute(np.zeros((), np.int64), self.num_samples, BLOCKS, self.seed, epoch, _START)
+        return block_order(self._cuts, self.seed, epoch).samples((position + start) % self.num_samples)
+
+    def rank_samples(self, epoch: int, *, rank: int, world_size: int) -> I64:
+        """All samples of a rank in an epoch, lane by lane: int64 [L * P / R]."""
+        lanes_per_rank = self.lanes // world_size
+        position = np.arange(lanes_per_rank * self.lane_length, dtype=np.int64)
+        lane, in_lane = rank * lanes_per_rank + position // self.lane_length, position % self.lane_length
+        return self._sample(epoch, lane, in_lane)
+
+    def shard_of(self, samples: I64) -> I64:
+        """The shard of each sample."""
+        return np.searchsorted(self._cuts.shard_begins, samples % self.num_samples, side="right") - 1
+
+    def block_begins(self, epoch: int) -> I64:
+        """Positions at which a block begins, ascending; 0 is one. Grows with N / B."""
+        start = permute(np.zeros((), np.int64), self.num_samples, BLOCKS, self.seed, epoch, _START)
+        begins = (block_order(self._cuts, self.seed, epoch).begins() - start) % self.num_samples
+        return np.union1d(begins, [0])
+
+    def _sample(self, epoch: int, lane: I64, in_lane: I64) -> I64:
+        if self.window > 1:
+            window = in_lane // self.window
+            size = np.minimum(self.window, self.lane_length - window * self.window)
+            shuffled = permute(in_lane % self.window, size, WINDOW, self.seed, epoch, lane, window)
+            in_lane = window * self.window + shuffled
+        return self.samples_at(epoch, lane * self.lane_length + in_lane)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPlan:
+    """Every sample once, in the shards' order, padded so that all ranks have the same number of full batches.
+
+    Args:
+        batch: samples that one rank sees at once.
+    """
+
+    num_samples: int
+    batch: int
+
+    def num_batches(self, world_size: int = 1) -> int:
+        """Batches of each rank."""
+        return -(-self.num_samples // (self.batch * world_size))
+
+    def batch_samples(self, number: int, *, rank: int = 0, world_size: int = 1) -> I64:
+        """Sample numbers of one rank's batch: int64 [batch], `PADDING` where the split has ended."""
+        first = (number * world_size + rank) * self.batch
+        samples = np.arange(first, first + self.batch, dtype=np.int64)
+        return np.where(samples < self.num_samples, samples, PADDING)
+
+
+def micro_batch(*, global_batch: int, world_size: int, max_micro_batch: int) -> tuple[int, int]:
+    """Solves G = ranks x micro-batch x accumulation for the largest micro-batch allowed.
+
+    Returns:
+        (micro-batch, accumulation)
+
+    Raises:
+        SettingsError: the number of ranks does not divide G; the message names the numbers that do.
+    """
+    if global_batch % world_size:
+        fitting = [r for r in range(1, min(global_batch, 4 * world_size) + 1) if global_batch % r == 0]
+        below, above = global_batch // world_size * world_size, -(-global_batch // world_size) * world_size
+        raise SettingsError(
+            f"train.batch_size is {global_batch} and there are {world_size} processes",
+            "the global batch cannot be cut into equal parts, and the ranks' gradients would weigh differently",
+            f"set train.batch_size to {' or '.join(str(n) for n in (below, above) if n)}, "
+            f"or start {', '.join(map(str, fitting))} processes",
+        )
+    per_rank = global_batch // world_size
+    size = next(m for m in range(min(per_rank, max_micro_batch), 0, -1) if per_rank % m == 0)
+    return size, per_rank // size

@@ -1,0 +1,71 @@
+"""The report at the end of a training, whatever that end is: in a process of its own, in bounded time.
+
+That it cannot be written is said, and is no failure of the training. There is none where rank 0 is killed, or leaves at
+once at a second SIGINT: the next end of the run, or `wasteddp report`, makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from wasteddp.training.watchdog import hard_exit, signals
+
+_LIMIT_S = 60.0
+# A scheduler kills half a minute after its signal, and a launcher so long after one of its processes has ended.
+# Everything else is saved by then. A report that is begun ends by itself even so: it is no child of the launcher's.
+_LIMIT_IN_HASTE_S = 15.0
+
+
+@contextmanager
+def reported(run: Path, say: Callable[[str], None], *, is_main: bool) -> Iterator[None]:
+    """Rank 0 writes `RUN/report.html` behind the block, also behind an error, or where the block hangs and the process
+    leaves; the other ranks do not wait for it."""
+
+    def instead() -> None:
+        message = write_within(_LIMIT_IN_HASTE_S, run)
+        print(message, flush=True)
+        hard_exit.append_to_log(run, message)  # `say` may be what hangs
+
+    try:
+        with hard_exit.at_a_hard_exit(instead) if is_main else nullcontext():
+            yield
+    except Exception:
+        if is_main:
+            say(write_within(_LIMIT_IN_HASTE_S, run))
+        raise
+    if is_main:
+        say(write_within(_LIMIT_IN_HASTE_S if signals.STOP else _LIMIT_S, run))
+
+
+def write_within(limit_s: float, run: Path) -> str:
+    """Runs `wasteddp report RUN` and says what came of it.
+
+    A process can be killed when its time is up, and what it takes of memory ends with it.
+    """
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join(part for part in (str(root), os.environ.get("PYTHONPATH", "")) if part)
+    try:
+        done = subprocess.run(
+            # -P: not from the working directory, which may hold anything
+            [sys.executable, "-P", "-m", "wasteddp.cli", "report", str(run)],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+            start_new_session=True,  # a second Ctrl-C is for the training
+        )
+    except subprocess.TimeoutExpired:
+        return f"report: not written within {limit_s:g} s; everything else is; write it with: wasteddp report {run}"
+    except OSError as error:
+        return f"report: not written, {error}; write it with: wasteddp report {run}"
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return f"report: not written, {reason}; try: wasteddp report {run}"
+    return f"report: {run}/report.html"

@@ -1,0 +1,205 @@
+"""What stands in a tar that webdataset, img2dataset or anything else wrote: its samples, their images and labels.
+
+A sample is a run of neighbouring members with one key: the name up to the first dot of its last part, as WebDataset has
+it. Its label comes from `.cls` (a number or a name) or from `.json`. Nothing is unpickled: other members are not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
+from wasteddp.data.manifest import LeftOut
+from wasteddp.errors import ShardError, storage
+from wasteddp.sharding.sources.limits import BoundedTarInfo
+from wasteddp.sharding.writer import sha256_of
+
+_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    name: str
+    extension: str  # behind the first dot: `seg.png`
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One sample of a tar. `label` is a number or a name, as it stands there."""
+
+    key: str
+    offset: int
+    length: int
+    sha256: bytes
+    label: str | int
+    problem: LeftOut | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTar:
+    """One tar, read to its end."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    samples: tuple[Found, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tar:
+    """Where a tar is, and what messages call it."""
+
+    path: Path
+    where: str
+
+    def __str__(self) -> str:
+        return self.where
+
+
+def read_tar(path: Path, label_keys: Sequence[str], *, where: str = "") -> ReadTar:
+    """All samples of a tar, each image read, hashed and decoded once.
+
+    Args:
+        where: what messages call it, if not its path.
+
+    Raises:
+        ShardError: a cut or sparse tar, one without images, a sample without one image or one label.
+    """
+    tar = _Tar(path, where or str(path))
+    with storage("reading a tar", path), path.open("rb") as file:
+        samples = []
+        for key, members in _samples(tar):
+            image = _image_of(tar, key, members)
+            if image is None:
+                continue
+            data = os.pread(file.fileno(), image.size, image.offset)
+            label = _label_of(tar, key, {m.extension: m for m in members}, file.fileno(), label_keys)
+            samples.append(_examined(tar, key, image, data, label))
+        if not samples:
+            raise ShardError(
+                f"{tar} holds no image (.{', .'.join(_IMAGE_EXTENSIONS)})",
+                "it is no tar of image samples",
+                "move it out of the folder",
+            )
+        return ReadTar(path.name, path.stat().st_size, sha256_of(path), tuple(samples))
+
+
+def _examined(tar: _Tar, key: str, image: _Member, data: bytes, label: str | int) -> Found:
+    problem = None
+    try:
+        size_px(data)
+        decode_gray(data, min_side_px=64, is_plain=is_plain_jpeg(data))
+    except UndecodableError as error:
+        problem = LeftOut(f"{tar.path.name}/{image.name}", error.reason, error.detail)
+    return Found(key, image.offset, image.size, hashlib.sha256(data).digest(), label, problem)
+
+
+def _samples(tar: _Tar) -> Iterator[tuple[str, list[_Member]]]:
+    """Runs of members with one key, in the tar's order."""
+    seen: set[str] = set()
+    current, members = "", list[_Member]()
+    for member in _members(tar):
+        folder, _, base = member.name.rpartition("/")
+        stem, _, _ = base.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        if members and key != current:
+            yield current, members
+            members = []
+        if not members and key in seen:
+            raise ShardError(
+                f"{tar}: the members of {key!r} are not neighbours",
+                "WebDataset would read them as two samples, and half of them has no label",
+                "write the tar with its names sorted (tar --sort=name)",
+            )
+        seen.add(key)
+        current = key
+        members.append(member)
+    if members:
+        yield current, members
+
+
+def _members(tar: _Tar) -> Iterator[_Member]:
+    """Regular members, GNU and PAX long names resolved.
+
+    Raises:
+        ShardError: sparse members, no tar, or a tar that is cut, in a member or between two.
+    """
+    size_bytes = tar.path.stat().st_size
+    try:
+        with tarfile.open(tar.path, "r:", tarinfo=BoundedTarInfo) as archive:
+            for info in archive:
+                if info.issparse():
+                    raise ShardError(
+                        f"{tar}: {info.name} is stored as a sparse file",
+                        "its bytes are not in one piece",
+                        "write the tar without --sparse",
+                    )
+                if info.offset_data + info.size > size_bytes:
+                    raise _cut(tar, f"in {info.name}, at byte {size_bytes:,}")
+                base = info.name.rpartition("/")[2]
+                if info.isreg() and "." in base and not base.startswith("."):
+                    yield _Member(info.name, base.partition(".")[2].lower(), info.offset_data, info.size)
+            end = archive.offset
+    except tarfile.ReadError as error:
+        raise _cut(tar, str(error)) from error
+    with tar.path.open("rb") as file:
+        # A whole tar ends in two blocks of zeros. tarfile, like most readers, takes the end of the file for the end.
+        file.seek(end)
+        if file.read(_BLOCK) != bytes(_BLOCK):
+            raise _cut(tar, f"behind a whole member, at byte {size_bytes:,}")
+
+
+def _cut(tar: _Tar, where: str) -> ShardError:
+    return ShardError(
+        f"{tar} is damaged or cut short: {where}", "an unknown part of it is missing", "copy or download it again"
+    )
+
+
+def _image_of(tar: _Tar, key: str, members: Sequence[_Member]) -> _Member | None:
+    """The image among a sample's members: `a.jpg` rather than `a.mask.png`."""
+    images = [m for m in members if m.extension.rpartition(".")[2] in _IMAGE_EXTENSIONS]
+    plain = [m for m in images if m.extension in _IMAGE_EXTENSIONS] or images
+    if len(plain) > 1:
+        raise ShardError(
+            f"{tar}: the sample {key!r} has {len(plain)} images: {', '.join(m.name for m in plain)}",
+            "which one is to be learned cannot be told",
+            "leave one image in each sample (.jpg, .jpeg, .png or .webp)",
+        )
+    return plain[0] if plain else None
+
+
+def _label_of(
+    tar: _Tar, key: str, members: dict[str, _Member], descriptor: int, label_keys: Sequence[str]
+) -> str | int:
+    def read(member: _Member) -> bytes:
+        return os.pread(descriptor, member.size, member.offset)
+
+    found: Any = None
+    if "cls" in members:
+        found = read(members["cls"]).decode("utf-8", "replace").strip()
+    elif "json" in members:
+        try:
+            fields = json.loads(read(members["json"]))
+        except ValueError:
+            fields = {}
+        if isinstance(fields, dict):
+            found = next((fields[name] for name in label_keys if name in fields), None)
+    if isinstance(found, str) and found:
+        return int(found) if found.isdecimal() else found
+    if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
+        return found
+    raise ShardError(
+        f"{tar}: the sample {key!r} ({', '.join(members)}) has no label",
+        "an image without a class cannot be learned from",
+        f"give it a .cls (number or name) or a .json with {' or '.join(label_keys)}; or name the field: --label-key",
+    )

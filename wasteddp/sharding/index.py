@@ -1,0 +1,230 @@
+"""Makes a manifest for tars that another tool wrote, in a folder or behind a URL; the tars themselves are not touched.
+
+What stands in them is for `foreign_tars`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from braceexpand import braceexpand
+
+from wasteddp import __version__
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, Split, write_atomically
+from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
+from wasteddp.errors import ShardError, storage
+from wasteddp.parallel import in_order
+from wasteddp.progress import progress
+from wasteddp.sharding.foreign_tar import Found, ReadTar, read_tar
+from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, check_classes
+
+DEFAULT_LABEL_KEYS = ("label", "class", "cls", "label_name")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+_NAME_THEM = "where a server lists no folders, name the tars: --tars 'train-{000..146}.tar'"
+
+
+def index_folder(
+    folder: Path,
+    *,
+    workers: int,
+    classes: Sequence[str] = (),
+    label_keys: Sequence[str] = DEFAULT_LABEL_KEYS,
+    overwrite: bool = False,
+) -> Manifest:
+    """Writes an index beside each tar, and the manifest.
+
+    Raises:
+        ShardError: no tars, a compressed or cut or sparse one, a sample without a label, names and numbers mixed.
+    """
+    with storage("listing the tars", folder):
+        names = sorted(path.name for path in folder.iterdir())
+    tars = _tars_among(names, str(folder), overwrite=overwrite)
+    found = _collected(in_order(lambda name: read_tar(folder / name, label_keys), tars, workers=workers), len(tars))
+    return _write_set(folder, folder.resolve().name, str(folder), found, classes, label_keys)
+
+
+def index_url(
+    url: str,
+    out: Path,
+    *,
+    workers: int,
+    tars: str = "",
+    classes: Sequence[str] = (),
+    label_keys: Sequence[str] = DEFAULT_LABEL_KEYS,
+    overwrite: bool = False,
+) -> Manifest:
+    """The same for tars behind a URL: each is fetched once, into `out`, and removed when it was read.
+
+    What is written goes to `out`, not to the store: who may read there may seldom write, and a store cannot be made to
+    show the manifest last. At most `workers` tars are on the disk at once.
+
+    Args:
+        tars: their names, such as `train-{000..146}.tar`, where the store lists no folders.
+
+    Raises:
+        ShardError: as `index_folder`; or the store cannot be reached.
+        SettingsError: the URL.
+    """
+    folder = RemoteFolder(url, Patience())
+    try:
+        names = _expanded(tars) if tars else _listed(folder)
+        if (out / MANIFEST_NAME).exists() and not overwrite:
+            raise _finished(str(out))
+        wanted = _tars_among(names, folder.url, overwrite=overwrite)
+        with storage("making the folder for the indexes", out):
+            out.mkdir(parents=True, exist_ok=True)
+            work = TemporaryDirectory(prefix=".indexing-", dir=out)
+        with work:
+            read = partial(_fetched, folder, Path(work.name), label_keys)
+            found = _collected(in_order(read, wanted, workers=workers), len(wanted))
+    finally:
+        folder.close()
+    return _write_set(out, folder.url.rpartition("/")[2], folder.url, found, classes, label_keys)
+
+
+def _fetched(folder: RemoteFolder, work: Path, label_keys: Sequence[str], name: str) -> ReadTar:
+    path = work / name
+    with storage("fetching a tar", path):
+        with path.open("wb") as file:
+            folder.fetch(name, file)
+        found = read_tar(path, label_keys, where=f"{folder.url}/{name}")
+        path.unlink()
+    return found
+
+
+def _expanded(tars: str) -> list[str]:
+    try:
+        return list(braceexpand(tars))
+    except ValueError as error:
+        raise ShardError(f"--tars is {tars!r}: {error}", "the names of the tars are not known", _NAME_THEM) from error
+
+
+def _listed(folder: RemoteFolder) -> list[str]:
+    try:
+        return folder.names()
+    except ShardError as error:
+        raise ShardError(error.found, "the names of its tars are not known", f"check the URL; {_NAME_THEM}") from error
+
+
+def _tars_among(names: Sequence[str], where: str, *, overwrite: bool) -> list[str]:
+    compressed = [name for name in names if name.endswith(_COMPRESSED)]
+    if compressed:
+        raise ShardError(
+            f"{where} holds {len(compressed)} compressed tar(s), such as {compressed[0]}",
+            "a sample cannot be read from the middle of a compressed file",
+            "unpack them (gunzip): JPEGs do not get smaller by it",
+        )
+    if MANIFEST_NAME in names and not overwrite:
+        raise _finished(where)
+    tars = [name for name in names if name.endswith(".tar") and Path(name).name == name]
+    if not tars:
+        raise ShardError(
+            f"{where} holds no *.tar ({len(names)} other entries)",
+            "there is nothing to index",
+            "give the folder in which the tars lie; for images: wasteddp shard"
+            + (f"; {_NAME_THEM}" if is_url(where) else ""),
+        )
+    return tars
+
+
+def _finished(where: str) -> ShardError:
+    return ShardError(
+        f"{where} has a {MANIFEST_NAME} already", "it would be lost", "nothing is to be done, or give --overwrite"
+    )
+
+
+def _collected(found: Iterable[ReadTar], total: int) -> list[ReadTar]:
+    """All of them, with a line on how far they are."""
+    collected = []
+    with progress("indexing tars", total) as advance:
+        for tar in found:
+            collected.append(tar)
+            advance()
+    return collected
+
+
+def _write_set(
+    out: Path, name: str, where: str, found: Sequence[ReadTar], classes: Sequence[str], label_keys: Sequence[str]
+) -> Manifest:
+    """The indexes, and last the manifest."""
+    good = [sample for tar in found for sample in tar.samples if sample.problem is None]
+    names = _class_names({sample.label for sample in good}, classes, where)
+    number_of: dict[str | int, int] = {name: number for number, name in enumerate(names)}
+    shards: dict[str, list[Shard]] = {}
+    counts: dict[str, Counter[int]] = {}
+    for tar in found:
+        kept = [sample for sample in tar.samples if sample.problem is None]
+        labels = [s.label if isinstance(s.label, int) else number_of[s.label] for s in kept]
+        split = _split_of(tar.name)
+        if kept:
+            shards.setdefault(split, []).append(_write_index(out, tar, kept, labels))
+            counts.setdefault(split, Counter()).update(labels)
+    splits = {
+        split: Split(split, tuple(shards[split]), tuple(counts[split][k] for k in range(len(names))))
+        for split in SPLITS
+        if split in shards
+    }
+    recipe = {"indexed": "made by another tool; labels from .cls or .json", "label_keys": list(label_keys)}
+    Manifest(
+        folder=out,
+        name=name,
+        classes=names,
+        splits=splits,
+        left_out=tuple(s.problem for tar in found for s in tar.samples if s.problem is not None),
+        recipe=recipe,
+        tool=f"wasteddp {__version__}",
+    ).save()
+    return Manifest.load(out)
+
+
+def _class_names(labels: set[str | int], classes: Sequence[str], where: str) -> tuple[str, ...]:
+    """Class names in their order. Numbers without `classes` are named by themselves: 0, 1, 2."""
+    numbers = sorted(label for label in labels if isinstance(label, int))
+    if not numbers:
+        return check_classes({str(label) for label in labels}, classes, where)
+    if len(numbers) < len(labels):
+        name = min(label for label in labels if isinstance(label, str))
+        raise ShardError(
+            f"{where}: some labels are numbers ({numbers[0]}) and some are names ({name})",
+            "one class would become two",
+            "write all labels in one way, or choose the field with --label-key",
+        )
+    names = tuple(classes) or tuple(str(number) for number in range(numbers[-1] + 1))
+    if numbers[-1] >= len(names) or len(names) < 2:
+        raise ShardError(
+            f"{where} has labels up to {numbers[-1]} and {len(names)} class name(s)",
+            "some labels have no name",
+            f"name {max(numbers[-1] + 1, 2)} classes with --classes or --classes-from, that numbered 0 first",
+        )
+    return names
+
+
+def _split_of(tar: str) -> str:
+    match = _SPLIT_PREFIX.match(tar)
+    return SPLIT_WORDS[match[1].lower()] if match else "train"
+
+
+def _write_index(out: Path, tar: ReadTar, samples: Sequence[Found], labels: Sequence[int]) -> Shard:
+    index = np.zeros(len(samples), INDEX_DTYPE)
+    for row, sample, label in zip(index, samples, labels, strict=True):
+        row["offset"], row["length"], row["label"] = sample.offset, sample.length, label
+        row["sha256"] = np.frombuffer(sample.sha256, np.uint8)
+    content = index.tobytes()
+    path = out / Path(tar.name).with_suffix(".idx")
+    write_atomically(path, content)
+    return Shard(
+        tar=tar.name,
+        index=path.name,
+        num_samples=len(samples),
+        num_bytes=tar.num_bytes,
+        sha256=tar.sha256,
+        index_sha256=hashlib.sha256(content).hexdigest(),
+    )

@@ -1,0 +1,207 @@
+"""A recipe: one YAML file that says where a data set comes from, its licence, and how it becomes a shard set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from wasteddp.data.manifest import Manifest
+from wasteddp.errors import RecipeError, storage
+from wasteddp.settings import plain_yaml
+from wasteddp.sharding.build import Job, Options, find_made, make_shards
+from wasteddp.sharding.set_folder import WORK_NAME
+from wasteddp.sharding.sources import synthetic as drawing
+from wasteddp.sharding.sources.download import Download, fetch
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Origin(_Strict):
+    homepage: str
+    authors: tuple[str, ...]
+    year: int
+    licence: str
+
+
+class Draw(_Strict):
+    classes: int = Field(default=len(drawing.KINDS), ge=2, le=len(drawing.KINDS))
+    images_per_class: int = Field(ge=1, le=100_000)
+    size_px: int = Field(ge=32, le=2048)
+    seed: int = Field(default=0, ge=0)
+
+
+class SplitRule(_Strict):
+    """Either `lists` (split -> list file) or `fractions`."""
+
+    lists: Mapping[str, str] = Field(default_factory=dict)
+    fractions: tuple[float, float, float] | None = None
+
+
+class DownloadEntry(_Strict):
+    url: str
+    file: str = Field(pattern=r"^[^/\\]+$")
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    git_blob: str = Field(default="", pattern=r"^([0-9a-f]{40})?$")
+    size_bytes: int | None = None
+
+
+class Recipe(_Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str
+    synthetic: bool
+    source: Origin | None = None
+    citation: str = ""
+    classes: tuple[str, ...] = ()
+    bins: Mapping[str, str] = Field(default_factory=dict)
+    split: SplitRule = SplitRule()
+    download: tuple[DownloadEntry, ...] = ()
+    draw: Draw | None = None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads and checks a recipe.
+
+    Raises:
+        RecipeError: no YAML, an unknown or missing key, a wrong value; each is named.
+    """
+    with storage("reading the recipe", path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        recipe = Recipe.model_validate(plain_yaml(text))
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"{path} is no YAML: {error}", "nothing can be made from it", "mend the line named"
+        ) from error
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
+        raise RecipeError(
+            f"{path} is no recipe: " + "; ".join(wrong),
+            "the set would not be what it says",
+            f"mend it; known keys: {', '.join(Recipe.model_fields)}",
+        ) from error
+    if recipe.classes and recipe.bins.keys() - set(recipe.classes):
+        unknown = sorted(recipe.bins.keys() - set(recipe.classes))
+        raise RecipeError(
+            f"{path}: bins are given for {', '.join(unknown)}, which is no class",
+            "a class would lack its bin",
+            "mend it",
+        )
+    if bool(recipe.draw) == bool(recipe.download):
+        raise RecipeError(
+            f"{path} has {'both' if recipe.draw else 'neither'} of `draw` and `download`",
+            "where the images come from is not said",
+            "give one of them",
+        )
+    return recipe
+
+
+def load_bins(path: Path) -> dict[str, str]:
+    """`class: bin` for each line of a YAML file."""
+    with storage("reading the bins", path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return TypeAdapter(dict[str, str]).validate_python(plain_yaml(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise RecipeError(
+            f"{path} is no YAML of `class: bin`: {error}", "the bins are unknown", "write one line for each class"
+        ) from error
+
+
+def make_recipe(
+    path: Path, *, out: Path | None, local: Path | None, options: Options, workers: int, overwrite: bool
+) -> Manifest:
+    """Makes the set of a recipe: `out` defaults to a folder beside it, `local` is a copy of its images."""
+    recipe = load_recipe(path)
+    job = plan_job(recipe, out or path.parent / recipe.name, options)
+    if recipe.draw is None:
+        job = find_images(recipe, job, local=local, downloads=path.parent / "downloads" / recipe.name)
+    elif not overwrite and (made := find_made(job)):
+        print(f"{job.out} is already made by this recipe: nothing to do")
+        return made
+    else:
+        job = draw_images(recipe.draw, job)
+    return make_shards(job, workers=workers, overwrite=overwrite)
+
+
+def local_job(path: Path, *, out: Path | None, local: Path | None, options: Options) -> Job:
+    """The job of a recipe whose images are at hand.
+
+    Raises:
+        RecipeError: it draws its images, or `local` is not given: each part would draw or download all of them.
+    """
+    recipe = load_recipe(path)
+    if recipe.draw is not None or local is None:
+        raise RecipeError(
+            f"{path} {'draws' if recipe.draw else 'downloads'} its images",
+            f"each part would {'draw' if recipe.draw else 'download'} all of them",
+            "give --from a local copy" if recipe.download else "make it on one machine, without --part",
+        )
+    job = plan_job(recipe, out or path.parent / recipe.name, options)
+    return find_images(recipe, job, local=local, downloads=local)
+
+
+def plan_job(recipe: Recipe, out: Path, options: Options) -> Job:
+    """The job that a recipe asks for, but for where its images are; what `options` says goes before the recipe."""
+    if options.fractions is None and recipe.split.fractions is not None:
+        options = replace(options, fractions=recipe.split.fractions)
+    described = recipe.model_dump(mode="json", exclude={"name", "classes", "bins"}, exclude_defaults=True)
+    return Job(source=out, out=out, options=options, classes=recipe.classes, bins=recipe.bins, recipe=described)
+
+
+def draw_images(draw: Draw, job: Job) -> Job:
+    """Draws the images of a recipe into the hidden folder of the set, where they stay until it is finished."""
+    folder = job.out / WORK_NAME / "drawn"
+    kinds = drawing.KINDS[: draw.classes]
+    drawing.draw_folder(
+        folder, kinds=kinds, images_per_class=draw.images_per_class, size_px=draw.size_px, seed=draw.seed
+    )
+    return replace(job, source=folder)
+
+
+def find_images(recipe: Recipe, job: Job, *, local: Path | None, downloads: Path) -> Job:
+    """Where the images and lists of a recipe are: in the local copy, or downloaded to `downloads`."""
+    if local is None:
+        entries = [Download(**entry.model_dump()) for entry in recipe.download]
+        paths = [fetch(entry, downloads) for entry in entries]
+        images = next(path for path in paths if path.name.endswith(_ARCHIVES))
+        folder = downloads
+    else:
+        images, folder = _local_copy(local, [entry.file for entry in recipe.download])
+    lists = {split: _list_file(folder, file) for split, file in recipe.split.lists.items()}
+    return replace(job, source=images, split_files=lists)
+
+
+def _local_copy(local: Path, names: Sequence[str]) -> tuple[Path, Path]:
+    """The images (an archive or a folder) and the folder of the list files."""
+    if local.is_file():
+        return local, local.parent
+    if not local.is_dir():
+        raise RecipeError(f"there is no {local}", "there are no images", "give the file or folder of a local copy")
+    with storage("looking for the images", local):
+        archives = sorted(path for path in local.iterdir() if path.name.endswith(_ARCHIVES))
+    named = [path for path in archives if path.name in names] or archives
+    if len(named) > 1:
+        raise RecipeError(
+            f"{local} holds {len(named)} archives: {', '.join(path.name for path in named)}",
+            "which one holds the images cannot be told",
+            "name the file: --from FILE",
+        )
+    return (named[0] if named else local), local
+
+
+def _list_file(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise RecipeError(
+            f"{folder} holds no {name}",
+            "the split of the recipe is not known",
+            "put the list files of the data set beside the images",
+        )
+    return folder / name

@@ -1,0 +1,168 @@
+"""Re-reads a shard set against its manifest and names what is damaged: each shard, and inside it each sample."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, read_index
+from wasteddp.data.remote.folder import Patience, RemoteFolder
+from wasteddp.errors import DamagedShardError, ShardError, WastedError
+from wasteddp.parallel import in_order
+from wasteddp.progress import progress
+from wasteddp.sharding.writer import sha256_of
+
+_BLOCK = 512  # a tar header, and the unit that members are padded to
+_MAX_NAMED = 50  # samples of one shard; the rest is counted
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was proved, and what was not. The set is whole if `damage` is empty."""
+
+    num_shards: int
+    num_samples: int
+    num_bytes: int
+    damage: tuple[str, ...]
+
+
+def verify(folder: Path, *, workers: int) -> Verified:
+    """Reads every byte of every shard, several shards at a time.
+
+    Raises:
+        ShardError: there is no manifest, or it is none of this format.
+    """
+    manifest = Manifest.load(folder)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    is_own = "inputs_sha256" in manifest.recipe  # not indexed from tars that others made
+    damage: list[str] = []
+    with progress("verifying shards", len(shards)) as advance:
+        for found in in_order(lambda shard: _damage(folder, shard, is_own=is_own), shards, workers=workers):
+            damage += found
+            advance()
+    damage += [] if damage else _wrong_counts(manifest)
+    return Verified(len(shards), sum(s.num_samples for s in shards), sum(s.num_bytes for s in shards), tuple(damage))
+
+
+def verify_remote(url: str, *, workers: int) -> Verified:
+    """As `verify`, over the network: every byte is fetched and none is kept.
+
+    Raises:
+        ShardError: there is no manifest, or the store cannot be reached.
+    """
+    folder = RemoteFolder(url, Patience())
+    try:
+        manifest = Manifest.parse(folder.read(MANIFEST_NAME), Path(), url=folder.url)
+        shards = [shard for split in manifest.splits.values() for shard in split.shards]
+        damage: list[str] = []
+        with progress("verifying shards", len(shards)) as advance:
+            for found in in_order(lambda shard: _remote_damage(folder, shard), shards, workers=workers):
+                damage += found
+                advance()
+    finally:
+        folder.close()
+    return Verified(len(shards), sum(s.num_samples for s in shards), sum(s.num_bytes for s in shards), tuple(damage))
+
+
+def require_whole(folder: Path | str, verified: Verified) -> None:
+    """Raises `ShardError` that names all damage, if there is any."""
+    if verified.damage:
+        raise ShardError(
+            f"{folder} is damaged:\n    " + "\n    ".join(verified.damage),
+            "training would stop at these samples, or learn from something else than was sharded",
+            "copy the named files again from a good copy, or make the set again with `wasteddp shard --overwrite`",
+        )
+
+
+def _remote_damage(folder: RemoteFolder, shard: Shard) -> list[str]:
+    damage = []
+    index_bytes = shard.num_samples * INDEX_DTYPE.itemsize
+    for name, num_bytes, sha256 in (
+        (shard.tar, shard.num_bytes, shard.sha256),
+        (shard.index, index_bytes, shard.index_sha256),
+    ):
+        try:
+            with Path(os.devnull).open("wb") as nowhere:
+                if folder.copy(name, num_bytes, sha256, nowhere) != sha256:
+                    damage.append(f"{name}: another sha256; `wasteddp verify` of a copy names the samples")
+        except DamagedShardError as error:
+            damage.append(error.found)
+    return damage
+
+
+def _damage(folder: Path, shard: Shard, *, is_own: bool) -> list[str]:
+    """What is wrong with one shard, in words; nothing if its bytes are those of the manifest."""
+    path = folder / shard.tar
+    try:
+        index = read_index(folder, shard)
+    except ShardError as error:
+        return [error.found]
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes == shard.num_bytes and sha256_of(path) == shard.sha256:
+            return []
+        samples = _damaged_samples(path, index, is_own=is_own)
+    except (OSError, WastedError) as error:
+        return [f"{shard.tar}: cannot be read: {getattr(error, 'strerror', None) or error}"]
+    size = f"{num_bytes:,} bytes instead of {shard.num_bytes:,}" if num_bytes != shard.num_bytes else "another sha256"
+    where = f"{len(samples)} of {shard.num_samples} samples" if samples else "none of its samples, only padding"
+    more = [f"... and {len(samples) - _MAX_NAMED} more"] if len(samples) > _MAX_NAMED else []
+    return [f"{shard.tar}: {size}; damaged: {where}", *(f"  {line}" for line in [*samples[:_MAX_NAMED], *more])]
+
+
+def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
+    """Key and source of each sample that is not what the index says; headers and labels only in tars of our own."""
+    damaged: list[str] = []
+    with path.open("rb") as file:
+        for number, record in enumerate(index):
+            offset, length = int(record["offset"]), int(record["length"])
+            image = os.pread(file.fileno(), length, offset)
+            header = _header(file.fileno(), offset - _BLOCK)
+            label = _label(file.fileno(), offset + _padded(length)) if is_own else {}
+            name = f"{header.name.split('.')[0] if header else f'sample {number}'}"
+            named = f"{name} ({label.get('source', 'source unknown')})" if is_own else name
+            if hashlib.sha256(image).digest() != record["sha256"].tobytes():
+                damaged.append(f"{named}: the image")
+            elif is_own and (header is None or label.get("label_number") != int(record["label"])):
+                damaged.append(f"{named}: its header or label")
+    return damaged
+
+
+def _header(descriptor: int, offset: int) -> tarfile.TarInfo | None:
+    """The tar header at `offset`, if it is whole: it has a checksum of its own."""
+    try:
+        return tarfile.TarInfo.frombuf(os.pread(descriptor, _BLOCK, offset), "utf-8", "replace")
+    except (tarfile.HeaderError, OSError):
+        return None
+
+
+def _label(descriptor: int, offset: int) -> dict[str, Any]:
+    """The JSON member whose header is at `offset`; empty if either is damaged."""
+    header = _header(descriptor, offset)
+    try:
+        label = json.loads(os.pread(descriptor, header.size, offset + _BLOCK)) if header else {}
+    except ValueError:
+        return {}
+    return label if isinstance(label, dict) else {}
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // _BLOCK) * _BLOCK
+
+
+def _wrong_counts(manifest: Manifest) -> list[str]:
+    """Classes whose samples in the indexes are not as many as the manifest says."""
+    wrong: list[str] = []
+    for split in manifest.splits.values():
+        indexes = [read_index(manifest.folder, shard, check=False)["label"] for shard in split.shards]
+        labels = np.concatenate([np.empty(0, np.int32), *indexes])
+        if np.bincount(labels, minlength=len(manifest.classes)).tolist() != list(split.samples_per_class):
+            wrong.append(f"split {split.name}: the labels of its indexes are not as many as the manifest says")
+    return wrong

@@ -1,0 +1,284 @@
+"""Samples in a fixed order -> tars and indexes, so that a kill at any moment costs at most one unfinished shard.
+
+A shard is written under a temporary name, synced, renamed, and only then noted in the journal with its hashes. The
+next start checks the noted shards against their hashes and goes on behind the last good one. Where a shard ends depends
+only on the samples before it: the bytes are those of a run that was never disturbed, with any number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, takewhile
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from wasteddp.data.manifest import INDEX_DTYPE, Shard, sync_folder, write_atomically
+from wasteddp.errors import ShardError, StorageError, storage
+from wasteddp.parallel import in_order
+
+_OWNER = "wasteddp"
+_MODE = 0o444
+_BLOCK = 512  # bytes of a tar header, and the unit that members are padded to
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What goes into a shard as `<key>.jpg` and `<key>.json`."""
+
+    image: bytes
+    sha256: bytes  # of `image`
+    label: int
+    label_name: str
+    source: str
+
+    def to_json(self) -> bytes:
+        fields = {
+            "label": self.label_name,
+            "label_number": self.label,
+            "source": self.source,
+            "sha256": self.sha256.hex(),
+        }
+        return json.dumps(fields, ensure_ascii=False).encode()
+
+
+class ShardJournal:
+    """The shards that are finished, one line each, behind a first line that names the plan they belong to.
+
+    Several machines may write shards of one set, each with a journal beside the others' (`shards*.txt`).
+    """
+
+    def __init__(self, path: Path, plan: str) -> None:
+        """Keeps what the journals say of `plan`; the one at `path` is begun anew if it is about another."""
+        self._path = path
+        self._finished: dict[str, Shard] = {}  # by the tar's name
+        for journal in sorted({path, *path.parent.glob("shards*.txt")}):
+            with storage("reading the journal of the shards", journal):
+                lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+            if lines and lines[0] == plan:
+                self._take(lines[1:])
+            elif journal == path:
+                write_atomically(path, f"{plan}\n".encode())
+
+    def _take(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            try:
+                shard = Shard(**json.loads(line))
+            except (ValueError, TypeError):  # cut by a kill: that shard is simply written again
+                continue
+            self._finished[shard.tar] = shard
+
+    def good_shard(self, name: str, folder: Path) -> Shard | None:
+        """The shard of that name, if it is finished and on the disk as it was written."""
+        shard = self._finished.get(f"{name}.tar")
+        if shard is None or not ((folder / shard.tar).exists() and (folder / shard.index).exists()):
+            return None
+        found = sha256_of(folder / shard.tar), sha256_of(folder / shard.index)
+        return shard if found == (shard.sha256, shard.index_sha256) else None
+
+    def good_shards(self, split: str, folder: Path, *, workers: int) -> list[Shard]:
+        """The finished shards of a split, up to the first that is missing or not as it was written."""
+        num_noted = next(n for n in count() if f"{_name(split, n)}.tar" not in self._finished)
+        names = [_name(split, number) for number in range(num_noted)]
+        checked = in_order(lambda name: self.good_shard(name, folder), names, workers=workers)
+        return [shard for shard in takewhile(lambda shard: shard is not None, checked) if shard is not None]
+
+    def add(self, shard: Shard) -> None:
+        with storage("writing the journal of the shards", self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(shard)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_split(
+    split: str,
+    items: Sequence[int],
+    load: Callable[[int], Sample],
+    *,
+    folder: Path,
+    journal: ShardJournal,
+    max_bytes: int,
+    workers: int,
+    advance: Callable[[], None],
+) -> tuple[Shard, ...]:
+    """Writes the samples of a split, loaded in parallel, into shards that end once they reach `max_bytes`."""
+    shards = journal.good_shards(split, folder, workers=workers)
+    number = sum(shard.num_samples for shard in shards)
+    for _ in range(number):
+        advance()
+    samples = in_order(load, items[number:], workers=workers)
+    while number < len(items):
+        shard = _write_shard(folder, split, len(shards), samples, number, max_bytes=max_bytes, advance=advance)
+        journal.add(shard)
+        shards.append(shard)
+        number += shard.num_samples
+    return tuple(shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One shard to be written: samples begin .. end - 1 of a split, and the bytes its tar will have."""
+
+    split: str
+    number: int
+    begin: int
+    end: int
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return _name(self.split, self.number)
+
+
+def cut(split: str, member_bytes: Sequence[int], *, max_bytes: int) -> list[Piece]:
+    """Where `write_split` ends its shards, known before anything is written.
+
+    Args:
+        member_bytes: what each sample takes in a tar, see `tar_bytes`.
+    """
+    pieces: list[Piece] = []
+    begin = total = 0
+    for end, size in enumerate(member_bytes, start=1):
+        total += size
+        if total >= max_bytes or end == len(member_bytes):
+            pieces.append(Piece(split, len(pieces), begin, end, _padded(total + 2 * _BLOCK, tarfile.RECORDSIZE)))
+            begin, total = end, 0
+    return pieces
+
+
+def tar_bytes(sample: Sample, image_bytes: int) -> int:
+    """What a sample with an image of that size takes in a tar: two headers and two padded members."""
+    return 2 * _BLOCK + _padded(image_bytes, _BLOCK) + _padded(len(sample.to_json()), _BLOCK)
+
+
+def write_piece(
+    piece: Piece,
+    items: Sequence[int],
+    load: Callable[[int], Sample],
+    *,
+    folder: Path,
+    journal: ShardJournal,
+    max_bytes: int,
+    workers: int,
+    advance: Callable[[], None],
+) -> None:
+    """Writes one shard of a split whose samples are `items`, unless the journal has it.
+
+    Raises:
+        ShardError: the shard did not end where it was cut: it would not be that of one machine.
+    """
+    if journal.good_shard(piece.name, folder):
+        for _ in range(piece.begin, piece.end):
+            advance()
+        return
+    samples = in_order(load, items[piece.begin : piece.end], workers=workers)
+    shard = _write_shard(folder, piece.split, piece.number, samples, piece.begin, max_bytes=max_bytes, advance=advance)
+    if (shard.num_samples, shard.num_bytes) != (piece.end - piece.begin, piece.num_bytes):
+        raise ShardError(
+            f"{shard.tar} has {shard.num_samples} samples in {shard.num_bytes:,} bytes; foreseen were "
+            f"{piece.end - piece.begin} in {piece.num_bytes:,}",
+            "the parts of the set would overlap or leave gaps: an image was encoded otherwise than when it was read",
+            "use the same version of this program and its libraries on all machines, remove .sharding, start again",
+        )
+    journal.add(shard)
+
+
+def sha256_of(path: Path) -> str:
+    with storage("reading", path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}"
+
+
+def _padded(num_bytes: int, unit: int) -> int:
+    return -(-num_bytes // unit) * unit
+
+
+def _write_shard(
+    folder: Path,
+    split: str,
+    shard_number: int,
+    samples: Iterator[Sample],
+    first_number: int,
+    *,
+    max_bytes: int,
+    advance: Callable[[], None],
+) -> Shard:
+    name = _name(split, shard_number)
+    tar, temporary = folder / f"{name}.tar", folder / f"{name}.tar.tmp"
+    records: list[tuple[int, int, int, bytes]] = []
+    try:
+        with storage("writing a shard", folder), temporary.open("wb") as file:
+            hashing = _HashingFile(file)
+            writer = webdataset.TarWriter(hashing, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE)
+            writer.tarstream.format = (
+                tarfile.USTAR_FORMAT
+            )  # one block a header; TarWriter forgets to pass its default on
+            try:
+                for sample in samples:
+                    # The writer sorts members by name: jpg comes before json, right behind its header of one block.
+                    offset = writer.tarstream.offset + _BLOCK
+                    key = f"{split}-{first_number + len(records):08d}"
+                    writer.write({"__key__": key, "jpg": sample.image, "json": sample.to_json()})
+                    records.append((offset, len(sample.image), sample.label, sample.sha256))
+                    advance()
+                    if writer.tarstream.offset >= max_bytes:
+                        break
+                writer.close()
+            except BaseException:
+                hashing.is_abandoned = True
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+    except StorageError:
+        temporary.unlink(missing_ok=True)  # gives the space back; what is finished stays
+        raise
+    index = np.zeros(len(records), INDEX_DTYPE)
+    for row, (offset, length, label, sha256) in zip(index, records, strict=True):
+        row["offset"], row["length"], row["label"] = offset, length, label
+        row["sha256"] = np.frombuffer(sha256, np.uint8)
+    index_bytes = index.tobytes()
+    with storage("writing a shard", tar):
+        temporary.replace(tar)
+    write_atomically(folder / f"{name}.idx", index_bytes)
+    sync_folder(folder)
+    return Shard(
+        tar=tar.name,
+        index=f"{name}.idx",
+        num_samples=len(records),
+        num_bytes=hashing.num_bytes,
+        sha256=hashing.sha256.hexdigest(),
+        index_sha256=hashlib.sha256(index_bytes).hexdigest(),
+    )
+
+
+class _HashingFile(io.RawIOBase):
+    """Passes bytes on and hashes them on the way, so that a shard need not be read again.
+
+    Once abandoned it drops them: a tar stream that dies writes what it still holds, when the file is long closed.
+    """
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        self.is_abandoned = False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.is_abandoned:
+            return len(data)
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)

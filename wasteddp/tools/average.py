@@ -1,0 +1,246 @@
+"""`wasteddp average`: the mean of a run's newest checkpoints, a model of its own beside the run's.
+
+    runs/<name>/average/    model.json and weights as in runs/<name>/model/, settings.yaml, evaluations/<split>/
+
+so that `evaluate` and `predict` take the folder as they take a run's.
+
+Late in training the weights walk around on the rim of a wide valley of the loss; their mean lies inside.
+Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", algorithm 1.
+
+BatchNorm's statistics of the mean are not the mean of the statistics: see `batchnorm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from wasteddp import environment
+from wasteddp import settings as settings_file
+from wasteddp.data import dataset
+from wasteddp.data.dataset import ShardSet
+from wasteddp.data.decoding.workers import Workers, start_workers
+from wasteddp.data.manifest import write_atomically
+from wasteddp.errors import CheckpointError, RunError, storage
+from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
+from wasteddp.inference.classifier import Classifier, device_type, find_device
+from wasteddp.inference.evaluate import check_classes, evaluate_split
+from wasteddp.inference.evaluation_files import Evaluation, save_evaluation
+from wasteddp.inference.metrics import Metrics, percent
+from wasteddp.model.resnet import build
+from wasteddp.settings import Settings
+from wasteddp.tools.bn_statistics import estimate_statistics, training_batches
+from wasteddp.training.checkpoint import files
+from wasteddp.training.checkpoint.best_model import card_of
+from wasteddp.training.checkpoint.files import Progress, State
+from wasteddp.training.checkpoint.run_lock import Claim
+
+_COUNT = ".num_batches_tracked"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class AverageOptions:
+    """The command line of `wasteddp average`. None is the default that depends on the run or the device."""
+
+    run: Path
+    last: int = 5
+    images: int = 2048
+    out: Path | None = None
+    replace: bool = False
+    shards: str | None = None
+    batch_size: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Of several checkpoints' weights; all else is of the newest."""
+
+    weights: State
+    steps: tuple[int, ...]  # the oldest first
+    moving: frozenset[str]  # the BatchNorms that saw images between the oldest and the newest; others are frozen
+    progress: Progress
+    settings_yaml: str
+
+
+def run(options: AverageOptions) -> None:
+    """Averages, measures beside the run's model, prints, and saves.
+
+    Raises:
+        CheckpointError: there are not two to average.
+    """
+    console = Console()
+    out = _out(options)
+    with start_workers(0, device_type(options.device)) as workers:
+        _average(options, out, console, workers)
+
+
+def _average(options: AverageOptions, out: Path, console: Console, workers: Workers) -> None:
+    best = Classifier.load(options.run, device=options.device, batch_size=options.batch_size)
+    mean = mean_of_newest(options.run / "checkpoints", options.last, _say)
+    settings = settings_file.parse(mean.settings_yaml, name=f"the settings of step {mean.steps[-1]}")
+    data = settings.data.model_copy(update={"staged": "", "shards": options.shards or settings.data.shards})
+    with dataset.opened(data) as shards:
+        check_classes(shards.manifest, mean.progress.lineage.classes)
+        weights, num_images = _with_statistics(mean, settings, shards, options)
+        average = _classifier(mean, weights, settings, shards, options)
+        found = evaluate_split(average, shards, data.eval_split, console, workers)
+        beside = evaluate_split(best, shards, data.eval_split, console, workers)
+    _say(f"mean of the checkpoints of steps {', '.join(map(str, mean.steps))}")
+    of_images = f"of {num_images:,} training images, centre views of {data.eval_size_px} px"
+    _say(f"BatchNorm's statistics: {of_images if num_images else 'as they were, since it was frozen'}")
+    _print(console, settings.data.eval_split, found.seen.metrics, beside.seen.metrics, best.card.trained.step)
+    _save(out, mean, weights, average, found, shards, options)
+
+
+def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
+    """The mean, computed in float64, of the weights of the newest whole checkpoints; two are in memory at once.
+
+    Args:
+        folder: `runs/<name>/checkpoints`.
+        last: how many; fewer where there are fewer.
+        say: takes a line for each that is passed over.
+
+    Raises:
+        CheckpointError: fewer than two are whole.
+    """
+    sums: State = {}
+    newest: files.Checkpoint | None = None
+    oldest: State = {}
+    steps: list[int] = []
+    for path in reversed(files.listed(folder)):
+        if len(steps) == last:
+            break
+        try:
+            found = files.read(path)
+        except CheckpointError as error:
+            say(f"passed over {path}: {error.found}")
+            continue
+        newest, oldest = newest or found, found.states["model"]
+        steps.append(found.progress.step)
+        for name, tensor in oldest.items():
+            if tensor.is_floating_point():
+                sums[name] = sums[name] + tensor if name in sums else tensor.double()
+    if newest is None or len(steps) < 2:
+        raise CheckpointError(
+            f"{folder} holds {len(steps)} whole checkpoint{'' if len(steps) == 1 else 's'}",
+            "there is nothing to average",
+            "name a run that keeps more: checkpoint.keep_last: 5, or checkpoint.keep_every for some far apart",
+        )
+    model = newest.states["model"]
+    return Mean(
+        weights={name: (sums[name] / len(steps)).to(t.dtype) if name in sums else t for name, t in model.items()},
+        steps=tuple(reversed(steps)),
+        moving=frozenset(n.removesuffix(_COUNT) for n in model if n.endswith(_COUNT) and model[n] != oldest[n]),
+        progress=newest.progress,
+        settings_yaml=newest.settings_yaml,
+    )
+
+
+def _with_statistics(mean: Mean, settings: Settings, shards: ShardSet, options: AverageOptions) -> tuple[State, int]:
+    """The mean's state with statistics of its own, and the number of images that they are of."""
+    device = find_device(options.device)
+    model = build(settings.model.arch, len(shards.manifest.classes))
+    model.load_state_dict(mean.weights)
+    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    num_images = 0
+
+    def counted() -> Iterator[torch.Tensor]:
+        nonlocal num_images
+        for images_BCHW in training_batches(settings, shards, options.images, device):
+            num_images += len(images_BCHW)
+            yield images_BCHW
+
+    if mean.moving:
+        estimate_statistics(model, counted(), mean.moving)
+    return model.state_dict(), num_images
+
+
+def _classifier(
+    mean: Mean, weights: State, settings: Settings, shards: ShardSet, options: AverageOptions
+) -> Classifier:
+    """The average at work; its card lacks the value that it is going to be measured at."""
+    steps_per_epoch = shards.manifest.split(settings.data.train_split).num_samples // settings.train.batch_size
+    card = card_of(
+        settings,
+        shards.manifest,
+        replace(mean.progress, best_value=0.0),
+        epoch=(mean.steps[-1] - 1) // steps_per_epoch,
+        commit=environment.commit(),
+    )
+    hashes = replace(card.hashes, manifest=mean.progress.lineage.manifest)
+    card = replace(card, averaged=Averaged(steps=mean.steps), hashes=hashes)
+    return Classifier(card, weights, device=options.device, batch_size=options.batch_size)
+
+
+def _out(options: AverageOptions) -> Path:
+    """Where the average goes: a folder that is no run's, unless it is to be the run's model."""
+    out = options.out or options.run / "average"
+    if (out / "checkpoints").exists() or (out / "metrics.jsonl").exists():
+        raise RunError(
+            f"{out} is the folder of a run",
+            "its settings and the model that it is known by would be those of the average",
+            "name another folder with --out, or leave it out; --replace puts the average in the place of RUN/model",
+        )
+    return out
+
+
+def _save(
+    out: Path,
+    mean: Mean,
+    weights: State,
+    average: Classifier,
+    found: Evaluation,
+    shards: ShardSet,
+    options: AverageOptions,
+) -> None:
+    """The bundle, then what it was measured at: a kill between the two leaves a whole model."""
+    trained = average.card.trained
+    card = replace(average.card, trained=replace(trained, value=getattr(found.seen.metrics, trained.metric)))
+    with ExitStack() as stack:
+        if options.replace:
+            claim = Claim(options.run / "checkpoints", _say, wait_s=0)  # a training would write its own
+            stack.callback(claim.release)
+            home, folder = options.run, options.run / FOLDER_NAME
+        else:
+            home = folder = out
+            with storage("making the folder of the average", out):
+                out.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / "settings.yaml", mean.settings_yaml.encode())  # `evaluate` finds the shards by it
+        card = save_bundle(folder, card, weights)
+        split = found.seen.split
+        save_evaluation(
+            home / "evaluations" / split,
+            found,
+            card,
+            manifest_sha256=shards.manifest.sha256,
+            options={
+                "split": split,
+                "shards": shards.manifest.where,
+                "batch_size": average.batch_size,
+                "device": str(average.device),
+                "tta": average.tta,
+            },
+        )
+    _say(f"written: {folder}")
+
+
+def _print(console: Console, split: str, average: Metrics, best: Metrics, best_step: int) -> None:
+    table = Table(title=f"{split}, {average.num_samples} images", title_justify="left")
+    table.add_column()
+    for column in (f"the run's model, step {best_step}", "the average"):
+        table.add_column(column, justify="right")
+    for name in ("accuracy", "macro_recall", "macro_f1"):
+        table.add_row(name.replace("_", " "), percent(getattr(best, name)), percent(getattr(average, name)))
+    console.print(table)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

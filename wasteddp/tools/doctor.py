@@ -1,0 +1,163 @@
+"""Looks at machine, data and disk before a long run, and says what to do.
+
+    wasteddp doctor --config configs/resnet50.yaml                                              this process alone
+    accelerate launch --multi_gpu -m wasteddp.tools.doctor --config configs/resnet50.yaml             all GPUs of a node
+    accelerate launch --config_file launch/accelerate/cpu2.yaml -m wasteddp.tools.doctor --config ... two CPU processes
+
+Launched as the run will be, it also tries how the processes work together. Exit codes: 0 all green, 1 something yellow,
+2 something red. Writes nothing but one file in run.out, which is removed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wasteddp.errors import EXIT_USER_ERROR, LaunchError, SettingsError, WastedError
+
+if TYPE_CHECKING:
+    from wasteddp.settings import Settings
+    from wasteddp.tools.finding import Finding
+    from wasteddp.training.distributed.runtime import Runtime
+    from wasteddp.training.watchdog.watchdog import Watchdog
+
+_LAUNCHER_LEAVES_S = 30.0  # between SIGTERM and SIGKILL, by torchrun and accelerate launch
+_SLURM_LEAVES_S = 300.0  # slurm/train.sh: --signal=B:USR1@300
+_ASSUMED_CLASSES = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="YAML", help="settings of the run (default: the defaults)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--signal-leaves-s", type=float, metavar="S",
+        help="seconds between a stop signal and the end (default: 300 in a Slurm job, else the launcher's 30)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """All ranks: examines, and rank 0 prints. Returns the exit code."""
+    from wasteddp import settings as settings_file
+    from wasteddp.tools import finding
+    from wasteddp.training.watchdog.watchdog import Watchdog
+
+    config, overrides = arguments.config, arguments.set
+    settings = settings_file.load(config, overrides) if config else settings_file.parse("", overrides)
+    watch = Watchdog.from_environment()
+    watch.start(settings)
+    try:
+        findings = examine(settings, watch, arguments.signal_leaves_s or _time_left_s())
+    except Exception as error:
+        return watch.failed(error)
+    finally:
+        watch.close()
+    if os.environ.get("RANK", "0") == "0":
+        if arguments.json:
+            print(finding.to_json(findings))
+        else:
+            finding.print_table(findings)
+    return finding.EXIT_CODES[finding.worst(findings)]
+
+
+def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Finding]:
+    """All ranks: every check, in the order in which a run would meet what it looks for."""
+    from wasteddp.tools import machine_checks
+    from wasteddp.tools.finding import Finding
+    from wasteddp.training.distributed import runtime
+
+    findings = [
+        machine_checks.check_versions(machine_checks.versions_tested()),
+        machine_checks.check_precision(settings.precision),
+    ]
+    try:
+        world = runtime.start(settings, watch)
+    except (LaunchError, SettingsError) as error:  # the same on every rank
+        return [*findings, Finding("processes", "red", error.found, error.remedy)]
+    if settings.precision == "auto":  # measured meanwhile, on a GPU
+        findings[-1] = replace(findings[-1], found=f"{world.precision}: {world.precision_reason}")
+    with contextlib.closing(world):
+        found = (
+            f"{world.world_size} process(es) x {world.micro_batch} images x {world.accumulation} accumulated = "
+            f"global batch {settings.train.batch_size}"
+        )
+        findings.append(Finding("processes", "green", found))
+        findings += _examine_machines(world)
+        return findings + _examine_run(settings, world, leaves_s)
+
+
+def _examine_machines(world: Runtime) -> list[Finding]:
+    """All ranks."""
+    from wasteddp.tools import machine_checks
+
+    devices = world.gather(machine_checks.device_of(world))
+    gpus = sum(device.host == devices[world.rank].host and device.identity != "cpu" for device in devices)
+    shared_memory = _worst_of_ranks(world, machine_checks.check_shared_memory(gpus))
+    world.totals(0)  # all ranks leave it at nearly the same moment
+    times = world.gather(time.time())
+    return [machine_checks.check_devices(devices), shared_memory, machine_checks.check_clocks(times)]
+
+
+def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Finding]:
+    """All ranks: on rank 0 alone what only it does in a run."""
+    from wasteddp.tools import machine_checks, run_checks
+    from wasteddp.training.checkpoint import state
+
+    world.watch.at("reading the shards", slow=True)
+    shards, num_classes = run_checks.check_shards(settings, world.rank)
+    num_bytes = run_checks.model_bytes(settings, num_classes or _ASSUMED_CLASSES)
+    findings = [_worst_of_ranks(world, shards), machine_checks.check_all_reduce(world, num_bytes)]
+    world.watch.at("trying the disk and the dashboard", slow=True)
+    out = Path(settings.run.out)
+    if world.is_main:
+        findings += [
+            run_checks.check_disk(out, state.room_for_run(settings, num_bytes)),
+            run_checks.check_save(out, state.room_for_checkpoint(settings, num_bytes), leaves_s),
+            run_checks.check_wandb(settings.track.wandb),
+        ]
+    return list(world.gather(findings)[0])
+
+
+def _worst_of_ranks(world: Runtime, finding: Finding) -> Finding:
+    """All ranks: the worst of what they found; which rank it was, where they differ."""
+    from wasteddp.tools.finding import worst
+
+    findings: list[Finding] = world.gather(finding)
+    colour = worst(findings)
+    rank = next(rank for rank, one in enumerate(findings) if one.colour == colour)
+    if colour == "green":
+        return findings[0]
+    where = f"rank {rank}: " if len(findings) > 1 else ""
+    return replace(findings[rank], found=where + findings[rank].found)
+
+
+def _time_left_s() -> float:
+    if "SLURM_JOB_ID" in os.environ:
+        return _SLURM_LEAVES_S
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _LAUNCHER_LEAVES_S))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="wasteddp.tools.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except WastedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    from wasteddp.training.watchdog.hard_exit import leave
+
+    leave(main())

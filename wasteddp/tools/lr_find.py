@@ -1,0 +1,239 @@
+"""`wasteddp lr-find`: which learning rate to begin with, by a range test on the pieces that train.
+
+The rate grows by the same factor from step to step while the configuration's network is trained on its own order of
+samples, in one process, from its own initial weights. At first it changes little, then the loss falls, then it bursts.
+
+Suggested is a tenth of the rate at the lowest loss. That rate itself is too high for more than a few steps, since the
+burst follows; but where the lowest loss is, is plain to see, while the steepest descent, which is told as well, hangs
+on single batches. Losses are smoothed by a moving average that begins without a bias and lags by a twentieth of the
+test.
+
+Only the rate is not as the settings have it: loss, augmentation, clipping, order and sizes are those of a run.
+
+Sources: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3, for the range test, there with
+a rate that grows linearly. The growth by a factor, the smoothing, the stop at four times the best loss and the tenth of
+the minimum are fast.ai's (Howard 2018; Gugger 2018, "How Do You Find A Good Learning Rate").
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from wasteddp import environment
+from wasteddp.data.manifest import write_atomically
+from wasteddp.errors import LaunchError, SettingsError, storage
+from wasteddp.progress import progress as progress_bar
+from wasteddp.settings import Settings
+from wasteddp.training import build_model, dataloaders, messages, micro_batch
+from wasteddp.training.checkpoint.compatibility import Lineage
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.distributed import runtime
+from wasteddp.training.optimization import optimizers
+from wasteddp.training.recipe import Recipe
+
+_EXPLODED = 4.0  # times the best smoothed loss
+_LAG = 1 / 20  # of the test, by which the smoothed loss is behind
+_CLEAR = 2.0  # standard deviations of a step's loss from the smoothed one, which a fall that says something has
+_FEWEST_STEPS = 10
+_TABLE_ROWS = 12
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`steps` rates from `lowest` to `highest`."""
+
+    steps: int = 100
+    lowest: float = 1e-6
+    highest: float = 10.0
+
+    def rates(self) -> list[float]:
+        """Raises: SettingsError: they make no range, or too few steps to see one."""
+        if not 0 < self.lowest < self.highest < float("inf") or self.steps < _FEWEST_STEPS:
+            raise SettingsError(
+                f"--from {self.lowest:g} --to {self.highest:g} --steps {self.steps}",
+                "there would be no curve to judge by",
+                f"give two positive rates, the smaller first, and at least {_FEWEST_STEPS} steps",
+            )
+        factor = self.highest / self.lowest
+        return [self.lowest * factor ** (step / (self.steps - 1)) for step in range(self.steps)]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the test saw, and what follows. Rates are None where the curve does not show them."""
+
+    suggested: float | None
+    why: str
+    lowest_loss_at: float
+    steepest_at: float | None
+    stopped: str
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+
+
+def smoothed(losses: Sequence[float], lag_steps: float) -> list[float]:
+    """The exponential moving average behind each loss, b = lag / (1 + lag), divided by 1 - b^n.
+
+    Source: Kingma and Ba 2015 (Adam), section 3, for the division: without it the average begins at zero.
+    """
+    decay, average, out = lag_steps / (1 + lag_steps), 0.0, []
+    for number, loss in enumerate(losses, start=1):
+        average = decay * average + (1 - decay) * loss
+        out.append(average / (1 - decay**number))
+    return out
+
+
+def has_exploded(smooth: Sequence[float]) -> bool:
+    return not isfinite(smooth[-1]) or smooth[-1] > _EXPLODED * min(smooth)
+
+
+def judged(rates: Sequence[float], losses: Sequence[float], smooth: Sequence[float], stopped: str) -> Found:
+    """What the curve suggests. `stopped`: why it ended before its last rate; '' if it did not."""
+    at = int(np.argmin(smooth))
+    lowest, steepest = rates[at], None
+    if at:
+        slopes = np.gradient(np.array(smooth[: at + 1]), np.log10(rates[: at + 1]))
+        steepest = rates[int(np.argmin(slopes))]
+    if steepest is None:
+        suggested, why = None, "none: the loss never fell; begin lower with --from, or give it more --steps"
+    elif at == len(smooth) - 1:
+        suggested, why = steepest, "the steepest descent: the loss still fell at the last rate; see more with --to"
+    else:
+        suggested, why = lowest / 10, f"a tenth of {lowest:.2g}, where the loss is lowest: behind it it rises"
+    fall, scatter = max(smooth[: at + 1]) - smooth[at], float(np.std(np.subtract(losses, smooth)[: at + 1]))
+    if suggested and fall < _CLEAR * scatter:
+        why += (
+            f". Not to be relied on: the smoothed loss fell by {fall:.2g} and that of single steps scatters by "
+            f"{scatter:.2g}; give it a larger train.batch_size or more --steps"
+        )
+    return Found(suggested, why, lowest, steepest, stopped, tuple(rates), tuple(losses), tuple(smooth))
+
+
+def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Found:
+    """The test, its table, and lr-find.json and lr-find.png in `out`, or beside run.out, of which nothing is touched.
+
+    Raises:
+        LaunchError: several processes.
+        WastedError: what a training would raise at its start.
+    """
+    if (num := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise LaunchError(
+            f"lr-find was started as {num} processes",
+            "each would do the same test and write the same files",
+            "start it without a launcher: the global batch is the one of the settings at any number of processes",
+        )
+    rates, folder = options.rates(), out or Path(f"{settings.run.out.rstrip('/')}.lr-find")
+    with closing(runtime.start(settings)) as world, dataloaders.opened(settings, world) as data:
+        found = _measured(settings, world, data, rates, say)
+        record = asdict(found) | {
+            "settings": settings.model_dump(mode="json"),
+            "manifest": data.manifest.sha256,
+            "precision": world.precision,
+            "device": world.device.type,
+            "micro_batch": world.micro_batch,
+            "code": environment.commit(),
+        }
+    with storage("making the folder", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "lr-find.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(folder / "lr-find.png", _picture(found))
+    say("\n".join([*_table(found), f"written: {folder}/lr-find.json, {folder}/lr-find.png"]))
+    return found
+
+
+def _measured(
+    settings: Settings, world: runtime.Runtime, data: dataloaders.Inputs, rates: Sequence[float], say: Say
+) -> Found:
+    """Trains with one rate after the other until the loss explodes. Waits for each loss, which a training does not."""
+    model, origin = build_model.made(settings, world, len(data.manifest.classes))
+    optimizer = optimizers.build(model, settings.optimizer)
+    recipe = Recipe(settings, world, data, model)
+    ddp, stepper = world.prepare(model, optimizer)
+    progress = Progress(Lineage.of(settings, data.manifest))
+    world, progress = micro_batch.settled(settings, world, recipe, model, progress)
+    say(messages.facts(settings, world, data, len(rates), origin))
+    losses: list[float] = []
+    smooth: list[float] = []
+    stopped = ""
+    batches = data.batches(0, len(rates), world)
+    with progress_bar("range test", len(rates)) as advance:
+        for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
+            world.raise_together(batch.failure)
+            progress = replace(progress, step=step, damaged=progress.damaged + len(batch.damage))
+            if batch.damage:
+                messages.report_damage(world, say, batch.damage, progress.damaged, settings.data.max_damaged)
+            recipe.begin_step(optimizer, progress)
+            optimizers.set_learning_rate(optimizer, rate)
+            total = torch.zeros((), device=world.device)
+            for micro in world.micro_batches(batch, ddp):
+                images_BCHW, targets = recipe.inputs(micro, batch.epoch)
+                loss = recipe.loss(ddp(images_BCHW), targets)
+                world.accelerator.backward(loss)
+                total += loss.detach()
+            recipe.clip(is_asked=False)
+            stepper.step()
+            stepper.zero_grad()
+            if not isfinite(found := float(total)):
+                stopped = f"step {step + 1} of {len(rates)}, with the rate {rate:.2g}: its loss is {found}"
+                break
+            losses.append(found)
+            smooth = smoothed(losses, _LAG * len(rates))
+            advance()
+            if has_exploded(smooth):
+                stopped = f"step {step + 1} of {len(rates)}: {_EXPLODED:g} times the best smoothed loss"
+                break
+    if not losses:
+        raise SettingsError(
+            f"the loss of the first step is no number, with the rate {rates[0]:g}",
+            "there is no curve to judge by",
+            "look at the images with --check, or set precision to fp32",
+        )
+    return judged(rates[: len(losses)], losses, smooth, stopped)
+
+
+def _table(found: Found) -> list[str]:
+    every = max(1, -(-len(found.rates) // _TABLE_ROWS))
+    rows = list(zip(found.rates, found.losses, found.smoothed, strict=True))
+    lines = [f"{rate:8.1e}  {loss:8.4f}  {smooth:8.4f}" for rate, loss, smooth in (*rows[:-1:every], rows[-1])]
+    steepest = "nowhere" if found.steepest_at is None else f"at {found.steepest_at:.2g}"
+    return [
+        "    rate      loss  smoothed",
+        *lines,
+        f"stopped at {found.stopped}" if found.stopped else "went to the last rate",
+        f"lowest smoothed loss at {found.lowest_loss_at:.2g}, steepest descent {steepest}",
+        *([f"suggested: optimizer.lr={found.suggested:.2g}"] if found.suggested else []),
+        f"  why: {found.why}",
+    ]
+
+
+def _picture(found: Found) -> bytes:
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(found.rates, found.losses, color="0.75", linewidth=1, label="loss of a step")
+    axes.plot(found.rates, found.smoothed, color="tab:blue", label="smoothed")
+    marks = (("suggested", found.suggested, "tab:green"), ("steepest descent", found.steepest_at, "tab:orange"))
+    for name, rate, colour in (*marks, ("lowest loss", found.lowest_loss_at, "tab:red")):
+        if rate is not None:
+            axes.axvline(rate, color=colour, linestyle="--", linewidth=1, label=f"{name}: {rate:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    # the burst itself would press the rest of the curve flat
+    top = 1.3 * max(found.smoothed[: found.smoothed.index(min(found.smoothed)) + 1])
+    axes.set_ylim(bottom=min(found.losses) - 0.05 * (top - min(found.losses)), top=top)
+    axes.legend(fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()

@@ -1,0 +1,216 @@
+"""What a machine can do, before a run depends on it: versions, devices, precision, shared memory, clocks, all-reduce.
+
+Each check returns findings and never raises for what it is there to find.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import socket
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from wasteddp.errors import LaunchError
+from wasteddp.parallel import usable_cores
+from wasteddp.tools.finding import Finding
+from wasteddp.training.distributed import precision
+from wasteddp.training.distributed.runtime import Runtime
+
+_CONSTRAINTS = Path(__file__).resolve().parents[2] / "launch" / "constraints.txt"
+_DEVELOPMENT = ("hypothesis", "mypy", "pytest", "ruff")
+_LEAST_SHM_BYTES = 1 << 30
+_LEAST_FREE = 0.9  # of a GPU's memory
+_SLOW_ALL_REDUCE_S = 0.5  # on GPUs: a network that is not the one meant
+_ROUNDS = 5
+_MOST_SKEW_S, _WRONG_SKEW_S = 1.0, 60.0
+
+
+def versions_tested(constraints: Path = _CONSTRAINTS) -> dict[str, str]:
+    """The versions that the tests ran with; none where there is no checkout."""
+    if not constraints.exists():
+        return {}
+    found = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s#;]+)", constraints.read_text(), flags=re.MULTILINE)
+    return {name: number for name, number in found if name not in _DEVELOPMENT and not name.startswith("types-")}
+
+
+def check_versions(tested: Mapping[str, str]) -> Finding:
+    """Whether what is installed is what the tests ran with. A local part (+cpu, +cu126) is not compared."""
+    if not tested:
+        return Finding("versions", "yellow", "the list of tested versions is not here", "run it from a checkout")
+    found = {name: _version(name) for name in tested}
+    missing = [name for name, number in found.items() if not number]
+    if missing:
+        remedy = "install them: bash launch/install.sh"
+        return Finding("versions", "red", f"not installed: {', '.join(missing)}", remedy)
+    other = [
+        f"{name} {number} (tested: {tested[name]})"
+        for name, number in found.items()
+        if number.split("+")[0] != tested[name].split("+")[0]
+    ]
+    names = f"Python {platform.python_version()}, torch {found.get('torch', '?')}, accelerate {found.get('accelerate')}"
+    if other:
+        return Finding(
+            "versions",
+            "yellow",
+            f"{names}; other than tested: {', '.join(other)}",
+            "probably fine; to be sure: bash launch/test.sh, or install the tested ones: bash launch/install.sh",
+        )
+    return Finding("versions", "green", f"{names}; {len(found)} packages as tested")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What one rank computes on."""
+
+    rank: int
+    host: str
+    identity: str  # of the physical device; "cpu" for processors
+    name: str
+    free: float  # part of the device's memory
+    threads: int
+    cores: frozenset[int]  # that the rank may run on
+
+
+def device_of(world: Runtime) -> Device:
+    """This rank's. A GPU is known by its UUID: two ranks can name one GPU by two numbers."""
+    if world.device.type != "cuda":
+        identity, name, free = world.device.type, platform.machine(), 1.0
+    else:
+        properties = torch.cuda.get_device_properties(world.device)
+        available, total = torch.cuda.mem_get_info(world.device)
+        identity, name, free = str(properties.uuid), properties.name, available / total
+    return Device(world.rank, socket.gethostname(), identity, name, free, world.threads, usable_cores())
+
+
+def check_devices(devices: list[Device]) -> Finding:
+    """Of all ranks: two on one GPU, more threads than cores, memory that others use, a GPU that is not used."""
+    hosts = Counter(device.host for device in devices)
+    kinds = Counter(device.name if device.identity != "cpu" else f"{device.name} CPU" for device in devices)
+    found = f"{', '.join(f'{count} x {name}' for name, count in kinds.items())} on {len(hosts)} machine(s)"
+    shared = {
+        key: ranks for key in {(d.host, d.identity) for d in devices if d.identity not in ("cpu", "mps")}
+        if len(ranks := [d.rank for d in devices if (d.host, d.identity) == key]) > 1
+    }  # fmt: skip
+    if shared:
+        (host, identity), ranks = next(iter(shared.items()))
+        return Finding(
+            "devices",
+            "red",
+            f"{found}; ranks {', '.join(map(str, ranks))} share the GPU {identity} of {host}",
+            "start one process for each GPU: check --num_processes and CUDA_VISIBLE_DEVICES",
+        )
+    full = [device for device in devices if device.free < _LEAST_FREE]
+    if full:
+        return Finding(
+            "devices",
+            "yellow",
+            f"{found}; others use {1 - full[0].free:.0%} of the memory of rank {full[0].rank}'s GPU on {full[0].host}",
+            "end what runs there (nvidia-smi shows it), or lower train.max_micro_batch",
+        )
+    for host in hosts:
+        here = [device for device in devices if device.host == host and device.identity == "cpu"]
+        cores = frozenset[int]().union(*(device.cores for device in here))
+        if here and sum(device.threads for device in here) > len(cores):
+            return Finding(
+                "devices",
+                "yellow",
+                f"{found}; {sum(d.threads for d in here)} threads on the {len(cores)} cores of {host}",
+                "set run.threads to 0 or lower: threads that wait for each other slow training many times over",
+            )
+    if devices and devices[0].identity == "cpu" and Path("/dev/nvidia0").exists():
+        return Finding(
+            "devices",
+            "red",
+            f"{found}; there is an NVIDIA GPU, and torch {torch.__version__} does not see it",
+            "install a torch for CUDA, or check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES",
+        )
+    return Finding("devices", "green", found)
+
+
+def check_precision(asked: str) -> Finding:
+    has_gpu = torch.cuda.is_available()
+    if has_gpu and asked == "auto":
+        return Finding("precision", "green", "auto: bf16 or fp16, by what is measured to be faster when a run begins")
+    try:
+        precision.refuse_impossible(asked, has_gpu=has_gpu)
+    except LaunchError as error:
+        return Finding("precision", "red", error.found, error.remedy)
+    chosen = precision.choose(asked, has_gpu=has_gpu, kept=precision.NOTHING_KEPT, measure=lambda _: {})
+    if "emulates" in chosen.reason:
+        return Finding(
+            "precision", "yellow", f"{chosen.name}: {chosen.reason}", "set precision to auto or fp32: it is faster"
+        )
+    return Finding("precision", "green", f"{chosen.name}: {chosen.reason}")
+
+
+def check_shared_memory(num_gpus: int, path: Path = Path("/dev/shm")) -> Finding:
+    """NCCL passes messages between the GPUs of a node through it. Our loaders are threads and need none."""
+    if not path.exists():
+        return Finding("/dev/shm", "green", f"no {path} on {sys.platform}; only NCCL needs it")
+    free = shutil.disk_usage(path).free
+    found = f"{free / 1e9:.1f} GB free"
+    if free < _LEAST_SHM_BYTES and num_gpus > 1:
+        return Finding("/dev/shm", "yellow", found, "in a container: start it with --shm-size=2g or --ipc=host")
+    return Finding("/dev/shm", "green", found)
+
+
+def check_clocks(times: list[float]) -> Finding:
+    """Of all ranks, taken at one moment: log lines and dashboards of machines that disagree cannot be compared."""
+    skew = max(times) - min(times)
+    found = f"{time.strftime('%F %T %Z', time.localtime(times[0]))}; {skew:.2f} s between the earliest and the latest"
+    if skew > _WRONG_SKEW_S:
+        return Finding("clock", "red", found, "set the clocks (chronyd, ntpd): downloads and W&B refuse wrong times")
+    if skew > _MOST_SKEW_S:
+        return Finding("clock", "yellow", found, "set the clocks (chronyd, ntpd), or the machines' logs will not match")
+    return Finding("clock", "green", found if len(times) > 1 else found.partition(";")[0])
+
+
+def check_all_reduce(world: Runtime, num_bytes: int) -> Finding:
+    """All ranks: adds up tensors of the model's size, as each step does with the gradients, and looks at the sums."""
+    if world.world_size == 1:
+        return Finding("all-reduce", "green", "one process: nothing to add up")
+    small = torch.arange(1000, dtype=torch.float32, device=world.device) + world.rank
+    expected = torch.arange(1000, dtype=torch.float32) * world.world_size + sum(range(world.world_size))
+    right = torch.equal(world.sum(small).cpu(), expected)
+    wrong = world.totals(not right)[0]
+    large = torch.ones(num_bytes // 4, device=world.device)
+    seconds = []
+    for _ in range(_ROUNDS):
+        world.totals(0)  # all start at once
+        began = time.perf_counter()
+        float(world.sum(large)[0])  # reading it waits for the GPU
+        seconds.append(time.perf_counter() - began)
+    median = statistics.median(seconds[1:])
+    found = f"{num_bytes / 1e6:.0f} MB of gradients in {1000 * median:.0f} ms, {num_bytes / median / 1e9:.2f} GB/s"
+    if wrong:
+        return Finding(
+            "all-reduce",
+            "red",
+            f"wrong sums on {wrong} of {world.world_size} ranks",
+            "training would be wrong without a word: try NCCL_P2P_DISABLE=1 and update driver and NCCL",
+        )
+    if world.device.type == "cuda" and median > _SLOW_ALL_REDUCE_S:
+        return Finding(
+            "all-reduce",
+            "yellow",
+            f"{found}, right",
+            "slow for GPUs: set NCCL_SOCKET_IFNAME to the fast network; NCCL_DEBUG=INFO shows which one is used",
+        )
+    return Finding("all-reduce", "green", f"{found}, right on all {world.world_size} ranks")

@@ -1,0 +1,73 @@
+"""Keeps the best model of a run: the bundle that `predict` needs, and what it was measured at."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from wasteddp import __version__
+from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
+from wasteddp.data.manifest import Manifest
+from wasteddp.inference.bundle import Averaged, BundleCard, Hashes, Preprocessing, Trained, save_bundle
+from wasteddp.inference.evaluation_files import save_seen
+from wasteddp.inference.reliability import Seen
+from wasteddp.settings import Settings
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed.runtime import Runtime
+
+
+def save_best(
+    weights: Mapping[str, torch.Tensor],
+    *,
+    card: BundleCard,
+    seen: Seen,
+    settings: Settings,
+    world: Runtime,
+    data: Inputs,
+) -> None:
+    """The bundle, then what it was measured at. Rank 0, in the thread that writes checkpoints."""
+    out = Path(settings.run.out)
+    card = save_bundle(out / "model", card, weights)
+    save_seen(
+        out / "evaluations" / seen.split,
+        seen,
+        data.val_reader.source,
+        card,
+        manifest_sha256=data.manifest.sha256,
+        options={
+            "split": seen.split,
+            "shards": settings.data.shards,
+            "by": "training",
+            "precision": world.precision,
+            "device": world.device.type,
+        },
+    )
+
+
+def card_of(settings: Settings, manifest: Manifest, progress: Progress, *, epoch: int, commit: str) -> BundleCard:
+    """What the bundle says of the model that was just found to be the best."""
+    assert progress.best_value is not None  # it has been evaluated
+    return BundleCard(
+        arch=settings.model.arch,
+        classes=manifest.classes,
+        preprocessing=Preprocessing(
+            image_size_px=settings.data.eval_size_px,
+            resize_px=settings.data.eval_resize_px,
+            mean=MEAN_RGB,
+            std=STD_RGB,
+        ),
+        trained=Trained(step=progress.step, epoch=epoch, metric=settings.evaluate.metric, value=progress.best_value),
+        hashes=Hashes(
+            manifest=manifest.sha256,
+            settings=hashlib.sha256(settings.to_yaml().encode()).hexdigest(),
+            code=commit,
+            teacher=progress.lineage.teacher,
+        ),
+        tool=f"wasteddp {__version__}",
+        bins=dict(manifest.bins),
+        averaged=Averaged(ema_decay=settings.train.ema_decay),
+    )

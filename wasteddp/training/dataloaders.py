@@ -1,0 +1,202 @@
+"""Opens what a run reads: manifest, plan, loaders of the training and the evaluation split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from wasteddp.data.batch import Batch
+from wasteddp.data.dataset import opened as opened_set
+from wasteddp.data.decoding.pool import DecodeServer
+from wasteddp.data.decoding.workers import default_workers
+from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
+from wasteddp.data.manifest import Manifest, Split
+from wasteddp.data.process_loader import print_warning
+from wasteddp.data.reader import SplitReader
+from wasteddp.data.train_plan import train_plan
+from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
+from wasteddp.order.plan import EvaluationPlan, TrainPlan
+from wasteddp.order.shuffle_quality import Labels
+from wasteddp.settings import Settings
+from wasteddp.training.cache_forecast import Foresight, ranks_here
+from wasteddp.training.device_batches import copied_ahead
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.schedule import side_px
+from wasteddp.training.watchdog.signals import STOP
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Open for the length of a run."""
+
+    manifest: Manifest
+    plan: TrainPlan
+    train_loader: AnyLoader
+    val_loader: AnyLoader
+    val_reader: SplitReader
+    foresight: Foresight
+    train: Split
+    val: Split
+    train_labels: Labels
+
+    @property
+    def share_of_classes(self) -> tuple[float, ...]:
+        """Part of what is trained on that is of each class: of the draws, where they are balanced; sums to 1."""
+        counts = self.plan.balance.quotas.tolist() if self.plan.balance else self.train.samples_per_class
+        return tuple(count / sum(counts) for count in counts)
+
+    def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
+        """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run.
+
+        What ends them early is told in the place of a batch: raised here, the other ranks would wait for this one. A
+        wait for a store that a signal ended is no failure: the loop sees the signal, and all ranks save what they have.
+        """
+        steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
+        self.foresight.train_reader.expect(self.foresight.others(first_step, last_step))
+        try:
+            yield from copied_ahead(self.train_loader.batches(steps), world.device)
+        except StoppedError as error:
+            yield replace(Batch.failed(error), failure=None)
+        except WastedError as error:
+            yield Batch.failed(error)
+
+    def at_work(self) -> str:
+        """What the loaders' threads are at, for whoever waits for them."""
+        return self.train_loader.at_work() or self.val_loader.at_work()
+
+
+@contextmanager
+def opened(settings: Settings, world: Runtime, server: DecodeServer | None = None) -> Iterator[Inputs]:
+    """All ranks: the inputs, closed at the end of the block.
+
+    Args:
+        server: of the decoding processes, if it was started before (`started_early`).
+
+    Raises:
+        ShardError, SettingsError: on every rank, if one of them cannot open or use the shards.
+    """
+    with ExitStack() as stack:
+        with world.together():
+            refuse_device_decoding(settings, world.device.type)
+            shards = stack.enter_context(opened_set(settings.data, rank=world.rank, stopped=STOP.__bool__))
+            manifest = shards.manifest
+            train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
+            refuse_untrainable(manifest, train.name)
+            train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
+            val_reader = stack.enter_context(shards.reader(val.name, stopped=STOP.__bool__))
+            plan = train_plan(train, settings, train_reader.labels)
+            foresight = Foresight(
+                train_plan=plan,
+                train_reader=train_reader,
+                val_plan=EvaluationPlan(val.num_samples, settings.evaluate.batch_size),
+                val_reader=val_reader,
+                evaluate_every=settings.evaluate.every_steps or plan.steps_per_epoch,
+                rank=world.rank,
+                ranks=ranks_here(world.rank, world.world_size),
+                world_size=world.world_size,
+            )
+            num_steps, in_flight = plan.steps_per_epoch * settings.train.epochs, settings.data.prefetch + 1
+            shards.require_room(foresight.train_windows(num_steps, in_flight), foresight.val_windows(in_flight))
+        refuse_different_sets(manifest, world)
+        processes = settings.data.uses_processes(world.device.type)
+        workers = settings.data.num_workers or default_workers(
+            world.cores if processes else world.threads, processes=processes
+        )
+        if processes and server is None:
+            server = stack.enter_context(DecodeServer())
+        pin_memory = world.device.type == "cuda"
+        train_loader = training_loader(
+            train_reader,
+            seed=settings.run.seed,
+            image_size_px=partial(side_px, settings=settings),
+            crop_scale=settings.augment.crop_scale,
+            crop_ratio=settings.augment.crop_ratio,
+            workers=workers,
+            prefetch=settings.data.prefetch,
+            pin_memory=pin_memory,
+            idle=world.device.type == "cpu",
+            on_device=settings.data.decode == "gpu",
+            processes=processes,
+            largest_px=settings.data.image_size,
+            server=server,
+            warn=lambda words: print_warning(f"rank {world.rank}: {words}"),
+        )
+        val_loader = evaluation_loader(
+            val_reader,
+            image_size_px=settings.data.eval_size_px,
+            resize_px=settings.data.eval_resize_px,
+            workers=workers,
+            pin_memory=pin_memory,
+            processes=processes,
+            server=server,
+            warn=lambda words: print_warning(f"rank {world.rank}: {words}"),
+        )
+        for loader in (train_loader, val_loader):
+            stack.callback(loader.close)
+        stack.callback(shards.end_fetching)  # before the loaders' threads are waited for: they may wait for a store
+        yield Inputs(
+            manifest=manifest,
+            plan=plan,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            val_reader=val_reader,
+            foresight=foresight,
+            train=train,
+            val=val,
+            train_labels=train_reader.labels,
+        )
+
+
+@contextmanager
+def started_early(settings: Settings) -> Iterator[DecodeServer | None]:
+    """The server of the decoding processes, where there will be some: it imports its modules while this process joins
+    the others and starts CUDA."""
+    if not settings.data.uses_processes("cuda" if torch.cuda.is_available() else "cpu"):
+        yield None
+        return
+    with DecodeServer() as server:
+        yield server
+
+
+def refuse_device_decoding(settings: Settings, device_type: str) -> None:
+    """Where there is no GPU to decode on."""
+    if settings.data.decode == "gpu" and device_type != "cuda":
+        raise SettingsError(
+            f"data.decode is gpu and this process computes on {device_type}",
+            "its images would never be decoded",
+            "set data.decode to cpu, or start it on a machine with a CUDA device",
+        )
+
+
+def refuse_different_sets(manifest: Manifest, world: Runtime) -> None:
+    """All ranks: each may have a copy, or a moment of the store, of its own."""
+    found = world.gather(manifest.sha256)
+    other = next((rank for rank, sha256 in enumerate(found) if sha256 != found[0]), None)
+    if other is not None:
+        raise ShardError(
+            f"{manifest.where}: rank 0 reads the manifest {found[0][:12]} and rank {other} {found[other][:12]}",
+            "the ranks would train on different sets of images",
+            "copy the same set to every machine, and let none be written while training starts",
+        )
+
+
+def refuse_untrainable(manifest: Manifest, split: str) -> None:
+    """A classifier needs two classes, and images of each."""
+    if len(manifest.classes) < 2:
+        raise ShardError(
+            f"{manifest.where} has one class only: {', '.join(manifest.classes) or 'none'}",
+            "every answer would be right and nothing would be learned",
+            "shard at least two classes",
+        )
+    counts = zip(manifest.classes, manifest.splits[split].samples_per_class, strict=True)
+    empty = [name for name, count in counts if count == 0]
+    if empty:
+        raise ShardError(
+            f"the split {split!r} of {manifest.where} has no image of {', '.join(empty)}",
+            "the model could never learn to say it",
+            "add images of it, or leave the class out, and shard again",
+        )

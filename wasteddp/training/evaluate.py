@@ -1,0 +1,112 @@
+"""One pass over a split, on all ranks, that proves it counted each sample once.
+
+Legend: B images in a rank's batch, K classes.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+from wasteddp.data.augmentation.to_device import to_device
+from wasteddp.data.decoding.crop import normalise
+from wasteddp.data.loader import evaluation_steps
+from wasteddp.errors import ShardError, StoppedError, WastedError
+from wasteddp.inference.metrics import summarise
+from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
+from wasteddp.order.plan import PADDING, EvaluationPlan
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.watchdog.signals import STOP
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tuple[dict[str, float], Seen]:
+    """All ranks: the "val/..." metrics of the evaluation split, and the split in figures; the same on every rank.
+
+    Args:
+        model: prepared by Accelerate; its running statistics the same on every rank. Left in eval mode.
+        batch: images that each rank takes through the network at once.
+
+    Raises:
+        DamagedSampleError: on every rank, when a sample of one of them cannot be read.
+        ShardError: the samples counted are not those of the manifest.
+        StoppedError: on every rank, when one of them was asked to stop.
+    """
+    began = time.perf_counter()
+    split, classes = data.val, data.manifest.classes
+    plan = EvaluationPlan(split.num_samples, batch)
+    num_classes = len(classes)
+    # Everything stays on the device until the end, so that no batch waits for the one before it:
+    # [K * K] counts of (true, predicted), the sum of the losses, and rows of (label, predicted, confidence, of truth)
+    counts = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=runtime.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    samples, rows = [np.zeros(0, np.int64)], [torch.zeros((4, 0), device=runtime.device)]
+    model.eval()
+    failure: WastedError | None = None
+    try:
+        batches = data.val_loader.batches(evaluation_steps(plan, rank=runtime.rank, world_size=runtime.world_size))
+        for item in runtime.watch.over(batches, "evaluating"):
+            if STOP:
+                raise StoppedError("the run was asked to stop while it evaluated")
+            real = to_device(item.samples != PADDING, runtime.device)
+            labels_B = item.labels_B.to(runtime.device, non_blocking=True)
+            logits_BK = model(normalise(item.images_BCHW.to(runtime.device, non_blocking=True))).float()
+            losses_B = nn.functional.cross_entropy(logits_BK, labels_B, reduction="none")
+            confidence_B, predicted_B = logits_BK.softmax(1).max(1)
+            # multiplied by 0 where padded: to pick rows by a mask, or count with bincount, the host asks the device
+            loss_sum += (losses_B * real).sum()
+            counts.scatter_add_(0, labels_B * num_classes + predicted_B, real.long())
+            samples.append(item.samples)
+            # exp(-cross-entropy) is the probability of the true class; float32 counts classes exactly up to 16 million
+            rows.append(torch.stack([labels_B, predicted_B, confidence_B, (-losses_B).exp()]))
+    except WastedError as error:
+        failure = error
+    with runtime.together():  # the forward passes above hold no collective: eval mode, no gradients
+        if failure:
+            raise failure
+    confusion = runtime.sum(counts).cpu().numpy().reshape(num_classes, num_classes)  # all ranks
+    total_loss = float(runtime.sum(loss_sum))  # all ranks
+    if confusion.sum(1).tolist() != list(split.samples_per_class):
+        raise ShardError(
+            f"the evaluation counted {confusion.sum(1).tolist()} samples of the classes; "
+            f"the manifest says {list(split.samples_per_class)}",
+            "an accuracy over other samples than the split's would be reported as the split's",
+            "check the set with `wasteddp verify`",
+        )
+    metrics = summarise(confusion)
+    seen_samples = np.concatenate(samples)
+    real_rows = torch.cat(rows, dim=1).cpu().numpy()[:, seen_samples != PADDING]
+    labels, predicted, confidence, of_truth = real_rows
+    answers = Answers(
+        seen_samples[seen_samples != PADDING],
+        labels.astype(np.int64),
+        predicted.astype(np.int64),
+        confidence,
+        of_truth,
+    )
+    parts = runtime.gather((Reliability.of(answers), Mistakes.of(answers)))  # all ranks
+    seen = Seen(
+        split=split.name,
+        classes=classes,
+        confusion=confusion,
+        metrics=metrics,
+        reliability=Reliability.merged(part for part, _ in parts),
+        mistakes=Mistakes.merged(part for _, part in parts),
+    )
+    return {
+        "val/loss": total_loss / plan.num_samples,
+        "val/accuracy": metrics.accuracy,
+        "val/macro_recall": metrics.macro_recall,
+        "val/macro_f1": metrics.macro_f1,
+        "val/samples": metrics.num_samples,
+        "val/seconds": time.perf_counter() - began,
+        **{
+            f"val/recall/{name}": one.recall
+            for name, one in zip(classes, metrics.per_class, strict=True)
+            if one.support  # of a class without samples it is unknown
+        },
+    }, seen

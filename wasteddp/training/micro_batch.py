@@ -1,0 +1,140 @@
+"""train.max_micro_batch 0: how many images at once. Found when a run begins, remembered in its checkpoints.
+
+A micro-batch is one of BatchNorm's groups, so its size is a part of the result: a resumed run takes the size with which
+it began, not what would fit now. The global batch, and with it the schedule, stays as set; accumulation follows.
+
+On a GPU sizes are tried, by bisection among the divisors of a process's share of the global batch: a forward and a
+backward pass of the real recipe, at the largest image size of the run, on copies of the weights, beside as much memory
+as the optimizer, the loader and a reserve will hold. The size is the largest that fits on every rank. On a CPU, whose
+memory is seldom what limits, it is the largest divisor up to `runtime.MOST_UNTRIED`, without trying.
+"""
+
+from __future__ import annotations
+
+import gc
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from wasteddp.data.batch import Batch
+from wasteddp.errors import DeviceMemoryError
+from wasteddp.order.plan import micro_batch
+from wasteddp.settings import Settings
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.state import ONE_MOMENT
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.recipe import Recipe
+
+_RESERVE = 0.1  # of the GPU's memory: fragments, other sizes of cuDNN's workspaces, buckets of gradients
+_BATCHES_AHEAD = 2  # of a rank's share, as bytes on the GPU: the one that is trained on and the next
+
+
+def settled(
+    settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module, progress: Progress
+) -> tuple[Runtime, Progress]:
+    """All ranks, behind the restoring of a checkpoint: the runtime with its micro-batch, and the progress that has it.
+
+    Without train.max_micro_batch 0 both are returned as they came. What was given the runtime before may keep it: only
+    the loop asks for the size.
+
+    Args:
+        model: bare, with autocast as Accelerate prepares it; it is left as it is.
+
+    Raises:
+        DeviceMemoryError: on every rank: not even one image fits.
+    """
+    if settings.train.max_micro_batch:
+        return world, progress
+    share = world.micro_batch * world.accumulation
+    if progress.micro_batch:
+        size = progress.micro_batch
+        reason = "as when the run began"
+        if share % size:
+            reason = f"the run began with {size}, which does not divide {share}: BatchNorm's groups are others now"
+    elif world.device.type == "cuda":
+        world.watch.at("trying how many images fit", slow=True)
+        size = min(world.gather(most_that_fit(share, _tried(settings, world, recipe, model))))  # all ranks
+        if not size:
+            raise _nothing_fits(settings)
+        reason = f"the most of {share} that fit on every GPU with {_RESERVE:.0%} of its memory to spare"
+    else:
+        size, reason = world.micro_batch, world.micro_batch_reason
+    fitting, accumulation = micro_batch(
+        global_batch=settings.train.batch_size, world_size=world.world_size, max_micro_batch=size
+    )
+    world = replace(world, micro_batch=fitting, accumulation=accumulation, micro_batch_reason=reason)
+    return world, replace(progress, micro_batch=size)
+
+
+def most_that_fit(images: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of `images` for which `fits` is true; 0, if it is for none. What is larger fits no better."""
+    divisors = [size for size in range(1, images + 1) if images % size == 0]
+    number = bisect_left(divisors, True, key=lambda size: not fits(size))
+    return divisors[number - 1] if number else 0
+
+
+def _tried(settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module) -> Callable[[int], bool]:
+    def fits(size: int) -> bool:
+        fitted = True
+        try:
+            attempt(size, settings, world, recipe, model)
+        except torch.OutOfMemoryError:
+            fitted = False
+        # behind the handler: the error holds the frames of the attempt, and so its tensors
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)  # or memory/peak_mb would tell of the attempts
+        return fitted
+
+    return fits
+
+
+def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module) -> None:
+    """This rank: a step with `size` images in a micro-batch, in as much memory as it will have, leaving no trace.
+
+    Not through DDP: a rank that runs out of memory would leave the others in a collective. On copies of the weights,
+    since DDP's hooks on the real ones count their backward passes.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    device, side = world.device, settings.data.image_size
+    share = world.micro_batch * world.accumulation
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    kept = [torch.empty(int(_RESERVE * total) + _BATCHES_AHEAD * share * 3 * side**2, dtype=torch.uint8, device=device)]
+    weights = {
+        name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in model.named_parameters()
+    }
+    if settings.optimizer.name not in ONE_MOMENT:  # the copies of the weights stand for the first moment
+        kept += [torch.empty_like(tensor) for tensor in weights.values()]
+    gradients = [torch.empty_like(tensor) for tensor in weights.values()]  # of what was before
+    buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    images = torch.zeros((size, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # channels-last, as the loader's
+    samples = np.arange(size, dtype=np.int64)
+    batch = Batch(0, 0, images, torch.zeros(size, dtype=torch.int64), samples, samples, ())
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.eval()  # it would wait for the other ranks; a step begins by setting it to training again
+    generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with generators, torch.compiler.set_stance("force_eager"):  # compiling each size would take minutes
+        images_BCHW, targets = recipe.inputs(batch, 0)
+        logits_BK = functional_call(model, {**weights, **buffers}, (images_BCHW,))
+        loss = recipe.loss(logits_BK, targets)
+        gradients.clear()
+        torch.autograd.backward(loss)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _nothing_fits(settings: Settings) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"{settings.model.arch} does not take one image of {settings.data.image_size} px on every GPU with "
+        f"{_RESERVE:.0%} of the memory to spare",
+        "no micro-batch would fit",
+        "lower data.image_size, take a smaller model.arch, or close what else uses the GPU (nvidia-smi shows it)",
+    )

@@ -1,0 +1,118 @@
+"""Pictures of a run, kept in its folder, so that a dashboard can be given them at any time.
+
+    runs/<name>/media/step-00000000/gallery.json    augmented training images, as the network sees them
+    runs/<name>/media/step-00000120/gallery.json    the surest mistakes of the evaluation at step 120, and its confusion
+                                    00.jpg ...
+
+A folder takes its name when it is whole. The same step once more, after a kill, replaces it by the same pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from wasteddp.data import gpu_decoding
+from wasteddp.data.augmentation.augment import Augment
+from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
+from wasteddp.data.decoding.decode import ImageHWC
+from wasteddp.data.encode import encode_jpeg
+from wasteddp.inference.reliability import Seen
+from wasteddp.training.dataloaders import Inputs
+
+_FILE = "gallery.json"
+_SIDE_PX = 160  # of a thumbnail
+_QUALITY = 88
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A JPEG and what there is to say of it."""
+
+    jpeg: bytes
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """`kind` is "augmented" or "mistakes"; confusion [K, K], rows true, only of an evaluation."""
+
+    kind: str
+    pictures: Sequence[Picture]
+    classes: tuple[str, ...]
+    confusion: list[list[int]] = field(default_factory=list)
+
+
+def augmented(data: Inputs, augment: Augment, count: int) -> Gallery:
+    """The first training images of the run, cropped and augmented as the network will see them."""
+    samples = data.plan.step_samples(0, 0, rank=0, world_size=1)[:count]
+    batch = next(data.train_loader.batches([(0, 0, samples)]))
+    gpu_decoding.fill(batch.images_BCHW, batch.encoded_B)  # here: no device has got this batch
+    normalised_BCHW = augment(batch.images_BCHW, batch.samples, 0)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN_RGB, STD_RGB))
+    pixels_BCHW = ((normalised_BCHW * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    labels = [data.manifest.classes[label] for label in batch.labels_B.tolist()]
+    pictures = [
+        Picture(_thumbnail(pixels), {"true": label})
+        for pixels, label in zip(pixels_BCHW.permute(0, 2, 3, 1).numpy(), labels, strict=True)
+    ]
+    return Gallery("augmented", pictures, data.manifest.classes)
+
+
+def mistakes(data: Inputs, seen: Seen, count: int) -> Gallery:
+    """What the model was surest of and wrong about, the worst first, read once more from the shards."""
+    chosen = seen.mistakes.surest[:count]
+    samples = np.array([mistake.sample for mistake in chosen], dtype=np.int64)
+    pictures = []
+    if chosen:
+        pixels_BHWC = next(data.val_loader.batches([(0, 0, samples)])).images_BCHW.permute(0, 2, 3, 1).numpy()
+        for pixels, mistake in zip(pixels_BHWC, chosen, strict=True):
+            facts = {
+                "source": data.val_reader.source(mistake.sample),
+                "true": seen.classes[mistake.true],
+                "predicted": seen.classes[mistake.predicted],
+                "probability": mistake.confidence,
+            }
+            pictures.append(Picture(_thumbnail(pixels), facts))
+    return Gallery("mistakes", pictures, seen.classes, seen.confusion.tolist())
+
+
+def save(folder: Path, step: int, gallery: Gallery) -> None:
+    """Into `folder`/media."""
+    final = folder / "media" / f"step-{step:08d}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    entries = []
+    for number, picture in enumerate(gallery.pictures):
+        name = f"{number:02d}.jpg"
+        (temporary / name).write_bytes(picture.jpeg)
+        entries.append({"file": name, **picture.facts})
+    content = {"kind": gallery.kind, "classes": gallery.classes, "confusion": gallery.confusion, "pictures": entries}
+    (temporary / _FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+def listed(folder: Path, first: int, last: int) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(folder of the pictures, gallery.json) of the steps `first` .. `last`, the oldest first."""
+    for path in sorted((folder / "media").glob("step-*")):
+        if first <= int(path.name.removeprefix("step-")) <= last:
+            yield path, json.loads((path / _FILE).read_text(encoding="utf-8"))
+
+
+def _thumbnail(pixels_HWC: ImageHWC) -> bytes:
+    side = max(pixels_HWC.shape[:2])
+    if side > _SIDE_PX:
+        scale = _SIDE_PX / side
+        size = (max(1, round(pixels_HWC.shape[1] * scale)), max(1, round(pixels_HWC.shape[0] * scale)))
+        pixels_HWC = np.asarray(Image.fromarray(pixels_HWC).resize(size, Image.Resampling.LANCZOS))
+    return encode_jpeg(np.ascontiguousarray(pixels_HWC), quality=_QUALITY)

@@ -1,0 +1,213 @@
+"""`profile.steps`: a trace of some steps, and in words what they waited for.
+
+Each moment of the steps is counted once, by what comes first of: the device computed; ranks talked; the loop waited for
+a batch; nothing of these, which is Python. Communication and loading that overlap with computation count as
+computation.
+
+Python has two causes that need opposite remedies. Either the loop's thread was busy, launching kernels that are too
+small; or it was starved: other threads of the process held the GIL, or other programs held the cores. A busy thread
+uses as much CPU time as time passes. So that part of Python's share is starvation which is longer than the CPU time of
+the loop's thread in the steps; without the backward pass on a GPU, which a thread of torch launches while the loop's
+waits. It is the least that must have been starvation: CPU time that overlaps with the device's work is subtracted too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from wasteddp.data.manifest import write_atomically
+from wasteddp.errors import storage
+from wasteddp.settings import Profile
+from wasteddp.training.distributed.runtime import Runtime
+
+Item = TypeVar("Item")
+Span = tuple[float, float]  # begin and end, us
+Shares = dict[str, float]  # of the steps' time: those of KINDS add up to 1; "starved" is a part of "Python"
+
+KINDS = ("device", "communication", "data", "Python")
+_BACKWARD = "autograd::engine::evaluate_function"  # torch's name for one operation of the backward pass
+_STEP, _WAIT = "wasteddp: step", "wasteddp: waiting for data"
+_TALK = ("gloo:", "nccl:", "c10d::", "ncclDevKernel", "ncclKernel", "mpi:", "ucc:")
+
+_REMEDIES = {
+    "data": "let more workers decode (data.workers), read ahead further (data.prefetch), keep the shards on a local "
+    "disk, or shrink the images once (wasteddp shard --max-side)",
+    "device": "this is as it should be; faster are a lower precision, smaller images, a smaller network, more devices",
+    "communication": "give each rank more to do between two messages (a larger train.batch_size), use fewer ranks, or "
+    "a faster network; where one rank is slower than the others, that one is what they wait for",
+    "Python": "give each call more to do: a larger train.max_micro_batch, or larger images; see the gaps in the trace",
+    "starvation": "leave the loop's thread the GIL and a core: decode in processes or in fewer threads (data.workers), "
+    "with fewer workers, ranks and other programs than there are cores; larger micro-batches do not help",
+}
+
+
+class Say(Protocol):
+    def __call__(self, message: str) -> None: ...
+
+
+class Profiler:
+    """Watches the steps `profile.skip` .. `profile.skip + profile.steps` of this start. Made and called on all ranks.
+
+    Args:
+        folder: for `trace.json.gz` and `verdict.txt`, of rank 0.
+    """
+
+    def __init__(self, asked: Profile, world: Runtime, folder: Path, say: Say) -> None:
+        self._asked, self._world, self._folder, self._say = asked, world, folder, say
+        self._seen = 0
+        self._profile: Any = None
+        self._step: Any = None
+        self._step_cpu_s, self._cpu_s = 0.0, 0.0  # CPU time of this thread: as the step began, and in all steps
+
+    def watched(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The same batches; where nothing is to be profiled, the very same iterator."""
+        return self._watched(batches) if self._asked.steps else batches
+
+    def step_done(self) -> None:
+        """All ranks: behind the optimizer's step, before anything is measured, evaluated or saved."""
+        self._seen += 1
+        if self._step:
+            self._step.__exit__(None, None, None)
+            self._step = None
+            self._cpu_s += time.thread_time() - self._step_cpu_s
+            if self._seen == self._asked.skip + self._asked.steps:
+                self._finish()
+
+    def _watched(self, batches: Iterator[Item]) -> Iterator[Item]:
+        try:
+            while True:
+                if self._seen == self._asked.skip:
+                    self._profile = self._started()
+                if self._profile:
+                    self._step = record_function(_STEP)
+                    self._step.__enter__()
+                    self._step_cpu_s = time.thread_time()
+                with record_function(_WAIT):
+                    batch = next(batches, None)
+                if batch is None:
+                    if self._seen < self._asked.skip + self._asked.steps:
+                        self._say(
+                            f"profile: none, this start ended behind its step {self._seen}; profile.skip and "
+                            f"profile.steps ask for {self._asked.skip + self._asked.steps}"
+                        )
+                    return
+                yield batch
+        finally:
+            if self._profile:
+                self._profile.stop()
+
+    def _started(self) -> Any:
+        activities = [ProfilerActivity.CPU]
+        if self._world.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write its own steps over a terminal's display
+        started = profile(activities=activities)
+        started.start()
+        return started
+
+    def _finish(self) -> None:
+        """All ranks: stops, compares the ranks, and lets rank 0 write."""
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)  # the last step's kernels belong to it
+        stopped, self._profile = self._profile, None
+        stopped.stop()
+        shares, seconds = shares_of(stopped.events(), self._cpu_s)
+        by_rank = self._world.gather(shares)  # all ranks
+        text = verdict(by_rank, step_ms=1000 * seconds / self._asked.steps, steps=self._asked.steps)
+        with self._world.together():
+            if self._world.is_main:
+                with storage("writing the profile", self._folder):
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    stopped.export_chrome_trace(str(self._folder / "trace.json.gz"))
+                write_atomically(self._folder / "verdict.txt", text.encode())
+        self._say(f"profile: {text}trace of rank 0: {self._folder}/trace.json.gz, opens in https://ui.perfetto.dev")
+
+
+def shares_of(events: Sequence[Any], cpu_s: float) -> tuple[Shares, float]:
+    """What the steps' time went to, and the seconds of it, from the events of torch's profiler.
+
+    Args:
+        cpu_s: CPU time of the loop's thread in the steps.
+    """
+    spans: dict[str, list[Span]] = {kind: [] for kind in (*KINDS, "steps")}
+    backward: list[Span] = []  # where another thread than the loop's launches it
+    has_kernels = any(event.device_type.name != "CPU" for event in events)
+    for event in events:
+        span = (event.time_range.start, event.time_range.end)
+        on_host = event.device_type.name == "CPU"
+        if event.name in (_STEP, _WAIT):
+            if on_host:  # a GPU's timeline repeats the annotation
+                spans["steps" if event.name == _STEP else "data"].append(span)
+        elif event.name.startswith(_TALK):
+            if not (on_host and has_kernels):  # with a GPU the host only hands the message over
+                spans["communication"].append(span)
+        elif event.name.startswith(_BACKWARD):
+            if on_host and has_kernels:
+                backward.append(span)
+        elif not on_host or (event.name.startswith("aten::") and not has_kernels):
+            spans["device"].append(span)
+    seconds = sum(end - begin for begin, end in spans["steps"]) / 1e6
+    shares = exclusive_shares(spans)
+    apart = exclusive_shares({**spans, "data": [*spans["data"], *backward]})[
+        "Python"
+    ]  # with no backward pass under way
+    return {**shares, "starved": starved_share(apart, cpu_s / seconds if seconds else 1.0)}, seconds
+
+
+def starved_share(python: float, on_core: float) -> float:
+    """The least part of the steps' time in which the loop's thread had to run, and did not.
+
+    Args:
+        python: part in which nothing but the loop's thread could go on.
+        on_core: CPU time of that thread in the steps, as a part of their time.
+    """
+    return max(0.0, python - on_core)
+
+
+def exclusive_shares(spans: Mapping[str, Sequence[Span]]) -> Shares:
+    """Spans of "steps" and of each kind, which may overlap -> parts of the steps' time that add up to 1."""
+    edges = np.unique([edge for kind in spans.values() for span in kind for edge in span])
+    if len(edges) < 2:
+        return {kind: float(kind == "Python") for kind in KINDS}
+    lengths = np.diff(edges)  # of the pieces between two neighbouring edges
+
+    def covered(kind: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which pieces lie in a span of this kind."""
+        opened = np.zeros(len(edges), np.int64)
+        np.add.at(opened, np.searchsorted(edges, [begin for begin, _ in spans[kind]]), 1)
+        np.add.at(opened, np.searchsorted(edges, [end for _, end in spans[kind]]), -1)
+        return np.asarray(opened.cumsum()[:-1] > 0)
+
+    left = covered("steps")
+    total = float(lengths[left].sum())
+    shares: Shares = {}
+    for kind in KINDS[:-1]:
+        here = left & covered(kind)
+        shares[kind] = float(lengths[here].sum()) / total if total else 0.0
+        left &= ~here
+    return {**shares, "Python": float(lengths[left].sum()) / total if total else 1.0}
+
+
+def verdict(by_rank: Sequence[Shares], *, step_ms: float, steps: int) -> str:
+    """The bound in words, the shares that led to it, and what to do.
+
+    The rank that waits least for the others sets the pace of all: its largest share is the bound.
+    """
+    pace = min(range(len(by_rank)), key=lambda rank: by_rank[rank]["communication"])
+    kind = max(KINDS, key=lambda kind: by_rank[pace][kind])
+    is_starved = kind == "Python" and by_rank[pace]["starved"] >= by_rank[pace]["Python"] / 2
+    bound = "starvation" if is_starved else kind
+    lines = [f"bound by {bound}: {by_rank[pace][kind]:.0%} of {steps} steps of {step_ms:.3g} ms"]
+    for rank, shares in enumerate(by_rank):
+        words = ", ".join(f"{kind} {shares[kind]:.1%}" for kind in KINDS)
+        lines.append(f"  rank {rank}: {words} (starved of the GIL or a core: {shares['starved']:.1%} at least)")
+    lines.append(f"  do: {_REMEDIES[bound]}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,237 @@
+"""What a run tells: metrics.jsonl (the truth), W&B and TensorBoard (mirrors of it), log.txt and the terminal.
+
+Rank 0 writes, the others are quiet.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+
+from wasteddp.errors import StorageError, storage
+from wasteddp.redaction import redacted
+from wasteddp.settings import Settings, Track
+from wasteddp.training.tracking import pictures
+from wasteddp.training.tracking import run_id as labels
+from wasteddp.training.tracking.console import Display
+from wasteddp.training.tracking.journal import Journal
+from wasteddp.training.tracking.metric_names import is_known
+from wasteddp.training.tracking.pictures import Gallery
+from wasteddp.training.tracking.run_id import Label
+from wasteddp.training.tracking.tensorboard import TensorBoardMirror
+from wasteddp.training.tracking.wandb_mirror import WandbMirror
+
+if TYPE_CHECKING:
+    from wasteddp.data.augmentation.augment import Augment
+    from wasteddp.data.manifest import Manifest
+    from wasteddp.inference.reliability import Seen
+    from wasteddp.training.checkpoint import files
+    from wasteddp.training.dataloaders import Inputs
+
+
+class Tracker(Protocol):
+    """What the loop may say. `step` is the number of optimizer steps done; `exit_code` what the run will end with."""
+
+    id: str
+    exit_code: int
+
+    def say(self, message: str, *, in_passing: bool = False) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def show_augmented(self, data: Inputs, augment: Augment) -> None: ...
+    def show_mistakes(self, step: int, data: Inputs, seen: Seen) -> None: ...
+    def advance(self, step: int, text: str) -> None: ...
+    def flush(self) -> None: ...
+    def close(self, exit_code: int) -> None: ...
+
+
+class NoTracker:
+    """For every rank but the first."""
+
+    id = ""
+    exit_code = 0
+
+    def say(self, message: str, *, in_passing: bool = False) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def show_augmented(self, data: Inputs, augment: Augment) -> None:
+        pass
+
+    def show_mistakes(self, step: int, data: Inputs, seen: Seen) -> None:
+        pass
+
+    def advance(self, step: int, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self, exit_code: int) -> None:
+        pass
+
+
+class ConsoleTracker(NoTracker):
+    """Says things and keeps nothing: for a check."""
+
+    def say(self, message: str, *, in_passing: bool = False) -> None:
+        print(message, flush=True)
+
+
+class RunTracker:
+    """Writes a run's folder and mirrors it.
+
+    Args:
+        folder: of the run.
+        label: what it is called there and on W&B.
+        track: settings.track.
+        total_steps: of the run, for the progress bar.
+        resumed_step: rows behind it are rolled back: they will be written again.
+
+    Raises:
+        SettingsError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, label: Label, *, track: Track, total_steps: int, resumed_step: int) -> None:
+        self._display: Display | None = None
+        with storage("writing the run's folder", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._log_file = Journal(folder / "log.txt", self._print)
+            kept = rolled_back(folder / "metrics.jsonl", resumed_step)
+            self._metrics_file = Journal(folder / "metrics.jsonl", self._print)
+            label.save(folder)
+        self.id, self.exit_code = label.id, 0
+        self._folder, self._label, self._images = folder, label, track.images
+        if sys.stdout.isatty():
+            self._display = Display(Console(), total_steps=total_steps, done=resumed_step)
+        self._tensorboard: TensorBoardMirror | None = None
+        if track.tensorboard:
+            self._tensorboard = TensorBoardMirror(folder, resumed_step=resumed_step, history=kept, say=self.say)
+        self._wandb = WandbMirror(folder, label, track, history=kept, say=self.say)
+
+    def say(self, message: str, *, in_passing: bool = False) -> None:
+        """A line on the terminal and in log.txt. `in_passing`: a terminal's display shows it anyway."""
+        message = redacted(message)
+        self._log_file.append("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
+        if not (in_passing and self._display):
+            self._print(message)
+
+    def _print(self, message: str) -> None:
+        if self._display:
+            self._display.print(message)
+        else:
+            print(message, flush=True)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        unknown = sorted(name for name in metrics if not is_known(name))
+        if unknown:
+            raise KeyError(f"not in the table of metrics: {unknown}")
+        row = {"step": step, "time_s": round(time.time(), 3), **metrics}
+        self._metrics_file.append(json.dumps(row) + "\n")
+        if self._display:
+            self._display.update(metrics)
+        if self._tensorboard:
+            self._tensorboard.log(row)
+        self._wandb.log(row)
+
+    def show_augmented(self, data: Inputs, augment: Augment) -> None:
+        """The first training images as the network will see them."""
+        self.show(0, lambda: pictures.augmented(data, augment, self._images))
+
+    def show_mistakes(self, step: int, data: Inputs, seen: Seen) -> None:
+        """What an evaluation was surest of and wrong about."""
+        self.show(step, lambda: pictures.mistakes(data, seen, self._images))
+
+    def show(self, step: int, make: Callable[[], Gallery]) -> None:
+        """Keeps pictures, which go to W&B with the next row; a run without W&B has no use for them."""
+        if self._images and self._wandb.is_on:
+            try:
+                pictures.save(self._folder, step, make())
+            except Exception as error:  # no picture is worth a training
+                self.say(f"the pictures of step {step} could not be kept: {type(error).__name__}: {error}")
+
+    def advance(self, step: int, text: str) -> None:
+        """Moves the progress bar, where there is a terminal."""
+        if self._display:
+            self._display.advance(step, text)
+
+    def flush(self) -> None:
+        """Before a checkpoint: the rows up to it are on the disk."""
+        self._metrics_file.sync()
+        if self._tensorboard:
+            self._tensorboard.flush()
+
+    def close(self, exit_code: int) -> None:
+        if self._display:
+            self._display.close()
+            self._display = None
+        if self._tensorboard:
+            self._tensorboard.close()
+        with suppress(StorageError):  # of a full disk the last save has told
+            replace(self._label, exit_code=exit_code).save(self._folder)
+        self._wandb.finish(exit_code)
+        self._metrics_file.close()
+        self._log_file.close()
+
+
+def run_tracker(
+    settings: Settings,
+    manifest: Manifest,
+    progress: files.Progress,
+    *,
+    last_step: int,
+    own: bool,
+    world_size: int,
+) -> RunTracker:
+    """Rank 0's tracker of a training that starts or goes on.
+
+    Args:
+        own: whether it goes on from a checkpoint of its own folder.
+    """
+    label = labels.of(settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size)
+    folder = Path(settings.run.out)
+    known = progress.step - (progress.unmeasured is not None)  # the row of an unmeasured step is written again
+    return RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=known)
+
+
+def rolled_back(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops rows after `step`, and a last line that a kill cut; returns those that stay."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # cut by a kill: it is behind the last checkpoint, which flushed what was before
+        if row["step"] <= step:
+            rows.append(row)
+    temporary = path.with_suffix(".jsonl.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+    return rows
+
+
+class TrackerScope:
+    """`with TrackerScope(tracker):` closes it with its exit code, or with 1 after an error."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def __enter__(self) -> Tracker:
+        return self._tracker
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._tracker.close(self._tracker.exit_code if error is None else 1)
