@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import bench_scaling, bench_step, bench_train
-from launch.bench_scaling import Found
-from launch.drawn import drawn_set
-from launch.machine import headline
-from launch.unpacked import unpack
+from launch.benchmarks import scaling as bench_scaling
+from launch.benchmarks import step as bench_step
+from launch.benchmarks import train as bench_train
+from launch.benchmarks.drawn import drawn_set
+from launch.benchmarks.machine import headline
+from launch.benchmarks.scaling import Found
+from launch.benchmarks.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.manifest import Manifest
 from wasteddp.settings import Settings

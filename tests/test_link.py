@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MEASURE = "import json; from launch.bench_network import measure_link; print(json.dumps(measure_link(5_000_000)))"
+MEASURE = "import json; from launch.benchmarks.network import measure_link; print(json.dumps(measure_link(5_000_000)))"
 POSSIBLE = os.getuid() == 0 and Path("/dev/net/tun").exists() and shutil.which("tc", path="/usr/sbin:/sbin:/usr/bin")
 
 
 @pytest.mark.skipif(not POSSIBLE, reason="needs root, /dev/net/tun and tc (iproute2)")
 def test_a_link_has_the_rate_and_the_delay_asked_for() -> None:
-    link = [sys.executable, "-m", "launch.link", "--mbit", "50", "--delay-ms", "5"]
+    link = [sys.executable, "-m", "launch.benchmarks.link", "--mbit", "50", "--delay-ms", "5"]
     done = subprocess.run([*link, sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, check=True)
     rate_mbit, round_trip_ms = json.loads(done.stdout)
     assert round_trip_ms >= 2 * 5

@@ -173,7 +173,7 @@ def train(
                     images_BCHW, targets = recipe.inputs(micro, batch.epoch)
                     loss = recipe.loss(ddp(images_BCHW), targets)
                 if number == 0:
-                    stepper.zero_grad()  # here, not behind the step: a sixth of a CPU's speed (configs/NOTES.md)
+                    stepper.zero_grad()  # here, not behind the step: a sixth of a CPU's speed (docs/notes.md)
                 world.accelerator.backward(loss)
                 meter.add(loss)
             norm = recipe.clip(is_asked=due.logs or guard.skips)

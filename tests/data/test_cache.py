@@ -21,6 +21,7 @@ from wasteddp.data.remote.cache import AT_ONCE, Item, NotYet, ShardCache
 from wasteddp.errors import RemoteError, ShardError, StoppedError, StorageError
 from wasteddp.order.demand import NEVER
 
+ROOT = Path(__file__).parents[2]
 SIZE = 1000
 
 
@@ -170,9 +171,9 @@ def test_a_file_that_somebody_cut_is_fetched_anew(cache: ShardCache, store: Stor
 
 _FETCH_FOR_EVER = """
 import sys, threading
-sys.path[:0] = sys.argv[1:3]
-from test_shard_cache import *
-cache = ShardCache(Path(sys.argv[3]), 3 * SIZE)
+sys.path[:0] = sys.argv[1].split(":")
+from test_cache import *
+cache = ShardCache(Path(sys.argv[2]), 3 * SIZE)
 def fetch(file):
     file.write(b"half"); file.flush()
     print("fetching", flush=True)
@@ -186,8 +187,8 @@ def _stopped() -> None:
 
 
 def test_while_one_process_fetches_others_wait_and_take_over_when_it_is_killed(cache: ShardCache, store: Store) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", _FETCH_FOR_EVER, str(root), str(root / "tests"), str(cache.folder)]
+    paths = [path for path in sys.path if path.startswith(str(ROOT))]  # this folder, and what its tests import
+    command = [sys.executable, "-c", _FETCH_FOR_EVER, os.pathsep.join(paths), str(cache.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "fetching\n"

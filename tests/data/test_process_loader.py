@@ -31,14 +31,16 @@ from wasteddp.order.plan import PADDING, EvaluationPlan, TrainPlan
 
 PLAN = TrainPlan(50, 12, 0, 12)
 VIEW = TrainingView(seed=0, scale=(0.3, 1.0), ratio=(0.75, 1.33))
-HERE = Path(__file__).parents[1] / "support"
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SUPPORT = HERE.parent / "support"  # of what is started here too
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[DecodeServer]:
     """One for all tests of the module: importing torch takes seconds, forking milliseconds. It finds this folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
+        patch.setenv("PYTHONPATH", str(SUPPORT))
         with DecodeServer() as found:
             yield found
 
@@ -276,7 +278,7 @@ def test_workers_leave_signals_to_their_parent(small_shards: Path, server: Decod
 _PARENT = """
 import sys
 from pathlib import Path
-sys.path[:0] = sys.argv[2:4]
+sys.path[:0] = sys.argv[2:5]
 from test_process_loader import *
 reader = SplitReader(Manifest.load(Path(sys.argv[1])), "train")
 loader = loader_of(reader, DecodeServer(), workers=3)
@@ -291,7 +293,7 @@ def test_a_parent_that_is_killed_leaves_no_process_and_no_file(small_shards: Pat
     shm = Path("/dev/shm")
     before = set(shm.iterdir()) if shm.is_dir() else set()
     with subprocess.Popen(
-        [sys.executable, "-c", _PARENT, str(small_shards), str(HERE), str(HERE.parent)],
+        [sys.executable, "-c", _PARENT, str(small_shards), str(HERE), str(SUPPORT), str(ROOT)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
@@ -329,7 +331,7 @@ def test_without_memfd_a_file_without_a_name_takes_its_place(
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root, to mount a small /dev/shm")
 def test_a_small_dev_shm_is_passed_over_and_never_a_bus_error() -> None:
     code = (
-        "import os; from wasteddp.data import shared_memory as s\n"
+        "import os; from wasteddp.data.decoding import shared_memory as s\n"
         "s._KINDS.pop('memfd')\n"
         "memory = s.SharedMemory(4 << 20); memory.view(0, 4 << 20)[:] = 1; print(memory.kind)\n"
         "print(s.SharedMemory(1 << 19).kind)"
@@ -337,7 +339,7 @@ def test_a_small_dev_shm_is_passed_over_and_never_a_bus_error() -> None:
     script = f'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} -c "$CODE"'
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script],
-        cwd=HERE.parent,
+        cwd=ROOT,
         env={**os.environ, "CODE": code},
         capture_output=True,
         text=True,

@@ -21,4 +21,4 @@ def test_ours_sees_each_sample_once_and_the_others_do_what_the_table_says() -> N
     assert rows["wasteddp"] == ["5 and 5", "20", "2", "0", "both at the same step"]
     assert "hung" in rows["webdataset, split_by_node"][-1]
     for way in ("the same through accelerator.prepare", "the same, dispatch_batches=False"):
-        assert int(rows[way][2]) > 2, "accelerate loses fewer samples than it did: look at shards/STREAMING.md"
+        assert int(rows[way][2]) > 2, "accelerate loses fewer samples than it did: look at docs/streaming.md"

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_augment
-import test_policies
+import test_randaugment
 import torch
 from gpu_waits import ON_A_GPU
-from test_copying import batches
-from test_device_decoding import LEFT, VIEW, run
+from test_device_batches import batches
 from test_ema import DECAY, move, network
+from test_gpu_decoding import LEFT, VIEW, run
 from test_operations import every_operation, pictures
 
 from wasteddp.data.augmentation.augment import Augment
@@ -27,7 +27,7 @@ pytestmark = ON_A_GPU
 
 @pytest.mark.parametrize("policy", ["trivialaugment", "randaugment"])
 def test_a_policy_gives_the_same_bits(policy: str) -> None:
-    augment, images = Augment(0, horizontal_flip=0.5, policy=policy), test_policies.images(64)
+    augment, images = Augment(0, horizontal_flip=0.5, policy=policy), test_randaugment.images(64)
     assert torch.equal(augment(images.cuda(), np.arange(64), 0).cpu(), augment(images, np.arange(64), 0))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gpu_waits import ON_A_GPU
-from test_fitting import AUTO, START, real
+from test_micro_batch import AUTO, START, real
 
 from wasteddp import settings as settings_file
 from wasteddp.training.micro_batch import attempt, settled

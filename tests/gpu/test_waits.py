@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_waits import ON_A_GPU, no_wait_for_the_gpu
-from test_device_decoding import one_by_one, photos
 from test_ema import DECAY, network
-from test_large_batch import built, gradients, model_of
+from test_gpu_decoding import one_by_one, photos
+from test_lars_lamb import built, gradients, model_of
 from test_operations import every_operation, pictures
 
 from wasteddp.data import gpu_decoding

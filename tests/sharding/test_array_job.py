@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_sharding import contents
+from test_build import contents
 
 from wasteddp import cli
 from wasteddp.errors import RecipeError, ShardError, SourceError

@@ -12,8 +12,8 @@ import pytest
 from faulty_server import Answer, Fault, FaultyServer, plain, serving
 from pictures import jpeg
 from store_stubs import GOOGLE_URL, HUB_URL, google, hub
-from test_indexing import write_tar
-from test_stores import use_google, use_hub
+from test_filesystems import use_google, use_hub
+from test_index import write_tar
 
 from wasteddp.cli import main
 from wasteddp.data import dataset

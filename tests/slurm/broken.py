@@ -183,7 +183,7 @@ LINES = (
     ),
     *job(
         "two_nodes_and_one_process_see_the_same_and_learn_the_same",
-        ("wasteddp/training/inputs.py", "last_step, rank=world.rank,", "last_step, rank=0,", r"== \[1, 2, 3, 4\]"),
+        ("wasteddp/training/dataloaders.py", "last_step, rank=world.rank,", "last_step, rank=0,", r"== \[1, 2, 3, 4\]"),
     ),
     *job(
         "a_warning_saves_requeues_and_goes_on",
@@ -232,7 +232,7 @@ LINES = (
     ),
     *job(
         "a_number_of_nodes_that_does_not_divide_the_batch_is_refused_and_not_requeued",
-        ("wasteddp/training/batch_job.py", "(out / MISTAKE_MARK).touch()", "pass", "== 1|something is to be mended"),
+        ("wasteddp/training/watchdog/slurm.py", "(out / MISTAKE_MARK).touch()", "pass", "== 1|something is to be mended"),
     ),
     *job(
         "a_mistake_in_the_settings_ends_before_anything_is_launched",
@@ -241,7 +241,7 @@ LINES = (
     *job(
         "nodes_that_do_not_know_of_each_other_are_refused",
         (
-            "wasteddp/training/batch_job.py",
+            "wasteddp/training/watchdog/slurm.py",
             "if nodes > 1 and",
             "if nodes > 9 and",
             "Slurm started this step on 2 nodes|==",

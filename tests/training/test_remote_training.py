@@ -15,7 +15,7 @@ import webdataset
 from accelerate.state import AcceleratorState
 from faulty_server import Fault, serving, until
 from pictures import jpeg
-from test_indexing import write_tar
+from test_index import write_tar
 from trainings import config_of, final_weights, rows
 
 from wasteddp import cli, train

@@ -86,7 +86,7 @@ def exactly(server: WandbServer, folder: Path) -> None:
 
 def child(folder: Path, server: WandbServer, first: int, last: int, resumed: int, end: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(HERE / "tracked.py"), str(folder), str(first), str(last), str(resumed), end]
-    environment = {**os.environ, **server.environment, "PYTHONPATH": str(HERE.parent)}
+    environment = {**os.environ, **server.environment, "PYTHONPATH": str(HERE.parents[1])}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -3,7 +3,7 @@
 Legend: B images of one rank's batch, C = 3, S the side.
 
 Beside a GPU: threads that decode hold the GIL that the thread which launches kernels needs, and leave it a third of its
-speed (shards/STREAMING.md). The batches are those of `loader`, bit for bit. They stand in slots of one shared mapping
+speed (docs/streaming.md). The batches are those of `loader`, bit for bit. They stand in slots of one shared mapping
 that workers write to and the GPU copies from. A slot is used again when the last tensor that looks into it is gone.
 """
 

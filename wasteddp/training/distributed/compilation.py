@@ -21,7 +21,7 @@ from wasteddp.settings import Settings
 from wasteddp.training import schedule
 from wasteddp.training.distributed.runtime import Runtime
 
-# Source: one H200, torch 2.11, ResNet50 at 224 px (configs/NOTES.md): images/s compiled over those without, and the
+# Source: one H200, torch 2.11, ResNet50 at 224 px (docs/notes.md): images/s compiled over those without, and the
 # seconds that the first step took. An estimate for other cards and networks, so it must save some times its cost.
 _GAIN = {"bf16": 6518 / 4574, "fp16": 6912 / 5871}
 _SECONDS_A_GRAPH = 62.0

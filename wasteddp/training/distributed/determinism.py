@@ -44,7 +44,7 @@ def demand(*, compiles: bool) -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     # the same as use_deterministic_algorithms(True), which in torch 2.14 imports the compiler: seconds a start
     torch.set_deterministic_debug_mode("error")
-    # else each new tensor is filled; nothing here reads memory that it has not written (cost: configs/NOTES.md)
+    # else each new tensor is filled; nothing here reads memory that it has not written (cost: docs/notes.md)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -1,7 +1,7 @@
 """The precision that a run computes in: as set, that of the checkpoint it goes on from, or the faster one of its card.
 
 bf16 and fp16 are equally fast in a GPU's matrix units, and differ in what surrounds them: on one H200, not compiled,
-fp16 was 28 % faster, as torch takes cuDNN's BatchNorm for fp16 and not for bf16 (configs/NOTES.md). So `auto` measures.
+fp16 was 28 % faster, as torch takes cuDNN's BatchNorm for fp16 and not for bf16 (docs/notes.md). So `auto` measures.
 """
 
 from __future__ import annotations

@@ -304,7 +304,7 @@ def _use_cores(asked: int, world: Runtime) -> tuple[int, int]:
     `accelerate launch` sets OMP_NUM_THREADS=1: one core of many would work.
 
     Ranks of a machine share the cores that several of them may use. Those that something pins (`srun --cpu-bind`,
-    `numactl`) have their own. Ranks are not pinned here: on two cores that made no difference (configs/NOTES.md).
+    `numactl`) have their own. Ranks are not pinned here: on two cores that made no difference (docs/notes.md).
     """
     machine, cores = socket.gethostname(), usable_cores()
     sharing = sum(name == machine and not cores.isdisjoint(others) for name, others in world.gather((machine, cores)))

@@ -32,9 +32,10 @@ from typing import Any
 
 import torch
 
-from launch import ROOT, bench_step
-from launch.bench_step import TIMM, Batches
-from launch.unpacked import unpack
+from launch import ROOT
+from launch.benchmarks import step as bench_step
+from launch.benchmarks.step import BARE, TIMM, Batches
+from launch.benchmarks.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.decoding.workers import default_workers
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
@@ -44,12 +45,13 @@ from wasteddp.training.distributed import precision
 from wasteddp.training.distributed.runtime import MOST_UNTRIED
 
 _WARM = _ROW = 10  # steps before those that are timed, and between two of the program's rows
-OURS, BARE = "wasteddp", "bare loop"
+OURS = "wasteddp"
 
 
 def add(commands: Any) -> None:
     """The subcommand of `launch.bench`."""
     command = commands.add_parser("train", help="the training program beside the step alone, timm's and torchvision's")
+    command.set_defaults(run=compare)
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all sides")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--rounds", type=int, default=3)
@@ -114,7 +116,7 @@ def _program(config: str, overrides: list[str], steps: int, folder: Path) -> flo
 def _other(side: str, config: str, overrides: list[str], steps: int, folder: Path) -> float:
     path = folder / "settings.yaml"
     path.write_text(settings_file.load(config, overrides).to_yaml())
-    command = [sys.executable, "-m", "launch.bench_train", side, str(path), str(folder / "images"), str(steps)]
+    command = [sys.executable, "-m", "launch.benchmarks.train", side, str(path), str(folder / "images"), str(steps)]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 

@@ -1,6 +1,6 @@
 """Two network namespaces joined by a link of so many Mbit/s and ms: a slow network between two nodes, on one machine.
 
-    python -m launch.link --mbit 1000 --delay-ms 1 COMMAND...      inside, `ip netns exec a|b` are the two ends
+    python -m launch.benchmarks.link --mbit 1000 --delay-ms 1 COMMAND...    inside, `ip netns exec a|b` are the ends
 
 The rate is the kernel's (`tc`, a token bucket on each end). The delay is this program's: the ends are TUN devices whose
 packets it carries from one to the other, each held back for the time asked for. (The kernel's own `netem` would do
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     if os.environ.get("LINK_INSIDE") != "1":
-        own = [sys.executable, "-m", "launch.link", *sys.argv[1:]]
+        own = [sys.executable, "-m", "launch.benchmarks.link", *sys.argv[1:]]
         fresh = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         return subprocess.run([*fresh, *own], env={**os.environ, "LINK_INSIDE": "1"}, check=False).returncode
     devices = join_namespaces(arguments.mbit)

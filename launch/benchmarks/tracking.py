@@ -1,7 +1,7 @@
 """What tracking costs beside a ResNet50 step: the loop's own time in it, and the processor time of all of it.
 
-    python -m launch.bench_tracking                        W&B as the environment has it: offline without a key
-    WANDB_MODE=disabled python -m launch.bench_tracking    metrics.jsonl, log and terminal alone
+    python -m launch.bench tracking                        W&B as the environment has it: offline without a key
+    WANDB_MODE=disabled python -m launch.bench tracking    metrics.jsonl, log and terminal alone
 
 First the step of a bare ResNet50 is measured on this machine, then a loop that sleeps for as long as each step takes
 and does all that training does for tracking: a row every `log_every_steps`, and one evaluation with its pictures.
@@ -19,11 +19,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from launch.machine import headline
+from launch import ROOT
+from launch.benchmarks.step import BARE, one_micro_batch
 from wasteddp import settings as settings_file
 from wasteddp.data.encode import encode_jpeg
 from wasteddp.parallel import num_usable_cores
@@ -38,21 +40,27 @@ _LONGEST_SLEEP_S = 0.5  # of a slow machine's step: more rows a second than ther
 _CLASSES = ("glass", "paper", "cardboard", "plastic", "metal", "trash")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+def add(commands: Any) -> None:
+    """The subcommand of `launch.bench`."""
+    command = commands.add_parser("tracking", help="what tracking costs, compared with a step")
+    command.set_defaults(run=measure_all)
+    command.add_argument(
         "--config", default="configs/trashnet-scratch-resnet50.yaml", help="its batch, image size and rows"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--steps", type=int, default=60)
-    arguments = parser.parse_args()
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--steps", type=int, default=60)
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Prints the time of a bare step, and what tracking takes of the loop and of the processors."""
+    if not sys.platform.startswith("linux"):
+        raise SystemExit("error: it reads processor times from /proc, which only Linux has")
     settings = settings_file.load(arguments.config, arguments.set)
-    print(headline(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.yaml"
-        path.write_text(settings.to_yaml())
-        command = [sys.executable, "-m", "launch.bench", "bare", str(path), "4"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        path.write_text(one_micro_batch(settings, Path(folder)).to_yaml())
+        command = [sys.executable, "-m", "launch.benchmarks.step", BARE, str(path), "4", "2"]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         step_s = settings.train.batch_size / json.loads(done.stdout.splitlines()[-1])
         print(f"a bare step: {1000 * step_s:.0f} ms ({settings.train.batch_size} images)", flush=True)
         measure(settings, Path(folder) / "run", step_s, arguments.steps)
@@ -124,9 +132,3 @@ def _children(task: Path) -> list[int]:
 def _seconds_of(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-if __name__ == "__main__":
-    if not sys.platform.startswith("linux"):
-        raise SystemExit("error: it reads processor times from /proc, which only Linux has")
-    main()

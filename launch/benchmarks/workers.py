@@ -36,7 +36,8 @@ _SETTLES_S = 0.5
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("workers", help="decoding threads beside decoding processes")
+    parser = commands.add_parser("workers", help="decoding threads and decoding processes")
+    parser.set_defaults(run=compare)
     parser.add_argument("--shards", default="shards/trashnet")
     parser.add_argument("--workers", default="", help="of the loader, such as 1,2,4 (default: 1 and all cores)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -53,7 +54,7 @@ def compare(arguments: argparse.Namespace) -> None:
     found: dict[tuple[str, str, int], list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(arguments.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
-            command = [sys.executable, "-m", "launch.bench_workers", *map(str, side), arguments.shards]
+            command = [sys.executable, "-m", "launch.benchmarks.workers", *map(str, side), arguments.shards]
             done = subprocess.run(
                 [*command, str(arguments.seconds)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
             )
@@ -204,7 +205,7 @@ def _taking(kind: str, workers: int, shards: str) -> Iterator[tuple[Callable[[],
 @contextmanager
 def _another_program(kind: str, workers: int, shards: str) -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
     """As `_taking`; the loader is in a program that has nothing to do with this one, stopped and continued."""
-    command = [sys.executable, "-m", "launch.bench_workers", "decode", "threads", str(workers), shards, "0"]
+    command = [sys.executable, "-m", "launch.benchmarks.workers", "decode", "threads", str(workers), shards, "0"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin
         assert other.stdout

@@ -13,6 +13,7 @@ seconds behind its first batches. All do RandomResizedCrop (8 to 100 % of the ar
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -27,15 +28,25 @@ from typing import Any
 import numpy as np
 
 from launch import ROOT
-from launch.unpacked import unpack
+from launch.benchmarks.unpacked import unpack
 
 WORKERS, IMAGE_SIZE_PX = 2, 224
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 NUM_PHOTOS, PHOTO_SIZE_PX = 40, (3000, 4000)  # H, W: 12 megapixels
 
 
-def compare(shards: str, rounds: int, seconds: float) -> None:
+def add(commands: Any) -> None:
+    """The subcommand of `launch.bench`."""
+    command = commands.add_parser("loader", help="the loader and others on the same JPEGs")
+    command.set_defaults(run=compare)
+    command.add_argument("--shards", default="shards/trashnet", help="set whose training images all sides read")
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--seconds", type=float, default=4.0, help="timed of each side in each round")
+
+
+def compare(arguments: argparse.Namespace) -> None:
     """Prints a line a side: the median of its rounds, and what ours is of it."""
+    shards, rounds, seconds = arguments.shards, arguments.rounds, arguments.seconds
     with tempfile.TemporaryDirectory() as folder:
         own, photos = Path(folder, "own"), Path(folder, "photos")
         unpack(Path(shards), own / "images", split="train")
@@ -48,7 +59,7 @@ def compare(shards: str, rounds: int, seconds: float) -> None:
             found: dict[str, list[float]] = {side: [] for side in SIDES}
             for number in range(rounds):
                 for side in list(SIDES) if number % 2 == 0 else reversed(SIDES):
-                    printed = _run("launch.bench_loader", side, str(root), str(batch), str(seconds))
+                    printed = _run("launch.benchmarks.loader", side, str(root), str(batch), str(seconds))
                     found[side].append(float(json.loads(printed.splitlines()[-1])))
             print(f"{name}, batches of {batch}, {WORKERS} workers, median of {rounds}")
             ours = statistics.median(found["wasteddp"])

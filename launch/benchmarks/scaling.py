@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from launch import ROOT
-from launch.drawn import drawn_set
+from launch.benchmarks.drawn import drawn_set
 from wasteddp import settings as settings_file
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
@@ -47,6 +47,7 @@ class Found:
 def add(commands: Any) -> None:
     """The subcommand of `launch.bench`."""
     command = commands.add_parser("scaling", help="images/s with ranks, and the share of communication")
+    command.set_defaults(run=compare)
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all runs")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--ranks", default="1,2", metavar="1,2,...", help="processes of this machine")

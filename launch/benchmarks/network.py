@@ -1,10 +1,10 @@
 """What a slow network costs, and what helps: the real training program on one node and on two with a shaped link.
 
-    python -m launch.bench_network [--mbit 1000] [--delay-ms 1] [--set key=value ...]      Linux, as root
+    python -m launch.bench network [--mbit 1000] [--delay-ms 1] [--set key=value ...]      Linux, as root
 
-Two nodes are two processes of one CPU thread each in network namespaces of their own (`launch.link`), so that computing
-costs the same on one node and on two, given two free cores. Each line is a run of its own; the mean of the steps behind
-the first few counts. Gradients are those of a ResNet18: 11.2 million, 45 MB in fp32.
+Two nodes are two processes of one CPU thread each in network namespaces of their own (`launch.benchmarks.link`), so
+that computing costs the same on one node and on two, given two free cores. Each line is a run of its own; the mean of
+the steps after the first few counts. Gradients are those of a ResNet18: 11.2 million, 45 MB in fp32.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launch import ROOT
-from launch.link import ADDRESSES, DEVICE, ENDS
-from launch.machine import headline
+from launch.benchmarks.link import ADDRESSES, DEVICE, ENDS
 
 WARM_STEPS, TIMED_STEPS, ROW_STEPS = 4, 12, 2
 IMAGES_A_NODE = 16  # of one micro-batch
@@ -60,18 +59,22 @@ WAYS = (
 )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mbit", type=float, default=1000)
-    parser.add_argument("--delay-ms", type=float, default=1.0)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rounds", type=int, default=1, help="of all ways; the medians are printed")
-    arguments = parser.parse_args()
+def add(commands: Any) -> None:
+    """The subcommand of `launch.bench`."""
+    command = commands.add_parser("network", help="two nodes on a slow link, and what helps; Linux, as root")
+    command.set_defaults(run=compare)
+    command.add_argument("--mbit", type=float, default=1000)
+    command.add_argument("--delay-ms", type=float, default=1.0)
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--rounds", type=int, default=1, help="of all ways; the medians are printed")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Prints a table: images a step, ms a step and images/s of each way."""
     if os.environ.get("LINK_INSIDE") != "1":
-        link = ["launch.link", "--mbit", str(arguments.mbit), "--delay-ms", str(arguments.delay_ms)]
-        own = [sys.executable, "-m", "launch.bench_network", *sys.argv[1:]]
-        return subprocess.run([sys.executable, "-m", *link, *own], cwd=ROOT, check=False).returncode
-    print(headline(), flush=True)
+        link = ["launch.benchmarks.link", "--mbit", str(arguments.mbit), "--delay-ms", str(arguments.delay_ms)]
+        own = [sys.executable, "-m", "launch.bench", *sys.argv[1:]]
+        raise SystemExit(subprocess.run([sys.executable, "-m", *link, *own], cwd=ROOT, check=False).returncode)
     rate_mbit, round_trip_ms = measure_link()
     print(f"the link as measured: {rate_mbit:.0f} Mbit/s, {round_trip_ms:.2f} ms there and back\n", flush=True)
     print("| | images a step | step | images/s |\n| --- | --- | --- | --- |", flush=True)
@@ -85,7 +88,6 @@ def main() -> int:
             step_ms = statistics.median(times_ms)
             rate = 1000 * way.images / step_ms
             print(f"| {way.name} | {way.images} | {step_ms:.0f} ms | {rate:.1f} |", flush=True)
-    return 0
 
 
 def measure_link(num_bytes: int = 100_000_000) -> tuple[float, float]:
@@ -166,7 +168,3 @@ def _launch(way: Way, rank: int, program: list[str]) -> subprocess.Popen[str]:
     if way.nodes == 1:  # accelerate's launcher of one process does not pass signals on
         command = [sys.executable, *program]
     return subprocess.Popen([*where, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

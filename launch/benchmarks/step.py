@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from launch import ROOT
-from launch.drawn import NUM_CLASSES, drawn_set
+from launch.benchmarks.drawn import NUM_CLASSES, drawn_set
 from wasteddp import settings as settings_file
 from wasteddp.model import resnet
 from wasteddp.parallel import num_usable_cores
@@ -41,7 +41,7 @@ from wasteddp.settings import Settings
 from wasteddp.training.distributed import precision, runtime
 from wasteddp.training.optimization import optimizers
 
-OURS, DETERMINISTIC, TIMM = "wasteddp", "deterministic", "timm"
+OURS, BARE, DETERMINISTIC, TIMM = "wasteddp", "bare loop", "deterministic", "timm"
 
 Step = Callable[[], object]
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # normalised images and labels, anywhere
@@ -50,6 +50,7 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # normalised images and l
 def add(commands: Any) -> None:
     """The subcommand of `launch.bench`."""
     command = commands.add_parser("step", help="the model's step alone beside timm's and torchvision's loops")
+    command.set_defaults(run=compare)
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all sides")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--rounds", type=int, default=3)
@@ -69,7 +70,7 @@ def compare(arguments: argparse.Namespace) -> None:
         path.write_text(settings.to_yaml())
         for number in range(arguments.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
-                command = [sys.executable, "-m", "launch.bench_step", side, str(path)]
+                command = [sys.executable, "-m", "launch.benchmarks.step", side, str(path)]
                 command += [str(arguments.steps), str(arguments.warm)]
                 done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
                 found[side].append(float(json.loads(done.stdout.splitlines()[-1])))
@@ -265,7 +266,7 @@ def _torchvision_channels_last(settings: Settings, stack: ExitStack) -> Step:
 SIDES: dict[str, Callable[[Settings, ExitStack], Step]] = {
     OURS: _wasteddp,
     DETERMINISTIC: _deterministic,
-    "bare loop": _bare,
+    BARE: _bare,
     TIMM: timm_step,
     "torchvision": torchvision_step,
     "torchvision, channels_last": _torchvision_channels_last,

@@ -5,6 +5,7 @@ A difference of less than a percent cannot be seen between two timed trainings; 
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +48,18 @@ class Cost:
         return self.per_call_s * self.calls_per_step
 
 
-def main(config: str, overrides: list[str], rounds: int) -> None:
+def add(commands: Any) -> None:
+    """The subcommand of `launch.bench`."""
+    command = commands.add_parser("checks", help="what all checks of a training cost, as a share of a step")
+    command.set_defaults(run=measure)
+    command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    command.add_argument("--rounds", type=int, default=20, help="timed steps; each check is timed ten times as often")
+
+
+def measure(arguments: argparse.Namespace) -> None:
     """Prints a line a check, and all together as a share of a step."""
+    config, overrides, rounds = arguments.config, arguments.set, arguments.rounds
     settings = settings_file.load(
         config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
     )
