@@ -1,0 +1,35 @@
+"""What the documentation points at is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "runs"} & set(path.relative_to(ROOT).parts))
+FOLDERS = "tests|configs|shards|launch|slurm|docs|wasteddp"
+
+
+def _headings(page: Path) -> Iterator[str]:
+    for line in page.read_text().splitlines():
+        if line.startswith("#"):
+            yield re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")  # as GitHub names them
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for link, heading in re.findall(r"\]\(([^)#\s]+)(?:#([^)]*))?\)", text):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), f"{page} links to {link}"
+            assert not heading or heading in _headings(page.parent / link), f"{page} links to {link}#{heading}"
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+\.(?:py|md|sh|yaml|txt|json))`", text):
+        assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_each_page_of_docs_is_in_its_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if f"({path.name})" not in index] == ["README.md"]
