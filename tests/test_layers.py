@@ -17,6 +17,7 @@ ROOMS = [
     "errors",
     "redaction",
     "environment",
+    "files",
     "settings",
     "parallel",
     "progress",

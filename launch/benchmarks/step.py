@@ -128,23 +128,19 @@ def seconds_a_step(step: Step, *, steps: int, warm: int) -> float:
 
 
 def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
-    from wasteddp.model import ema
-    from wasteddp.training import build_model, dataloaders
+    from wasteddp.training import dataloaders
+    from wasteddp.training.build_model import build
     from wasteddp.training.checkpoint.compatibility import Lineage
     from wasteddp.training.checkpoint.files import Progress
     from wasteddp.training.divergence import Guard
     from wasteddp.training.metrics import Meter
-    from wasteddp.training.recipe import Recipe
 
     world = runtime.start(settings)
     data = stack.enter_context(dataloaders.opened(settings, world))
-    model, _ = build_model.made(settings, world, NUM_CLASSES)
-    optimizer = optimizers.build(model, settings.optimizer)
-    recipe, meter = Recipe(settings, world, data, model), Meter(world.device)
-    ddp, stepper = world.prepare(model, optimizer)
-    average = ema.of(settings.train.ema_decay, model, ddp)
+    built, meter = build(settings, world, data), Meter(world.device)
+    world, ddp, optimizer, stepper, recipe = built.world, built.ddp, built.optimizer, built.stepper, built.recipe
     progress = Progress(Lineage.of(settings, data.manifest))
-    guard = Guard(settings, world, model, optimizer, num_classes=NUM_CLASSES, progress=progress)
+    guard = Guard(settings, world, built.model, optimizer, num_classes=NUM_CLASSES, progress=progress)
     batch = next(data.batches(0, 1, world))
 
     def step() -> None:
@@ -158,7 +154,7 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
             world.accelerator.backward(loss)
             meter.add(loss)
         skipped = guard.step(stepper, meter.step_loss, recipe.clip(is_asked=guard.skips))
-        average.update(progress.step, skipped)
+        built.average.update(progress.step, skipped)
         meter.step_done(skipped)
 
     return step

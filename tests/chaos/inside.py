@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from wasteddp.model import resnet
-from wasteddp.training import step_end
+from wasteddp.training import session
 
 from .events import Event
 
@@ -123,7 +123,7 @@ def _at_writes(run: Path, nth: int, only: str, act: Callable[[Any, bytes], None]
 
 
 def _at_evaluation(event: Event) -> None:
-    real, seen = step_end.evaluate, 0
+    real, seen = session.evaluate, 0
 
     def evaluate(*arguments: Any, **named: Any) -> Any:
         nonlocal seen
@@ -132,7 +132,7 @@ def _at_evaluation(event: Event) -> None:
             _die(event)
         return real(*arguments, **named)
 
-    step_end.evaluate = evaluate
+    session.evaluate = evaluate
 
 
 def _at_reads(run: Path, event: Event) -> None:

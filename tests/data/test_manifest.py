@@ -13,18 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wasteddp.data.manifest import (
-    INDEX_DTYPE,
-    MANIFEST_NAME,
-    REASONS,
-    LeftOut,
-    Manifest,
-    Shard,
-    Split,
-    read_index,
-    write_atomically,
-)
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, REASONS, LeftOut, Manifest, Shard, Split, read_index
 from wasteddp.errors import ShardError, StorageError
+from wasteddp.files import write_atomically
 
 
 @pytest.fixture

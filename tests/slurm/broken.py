@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
+SLURM = "wasteddp/training/watchdog/slurm.py"
 FOLDER = "tests/slurm"
 LIMIT_S = 200  # for what never comes any more: a scene alone takes 60 s
 TRAIN, COMMON, SHARD, SITE, STAGE = (
@@ -232,7 +233,12 @@ LINES = (
     ),
     *job(
         "a_number_of_nodes_that_does_not_divide_the_batch_is_refused_and_not_requeued",
-        ("wasteddp/training/watchdog/slurm.py", "(out / MISTAKE_MARK).touch()", "pass", "== 1|something is to be mended"),
+        (
+            SLURM,
+            "(out / MISTAKE_MARK).touch()",
+            "pass",
+            "== 1|something is to be mended",
+        ),
     ),
     *job(
         "a_mistake_in_the_settings_ends_before_anything_is_launched",
@@ -241,7 +247,7 @@ LINES = (
     *job(
         "nodes_that_do_not_know_of_each_other_are_refused",
         (
-            "wasteddp/training/watchdog/slurm.py",
+            SLURM,
             "if nodes > 1 and",
             "if nodes > 9 and",
             "Slurm started this step on 2 nodes|==",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -256,24 +255,3 @@ def parse_index(text: bytes, shard: Shard, where: str | Path, *, check: bool = T
             "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",
         )
     return np.frombuffer(text, dtype=INDEX_DTYPE)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or the next start after a kill, sees all of it or the one from before."""
-    temporary = path.with_name(path.name + ".tmp")
-    with storage("writing", path):
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import BundleError, storage
+from wasteddp.files import write_atomically
 
 if TYPE_CHECKING:
     import torch

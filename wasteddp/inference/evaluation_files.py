@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from wasteddp import __version__
-from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import storage
+from wasteddp.files import write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import F32, percent
 from wasteddp.inference.plots import confusion_png

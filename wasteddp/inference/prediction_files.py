@@ -17,8 +17,8 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.data.manifest import sync_folder
 from wasteddp.errors import storage
+from wasteddp.files import sync_folder
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import as_float, percent
 

@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 
 from wasteddp import __version__
-from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import RunError
+from wasteddp.files import write_atomically
 from wasteddp.progress import duration
 from wasteddp.report import tables
 from wasteddp.report.charts import Chart, Form, chart

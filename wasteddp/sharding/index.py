@@ -17,9 +17,10 @@ import numpy as np
 from braceexpand import braceexpand
 
 from wasteddp import __version__
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, Split, write_atomically
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, Split
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import write_atomically
 from wasteddp.parallel import in_order
 from wasteddp.progress import progress
 from wasteddp.sharding.foreign_tar import Found, ReadTar, read_tar

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wasteddp.data.manifest import MANIFEST_NAME, Manifest, sync_folder
+from wasteddp.data.manifest import MANIFEST_NAME, Manifest
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import sync_folder, try_lock
 
 WORK_NAME = ".sharding"
 _BEGUN_NAME = "begun"  # from here on, what lies in the set's folder under our names is ours
@@ -28,12 +28,10 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("a+")  # readable: network file systems want that for a shared lock
     with lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(lock.fileno(), shared=shared):
             raise ShardError(
                 f"another `wasteddp shard` is writing {out}", "two would overwrite each other", "wait for it to end"
-            ) from error
+            )
         try:
             yield work
         finally:

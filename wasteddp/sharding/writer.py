@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from wasteddp.data.manifest import INDEX_DTYPE, Shard, sync_folder, write_atomically
+from wasteddp.data.manifest import INDEX_DTYPE, Shard
 from wasteddp.errors import ShardError, StorageError, storage
+from wasteddp.files import sync_folder, write_atomically
 from wasteddp.parallel import in_order
 
 _OWNER = "wasteddp"

@@ -26,8 +26,8 @@ from wasteddp import settings as settings_file
 from wasteddp.data import dataset
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.workers import Workers, start_workers
-from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import CheckpointError, RunError, storage
+from wasteddp.files import write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
 from wasteddp.inference.evaluate import check_classes, evaluate_split

@@ -31,16 +31,16 @@ import torch
 from matplotlib.figure import Figure
 
 from wasteddp import environment
-from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import LaunchError, SettingsError, storage
+from wasteddp.files import write_atomically
 from wasteddp.progress import progress as progress_bar
 from wasteddp.settings import Settings
-from wasteddp.training import build_model, dataloaders, messages, micro_batch
+from wasteddp.training import dataloaders, messages, micro_batch
+from wasteddp.training.build_model import build
 from wasteddp.training.checkpoint.compatibility import Lineage
 from wasteddp.training.checkpoint.files import Progress
 from wasteddp.training.distributed import runtime
 from wasteddp.training.optimization import optimizers
-from wasteddp.training.recipe import Recipe
 
 _EXPLODED = 4.0  # times the best smoothed loss
 _LAG = 1 / 20  # of the test, by which the smoothed loss is behind
@@ -159,13 +159,11 @@ def _measured(
     settings: Settings, world: runtime.Runtime, data: dataloaders.Inputs, rates: Sequence[float], say: Say
 ) -> Found:
     """Trains with one rate after the other until the loss explodes. Waits for each loss, which a training does not."""
-    model, origin = build_model.made(settings, world, len(data.manifest.classes))
-    optimizer = optimizers.build(model, settings.optimizer)
-    recipe = Recipe(settings, world, data, model)
-    ddp, stepper = world.prepare(model, optimizer)
+    built = build(settings, world, data)
+    ddp, optimizer, stepper, recipe = built.ddp, built.optimizer, built.stepper, built.recipe
     progress = Progress(Lineage.of(settings, data.manifest))
-    world, progress = micro_batch.settled(settings, world, recipe, model, progress)
-    say(messages.facts(settings, world, data, len(rates), origin))
+    world, progress = micro_batch.settled(settings, built.world, recipe, built.model, progress)
+    say(messages.facts(settings, world, data, len(rates), built.origin))
     losses: list[float] = []
     smooth: list[float] = []
     stopped = ""

@@ -1,14 +1,50 @@
-"""The network that a run trains, as the settings ask for it, with its initial weights."""
+"""What trains: the network with its initial weights, DDP around it, the optimizer and the recipe, as the settings ask."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from wasteddp.model import pretrained, resnet
+from wasteddp.model import ema, pretrained, resnet
 from wasteddp.settings import Settings
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed import compilation
 from wasteddp.training.distributed.placement import placed
 from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.optimization import optimizers
+from wasteddp.training.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Of one run, on every rank."""
+
+    world: Runtime  # with what was decided for this network: whether it is compiled
+    model: nn.Module  # bare, on the device
+    ddp: nn.Module  # the model as Accelerate prepared it
+    optimizer: torch.optim.Optimizer  # torch's own
+    stepper: Any  # the optimizer as Accelerate wraps it: for its step and zero_grad
+    recipe: Recipe
+    average: ema.Average
+    origin: str  # of the initial weights, in words
+
+
+def build(settings: Settings, world: Runtime, data: Inputs) -> Built:
+    """All ranks: what trains, with its initial weights.
+
+    Raises:
+        SettingsError, WeightsError: on every rank: no such network, its weights cannot be had, or it cannot be compiled.
+    """
+    world = compilation.settled(settings, world, data.plan)  # all ranks
+    model, origin = made(settings, world, len(data.manifest.classes))  # all ranks
+    optimizer = optimizers.build(model, settings.optimizer)
+    recipe = Recipe(settings, world, data, model)  # all ranks
+    ddp, stepper = world.prepare(model, optimizer)  # all ranks
+    average = ema.of(settings.train.ema_decay, model, ddp)
+    return Built(world, model, ddp, optimizer, stepper, recipe, average, origin)
 
 
 def made(settings: Settings, world: Runtime, num_classes: int) -> tuple[nn.Module, str]:

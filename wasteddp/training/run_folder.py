@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wasteddp import environment
-from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import EXIT_RESUMABLE
+from wasteddp.files import write_atomically
 from wasteddp.settings import Settings
 from wasteddp.training import messages
 from wasteddp.training.checkpoint.files import Checkpoint, Progress

@@ -12,7 +12,6 @@ kernel, where no time limit would reach.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import try_lock
 
 _POLL_S = 0.02
 AT_ONCE = -1.0  # what is asked for now may push out all but the steps in flight, whose distance is below 0
@@ -117,7 +117,7 @@ class ShardCache:
             with storage("opening a file of the cache", part):
                 descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                if not _locked(descriptor, fcntl.LOCK_EX):
+                if not try_lock(descriptor):
                     return NotYet("another process is fetching it", os.fstat(descriptor).st_mtime_ns)
                 if not _is(part, descriptor):  # it was finished or removed between our opening and our locking
                     continue
@@ -157,7 +157,7 @@ class ShardCache:
         except OSError as error:
             with storage("opening a file of the cache", path):
                 raise error
-        while not _locked(descriptor, fcntl.LOCK_SH):  # somebody is about to remove it
+        while not try_lock(descriptor, shared=True):  # somebody is about to remove it
             time.sleep(_POLL_S)
         if _is(path, descriptor):
             if os.fstat(descriptor).st_size == item.num_bytes:
@@ -217,7 +217,7 @@ class ShardCache:
     def _alone(self) -> Iterator[None]:
         """One process and thread at a time; each stays for milliseconds."""
         with storage("locking the cache", self.folder), (self.folder / _LOCK).open("w") as lock:
-            while not _locked(lock.fileno(), fcntl.LOCK_EX):
+            while not try_lock(lock.fileno()):
                 time.sleep(_POLL_S / 10)
             yield
 
@@ -240,7 +240,7 @@ def _removed(path: Path) -> bool:
     except OSError:
         return False
     try:
-        if not _locked(descriptor, fcntl.LOCK_EX) or not _is(path, descriptor):
+        if not try_lock(descriptor) or not _is(path, descriptor):
             return False
         path.unlink()
         return True
@@ -248,14 +248,6 @@ def _removed(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
-
-
-def _locked(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is(path: Path, descriptor: int) -> bool:

@@ -6,7 +6,6 @@ would write the same checkpoints. The lock is the kernel's (flock), so that no k
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wasteddp.errors import CheckpointError, storage
+from wasteddp.files import try_lock
 
 WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
@@ -52,22 +52,21 @@ class Claim:
         until, told = time.monotonic() + wait_s, False
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
-                if time.monotonic() >= until:
-                    raise CheckpointError(
-                        f"{folder} is being written by {holder}, and was for the {wait_s:g} s that this start waited",
-                        "two trainings would overwrite each other's checkpoints",
-                        "wait for it to end, end it, or set run.out to a new folder",
-                    ) from None
-                if not told:
-                    say(f"waiting for {holder}, which still writes into {folder}")
-                    told = True
-                time.sleep(_POLL_S)
+                if try_lock(self._file):
+                    break
             except OSError as error:  # a file system without locks: said once, and trusted as before
                 say(f"{folder} cannot be locked ({error.strerror}): take care that no other training writes there")
                 return
+            holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
+            if time.monotonic() >= until:
+                raise CheckpointError(
+                    f"{folder} is being written by {holder}, and was for the {wait_s:g} s that this start waited",
+                    "two trainings would overwrite each other's checkpoints",
+                    "wait for it to end, end it, or set run.out to a new folder",
+                )
+            if not told:
+                say(f"waiting for {holder}, which still writes into {folder}")
+                told = True
+            time.sleep(_POLL_S)
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

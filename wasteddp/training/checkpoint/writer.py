@@ -19,8 +19,8 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from wasteddp.data.manifest import sync_folder
 from wasteddp.errors import StorageError, storage
+from wasteddp.files import sync_folder
 from wasteddp.training.checkpoint.files import (
     COMPLETE,
     FORMAT,

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from wasteddp.data.manifest import write_atomically
 from wasteddp.errors import storage
+from wasteddp.files import write_atomically
 from wasteddp.settings import Profile
 from wasteddp.training.distributed.runtime import Runtime
 

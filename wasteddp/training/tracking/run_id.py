@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp import environment
-from wasteddp.data.manifest import Manifest, write_atomically
+from wasteddp.data.manifest import Manifest
 from wasteddp.errors import TrackingError
+from wasteddp.files import write_atomically
 from wasteddp.redaction import redacted_tree
 from wasteddp.settings import Settings
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from wasteddp.errors import StorageError, storage
+from wasteddp.files import write_atomically
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
 from wasteddp.training.tracking import pictures
@@ -216,9 +217,7 @@ def rolled_back(path: Path, step: int) -> list[dict[str, Any]]:
             continue  # cut by a kill: it is behind the last checkpoint, which flushed what was before
         if row["step"] <= step:
             rows.append(row)
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
 
 

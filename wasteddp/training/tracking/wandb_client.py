@@ -6,7 +6,6 @@ waits a minute and a half; tables and artifacts are staged outside the run's fol
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from wasteddp.errors import storage
+from wasteddp.files import try_lock
 from wasteddp.redaction import redacted
 from wasteddp.training.tracking.run_id import Label
 
@@ -113,11 +113,12 @@ def sender_lock(folder: Path) -> IO[bytes] | None:
     with storage("locking the run's folder", folder):
         file = (folder / ".wandb.lock").open("wb")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+        if try_lock(file.fileno()):
+            return file
+    except OSError:  # a file system without locks
+        pass
+    file.close()
+    return None
 
 
 def reason_of(error: Exception) -> str:

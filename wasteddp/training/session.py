@@ -1,0 +1,251 @@
+"""What a run does before, after and around its optimizer steps, in a fixed order; the steps are in `train.py`.
+
+    begin       the checkpoint to go on from, and where the run stands
+    open        what is said and measured before the first step
+    batches     all ranks agree before each step: stop, save, damaged samples
+    after_step  prove the epoch, measure, judge, evaluate, report, save
+    finish      everything on the disk, the exit code, the last words
+
+All of it on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from wasteddp.data.batch import Batch
+from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, StoppedError, WastedError
+from wasteddp.settings import Settings
+from wasteddp.training import coverage_proof, messages, micro_batch, run_folder
+from wasteddp.training.agreement import Agreement, agreed
+from wasteddp.training.build_model import Built
+from wasteddp.training.checkpoint.compatibility import Lineage
+from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.manager import Keeper
+from wasteddp.training.dataloaders import Inputs
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.divergence import Guard, Retreat
+from wasteddp.training.evaluate import evaluate
+from wasteddp.training.metrics import Meter
+from wasteddp.training.schedule import Due, Intervals
+from wasteddp.training.step_hashes import StepRecord
+from wasteddp.training.tracking.profiler import Profiler
+from wasteddp.training.tracking.tracker import Tracker, TrackerScope
+from wasteddp.training.watchdog import signals
+
+
+def begin(
+    settings: Settings,
+    built: Built,
+    data: Inputs,
+    start: tuple[str, Sequence[str]],
+    retreat: Retreat,
+    *,
+    max_steps: int | None = None,
+) -> tuple[Session, Progress]:
+    """Goes on from the checkpoint asked for, else the newest whole one, else begins at the beginning.
+
+    Args:
+        start: --resume and --accept-changes.
+        retreat: what a divergence before this beginning has changed.
+        max_steps: of this start; None: as the settings say.
+    """
+    keeper = Keeper(settings, built.world, data, built.model, built.optimizer, further=built.average.states)
+    progress, origin = Progress(Lineage.of(settings, data.manifest, teacher=built.recipe.teacher.sha256)), built.origin
+    if checkpoint := keeper.starting_point(*start, lineage=progress.lineage):
+        keeper.state.restore(checkpoint)
+        progress = checkpoint.progress.started_again(progress.lineage)
+        origin = f"{checkpoint.path}, attempt {progress.attempt}"
+    progress = retreat.applied(progress)
+    world, progress = micro_batch.settled(settings, built.world, built.recipe, built.model, progress)
+    all_steps = data.plan.steps_per_epoch * settings.train.epochs
+    last_step = progress.step + max_steps if max_steps else min(all_steps, settings.train.stop_at_step or all_steps)
+    tracker = run_folder.begun(settings, world, data, progress, checkpoint, last_step=last_step)
+    progress = replace(progress, tracker_id=tracker.id)
+    num_classes = len(data.manifest.classes)
+    session = Session(
+        settings, world, data, built, keeper, tracker, origin, last_step,
+        stops_early=not max_steps,
+        guard=Guard(settings, world, built.model, built.optimizer, num_classes=num_classes, progress=progress),
+        meter=Meter(world.device),
+        profiler=Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say),
+        hashes=StepRecord(settings, world, progress.step),
+    )  # fmt: skip
+    return session, progress
+
+
+@dataclass(slots=True)
+class Session:
+    """Made by `begin`. Within `with`, what it hands to threads is kept; its order at the end is that of the fields."""
+
+    settings: Settings
+    world: Runtime  # with the micro-batch that was found
+    data: Inputs
+    built: Built
+    keeper: Keeper
+    tracker: Tracker
+    origin: str  # of the weights, in words
+    last_step: int  # of this start
+    stops_early: bool
+    guard: Guard
+    meter: Meter
+    profiler: Profiler
+    hashes: StepRecord
+    stopped_by: Batch | None = None  # the batch at which the ranks agreed to stop
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Session:
+        self._stack.enter_context(self.keeper)
+        self._stack.enter_context(TrackerScope(self.tracker))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def open(self, progress: Progress) -> Progress:
+        """Says what will be trained, and measures the step that was saved without its evaluation, if one was."""
+        self.world.watch.detail = self.data.at_work
+        words = self.origin + self.built.recipe.teacher.words
+        self.tracker.say(messages.facts(self.settings, self.world, self.data, self.last_step, words))
+        if progress.step == 0:
+            self.tracker.show_augmented(self.data, self.built.recipe.augment)
+        if progress.unmeasured is not None:
+            progress = self._measure(progress, progress.unmeasured, Due(evaluates=True, saves=True, logs=True))
+        if progress.unmeasured is not None or self._stops_early(progress):
+            self.last_step = progress.step
+        return progress
+
+    def batches(self, progress: Progress) -> Iterator[tuple[Batch, Agreement]]:
+        """From where the run stands to its last step: this rank's batch, and what all ranks agreed on before it."""
+        planned = self.data.batches(progress.step, self.last_step, self.world)
+        ahead = agreed(planned, self.world, seed=self.data.plan.seed, asks=self.keeper.asks)
+        watched = self.world.watch.steps(self.profiler.watched(ahead), progress.step)
+        for batch, agree in self.meter.waiting(watched):
+            yield batch, agree()
+
+    def stop(self, progress: Progress, batch: Batch) -> Progress:
+        """Saves where the run stands, before this batch."""
+        if self.meter.num_steps:
+            row = self.meter.read(self.world, self.settings.train.batch_size)
+            progress = self.guard.judge(progress, row, saves=True)
+        self.keeper.save(progress, epoch=batch.epoch, best=None)
+        self.stopped_by = batch
+        return progress
+
+    def before_step(self, progress: Progress, batch: Batch, agreement: Agreement) -> tuple[Progress, Due]:
+        """The progress with the batch's damaged samples counted, and what is due after the step."""
+        if agreement.damaged:
+            progress = replace(progress, damaged=progress.damaged + agreement.damaged)
+            limit = self.settings.data.max_damaged
+            messages.report_damage(self.world, self.tracker.say, batch.damage, progress.damaged, limit)
+        self.guard.begin_step()
+        is_asked = agreement.saves or self.keeper.notice.wants_a_save()
+        intervals = Intervals.of(self.settings, self.data.plan, self.last_step)
+        return progress, intervals.due(progress.step + 1, is_asked=is_asked)
+
+    def after_step(
+        self,
+        progress: Progress,
+        batch: Batch,
+        agreement: Agreement,
+        due: Due,
+        *,
+        lr: float,
+        norm: torch.Tensor | None,
+        skipped: torch.Tensor | None,
+    ) -> Progress:
+        """Counts the step, and does what is due.
+
+        Args:
+            norm: of the averaged gradient, where it was asked for.
+            skipped: where steps may be: whether this one was; bool [] on the device.
+        """
+        world, plan = self.world, self.data.plan
+        self.built.average.update(progress.step, skipped)
+        covered = coverage_proof.added(progress.covered, agreement.sums, batch)
+        progress = replace(progress, step=progress.step + 1, covered=covered)
+        self.meter.step_done(skipped)
+        self.profiler.step_done()
+        self.hashes.add(progress.step, batch, self.built.model)
+        row: dict[str, float] = {}
+        if batch.step_in_epoch + 1 == plan.steps_per_epoch:
+            row |= coverage_proof.prove(progress, plan, batch.epoch, world, self.tracker)
+        if due.logs:
+            row |= self.meter.read(world, self.settings.train.batch_size)
+            row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": lr, "train/grad_norm": float(norm or 0)}
+            progress = self.guard.judge(progress, row, saves=due.saves)
+        if due.evaluates:
+            self.keeper.state.reconcile()  # first: a checkpoint saved without its evaluation has the averaged statistics
+        return self._measure(progress, row, due)
+
+    def ends(self, progress: Progress, due: Due) -> bool:
+        """Whether this was the last step for another reason than its number."""
+        if progress.unmeasured is None and due.evaluates and self._stops_early(progress):
+            self.tracker.say(messages.early_stop(self.settings, progress))
+            return True
+        return progress.unmeasured is not None
+
+    def finish(self, progress: Progress) -> int:
+        """Everything on the disk, and how it ended in words. Returns the exit code."""
+        self.keeper.close()
+        exit_code = EXIT_FINISHED
+        if self.stopped_by or progress.unmeasured is not None:
+            exit_code = self.tracker.exit_code = EXIT_RESUMABLE
+            # what one rank could not read, now that all is saved
+            self.world.raise_together(self.stopped_by.failure if self.stopped_by else None)
+            if self.world.is_main:
+                run_folder.mark_resumable(Path(self.settings.run.out))
+        splits, signal_name = self.data.manifest.splits, signals.STOP.signal_name
+        self.tracker.say(messages.closing(self.settings, progress, exit_code, signal_name, splits=splits))
+        return exit_code
+
+    def _stops_early(self, progress: Progress) -> bool:
+        return self.stops_early and progress.stopped_early(self.settings.train.early_stop_epochs)
+
+    def _measure(self, progress: Progress, row: dict[str, float], due: Due) -> Progress:
+        """What is due after a step, in its order: the evaluation, the row of metrics, the checkpoint.
+
+        A signal ends an evaluation, which may take longer than there is time: the step is saved with its metrics as
+        `unmeasured`, and measured when the run goes on. So is a step whose evaluation fails.
+
+        Args:
+            row: the step's metrics so far, the same on all ranks.
+
+        Raises:
+            WastedError: on every rank: the evaluation failed.
+        """
+        world, settings, tracker = self.world, self.settings, self.tracker
+        epoch, better = (progress.step - 1) // self.data.plan.steps_per_epoch, None
+        if due.evaluates:
+            try:
+                scores, seen = evaluate(self.built.average.network, self.data, world, settings.evaluate.batch_size)
+            except WastedError as error:
+                progress = replace(progress, unmeasured=row)
+                self.keeper.save(progress, epoch=epoch, best=None)
+                if isinstance(error, StoppedError):
+                    return progress
+                raise
+            progress = replace(progress, unmeasured=None).with_evaluation(scores[f"val/{settings.evaluate.metric}"])
+            better = seen if progress.best_step == progress.step else None
+            row = row | scores | progress.best_metric
+            tracker.show_mistakes(progress.step, self.data, seen)
+        tracker.advance(progress.step, f"epoch {progress.step / self.data.plan.steps_per_epoch:.1f}")
+        if row:
+            tracker.log(progress.step, row | progress.counts | self.keeper.metrics)
+            line = messages.progress_line(progress.step, self.last_step, row, better is not None)
+            tracker.say(line, in_passing=not due.evaluates)
+        if due.saves:
+            tracker.flush()
+            self.keeper.save(progress, epoch=epoch, best=better)
+            self.meter.restart()  # an evaluation is not training time
+            if comment := self.keeper.notice.comment(row):
+                tracker.say(comment)
+        return progress
