@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import write_atomically
 
 FORMAT = "wasteddp-shards"
 FORMAT_VERSION = 1

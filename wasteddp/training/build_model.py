@@ -1,4 +1,4 @@
-"""What trains: the network with its initial weights, DDP around it, the optimizer and the recipe, as the settings ask."""
+"""What trains: the network with its initial weights, DDP around it, optimizer and recipe, as the settings ask."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(settings: Settings, world: Runtime, data: Inputs) -> Built:
     """All ranks: what trains, with its initial weights.
 
     Raises:
-        SettingsError, WeightsError: on every rank: no such network, its weights cannot be had, or it cannot be compiled.
+        SettingsError, WeightsError: on every rank: no such network, or its weights or a compiler cannot be had.
     """
     world = compilation.settled(settings, world, data.plan)  # all ranks
     model, origin = made(settings, world, len(data.manifest.classes))  # all ranks

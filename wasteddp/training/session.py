@@ -183,7 +183,8 @@ class Session:
             row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": lr, "train/grad_norm": float(norm or 0)}
             progress = self.guard.judge(progress, row, saves=due.saves)
         if due.evaluates:
-            self.keeper.state.reconcile()  # first: a checkpoint saved without its evaluation has the averaged statistics
+            # first: a checkpoint saved without its evaluation must already hold the averaged statistics
+            self.keeper.state.reconcile()
         return self._measure(progress, row, due)
 
     def ends(self, progress: Progress, due: Due) -> bool:
