@@ -23,7 +23,7 @@ def _add_evaluate(commands: Commands) -> None:
         "evaluate",
         help="measure a run's model on a split of its shards",
         description="Accuracy with its 95 % interval, per-class figures and the confusion matrix; all of it is also "
-        "saved in RUN/evaluations/SPLIT/.",
+        "saved in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
     )
     command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
     command.add_argument("--split", default="test", help="split to measure on (default: %(default)s)")

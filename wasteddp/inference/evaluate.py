@@ -6,7 +6,7 @@ Legend: N samples of the split, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
-from wasteddp.errors import BundleError, SettingsError, ShardError, storage
+from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.inference.ranks import Ranks, joined
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.progress import progress
 from wasteddp.settings import Data, plain_yaml
 
+ALONE = Ranks()
 _STEP = 64  # samples whose shards are fetched ahead, and let go of, together
 _AHEAD = 2  # steps that are decoded ahead
 _OF_THE_SET = ("shards", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
@@ -52,20 +54,30 @@ class EvaluateOptions:
 
 
 def run(options: EvaluateOptions) -> None:
-    """Evaluates, prints, and saves under `RUN/evaluations/<split>/`."""
-    with start_workers(options.workers, device_type(options.device)) as workers:
-        classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size, tta=options.tta)
-        with dataset.opened(data_of(options.run, options.shards)) as shards:
-            evaluation = evaluate_split(classifier, shards, options.split, console := Console(), workers)
+    """Evaluates, prints, and saves under `RUN/evaluations/<split>/`. Under a launcher the processes share the work."""
+    with joined() as ranks:
+        device = ranks.device(options.device)
+        with start_workers(options.workers, device_type(device), cores=ranks.cores) as workers:
+            classifier = Classifier.load(options.run, device=device, batch_size=options.batch_size, tta=options.tta)
+            with dataset.opened(data_of(options.run, options.shards)) as shards:
+                console = Console(quiet=not ranks.is_main)
+                evaluation = evaluate_split(classifier, shards, options.split, console, workers, ranks)
+        if ranks.is_main:
+            _report(options, classifier, shards.manifest, evaluation, console)
+
+
+def _report(
+    options: EvaluateOptions, classifier: Classifier, manifest: Manifest, evaluation: Evaluation, console: Console
+) -> None:
     folder = options.run / "evaluations" / options.split
     save_evaluation(
         folder,
         evaluation,
         classifier.card,
-        manifest_sha256=shards.manifest.sha256,
+        manifest_sha256=manifest.sha256,
         options={
             "split": options.split,
-            "shards": shards.manifest.where,
+            "shards": manifest.where,
             "batch_size": classifier.batch_size,
             "device": str(classifier.device),
             "tta": classifier.tta,
@@ -77,9 +89,9 @@ def run(options: EvaluateOptions) -> None:
 
 
 def evaluate_split(
-    classifier: Classifier, shards: ShardSet, split: str, console: Console, workers: Workers
+    classifier: Classifier, shards: ShardSet, split: str, console: Console, workers: Workers, ranks: Ranks = ALONE
 ) -> Evaluation:
-    """One split of an open set through the model, with a bar, and a warning if it is not the set trained on."""
+    """All ranks: one split of an open set through the model; warns if it is not the set trained on."""
     manifest = shards.manifest
     check_classes(manifest, classifier.card.classes)
     if manifest.sha256 != classifier.card.hashes.manifest:
@@ -92,32 +104,45 @@ def evaluate_split(
             highlight=False,
             soft_wrap=True,
         )
-    with shards.reader(split) as reader, progress("evaluating", reader.num_samples) as advance:
+    shown = progress("evaluating", manifest.split(split).num_samples) if ranks.is_main else nullcontext(_nothing)
+    with shards.reader(split) as reader, shown as advance:
         samples = np.arange(reader.num_samples)
-        at_once = _STEP * (_AHEAD + 1)
+        at_once = _STEP * (_AHEAD + 1) * ranks.local_world_size
         shards.require_room(reader.needs(samples[first : first + at_once]) for first in range(0, len(samples), _STEP))
-        return evaluate(classifier, reader, manifest.split(split), workers=workers, advance=advance)
+        return evaluate(classifier, reader, manifest.split(split), workers=workers, advance=advance, ranks=ranks)
+
+
+def _nothing() -> None:
+    """What the other ranks show."""
 
 
 def evaluate(
-    classifier: Classifier, reader: SplitReader, split: Split, *, workers: Workers, advance: Callable[[], None]
+    classifier: Classifier,
+    reader: SplitReader,
+    split: Split,
+    *,
+    workers: Workers,
+    advance: Callable[[], None],
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Every sample of a split through the model, once.
+    """All ranks: every sample of a split through the model, once; the same result on every rank.
 
     Args:
-        advance: called once for each sample that is done.
+        advance: called by a rank once for each rank's sample that is done.
 
     Raises:
-        DamagedSampleError: a sample cannot be read or decoded; the result would not cover the whole split.
+        DamagedSampleError: on the first rank, when a sample of any of them cannot be read or decoded; the result would
+            not cover the whole split.
         ShardError: the samples are not those that the manifest counts.
     """
     num_classes = len(classifier.card.classes)
     labels = reader.labels
     _check_counts(np.bincount(labels, minlength=num_classes), split, "its index holds")
 
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    probabilities_NK = np.full((reader.num_samples, num_classes), np.nan, np.float32)
-    sources: list[str] = []
+    done: list[
+        tuple[list[int], list[str], npt.NDArray[np.float32]]
+    ] = []  # samples, their sources, probabilities [B, K]
+    failure: WastedError | None = None
     size = classifier.card.preprocessing
     with (
         evaluation_loader(
@@ -129,16 +154,25 @@ def evaluate(
             processes=workers.server is not None,
             server=workers.server,
         ) as loader,
-        closing(_views(loader, reader)) as views,
+        closing(_views(loader, reader, ranks)) as views,
     ):
-        for batch in classifier.batches(views):
-            samples = [sample for sample, _, _ in batch]
-            answers_BK = classifier.probabilities([view for _, _, view in batch])
-            probabilities_NK[samples] = answers_BK
-            confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
-            sources += [source for _, source, _ in batch]
-            for _ in batch:
-                advance()
+        try:
+            for batch in classifier.batches(views):
+                answers_BK = classifier.probabilities([view for _, _, view in batch])
+                done.append(([sample for sample, _, _ in batch], [source for _, source, _ in batch], answers_BK))
+                for _ in range(len(batch) * ranks.world_size):
+                    advance()
+        except WastedError as error:
+            failure = error
+    ranks.raise_together(failure)
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    probabilities_NK = np.full((reader.num_samples, num_classes), np.nan, np.float32)
+    sources = [""] * reader.num_samples
+    for samples, names, answers_BK in (part for of_rank in ranks.gather(done) for part in of_rank):
+        probabilities_NK[samples] = answers_BK
+        confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
+        for sample, name in zip(samples, names, strict=True):
+            sources[sample] = name
     # The proof: what went through the model, batch by batch, is what the manifest says there is.
     _check_counts(confusion.sum(axis=1), split, "the model answered for")
     answers = Answers.of(labels, probabilities_NK)
@@ -153,9 +187,10 @@ def evaluate(
     return Evaluation(seen, tuple(sources), labels, probabilities_NK)
 
 
-def _views(loader: AnyLoader, reader: SplitReader) -> Generator[tuple[int, str, ImageHWC], None, None]:
-    """(sample, its source, its view uint8 [S, S, C]) of all samples, in order."""
-    for step in loader.batches(evaluation_steps(EvaluationPlan(reader.num_samples, _STEP), rank=0, world_size=1)):
+def _views(loader: AnyLoader, reader: SplitReader, ranks: Ranks) -> Generator[tuple[int, str, ImageHWC], None, None]:
+    """(sample, its source, its view uint8 [S, S, C]) of this rank's samples, in order."""
+    plan = EvaluationPlan(reader.num_samples, _STEP)
+    for step in loader.batches(evaluation_steps(plan, rank=ranks.rank, world_size=ranks.world_size)):
         images_BHWC = step.images_BCHW.permute(0, 2, 3, 1).numpy()
         for sample, view in zip(step.samples.tolist(), images_BHWC, strict=True):
             if sample != PADDING:

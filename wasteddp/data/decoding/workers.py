@@ -22,8 +22,10 @@ class Workers:
 
 
 @contextmanager
-def start_workers(asked: int | str, device_type: str) -> Iterator[Workers]:
-    """For a command that has the machine to itself. A server imports its modules while this process starts CUDA.
+def start_workers(asked: int | str, device_type: str, *, cores: int = 0) -> Iterator[Workers]:
+    """For a command that has the machine to itself, or `cores` of it.
+
+    A server imports its modules while this process starts CUDA.
 
     Args:
         asked: as the setting data.workers.
@@ -31,7 +33,7 @@ def start_workers(asked: int | str, device_type: str) -> Iterator[Workers]:
     """
     data = Data(workers=asked)
     processes = data.uses_processes(device_type)
-    number = data.num_workers or default_workers(num_usable_cores(), processes=processes)
+    number = data.num_workers or default_workers(cores or num_usable_cores(), processes=processes)
     if not processes:
         yield Workers(number)
         return

@@ -1,0 +1,56 @@
+"""`wasteddp evaluate` under a launcher: two processes share a split and find what one finds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from narrow import __file__ as NARROW
+from small_run import write_run
+from trainings import CPU2, launch
+
+from wasteddp import cli
+from wasteddp.data.manifest import Manifest
+
+TWO = ("--config_file", str(CPU2))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("evaluated"))
+
+
+def test_two_processes_find_what_one_finds(run: Path) -> None:
+    assert cli.main(["evaluate", str(run), "--split", "test"]) == 0
+    folder = run / "evaluations" / "test"
+    one = json.loads((folder / "metrics.json").read_text())
+    predictions = (folder / "predictions.csv").read_text().splitlines()
+    shutil.rmtree(folder)
+    done = launch(["-m", "wasteddp.cli", "evaluate", str(run), "--split", "test"], *TWO, program=Path(NARROW))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved in") == 1
+    two = json.loads((folder / "metrics.json").read_text())
+    assert two["num_samples"] == 10
+    for name in ("confusion", "per_class", "accuracy", "accuracy_low", "macro_f1", "hashes"):
+        assert two[name] == one[name]
+    assert [line.split(",")[0] for line in (folder / "predictions.csv").read_text().splitlines()] == [
+        line.split(",")[0] for line in predictions
+    ]
+
+
+def test_a_damaged_sample_is_said_once_and_ends_both(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent, tmp_path / "all", ignore=shutil.ignore_patterns("evaluations"))
+    manifest = Manifest.load(tmp_path / "all" / "shards")
+    tar = tmp_path / "all" / "shards" / manifest.split("test").shards[-1].tar
+    content = bytearray(tar.read_bytes())
+    at = content.rindex(b"\xff\xd9") - 10  # in the last image
+    content[at] ^= 0xFF
+    tar.write_bytes(content)
+    shards = ["--shards", str(tmp_path / "all" / "shards")]
+    arguments = ["-m", "wasteddp.cli", "evaluate", str(tmp_path / "all" / "run"), "--split", "test", *shards]
+    done = launch(arguments, *TWO, program=Path(NARROW))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert not (tmp_path / "all" / "run" / "evaluations").exists()
