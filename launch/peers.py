@@ -91,7 +91,7 @@ def write_shards(folder: Path) -> None:
 
 
 def run_rank(folder: Path) -> None:
-    """All ways one behind the other; what this rank saw goes to `rank-<n>.json`."""
+    """All ways one after the other; what this rank saw goes to `rank-<n>.json`."""
     import torch
     import torch.distributed as dist
     from accelerate import Accelerator

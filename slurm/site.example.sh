@@ -4,7 +4,7 @@
 #     source slurm/site.sh
 #
 # Then `sbatch slurm/train.sh ...` takes account and partition from here (sbatch reads SBATCH_* variables; they go before
-# the #SBATCH lines of a script, and options on the command line go before them). Each job reads the file once more on
+# the #SBATCH lines of a script, and options on the command line go before them). Each job reads the file again on
 # its first node. SITE=FILE names another one.
 
 export SBATCH_ACCOUNT=my-project

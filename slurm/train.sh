@@ -66,7 +66,7 @@ limit() { squeue -h -j "$SELF" -o %e; }
 newest() { find "$RUN_OUT/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
 
 # Passes the warning on to every process of a step, once: before it has written its environment.json the program may not
-# hear, and behind a save or the last step what writes the report, and the program while it exits, would die of another.
+# hear, and after a save or the last step what writes the report, and the program while it exits, would die of another.
 warn() {
   until [ "$RUN_OUT/environment.json" -nt "$RUN_OUT/.launched" ]; do
     sleep 1
@@ -99,7 +99,7 @@ before=$(newest)
 settings=$( (on_nodes --nodes=1 python -m wasteddp.cli settings "$config" ${sets[@]+"${sets[@]}"}) )
 code=$?
 if [ "$code" = 2 ]; then
-  say "the settings are to be mended; not requeued"
+  say "the settings are to be fixed; not requeued"
   exit 2
 fi
 
@@ -142,7 +142,7 @@ elif [ "$code" = 0 ]; then
 elif [ -e "$RUN_OUT/RESUMABLE" ]; then
   say "stopped by a signal and saved; not requeued. RUN_OUT=$RUN_OUT and the same command go on"
 elif [ -e "$RUN_OUT/MISTAKE" ]; then
-  say "something is to be mended, the message is above; not requeued"
+  say "something is to be fixed, the message is above; not requeued"
   code=2
 else
   try_again "crashed, exit code $code"

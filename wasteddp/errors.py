@@ -39,7 +39,7 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved, st
 
 
 class WastedError(Exception):
-    """Something that the user can mend, said in three parts.
+    """Something that the user can fix, said in three parts.
 
     Args:
         found: what is the case, with numbers and paths.

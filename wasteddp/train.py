@@ -14,7 +14,7 @@ While it runs, `touch RUN/SAVE_NOW` asks for a checkpoint; the file goes when th
 
 Written to run.out: settings.yaml, environment.json, tracking.json, metrics.jsonl, log.txt, checkpoints/, model/ (the
 bundle), evaluations/ (what it was measured at), report.html (all of it as one page), media/ (pictures for W&B).
-Exit codes: 0 finished; 2 something to mend, the message says what; 75 stopped by a signal and saved: start it again;
+Exit codes: 0 finished; 2 something to fix, the message says what; 75 stopped by a signal and saved: start it again;
 70 a rank failed, hung or vanished and all were stopped: start it again, from the newest checkpoint.
 A launcher may turn 75 into 1, so a run that can go on also has the file RESUMABLE in run.out.
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if arguments.check and code == EXIT_FINISHED:  # a signal may have ended it before
                     world.say("checked: one step, one evaluation, one checkpoint; all of it removed again")
                 return code
-    except StoppedError:  # all ranks, before the first step: behind it, the loop saves
+    except StoppedError:  # all ranks, before the first step: after it, the loop saves
         return run_folder.stopped_before_it_began(settings, is_check=arguments.check)
     except Exception as error:
         return watch.failed(error)

@@ -1,12 +1,12 @@
 """The loader beside what a user would otherwise install: images/s to shuffled, cropped 224 px batches on two workers.
 
 Called by `python -m launch.bench loader`. Every side runs in a process of its own, in turns, and is timed for some
-seconds behind its first batches. All do RandomResizedCrop (8 to 100 % of the area) with antialiasing on the same JPEGs:
+seconds after its first batches. All do RandomResizedCrop (8 to 100 % of the area) with antialiasing on the same JPEGs:
 
     wasteddp        shards -> uint8 batches; flips happen on the device, with the rest of the augmentation
     v2 tensors      torchvision: decode_image, transforms.v2 crop and flip on uint8 tensors, DataLoader
     ImageFolder     torchvision: Pillow, transforms crop and flip, ToTensor, DataLoader
-    webdataset      the same transforms behind webdataset.WebDataset on the same tars, DataLoader
+    webdataset      the same transforms after webdataset.WebDataset on the same tars, DataLoader
     decode alone    libjpeg-turbo on bytes in memory, two processes; whole images, no crop, no batch. A loader
                     that decodes large photos at a fraction of their size can be faster
 """

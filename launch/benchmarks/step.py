@@ -1,6 +1,6 @@
 """python -m launch.bench step: the model's step alone, on a batch in memory, beside the same work in others' loops.
 
-Each side runs in a process of its own, in turns, on as many images, threads and bits, behind some steps that are not
+Each side runs in a process of its own, in turns, on as many images, threads and bits, after some steps that are not
 timed. The loops are written after the scripts that they are named for, with their models, losses and optimizers, but
 without loader, log and schedule:
 
@@ -112,7 +112,7 @@ def rate(side: str, settings: Settings, *, steps: int, warm: int) -> float:
 
 
 def seconds_a_step(step: Step, *, steps: int, warm: int) -> float:
-    """The mean of `steps` behind `warm` others."""
+    """The mean of `steps` after `warm` others."""
     for number in range(warm + steps):
         if number == warm:
             if _has_gpu():

@@ -1,6 +1,6 @@
 """python -m launch.bench train: images/s of the program from shards, beside the step alone and others' training.
 
-Each side runs in a process of its own, in turns, on the same images, threads, bits, batch and decoding workers, behind
+Each side runs in a process of its own, in turns, on the same images, threads, bits, batch and decoding workers, after
 some steps that are not timed:
 
     wasteddp        the real program, with all that it does beside: proofs, metrics, heartbeat
@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all sides")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--rounds", type=int, default=3)
-    command.add_argument("--steps", type=int, default=30, help="timed steps a round, behind 10 that are not")
+    command.add_argument("--steps", type=int, default=30, help="timed steps a round, after 10 that are not")
     command.add_argument("--sides", default="", help="of wasteddp, bare loop, timm, torchvision; by commas; all")
 
 

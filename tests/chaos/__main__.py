@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--launchers", type=int, default=0, help="signals to real launchers and their ranks")
     parser.add_argument("--only", default="", choices=KINDS, help="of --kills: events of this kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new event behind these (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no new event after these (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder that stays; results are added to its results.jsonl")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:

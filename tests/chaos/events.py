@@ -45,7 +45,7 @@ class Event:
         if self.kind == "epoch":
             return f"{self.signal} in an evaluation"
         if self.kind == "fault":
-            short = " behind half of the bytes" if self.short else ""
+            short = " after half of the bytes" if self.short else ""
             return f"{self.operation}: {errno.errorcode[self.error]}{short}"
         if self.kind == "read":
             return f"read: {errno.errorcode[self.error] if self.error else 'a bit changed'}"

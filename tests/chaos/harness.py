@@ -1,4 +1,4 @@
-"""Trainings that are disturbed until they end, and what must hold behind every disturbance."""
+"""Trainings that are disturbed until they end, and what must hold after every disturbance."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Record:
     event: Event
     outcome: Outcome
     steps_before: int  # recorded when the attempt ended
-    steps_kept: int  # of the newest whole checkpoint behind it
+    steps_kept: int  # of the newest whole checkpoint after it
 
     @property
     def steps_lost(self) -> int:

@@ -40,7 +40,7 @@ class Shot:
     """One attempt through a launcher, and the signal that ends it.
 
     after_steps: of this attempt, before it is sent; 0: as soon as there is whom to send it to, among the imports
-    delay_s: behind that
+    delay_s: after that
     """
 
     number: int
@@ -186,7 +186,7 @@ def _kill(pid: int, number: int) -> None:
 
 def _ranks(run: Path) -> dict[int, int]:
     """rank -> pid of the program's processes that train in `run`; not of their launcher, which has the same arguments
-    behind its own."""
+    after its own."""
     found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -200,10 +200,10 @@ def _ranks(run: Path) -> dict[int, int]:
     return found
 
 
-def _steps_said(log: Path, behind: int) -> int:
+def _steps_said(log: Path, after: int) -> int:
     """Lines with a step since the attempt began: its log has those of all attempts."""
     with log.open("rb") as file:
-        file.seek(behind)
+        file.seek(after)
         return sum(line.startswith(b"step ") for line in file)
 
 

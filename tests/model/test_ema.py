@@ -41,7 +41,7 @@ def move(model: nn.Module, step: int) -> None:
 
 
 def plainly(states: list[dict[str, torch.Tensor]], decay: float) -> dict[str, torch.Tensor]:
-    """The average of what a network was at first and behind each step, number by number in float64."""
+    """The average of what a network was at first and after each step, number by number in float64."""
     average = {name: tensor.double() for name, tensor in states[0].items()}
     for step, state in enumerate(states[1:]):
         d = min(decay, (1 + step) / (10 + step))

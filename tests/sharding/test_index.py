@@ -99,7 +99,7 @@ def test_pickles_are_never_loaded_and_images_that_cannot_be_decoded_are_left_out
 
 
 @pytest.mark.parametrize(
-    ("cut", "message"), [(1024 + 700, "unexpected end of data|in 1.jpg"), (None, "behind a whole member")]
+    ("cut", "message"), [(1024 + 700, "unexpected end of data|in 1.jpg"), (None, "after a whole member")]
 )
 def test_a_tar_that_is_cut_in_or_between_members_is_named(tmp_path: Path, cut: int | None, message: str) -> None:
     write_tar(tmp_path / "cut.tar", {"1.cls": b"0", "1.jpg": jpeg(1), "2.cls": b"1", "2.jpg": jpeg(2)})

@@ -237,12 +237,12 @@ LINES = (
             SLURM,
             "(out / MISTAKE_MARK).touch()",
             "pass",
-            "== 1|something is to be mended",
+            "== 1|something is to be fixed",
         ),
     ),
     *job(
         "a_mistake_in_the_settings_ends_before_anything_is_launched",
-        (TRAIN, '\ncode=$?\nif [ "$code" = 2 ]', '\ncode=0\nif [ "$code" = 2 ]', "the settings are to be mended"),
+        (TRAIN, '\ncode=$?\nif [ "$code" = 2 ]', '\ncode=0\nif [ "$code" = 2 ]', "the settings are to be fixed"),
     ),
     *job(
         "nodes_that_do_not_know_of_each_other_are_refused",

@@ -95,7 +95,7 @@ class Job:
         return self.cluster.run("squeue", "-h", "-t", "all", "-j", self.id + element, "-o", "%T").splitlines()[0]
 
     def end(self, element: str = "") -> str:
-        """Waits until it has ended for good; its last state."""
+        """Waits until it has ended permanently; its last state."""
         until(lambda: self.state(element) in ENDED, f"waiting for the end of job {self.id}{element} of {self.log}")
         return self.state(element)
 

@@ -320,7 +320,7 @@ def test_a_job_whose_node_died_goes_on_by_itself(outcome: Callable[[str], Ran]) 
 
 @pytest.mark.scenario("cancelled")
 def test_a_cancelled_job_saves_and_stays_cancelled(outcome: Callable[[str], Ran]) -> None:
-    """Guards the first branch behind "what follows" of train.sh: if a saved run is always requeued, this one is too."""
+    """Guards the first branch after "what follows" of train.sh: if a saved run is always requeued, this one is too."""
     ran = outcome("cancelled")
     assert ran.state == "CANCELLED"
     assert re.search(r"stopped by SIGTERM at step \d+ and saved", ran.text)
@@ -363,7 +363,7 @@ def test_a_number_of_nodes_that_does_not_divide_the_batch_is_refused_and_not_req
     ran = outcome("mistaken")
     assert ran.state == "FAILED"
     assert ran.text.count("error: train.batch_size is 13 and there are 2 processes") == 1
-    assert "attempt 1: something is to be mended, the message is above; not requeued" in ran.text
+    assert "attempt 1: something is to be fixed, the message is above; not requeued" in ran.text
     assert "attempt 2" not in ran.text
 
 
@@ -373,7 +373,7 @@ def test_a_mistake_in_the_settings_ends_before_anything_is_launched(outcome: Cal
     ran = outcome("misspelt")
     assert ran.state == "FAILED"
     assert "did you mean 'train.epochs'?" in ran.text
-    assert "attempt 1: the settings are to be mended; not requeued" in ran.text
+    assert "attempt 1: the settings are to be fixed; not requeued" in ran.text
     assert "launch.py" not in ran.text
     assert not list(ran.run.iterdir())
 

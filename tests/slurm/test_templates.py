@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"
 
-# Each notes its arguments, one a line. srun then runs the command behind its options as the last node would, with Pyxis
+# Each notes its arguments, one a line. srun then runs the command after its options as the last node would, with Pyxis
 # in the image: as documented, that has its own PATH, nothing of the host but what is mounted, and begins in `/`.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >>"$NOTES/srun"; echo >>"$NOTES/srun"
@@ -210,7 +210,7 @@ NOT_REQUEUED = ": that makes 1, MAX_CRASHES is 0: not requeued"
             0,
         ),
         (WARNED, "warned before the first step: --time must leave more than the start takes and 300 s of warning", 1),
-        ('touch "$RUN_OUT/MISTAKE"; exit 1', "something is to be mended, the message is above; not requeued", 2),
+        ('touch "$RUN_OUT/MISTAKE"; exit 1', "something is to be fixed, the message is above; not requeued", 2),
         ("exit 1", f"crashed, exit code 1{NOT_REQUEUED}", 1),
         ("kill -9 $$", f"crashed, exit code 137{NOT_REQUEUED}", 137),
     ],

@@ -46,7 +46,7 @@ def test_it_has_exploded_above_four_times_the_best_or_where_it_is_no_number() ->
 
 
 def curve(bottom: float = 0.1, last: float = 1.0) -> tuple[list[float], list[float]]:
-    """A loss that falls by 1 within a decade around 1e-3, and rises again behind `bottom`."""
+    """A loss that falls by 1 within a decade around 1e-3, and rises again after `bottom`."""
     rates = Options(61, 1e-5, last).rates()
     fall = [1 / (1 + (rate / 1e-3) ** 2) for rate in rates]
     return rates, [1 + down + max(0.0, 8 * log10(rate / bottom)) for rate, down in zip(rates, fall, strict=True)]
@@ -58,7 +58,7 @@ def test_a_tenth_of_the_rate_at_the_lowest_loss_is_suggested() -> None:
     assert found.lowest_loss_at == pytest.approx(0.1)
     assert found.suggested == pytest.approx(0.01)
     assert found.steepest_at == pytest.approx(1e-3)  # where 1 / (1 + 10^2x) is steepest
-    assert found.why == "a tenth of 0.1, where the loss is lowest: behind it it rises"
+    assert found.why == "a tenth of 0.1, where the loss is lowest: after it, it rises"
 
 
 def test_a_fall_that_is_lost_in_the_scatter_of_the_steps_is_said_to_be() -> None:

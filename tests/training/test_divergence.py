@@ -77,7 +77,7 @@ def test_a_poisoned_step_is_skipped_counted_and_leaves_no_trace(
     assert missing[0] <= 4
     assert found[-1]["train/skipped"] == 1
     assert "none: all steps were skipped" in (tmp_path / "run" / "log.txt").read_text()
-    # the weights of before that step are those behind it
+    # the weights of before that step are those after it
     before, after = missing[0] - 1, missing[0]
     if before:
         then = [

@@ -183,7 +183,7 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
         assert keeper.metrics["checkpoint/seconds"] == seconds
         assert keeper.metrics["checkpoint/stall_ms"] > 0
         monkeypatch.setattr(CheckpointWriter, "_write", real)
-        keeper.close()  # tries once more
+        keeper.close()  # tries again
         assert keeper.metrics["checkpoint/seconds"] < 0.2
     assert all(is_known(name) for name in keeper.metrics)
 

@@ -60,7 +60,7 @@ def test_cosine_with_restarts_is_its_cycles_laid_end_to_end(factor: float, lengt
 
 @pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-15, 1.0 + 1e-9, 1.01, 2.0, 3.0, 7.5, 1e6])
 def test_restarts_come_at_their_steps_in_the_longest_run(factor: float) -> None:
-    """A million epochs of 1000 steps: each cycle begins at the peak, at the first step behind the one before."""
+    """A million epochs of 1000 steps: each cycle begins at the peak, at the first step after the one before."""
     schedule = f"schedule: {{name: cosine_restarts, cycle_epochs: 1, cycle_factor: {factor!r}}}"
     parsed = settings.parse(f"train: {{epochs: 1000000}}\noptimizer: {{lr: 1.0}}\n{schedule}")
     begin, length = 0.0, 1000.0

@@ -48,7 +48,7 @@ def test_a_compiled_network_is_one_graph_and_keeps_names_hooks_and_answers(graph
     placed(plain, settings.parse("").model, device=CPU, world_size=1, compiles=False)
     assert made is compiled
     assert list(made.state_dict()) == list(plain.state_dict())
-    depths = [StochasticDepth(model, 0.5, seed=0) for model in (plain, made)]  # hooks behind it, before the first call
+    depths = [StochasticDepth(model, 0.5, seed=0) for model in (plain, made)]  # hooks after it, before the first call
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     images = images.contiguous(memory_format=torch.channels_last)
     for epoch in range(3):

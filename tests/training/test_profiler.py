@@ -144,4 +144,4 @@ def test_a_run_that_ends_before_says_so(small_shards: Path, tmp_path: Path) -> N
     arguments = [*config_of(tmp_path, small_shards), "--set", "train.epochs=1", "--set", "profile.steps=50"]
     assert train.main(arguments) == 0
     assert not (tmp_path / "run" / "profile").exists()
-    assert "profile: none, this start ended behind its step 4" in (tmp_path / "run" / "log.txt").read_text()
+    assert "profile: none, this start ended after its step 4" in (tmp_path / "run" / "log.txt").read_text()

@@ -15,7 +15,7 @@ def test_something_to_mend_leaves_a_mark_and_a_crash_does_not(tmp_path: Path) ->
     with pytest.raises(SettingsError), mistake_marked(tmp_path / "nowhere"):
         raise SettingsError("no folder, no mark")
     with pytest.raises(SettingsError), mistake_marked(tmp_path):
-        raise SettingsError("mend it")
+        raise SettingsError("fix it")
     assert [path.name for path in tmp_path.iterdir()] == [MISTAKE_MARK]
 
 

@@ -97,7 +97,7 @@ def test_the_copies_are_of_the_step_of_the_save_although_training_goes_on() -> N
         fetch = copy.begin(given)
         change(given)
         assert_equal(fetch(), states(value))
-        assert_equal(fetch(), states(value))  # once more, as after a save that failed
+        assert_equal(fetch(), states(value))  # again, as after a save that failed
     assert device.done == ["device", *["host", "fetch", "fetch"], *["fetch"] * 4]
 
 

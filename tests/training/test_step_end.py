@@ -86,7 +86,7 @@ def test_a_signal_ends_an_evaluation_and_the_step_is_measured_when_the_run_goes_
     assert rows(run)[-1]["step"] == step - 1
     assert (unmeasured(run) or {})["train/loss"] == rows(undisturbed)[step - 1]["train/loss"]
 
-    with monkeypatch.context() as patch:  # and once more, while it measures what is pending
+    with monkeypatch.context() as patch:  # and again, while it measures what is pending
         stop.signal_name = ""
         interrupted_in(patch, 1, lambda: setattr(stop, "signal_name", "SIGTERM"))
         assert train.main(arguments) == 75

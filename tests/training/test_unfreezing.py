@@ -25,7 +25,7 @@ from wasteddp.training.optimization import optimizers
 )
 def test_what_is_frozen_now_and_trained_later_neither_moves_nor_decays_until_then(optimizer: str) -> None:
     model = resnet.build("resnet18", 3)
-    resnet.freeze(model, "stem")  # for good
+    resnet.freeze(model, "stem")  # permanently
     parsed = settings.parse(
         f"optimizer: {optimizer}\nmodel: {{freeze: layer3, unfreeze_every_epochs: 1}}\nrun: {{threads: 1}}"
     )
@@ -41,9 +41,9 @@ def test_what_is_frozen_now_and_trained_later_neither_moves_nor_decays_until_the
         changed = {name.split(".")[0] for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
         moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         names = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
-        behind = names.index(resnet.STAGES[upto][-1]) + 1 if upto != "none" else 0
-        assert moved == set(names[max(2, behind) :])  # the stem's weights are frozen for good; its statistics are not:
-        assert changed == set(names[behind:]) - {"conv1"}
+        after = names.index(resnet.STAGES[upto][-1]) + 1 if upto != "none" else 0
+        assert moved == set(names[max(2, after) :])  # the stem's weights stay frozen, its statistics do not:
+        assert changed == set(names[after:]) - {"conv1"}
 
 
 RECIPE = (

@@ -122,7 +122,7 @@ def test_a_checkpoint_that_was_to_be_replaced_is_put_back(tmp_path: Path) -> Non
     recover(tmp_path)
     assert (tmp_path / "step-00000002" / "complete.json").read_bytes() == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
-    # a kill behind them: the new one stays
+    # a kill after them: the new one stays
     (tmp_path / ".step-00000002.replaced.tmp").mkdir()
     recover(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]

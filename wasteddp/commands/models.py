@@ -90,7 +90,7 @@ def _add_average(commands: Commands) -> None:
     command = commands.add_parser(
         "average",
         help="make a model of the mean of a run's newest checkpoints",
-        description="Averages the weights of the newest checkpoints, takes BatchNorm's statistics anew from training "
+        description="Averages the weights of the newest checkpoints, takes BatchNorm's statistics again from training "
         "images, measures the result beside the run's model on data.eval_split, and writes it to RUN/average/, which "
         "`evaluate` and `predict` take like a run.",
     )

@@ -64,7 +64,7 @@ def _add_verify_resume(commands: Commands) -> None:
     command = commands.add_parser(
         "verify-resume",
         help="prove that a training that is killed ends like one that is not",
-        description="Trains some steps undisturbed, then once more with SIGKILL and SIGTERM at random moments, and "
+        description="Trains some steps undisturbed, then again with SIGKILL and SIGTERM at random moments, and "
         "prints both side by side. Exit code 0: the same samples, images and, at one number of processes, weights "
         "bit for bit; 2: not. Removes the two runs if they are the same; the receipt stays. On a GPU both have "
         "run.deterministic, if --set does not say otherwise.",

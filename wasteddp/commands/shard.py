@@ -40,7 +40,7 @@ def _add_shard(commands: Commands) -> None:
     split.add_argument("--keep-conflicts", action="store_true", help="keep one of equal images with different labels")
     images = command.add_argument_group("images")
     images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side than this")
-    images.add_argument("--quality", type=int, metavar="Q", help="of JPEGs that must be written anew (default: 95)")
+    images.add_argument("--quality", type=int, metavar="Q", help="of JPEGs that must be written again (default: 95)")
     images.add_argument("--shard-mb", type=float, metavar="MB", help="size at which a tar ends (default: 256)")
     images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin each class goes into")
     images.add_argument(

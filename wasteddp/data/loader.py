@@ -195,8 +195,8 @@ class Loader:
         """Writes the view of the next sample that can be read in the place of `sample`, which cannot."""
         where = self._reader.describe(sample)
         reason = error.found.removeprefix(f"{where}: ") if isinstance(error, DamagedSampleError) else str(error)
-        for behind in range(1, MAX_REPLACEMENTS if self._replace else 0):
-            used = (sample + behind) % self._reader.num_samples
+        for after in range(1, MAX_REPLACEMENTS if self._replace else 0):
+            used = (sample + after) % self._reader.num_samples
             with contextlib.suppress(UndecodableError, DamagedSampleError):
                 draws = self._view.draws(np.array([used]), epoch)[0]
                 left = self._view.fill(out, self._reader.read(used), draws)

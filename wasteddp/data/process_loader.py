@@ -54,7 +54,7 @@ class _Slot:
     memory: int  # its key in the pool
     shared: SharedMemory
     offset: int
-    num_bytes: int  # of images; the rows' records stand behind them
+    num_bytes: int  # of images; the rows' records stand after them
 
     def rows(self, size: int) -> Rows:
         return self.shared.view(self.offset + self.num_bytes, size * ROW_DTYPE.itemsize).view(ROW_DTYPE)

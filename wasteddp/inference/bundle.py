@@ -159,7 +159,7 @@ def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]
             f"{folder / CARD_NAME} names {len(card.classes)} classes, and the weights' last layer {_HEAD} is "
             f"{list(head) if head else 'missing'}",
             "answers would carry the names of other classes",
-            "copy the whole model folder again, or let the run write it anew (start its training again)",
+            "copy the whole model folder again, or let the run write it again (start its training again)",
         )
     return card, state_dict
 
@@ -208,7 +208,7 @@ def read_card(folder: Path) -> BundleCard:
         raise BundleError(
             f"{path} is not a model's card: {type(error).__name__}: {error}",
             "neither the classes nor the preprocessing of these weights would be known",
-            "copy the whole model folder again, or let the run write it anew (start its training again)",
+            "copy the whole model folder again, or let the run write it again (start its training again)",
         ) from error
 
 
@@ -245,5 +245,5 @@ def _damaged(path: Path, what: str) -> BundleError:
     return BundleError(
         f"{path} {what}",
         "the model would not be the one that was trained",
-        "copy the whole model folder again, or let the run write it anew (start its training again)",
+        "copy the whole model folder again, or let the run write it again (start its training again)",
     )

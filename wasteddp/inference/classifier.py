@@ -63,7 +63,7 @@ def network_of(card: BundleCard, state_dict: Mapping[str, torch.Tensor], *, wher
         raise BundleError(
             f"the weights in {where} are not those of a {card.arch}: {str(error).splitlines()[-1].strip()}",
             "the model cannot be put together",
-            "copy the whole model folder again, or let the run write it anew (start its training again)",
+            "copy the whole model folder again, or let the run write it again (start its training again)",
         ) from error
     return model.float().eval().requires_grad_(False)
 

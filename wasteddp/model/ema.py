@@ -67,7 +67,7 @@ class Ema:
     Parameters are the same on all ranks; running statistics are this rank's own, as those of `model` are.
 
     Args:
-        model: bare, behind Accelerate's `prepare`: with rank 0's weights, and with the autocast that it lays around
+        model: bare, after Accelerate's `prepare`: with rank 0's weights, and with the autocast that it lays around
             `forward`, of which the copy has one of its own.
     """
 

@@ -80,7 +80,7 @@ def _local(path: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(
             f"model.weights is {str(path)!r} and there is no such file",
             "there is nothing to start from",
-            "mend the path, or set model.weights to imagenet (needs a network or the cached file) or none (random)",
+            "fix the path, or set model.weights to imagenet (needs a network or the cached file) or none (random)",
         ) from error
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise WeightsError(

@@ -111,7 +111,7 @@ def distance_from_head(name: str) -> int:
 
 
 def is_head(name: str) -> bool:
-    """Whether the parameter of that name is behind all stages."""
+    """Whether the parameter of that name is after all stages."""
     return distance_from_head(name) == 0
 
 

@@ -43,7 +43,7 @@ class StochasticDepth:
 
     def draw(self, samples: I64, epoch: int, device: torch.device) -> None:
         """Before each forward pass in training: which of its images pass by which blocks, a function of (seed, epoch,
-        sample, block), so the same at any number of ranks and behind a resume."""
+        sample, block), so the same at any number of ranks and after a resume."""
         draws_BL = uniform(DEPTH, self._seed, epoch, samples, num=len(self._dropped_L))
         factors_BL = np.where(draws_BL < self._dropped_L, 0, 1 / (1 - self._dropped_L))
         factors_LB = to_device(np.ascontiguousarray(factors_BL.T, dtype=np.float32), device)

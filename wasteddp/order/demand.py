@@ -49,7 +49,7 @@ class Demand(Generic[Item]):
         self._lock = threading.Lock()
 
     def take(self) -> tuple[Item, frozenset[str]] | None:
-        """The next step and what it needs; None behind the last."""
+        """The next step and what it needs; None after the last."""
         with self._lock:
             self._know(1)
             if not self._known:

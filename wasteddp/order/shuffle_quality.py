@@ -1,6 +1,6 @@
 """How far block mode's order is from a uniform one, sampled from the plan; and what to set if it is far.
 
-Legend: N samples, G global batch, C kinds of samples, n samples in one batch or in several behind one another.
+Legend: N samples, G global batch, C kinds of samples, n samples in one batch or in several in succession.
 
 Reading stretch by stretch is harmless where neighbours in the shards have nothing in common, and costs where they are
 of one class. The measure is the design effect of cluster sampling: the variance of a batch's make-up beside that of a
@@ -10,7 +10,7 @@ uniform sample of its size. With n_c of n samples of kind c, and the fraction p_
 
 where the denominator is what the multivariate hypergeometric distribution gives, and the share that a batch is worth
 is 1 / effect, at most 1: a batch of 256 at 0.25 tells as much of the set as 64 samples drawn uniformly. `recent` is
-the same for ten batches behind one another, which momentum 0.9 averages over, 1 / (1 - 0.9): batches that are each a
+the same for ten batches in succession, which momentum 0.9 averages over, 1 / (1 - 0.9): batches that are each a
 fair mixture but one as the other tell ten times less than they seem to.
 
 Kinds are the classes, where the labels are known. Otherwise the worst case: storage cut into 64 equal stretches, each
@@ -57,7 +57,7 @@ def measure(plan: TrainPlan, labels: Labels | None = None, *, most_groups: int =
 
     Args:
         labels: of each sample, [N]; None is the worst case.
-        most_groups: of batches behind one another that are looked at; fewer where a batch is large.
+        most_groups: of batches in succession that are looked at; fewer where a batch is large.
     """
     # at most a quarter of an epoch: ten steps of eleven could only be a fair part of it
     recent = min(_RECENT_STEPS, max(1, plan.steps_per_epoch // 4))

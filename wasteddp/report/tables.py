@@ -83,7 +83,7 @@ def tiles(run: RunRecord) -> list[Tile]:
 
 
 def starts(run: RunRecord) -> list[Start]:
-    """Each start of the run that left rows. Rows behind a checkpoint that was gone on from are not there any more."""
+    """Each start of the run that left rows. Rows after a checkpoint that was gone on from are not there any more."""
     attempts, times, steps = run.column("attempt"), run.column("time_s"), run.columns["step"]
     found = []
     for number in sorted({int(one) for one in attempts[np.isfinite(attempts)]}):

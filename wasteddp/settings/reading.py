@@ -34,7 +34,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings
         tree = plain_yaml(text) or {}
     except yaml.YAMLError as error:
         found = f"{name} is not YAML: {redacted(str(error))}"
-        raise SettingsError(found, "no setting can be read", "mend the line named") from error
+        raise SettingsError(found, "no setting can be read", "fix the line named") from error
     if not isinstance(tree, dict):
         raise SettingsError(f"{name} is a {type(tree).__name__}, not sections of settings", "nothing can be set", "")
     for override in overrides:
@@ -136,7 +136,7 @@ def _explained(error: ValidationError, name: str) -> SettingsError:
     return SettingsError(
         f"{name}: " + "; ".join(lines),
         "the run would not be the one that was meant, so nothing was started",
-        " ".join(remedies) or "mend the value, or leave the key out to get the default",
+        " ".join(remedies) or "fix the value, or leave the key out to get the default",
     )
 
 

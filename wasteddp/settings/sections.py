@@ -231,7 +231,7 @@ class Optimizer(_Section):
     """Largest norm of a unit's gradient, as a part of the norm of its weights; head, biases and norms excepted; 0 is no
     clipping. 0.01 is usual: one noisy batch then moves no layer far, whatever the scale of the loss."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Each stage learns with this part of the rate of the stage behind it, the head with all of it; 1: all alike."""
+    """Learning-rate multiplier from each stage to the one before it; 1: the same rate everywhere."""
 
 
 class Schedule(_Section):
@@ -241,7 +241,7 @@ class Schedule(_Section):
     final_fraction: Fraction = 0.0
     """Both cosines: where it ends, as a part of the peak."""
     cycle_epochs: PositiveInt = 10
-    """cosine_restarts only: epochs of the first cycle, behind the warm-up."""
+    """cosine_restarts only: epochs of the first cycle, after the warm-up."""
     cycle_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
     """cosine_restarts only: how much longer each cycle is than the one before."""
     start_size: Count = 0
@@ -297,7 +297,7 @@ class Train(_Section):
     rollback_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """rollback only: what going back multiplies all further learning rates by."""
     stop_at_step: Count = 0
-    """Stop behind this optimizer step as if finished, with the schedule of all epochs; 0: behind the last epoch."""
+    """Stop after this step, keeping the schedule of all epochs; 0: never."""
 
 
 class Evaluate(_Section):
@@ -317,7 +317,7 @@ class Checkpoint(_Section):
     keep_last: PositiveInt = 2
     """Newest checkpoints kept, besides the best."""
     keep_every: Count = 0
-    """Of every so many optimizer steps the first checkpoint is kept for good; 0: none."""
+    """Of every so many optimizer steps the first checkpoint is kept permanently; 0: none."""
 
 
 class Ddp(_Section):

@@ -60,7 +60,7 @@ def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
 
 
 def _make(job: Job, listing: Listing, scanned: scan.ScanResult, work: Path, *, workers: int) -> Manifest:
-    """Everything behind the scan; from here on the result depends on `job`, the listing and the records alone."""
+    """Everything after the scan; from here on the result depends on `job`, the listing and the records alone."""
     pictures, classes, records = listing.layout.pictures, listing.layout.classes, scanned.records
     selection = select(job, listing, scanned)
     inputs_sha256 = identity(job, listing, scanned.hashes())

@@ -28,7 +28,7 @@ _BLOCK = 512
 @dataclass(frozen=True, slots=True)
 class _Member:
     name: str
-    extension: str  # behind the first dot: `seg.png`
+    extension: str  # after the first dot: `seg.png`
     offset: int
     size: int
 
@@ -156,7 +156,7 @@ def _members(tar: _Tar) -> Iterator[_Member]:
         # A whole tar ends in two blocks of zeros. tarfile, like most readers, takes the end of the file for the end.
         file.seek(end)
         if file.read(_BLOCK) != bytes(_BLOCK):
-            raise _cut(tar, f"behind a whole member, at byte {size_bytes:,}")
+            raise _cut(tar, f"after a whole member, at byte {size_bytes:,}")
 
 
 def _cut(tar: _Tar, where: str) -> ShardError:

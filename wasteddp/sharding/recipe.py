@@ -77,22 +77,20 @@ def load_recipe(path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(plain_yaml(text))
     except yaml.YAMLError as error:
-        raise RecipeError(
-            f"{path} is no YAML: {error}", "nothing can be made from it", "mend the line named"
-        ) from error
+        raise RecipeError(f"{path} is no YAML: {error}", "nothing can be made from it", "fix the line named") from error
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
         raise RecipeError(
             f"{path} is no recipe: " + "; ".join(wrong),
             "the set would not be what it says",
-            f"mend it; known keys: {', '.join(Recipe.model_fields)}",
+            f"fix it; known keys: {', '.join(Recipe.model_fields)}",
         ) from error
     if recipe.classes and recipe.bins.keys() - set(recipe.classes):
         unknown = sorted(recipe.bins.keys() - set(recipe.classes))
         raise RecipeError(
             f"{path}: bins are given for {', '.join(unknown)}, which is no class",
             "a class would lack its bin",
-            "mend it",
+            "fix it",
         )
     if bool(recipe.draw) == bool(recipe.download):
         raise RecipeError(

@@ -182,5 +182,5 @@ def _check_label_numbers(pictures: Sequence[Picture], lines: Mapping[str, Listed
                 f"{line.label_number}; {other.place} says {other.name} is {other.label_number}, "
                 f"which lies in the folder {class_name if other is first else picture.class_name}",
                 "one of the two is in the wrong class",
-                "mend the list or move the image",
+                "fix the list or move the image",
             )

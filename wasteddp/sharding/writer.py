@@ -1,7 +1,7 @@
 """Samples in a fixed order -> tars and indexes, so that a kill at any moment costs at most one unfinished shard.
 
 A shard is written under a temporary name, synced, renamed, and only then noted in the journal with its hashes. The
-next start checks the noted shards against their hashes and goes on behind the last good one. Where a shard ends depends
+next start checks the noted shards against their hashes and goes on after the last good one. Where a shard ends depends
 only on the samples before it: the bytes are those of a run that was never disturbed, with any number of workers.
 """
 
@@ -51,13 +51,13 @@ class Sample:
 
 
 class ShardJournal:
-    """The shards that are finished, one line each, behind a first line that names the plan they belong to.
+    """The shards that are finished, one line each, after a first line that names the plan they belong to.
 
     Several machines may write shards of one set, each with a journal beside the others' (`shards*.txt`).
     """
 
     def __init__(self, path: Path, plan: str) -> None:
-        """Keeps what the journals say of `plan`; the one at `path` is begun anew if it is about another."""
+        """Keeps what the journals say of `plan`; the one at `path` is begun again if it is about another."""
         self._path = path
         self._finished: dict[str, Shard] = {}  # by the tar's name
         for journal in sorted({path, *path.parent.glob("shards*.txt")}):
@@ -226,7 +226,7 @@ def _write_shard(
             )  # one block a header; TarWriter forgets to pass its default on
             try:
                 for sample in samples:
-                    # The writer sorts members by name: jpg comes before json, right behind its header of one block.
+                    # The writer sorts members by name: jpg comes before json, right after its header of one block.
                     offset = writer.tarstream.offset + _BLOCK
                     key = f"{split}-{first_number + len(records):08d}"
                     writer.write({"__key__": key, "jpg": sample.image, "json": sample.to_json()})

@@ -1,7 +1,7 @@
-"""BatchNorm's running statistics anew, for weights that no training step has left behind such as a mean of several.
+"""BatchNorm's running statistics again, for weights that no training step has left behind such as a mean of several.
 
 As in Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", section 3.2, training
-images go through the network once more. Here these are centre views at the size of the evaluation, without
+images go through the network again. Here these are centre views at the size of the evaluation, without
 augmentation: what the model will be used on looks so (Touvron et al. 2019, "Fixing the train-test resolution
 discrepancy", adapt the statistics to the size in use too), and neither the run's augmentation nor its schedule of sizes
 has to be gone through again.
@@ -32,7 +32,7 @@ _PREFETCH = 2
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, batches: Iterable[torch.Tensor], names: Collection[str]) -> None:
-    """BatchNorm's running statistics anew, as the mean over the batches of what each batch has.
+    """BatchNorm's running statistics again, as the mean over the batches of what each batch has.
 
     Args:
         model: left in eval mode.

@@ -80,7 +80,7 @@ def load(path: Path) -> Dashboard:
     try:
         dashboard = Dashboard.model_validate(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
-        raise SettingsError(f"{path}: {error}", "no dashboard can be made of it", "mend what is named") from error
+        raise SettingsError(f"{path}: {error}", "no dashboard can be made of it", "fix what is named") from error
     names = {name for section in dashboard.sections for panel in section.panels for name in panel.names}
     unknown = sorted(name for name in names if not (_is_shown(name)))
     if unknown:
@@ -175,4 +175,4 @@ def _is_shown(name: str) -> bool:
 
 
 def _failed(reason: str) -> TrackingError:
-    return TrackingError(f"the dashboard was not saved: {reason}", "W&B shows its own panels", "mend it and try again")
+    return TrackingError(f"the dashboard was not saved: {reason}", "W&B shows its own panels", "fix it and try again")

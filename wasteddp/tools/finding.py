@@ -16,7 +16,7 @@ EXIT_CODES: dict[Colour, int] = {"green": 0, "yellow": 1, "red": 2}
 _VERDICTS: dict[Colour, str] = {
     "green": "ready to start",
     "yellow": "it can start; read the yellow lines first",
-    "red": "do not start: a run would fail or be worth nothing until the red lines are mended",
+    "red": "do not start: a run would fail or be worth nothing until the red lines are fixed",
 }
 _WIDTH = 130
 

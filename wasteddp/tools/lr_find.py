@@ -43,7 +43,7 @@ from wasteddp.training.distributed import runtime
 from wasteddp.training.optimization import optimizers
 
 _EXPLODED = 4.0  # times the best smoothed loss
-_LAG = 1 / 20  # of the test, by which the smoothed loss is behind
+_LAG = 1 / 20  # of the test, by which the smoothed loss lags
 _CLEAR = 2.0  # standard deviations of a step's loss from the smoothed one, which a fall that says something has
 _FEWEST_STEPS = 10
 _TABLE_ROWS = 12
@@ -86,7 +86,7 @@ class Found:
 
 
 def smoothed(losses: Sequence[float], lag_steps: float) -> list[float]:
-    """The exponential moving average behind each loss, b = lag / (1 + lag), divided by 1 - b^n.
+    """The exponential moving average after each loss, b = lag / (1 + lag), divided by 1 - b^n.
 
     Source: Kingma and Ba 2015 (Adam), section 3, for the division: without it the average begins at zero.
     """
@@ -113,7 +113,7 @@ def judged(rates: Sequence[float], losses: Sequence[float], smooth: Sequence[flo
     elif at == len(smooth) - 1:
         suggested, why = steepest, "the steepest descent: the loss still fell at the last rate; see more with --to"
     else:
-        suggested, why = lowest / 10, f"a tenth of {lowest:.2g}, where the loss is lowest: behind it it rises"
+        suggested, why = lowest / 10, f"a tenth of {lowest:.2g}, where the loss is lowest: after it, it rises"
     fall, scatter = max(smooth[: at + 1]) - smooth[at], float(np.std(np.subtract(losses, smooth)[: at + 1]))
     if suggested and fall < _CLEAR * scatter:
         why += (

@@ -124,6 +124,6 @@ def check_wandb(mode: str) -> Finding:
         return Finding("W&B", "green", "disabled, as set")
     chosen = wandb_client.choose(asked)
     if chosen.name == "offline" and asked == "online":
-        remedy = "mend that, or send the run later as its log says"
+        remedy = "fix that, or send the run later as its log says"
         return Finding("W&B", "yellow", f"offline although track.wandb is online: {chosen.reason}", remedy)
     return Finding("W&B", "green", f"{chosen.name}: {chosen.reason}")

@@ -1,6 +1,6 @@
 """`wasteddp verify-resume`: trains twice, once undisturbed and once killed again and again, and compares step by step.
 
-The ranks are started without a launcher, which would clean up behind a kill. No torch here.
+The ranks are started without a launcher, which would clean up after a kill. No torch here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def prove(
     """
     if kills >= steps:
         raise SettingsError(
-            f"{kills} kills and {steps} steps", "there is one kill at most behind a step", "raise --steps"
+            f"{kills} kills and {steps} steps", "there is one kill at most after a step", "raise --steps"
         )
     fixed = [*(["run.deterministic=true"] if deterministic else []), *overrides, *_fixed(steps)]
     settings = settings_file.load(config, fixed)

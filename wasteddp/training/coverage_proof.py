@@ -6,7 +6,7 @@ those of the sample's number, the reader has checked by sha256. What is expected
 the manifest and the few that the epoch leaves out, so an order that is no permutation is noticed too.
 
 Balanced, what is proved is: (1) the epoch had as many draws as the quotas of the classes together; (2) added to what
-the epochs before and behind it draw of the passes that it shares with them (`data.balance`), what was read is each
+the epochs before and after it draw of the passes that it shares with them (`data.balance`), what was read is each
 sample of each class once for each of those passes. The sum over the draws does not depend on their order, lane, rank or
 step. A shuffle that loses or doubles draws breaks (1) or (2), and so does a pass that is no permutation of its class:
 the samples of whole passes come from the index, those of the other epochs from the rest of the pass, and neither from
@@ -48,7 +48,7 @@ def added(covered: Sequence[int], of_step: Sequence[int], batch: Batch) -> list[
 
 
 def prove(progress: Progress, plan: TrainPlan, epoch: int, world: Runtime, tracker: Tracker) -> dict[str, float]:
-    """All ranks, behind the last step of an epoch: the "coverage/..." metrics.
+    """All ranks, after the last step of an epoch: the "coverage/..." metrics.
 
     Costs each rank about 10 ns for each of its N / R samples, and two small messages; balanced, another 1 us for each
     of its part of the other epochs' draws, which are fewer than two passes of each class.

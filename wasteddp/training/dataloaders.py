@@ -197,6 +197,6 @@ def refuse_untrainable(manifest: Manifest, split: str) -> None:
     if empty:
         raise ShardError(
             f"the split {split!r} of {manifest.where} has no image of {', '.join(empty)}",
-            "the model could never learn to say it",
+            "the model cannot learn this class",
             "add images of it, or leave the class out, and shard again",
         )

@@ -60,7 +60,7 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
 def one_ahead(items: Iterator[Item], begin: Callable[[Item], Begun]) -> Iterator[Begun]:
     """`begin` of each item, called while the one before it is still to be given out.
 
-    What ends the items with an error is raised in the place of the item that failed, behind all that came before it:
+    What ends the items with an error is raised in the place of the item that failed, after all that came before it:
     raised when it is met, it would cost the one that was begun already, which the other ranks go on with.
     """
     begun: list[Begun] = []

@@ -168,7 +168,7 @@ def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Run
     """All ranks: trains; after a `RollBack` again, from the newest checkpoint and with smaller learning rates.
 
     A checkpoint from which training diverges again before it saves another is removed: it is not good, and the one
-    before it is next. Where none is left, the run begins anew.
+    before it is next. Where none is left, the run begins again.
     """
     retreat = Retreat()
     while True:

@@ -91,7 +91,7 @@ class Meter:
         self._step_began = now
 
     def read(self, world: Runtime, global_batch: int) -> dict[str, float]:
-        """All ranks: the "train/..." metrics since the last row; starts anew. No loss where all steps were skipped."""
+        """All ranks: the "train/..." metrics since the last row; starts again. No loss where all steps were skipped."""
         steps = max(self._steps, 1)
         loss, skipped = float(world.sum(self._loss)), int(self._skipped)  # all ranks; waits for the device
         seconds = max(time.perf_counter() - self._since, 1e-9)

@@ -37,7 +37,7 @@ _BATCHES_AHEAD = 2  # of a rank's share, as bytes on the GPU: the one that is tr
 def settled(
     settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module, progress: Progress
 ) -> tuple[Runtime, Progress]:
-    """All ranks, behind the restoring of a checkpoint: the runtime with its micro-batch, and the progress that has it.
+    """All ranks, after the restoring of a checkpoint: the runtime with its micro-batch, and the progress that has it.
 
     Without train.max_micro_batch 0 both are returned as they came. What was given the runtime before may keep it: only
     the loop asks for the size.
@@ -85,7 +85,7 @@ def _tried(settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module)
             attempt(size, settings, world, recipe, model)
         except torch.OutOfMemoryError:
             fitted = False
-        # behind the handler: the error holds the frames of the attempt, and so its tensors
+        # after the handler: the error holds the frames of the attempt, and so its tensors
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)  # or memory/peak_mb would tell of the attempts

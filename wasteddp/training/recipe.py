@@ -54,7 +54,7 @@ class Recipe:
         rate = optimizers.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
         optimizers.set_learning_rate(optimizer, rate)
         if progress.step in self._new_sizes:
-            self._world.watch.at("computing at a new image size", slow=True)  # a network may be compiled anew for it
+            self._world.watch.at("computing at a new image size", slow=True)  # a network may be compiled again for it
         return rate
 
     def inputs(self, micro: Batch, epoch: int) -> tuple[torch.Tensor, Targets]:
@@ -78,7 +78,7 @@ class Recipe:
         return total
 
     def clip(self, *, is_asked: bool) -> torch.Tensor | None:
-        """All ranks, behind the last backward pass: clips the averaged gradient of what is trained. Its norm before
+        """All ranks, after the last backward pass: clips the averaged gradient of what is trained. Its norm before
         that, [], where it is asked for or needed: on a CPU it takes 1 % of a step."""
         resnet.drop_gradients(self._model, self._frozen)
         adaptive, limit = self._settings.optimizer.adaptive_clip, self._settings.optimizer.clip_norm
@@ -88,6 +88,6 @@ class Recipe:
         norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), before)
         if adaptive:
             adaptive_clip.clip_(self._model, adaptive)
-            if limit:  # torch's: Accelerate's would take the loss scale off once more, which GradScaler refuses
+            if limit:  # torch's: Accelerate's would take the loss scale off again, which GradScaler refuses
                 nn.utils.clip_grad_norm_(self._model.parameters(), limit)
         return norm

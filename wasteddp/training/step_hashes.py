@@ -1,7 +1,7 @@
 """steps.jsonl: what each step was made of, so that two runs that must be the same can be compared line by line.
 
 With `run.record_steps`, a line a step: {"step": 7, "samples": hash of the sample numbers in the plan's order,
-"images": hash of the decoded and cropped bytes, in the same order, "weights": hash of the parameters behind the step}.
+"images": hash of the decoded and cropped bytes, in the same order, "weights": hash of the parameters after the step}.
 Samples and images are the same at any number of ranks; the weights are at the same number. Losses and learning rates
 are in metrics.jsonl, for each step with train.log_every_steps 1. It costs the copy of the parameters to the host and a
 hash of them at each step: for `wasteddp verify-resume` and tests, not for long runs.
@@ -26,7 +26,7 @@ _HEX_DIGITS = 16
 
 
 class StepRecord:
-    """Writes the lines; nothing if the setting is off. Lines behind `resumed_step` are rolled back first.
+    """Writes the lines; nothing if the setting is off. Lines after `resumed_step` are rolled back first.
 
     Args:
         resumed_step: the steps done when the run starts.
@@ -39,7 +39,7 @@ class StepRecord:
             rolled_back(self._path, resumed_step)
 
     def add(self, step: int, batch: Batch, model: nn.Module) -> None:
-        """All ranks, behind the optimizer's step.
+        """All ranks, after the optimizer's step.
 
         Args:
             step: optimizer steps done, this one included.

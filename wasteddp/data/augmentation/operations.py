@@ -25,7 +25,7 @@ from wasteddp.order.keyed_random import I64
 # What comes in from outside of the image: the mean colour, as where a part is erased. torchvision's default is black,
 # which after normalising is far from what any image has.
 FILL_RGB = tuple(round(255 * mean) for mean in MEAN_RGB)
-# Coordinates have 11 bits behind the point: 255 * 2^11 * 2^11 is the most that fits into 32 bits, and what two
+# Coordinates have 11 bits after the point: 255 * 2^11 * 2^11 is the most that fits into 32 bits, and what two
 # roundings to 1/2048 px can do is an eighth of a level at the sharpest edge.
 _POINT = 11
 _ONE = 1 << _POINT
@@ -88,7 +88,7 @@ def _move(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> to
 
 
 def _framed(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """int32 [B, C, H + 3, W + 3]: with a frame of the fill colour, one pixel before and two behind."""
+    """int32 [B, C, H + 3, W + 3]: with a frame of the fill colour, one pixel before and two after."""
     count, channels, height, width = images_BCHW.shape
     frames_BCHW = images_BCHW.new_empty((count, channels, height + 3, width + 3), dtype=torch.int32)
     for channel, level in enumerate(FILL_RGB):

@@ -22,12 +22,12 @@ _STRENGTHS = 31  # of trivialaugment: 0, 1/30 .. 1
 
 
 class Operation(IntEnum):
-    """In torchvision's order. The magnitude of each is given behind it."""
+    """In torchvision's order. The magnitude of each is given after it."""
 
     IDENTITY = 0
     SHEAR_X = 1  # px to the left for each px downwards, from the upper left corner
     SHEAR_Y = 2
-    TRANSLATE_X = 3  # px to the right, whole ones: what is behind the point is dropped
+    TRANSLATE_X = 3  # px to the right, whole ones: what is after the point is dropped
     TRANSLATE_Y = 4
     ROTATE = 5  # degrees, counterclockwise
     BRIGHTNESS = 6  # -1 black, 0 as it is, 1 twice as far from black; likewise the three below

@@ -180,7 +180,7 @@ def _how_it_ended(pid: int) -> int:
 
 
 def _received(parent: Connection, num: int) -> list[int]:
-    """Descriptors, sent behind a message with a byte of their own."""
+    """Descriptors, sent after a message with a byte of their own."""
     with socket.socket(fileno=os.dup(parent.fileno())) as end:
         return socket.recv_fds(end, 1, num)[1]
 

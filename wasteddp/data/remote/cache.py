@@ -69,7 +69,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
-        self._damaged: set[str] = set()  # found by this process: the next run fetches them anew
+        self._damaged: set[str] = set()  # found by this process: the next run fetches them again
         with storage("making the cache", folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _LOCK).touch()

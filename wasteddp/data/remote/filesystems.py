@@ -38,7 +38,7 @@ class Store:
     Args:
         driver: fsspec's file system, which reads.
         path_of: the path that the driver knows a file of the folder by.
-        options: further arguments of each read, asked for anew each time: a login may be renewed meanwhile.
+        options: further arguments of each read, asked for again each time: a login may be renewed meanwhile.
         listing: the file system that lists the folder, and the folder's path there.
     """
 

@@ -261,5 +261,5 @@ def _stop_if_certain(error: Exception, found: str) -> None:
             found,
             "the store will not change its answer",
             "give this machine the right to read there (credentials in the environment, as the store's own tools take "
-            "them), or mend data.shards",
+            "them), or fix data.shards",
         ) from error

@@ -79,7 +79,7 @@ class RemoteTars:
         return True
 
     def renew(self, number: int) -> bool:
-        """Once for each shard: fetches it anew, if the bytes in the cache are not those that came."""
+        """Once for each shard: fetches it again, if the bytes in the cache are not those that came."""
         with self._renewing:
             if number not in self._renewed:
                 self._renewed[number] = not self._is_as_it_came(number)

@@ -103,7 +103,7 @@ def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource,
             raise SourceError(
                 f"{path}, line {number}: {name!r},{label!r},{word!r} {problem}",
                 "the image could not be given one class and one split",
-                f"mend the line; splits are {', '.join(SPLIT_WORDS)}",
+                f"fix the line; splits are {', '.join(SPLIT_WORDS)}",
             )
         labels[name] = label, SPLIT_WORDS.get(word, "")
     without = sum(not split for _, split in labels.values())

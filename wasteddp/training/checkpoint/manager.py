@@ -188,7 +188,7 @@ class Keeper:
         """All ranks: until what was handed over is on the disk.
 
         Raises:
-            StorageError: on every rank, if it is not, and was not when it was tried once more.
+            StorageError: on every rank, if it is not, and was not when it was tried again.
         """
         with self._world.together():
             self._insist()
@@ -197,7 +197,7 @@ class Keeper:
         """All ranks: until everything is on the disk.
 
         Raises:
-            StorageError: on every rank, if the last save failed, and again when it was tried once more.
+            StorageError: on every rank, if the last save failed, and again when it was tried again.
         """
         with self._world.together():
             self._insist()

@@ -74,7 +74,7 @@ class RunState:
         return {**states, _RANKS: of_ranks} if of_ranks else states
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """All ranks, behind `prepare`, which gives every rank the state of the first: the checkpoint's state.
+        """All ranks, after `prepare`, which gives every rank the state of the first: the checkpoint's state.
 
         Raises:
             CheckpointError: on every rank: it lacks a state that this run has.
@@ -118,6 +118,6 @@ def _own_statistics(name: str) -> str:
 
 
 def _fill(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:
-    """Writes the parts of `flat`, one behind the other, into the tensors."""
+    """Writes the parts of `flat`, one after the other, into the tensors."""
     for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

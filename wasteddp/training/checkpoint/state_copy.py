@@ -45,7 +45,7 @@ class HostCopy:
                 on_gpu = on_gpu or tensor.is_cuda
         if on_gpu:
             torch.cuda.synchronize()
-        # what is not there any more, such as the state of an optimizer that was made anew, must not be saved
+        # what is not there any more, such as the state of an optimizer that was made again, must not be saved
         return {name: {key: self._copies[name][key] for key in state} for name, state in states.items()}
 
 

@@ -42,7 +42,7 @@ class CheckpointWriter:
     Args:
         folder: of the checkpoints.
         keep_last: newest ones kept, besides the best.
-        keep_every: of every so many steps one is kept for good; 0: none.
+        keep_every: of every so many steps one is kept permanently; 0: none.
         say: takes a line about the run, such as that a copy has to be waited for.
     """
 
@@ -87,7 +87,7 @@ class CheckpointWriter:
         self.again()
 
     def again(self) -> None:
-        """Hands over once more what was handed over last: after a save that failed."""
+        """Hands over again what was handed over last: after a save that failed."""
         self._handed_over_at = time.perf_counter()
         self._pending = self._thread.submit(self._work)
 
@@ -149,9 +149,9 @@ class CheckpointWriter:
                     file.flush()
                     os.fsync(file.fileno())
             sync_folder(temporary)
-            if final.exists():  # the same step once more: stopped before the first step, or the old one is damaged
+            if final.exists():  # the same step again: stopped before the first step, or the old one is damaged
                 shutil.rmtree(replaced, ignore_errors=True)
-                final.rename(replaced)  # a kill behind this line: `recover` puts it back
+                final.rename(replaced)  # a kill after this line: `recover` puts it back
             temporary.rename(final)
             sync_folder(self._folder)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -210,7 +210,7 @@ def refuse_full_disk(folder: Path, num_bytes: int) -> None:
 def inner_name(key: str) -> str:
     """A tensor's name as the bare network has it, without what DDP and `torch.compile` put before it.
 
-    In "momentum_buffer:module.fc.weight" the parameter's name is behind the colon.
+    In "momentum_buffer:module.fc.weight" the parameter's name is after the colon.
     """
     prefix, colon, name = key.rpartition(":")
     return prefix + colon + name.replace("_orig_mod.", "").removeprefix("module.")

@@ -166,7 +166,7 @@ class Runtime:
         yield last
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """All ranks: the model under DDP and autocast, with rank 0's weights; the optimizer behind the loss scale."""
+        """All ranks: the model under DDP and autocast, with rank 0's weights; the optimizer after the loss scale."""
         with warnings.catch_warnings():
             # torch 2.14 has another name for broadcast_buffers; accelerate 1.15 and torch 2.11 know only this one
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

@@ -58,7 +58,7 @@ class Teacher:
         network: on the device, frozen, in evaluation mode.
         autocast: makes the context of the run's precision.
         sha256: of its weights.
-        words: what it is, for the log, to be put behind what the student is.
+        words: what it is, for the log, to be put after what the student is.
     """
 
     network: nn.Module

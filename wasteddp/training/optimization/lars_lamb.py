@@ -137,7 +137,7 @@ class LAMB(_LayerWise):
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
         torch._foreach_mul_(squares, _where(goes, beta2, 1.0))
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        done_N = torch.stack(self._count(weights, goes)).clamp_(min=1)  # 0 behind skipped steps only
+        done_N = torch.stack(self._count(weights, goes)).clamp_(min=1)  # 0 after skipped steps only
         steps = torch._foreach_div(means, _each(_one_minus_power(beta1, done_N)))
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, _each(_one_minus_power(beta2, done_N).sqrt()))

@@ -42,7 +42,7 @@ def _groups(model: nn.Module, settings: Optimizer) -> Iterator[dict[str, Any]]:
     """Parameters that are treated alike: weights, and biases and norms, of each stage that has a rate of its own.
 
     Source of the stages' rates: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
-    section 3.2, discriminative fine-tuning; there each has 1 / 2.6 of that of the one behind it.
+    section 3.2, discriminative fine-tuning; there each has 1 / 2.6 of that of the one after it.
     """
     alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -4,7 +4,7 @@
     runs/<name>/media/step-00000120/gallery.json    the surest mistakes of the evaluation at step 120, and its confusion
                                     00.jpg ...
 
-A folder takes its name when it is whole. The same step once more, after a kill, replaces it by the same pictures.
+A folder takes its name when it is whole. The same step again, after a kill, replaces it by the same pictures.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def augmented(data: Inputs, augment: Augment, count: int) -> Gallery:
 
 
 def mistakes(data: Inputs, seen: Seen, count: int) -> Gallery:
-    """What the model was surest of and wrong about, the worst first, read once more from the shards."""
+    """What the model was surest of and wrong about, the worst first, read again from the shards."""
     chosen = seen.mistakes.surest[:count]
     samples = np.array([mistake.sample for mistake in chosen], dtype=np.int64)
     pictures = []

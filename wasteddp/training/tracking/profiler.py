@@ -72,7 +72,7 @@ class Profiler:
         return self._watched(batches) if self._asked.steps else batches
 
     def step_done(self) -> None:
-        """All ranks: behind the optimizer's step, before anything is measured, evaluated or saved."""
+        """All ranks: after the optimizer's step, before anything is measured, evaluated or saved."""
         self._seen += 1
         if self._step:
             self._step.__exit__(None, None, None)
@@ -95,7 +95,7 @@ class Profiler:
                 if batch is None:
                     if self._seen < self._asked.skip + self._asked.steps:
                         self._say(
-                            f"profile: none, this start ended behind its step {self._seen}; profile.skip and "
+                            f"profile: none, this start ended after its step {self._seen}; profile.skip and "
                             f"profile.steps ask for {self._asked.skip + self._asked.steps}"
                         )
                     return

@@ -15,7 +15,7 @@ class TensorBoardMirror:
 
     Args:
         folder: of the run.
-        resumed_step: rows behind it are withdrawn: they will be written again.
+        resumed_step: rows after it are withdrawn: they will be written again.
         history: rows of metrics.jsonl up to there, for a mirror that is switched on in the middle of a run.
 
     Raises:
@@ -36,7 +36,7 @@ class TensorBoardMirror:
         self._say = say
         out = folder / "tensorboard"
         goes_on = any(out.glob("events.out.tfevents.*"))
-        # purge_step withdraws what an earlier start wrote behind its last checkpoint; `flush` kept what was before.
+        # purge_step withdraws what an earlier start wrote after its last checkpoint; `flush` kept what was before.
         self._writer: Any = SummaryWriter(str(out), purge_step=resumed_step + 1 if goes_on else None)
         if not goes_on:
             for row in history:

@@ -97,7 +97,7 @@ class RunTracker:
         label: what it is called there and on W&B.
         track: settings.track.
         total_steps: of the run, for the progress bar.
-        resumed_step: rows behind it are rolled back: they will be written again.
+        resumed_step: rows after it are rolled back: they will be written again.
 
     Raises:
         SettingsError: TensorBoard is asked for and not installed.
@@ -214,7 +214,7 @@ def rolled_back(path: Path, step: int) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # cut by a kill: it is behind the last checkpoint, which flushed what was before
+            continue  # cut by a kill: it is after the last checkpoint, which flushed what was before
         if row["step"] <= step:
             rows.append(row)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,7 +1,7 @@
 """Brings a W&B run to what a run's folder holds: rows, pictures, artifacts, best values.
 
-The folder is the truth. Rows go in order and carry their step, so what W&B lacks is always what is behind the last step
-that it has: a row is sent if its step is behind that, and never twice. What W&B has stays as it was sent first.
+The folder is the truth. Rows go in order and carry their step, so what W&B lacks is always what is after the last step
+that it has: a row is sent if its step is after that, and never twice. What W&B has stays as it was sent first.
 """
 
 from __future__ import annotations

@@ -91,5 +91,5 @@ def _failed(folder: Path, reason: str) -> TrackingError:
     return TrackingError(
         f"{folder} could not be sent to W&B: {reason}",
         "the dashboard lacks a part of this run; nothing in the run's folder was changed",
-        f"mend it and start it again: wasteddp sync {folder}",
+        f"fix it and start it again: wasteddp sync {folder}",
     )

@@ -24,7 +24,7 @@ def comes_from_a_peer(error: Exception) -> bool:
 
 
 def explained(error: Exception, settings: Settings, place: str) -> Exception:
-    """The error as something that the user can mend, where it is one."""
+    """The error as something that the user can fix, where it is one."""
     if determinism.lacks_a_kernel(error):
         return SettingsError(
             f"run.deterministic is set, and torch {torch.__version__} refuses an operation while {place}: "

@@ -29,7 +29,7 @@ def write_stacks(run: Path, rank: int) -> None:
 
 
 def append_to_log(run: Path, message: str) -> None:
-    """A message behind the run's log, past the tracker that may be stuck; nothing where there is no log yet."""
+    """A message appended to the run's log, past the tracker that may be stuck; nothing where there is no log yet."""
     path = run / "log.txt"
     if path.exists():
         with suppress(OSError), path.open("a", encoding="utf-8") as file:
@@ -68,7 +68,7 @@ def within(limit_s: float, act: Callable[[], object]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with `code`: behind its exit handlers, or after a failure at once.
+    """Ends the process with `code`: after its exit handlers, or after a failure at once.
 
     The interpreter is not torn down. After a failure that would wait for collectives and threads; and threads of torch
     and gloo outlive their process group now and then: their destructors then abort a rank that had finished (seen:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from wasteddp.errors import LaunchError, WastedError
 
-MISTAKE_MARK = "MISTAKE"  # ended with a message that says what to mend: starting it again would only repeat it
+MISTAKE_MARK = "MISTAKE"  # ended with a message that says what to fix: starting it again would only repeat it
 
 
 @contextlib.contextmanager
 def mistake_marked(out: Path) -> Iterator[None]:
-    """Leaves the mark if the block ends with something to mend; any rank may, the folder must be there."""
+    """Leaves the mark if the block ends with something to fix; any rank may, the folder must be there."""
     try:
         yield
     except WastedError:

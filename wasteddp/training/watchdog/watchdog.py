@@ -1,7 +1,7 @@
 """Notices within run.timeout_s that a rank failed, hung or vanished, says which one and where, and stops the others.
 
 Each rank has a thread that once a second posts on the board how far its loop has come, reads whether somebody failed,
-and looks after the rank behind it: four small messages a second and rank, whatever their number. All ranks are asked
+and looks after the rank after it: four small messages a second and rank, whatever their number. All ranks are asked
 only when something is wrong. Every rank passes the same marks in the same order, so those with the fewest are the ones
 that the others wait for.
 
@@ -107,7 +107,7 @@ class Watchdog:
         return f"rank {self._rank}, step {self._step}, {self._mark.place}"
 
     def meet(self) -> Mark:
-        """Before a collective. What it returns goes to `met`, behind it."""
+        """Before a collective. What it returns goes to `met`, after it."""
         before = self._mark
         self.at("waiting for the other ranks", slow=before.slow)
         return before
