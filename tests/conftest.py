@@ -6,17 +6,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import narrow
 import pytest
 from pictures import jpeg
-from small_run import write_images
-from torchvision.models import resnet
 
-from wasteddp.report import background
-from wasteddp.sharding.build import Job, Options, make_shards
-
-REAL_RESNET, REAL_REPORT = resnet.ResNet, background.write_within
+_real: dict[str, Any] = {}  # what `_small_trainings` puts aside
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 
 
@@ -35,33 +31,37 @@ def _fresh_accelerate() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _narrow_networks() -> Iterator[None]:
-    before = narrow.install()
-    yield
-    narrow.restore(before)
+def _small_trainings() -> Iterator[None]:
+    """Trainings of this process have a narrow network, and write no report.html: that takes 2 s of a new process."""
+    if "torch" not in sys.modules:  # no test that was chosen trains: the fast ones start without it
+        yield
+        return
+    from wasteddp.report import background
+
+    _real.update(network=narrow.install(), report=background.write_within)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "write_within", lambda limit_s, run: "report: left out in tests")
+        yield
+    narrow.restore(_real["network"])
 
 
 @pytest.fixture(scope="module")
 def full_width() -> Iterator[None]:
     """The networks as torchvision builds them; a module that needs them asks for it in its `pytestmark`."""
-    before, resnet.ResNet = resnet.ResNet, REAL_RESNET  # type: ignore[misc]
-    yield
-    resnet.ResNet = before  # type: ignore[misc]
+    from torchvision.models import resnet
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_report() -> Iterator[None]:
-    """A training in this process writes no report.html: that takes 2 s of a new process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background, "write_within", lambda limit_s, run: "report: left out in tests")
+        patch.setattr(resnet, "ResNet", _real["network"])
         yield
 
 
 @pytest.fixture(scope="module")
 def reports() -> Iterator[None]:
-    """Trainings of this module write theirs."""
+    """Trainings of this module write their report."""
+    from wasteddp.report import background
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background, "write_within", REAL_REPORT)
+        patch.setattr(background, "write_within", _real["report"])
         yield
 
 
@@ -92,6 +92,10 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard set for short trainings: 3 classes, 50 train, 13 val and 10 test images of 48x40 px, several shards."""
+    from small_run import write_images
+
+    from wasteddp.sharding.build import Job, Options, make_shards
+
     folder = tmp_path_factory.mktemp("small")
     source = write_images(folder / "images", {"train": (20, 17, 13), "val": (5, 5, 3), "test": (5, 3, 2)})
     make_shards(Job(source, folder / "shards", Options(shard_mb=0.02)), workers=2)

@@ -14,6 +14,8 @@ from wasteddp import settings
 from wasteddp.errors import SettingsError, WeightsError
 from wasteddp.model import pretrained, resnet
 
+pytestmark = pytest.mark.usefixtures("full_width")  # the share of each stage is counted
+
 
 def test_every_resnet_of_torchvision_can_be_named() -> None:
     assert {"resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2"} <= set(resnet.architectures())

@@ -19,6 +19,8 @@ from wasteddp.report import background
 from wasteddp.report.page import write_report
 from wasteddp.report.thinning import bucket_means, kept_rows, log_ticks, ticks
 
+pytestmark = pytest.mark.usefixtures("reports")  # a report is written by the program itself
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:

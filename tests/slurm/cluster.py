@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
-LIMIT_S = float(os.environ.get("SLURM_TESTS_LIMIT_S", "300"))  # many times what it takes: only what never comes fails
+LIMIT_S = float(os.environ.get("SLURM_TESTS_LIMIT_S", "600"))  # many times what it takes: only what never comes fails
 
 Found = TypeVar("Found")
 
@@ -96,7 +96,10 @@ class Job:
 
     def end(self, element: str = "") -> str:
         """Waits until it has ended permanently; its last state."""
-        until(lambda: self.state(element) in ENDED, f"waiting for the end of job {self.id}{element} of {self.log}")
+        try:
+            until(lambda: self.state(element) in ENDED, f"waiting for the end of job {self.id}{element} of {self.log}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.text()}") from None
         return self.state(element)
 
     def warn(self, element: str = "") -> None:

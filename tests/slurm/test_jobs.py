@@ -27,7 +27,7 @@ CONFIG = """
 precision: fp32
 run: {threads: 1}
 data: {image_size: 32}
-model: {arch: resnet18, weights: none}
+model: {arch: resnet18, weights: none, channels_last: false}
 train: {epochs: 5, batch_size: 12, max_micro_batch: 6, log_every_steps: 1}
 evaluate: {batch_size: 8}
 optimizer: {lr: 0.001}

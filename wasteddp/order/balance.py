@@ -10,7 +10,7 @@ each time in another order, and an epoch goes on where the one before it ended:
     epochs     |- q_c -|- q_c -|- q_c -|- q_c -|- q_c -|- q_c -|
 
 So q_c is exact in each epoch, after any number of epochs the samples of a class differ by at most one in how often they
-were drawn, and every draw follows from (seed, epoch, number of the draw): nothing is counted or stored as training goes.
+were drawn, and every draw follows from (seed, epoch, its number): nothing is counted or stored as training goes.
 `TrainPlan` shuffles the D draws and deals them out as it does with samples. Memory: 8 bytes a sample, for the classes'
 lists; the index that the labels come from has 48.
 
