@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, positive
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands) -> None:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wasteddp.commands.arguments import Commands, positive, words
 from wasteddp.tools import doctor
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands) -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wasteddp.commands.arguments import Commands, add_workers, integers, words
 from wasteddp.errors import SourceError, storage
-
-if TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands) -> None:
