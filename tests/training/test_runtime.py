@@ -32,6 +32,14 @@ def test_precision_on_a_cpu_comes_with_its_reason(
     assert (chosen.name, chosen.reason) == (precision, reason)
 
 
+def test_fp16_is_refused_where_the_launch_says_cpu_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runtime.has_gpu()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(LaunchError, match="precision is fp16 and there is no GPU"):
+        runtime.start(settings.parse("precision: fp16"))
+
+
 def test_fp16_without_a_gpu_is_refused() -> None:
     with pytest.raises(LaunchError, match="precision is fp16 and there is no GPU"):
         refuse_impossible("fp16", has_gpu=False)

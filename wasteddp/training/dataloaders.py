@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from wasteddp.data.batch import Batch
 from wasteddp.data.dataset import opened as opened_set
 from wasteddp.data.decoding.pool import DecodeServer
@@ -24,7 +22,7 @@ from wasteddp.order.shuffle_quality import Labels
 from wasteddp.settings import Settings
 from wasteddp.training.cache_forecast import Foresight, ranks_here
 from wasteddp.training.device_batches import copied_ahead
-from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
 from wasteddp.training.watchdog.signals import STOP
 
@@ -155,7 +153,7 @@ def opened(settings: Settings, world: Runtime, server: DecodeServer | None = Non
 def started_early(settings: Settings) -> Iterator[DecodeServer | None]:
     """The server of the decoding processes, where there will be some: it imports its modules while this process joins
     the others and starts CUDA."""
-    if not settings.data.uses_processes("cuda" if torch.cuda.is_available() else "cpu"):
+    if not settings.data.uses_processes("cuda" if has_gpu() else "cpu"):
         yield None
         return
     with DecodeServer() as server:

@@ -195,17 +195,17 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
     if in_order:
         determinism.demand(compiles=settings.model.compile is True)  # before anything is computed on a GPU
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    has_gpu = torch.cuda.is_available()
-    precision.refuse_impossible(settings.precision, has_gpu=has_gpu)
+    is_gpu = has_gpu()
+    precision.refuse_impossible(settings.precision, has_gpu=is_gpu)
     # Solved before the group is joined: a wrong number of processes then ends at once, everywhere.
     asked = settings.train.max_micro_batch
     micro, accumulation = micro_batch(
         global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=asked or MOST_UNTRIED
     )
-    placement.refuse_impossible(settings, launched, accumulation, has_gpu=has_gpu)
+    placement.refuse_impossible(settings, launched, accumulation, has_gpu=is_gpu)
     # Longer than the watchdog waits, which can say more than that a collective timed out.
     timeout = timedelta(seconds=60 + 1.2 * SLOW_FACTOR * settings.run.timeout_s)
-    processes = _join(launched, has_gpu, timeout)
+    processes = _join(launched, is_gpu, timeout)
     if processes.num_processes != launched:
         raise LaunchError(
             f"the launcher started {launched} processes and Accelerate sees {processes.num_processes}",
@@ -218,7 +218,7 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
     kept, chosen = _agreed_precision(settings, processes, control, kept)  # all ranks
     compression = settings.ddp.compression
     hook = DDPCommunicationHookType("no" if in_order else compression.replace("none", "no"))
-    accelerator = _accelerator(chosen.name, has_gpu, settings.ddp, hook)
+    accelerator = _accelerator(chosen.name, is_gpu, settings.ddp, hook)
     world = Runtime(
         accelerator=accelerator,
         rank=accelerator.process_index,
@@ -241,9 +241,14 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
     return replace(world, threads=threads, cores=cores)
 
 
-def _join(launched: int, has_gpu: bool, timeout: timedelta) -> PartialState:
+def has_gpu() -> bool:
+    """Whether a training would use a GPU: there is one, and the launch configuration does not say `use_cpu`."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def _join(launched: int, is_gpu: bool, timeout: timedelta) -> PartialState:
     try:
-        return PartialState(cpu=_is_on_cpu(has_gpu), timeout=timeout)
+        return PartialState(cpu=_is_on_cpu(is_gpu), timeout=timeout)
     except ValueError as error:
         raise LaunchError(
             f"the {launched} processes that were launched cannot be joined: {error}",
@@ -252,12 +257,12 @@ def _join(launched: int, has_gpu: bool, timeout: timedelta) -> PartialState:
         ) from error
 
 
-def _is_on_cpu(has_gpu: bool) -> bool:
+def _is_on_cpu(is_gpu: bool) -> bool:
     """For `cpu=`: without it each process of a launch without a GPU believes that it is alone.
 
     `use_cpu` of a launch configuration sets the variable, which PartialState does not read.
     """
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or (not has_gpu and not torch.backends.mps.is_available())
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or (not is_gpu and not torch.backends.mps.is_available())
 
 
 def _agreed_precision(
