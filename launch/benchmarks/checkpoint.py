@@ -43,7 +43,7 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     from wasteddp.training import build_model
     from wasteddp.training.checkpoint.compatibility import Lineage
     from wasteddp.training.checkpoint.files import Progress
-    from wasteddp.training.checkpoint.manager import Keeper
+    from wasteddp.training.checkpoint.manager import CheckpointManager
     from wasteddp.training.dataloaders import Inputs
     from wasteddp.training.distributed import runtime
     from wasteddp.training.optimization import optimizers
@@ -53,29 +53,29 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     optimizer = optimizers.build(model, settings.optimizer)
     model(torch.randn(2, 3, 64, 64, device=world.device)).sum().backward()
     optimizer.step()  # so that it has a state
-    keeper = Keeper(settings, world, cast(Inputs, None), model, optimizer)
+    manager = CheckpointManager(settings, world, cast(Inputs, None), model, optimizer)
     states = [*model.state_dict().values(), *optimizers.state_tensors(optimizer, model).values()]
     num_bytes = sum(tensor.nbytes for tensor in states)
     source = torch.ones(num_bytes // 4, device=world.device)
     target = torch.zeros(num_bytes // 4, pin_memory=source.is_cuda)
     lineage = Lineage("0" * 64, (), "", 0, 1, 1, 1, 0, "train", 224, "")
     stalls, copies, writes, others = [], [], [], []
-    with keeper:
+    with manager:
         for step in range(1, rounds + 2):
             began = time.perf_counter()
             target.copy_(source, non_blocking=True)
             if source.is_cuda:
                 torch.cuda.synchronize()
             copies.append(1000 * (time.perf_counter() - began))
-            stalls.append(keeper.save(Progress(lineage, step=step), epoch=0, best=None))
+            stalls.append(manager.save(Progress(lineage, step=step), epoch=0, best=None))
             began = time.perf_counter()
-            keeper.drain()
+            manager.drain()
             writes.append(1000 * (time.perf_counter() - began))
             began = time.perf_counter()
             contents = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(contents, Path(settings.run.out) / "other.pth")
             others.append(1000 * (time.perf_counter() - began))
-        keeper.close()
+        manager.close()
     world.close()
     stall, copy = statistics.median(stalls[1:]), statistics.median(copies[1:])
     print(

@@ -31,7 +31,7 @@ from wasteddp.training.divergence import Guard
 from wasteddp.training.metrics import Meter
 from wasteddp.training.optimization import optimizers
 from wasteddp.training.tracking.journal import Journal
-from wasteddp.training.watchdog.heartbeat import Beat, Board
+from wasteddp.training.watchdog.heartbeat import Beat, HeartbeatStore
 
 _CLASSES = 6
 _BEATS_PER_S = 1.0
@@ -111,7 +111,7 @@ def _costs(
     row = {"train/loss": 1.0, "train/grad_norm": 1.0, "epoch": 1.0, "lr": 0.1}
     rows = Journal(folder / "metrics.jsonl", print)
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
-    board = Board(store, 2)
+    board = HeartbeatStore(store, 2)
 
     def beat() -> None:
         board.post(0, Beat(1, 2, 3, "computing", 0.0))

@@ -8,10 +8,12 @@ poison                        the images of rank 1 are no numbers in its second 
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +66,8 @@ def poison() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1] / "support"))
+    importlib.import_module("narrow").install()
     signals.install()  # as train.py does when it is the program
     name = sys.argv.pop(1)
     if os.environ["RANK"] == "1":

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from trainings import ROOT, config_of, rows
+from trainings import PROGRAM, ROOT, config_of, rows
 
 
 def agent(log: Path, arguments: list[str], *, is_host: bool) -> subprocess.Popen[bytes]:
@@ -17,7 +17,7 @@ def agent(log: Path, arguments: list[str], *, is_host: bool) -> subprocess.Popen
     elastic = ["--nnodes=1:2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=elastic"]
     patience = f"is_host={is_host},last_call_timeout=5,keep_alive_interval=1"
     elastic += ["--rdzv_endpoint=127.0.0.1:29527", f"--rdzv_conf={patience}"]
-    program = [str(ROOT / "wasteddp" / "train.py"), *arguments]
+    program = [str(PROGRAM), *arguments]
     command = [sys.executable, "-m", "torch.distributed.run", *elastic, *program]
     with log.open("wb") as file:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)

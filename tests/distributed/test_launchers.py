@@ -11,7 +11,7 @@ import pytest
 from trainings import CPU2, REAL_PROGRAM, ROOT, config_of, launch, launch_command, rows
 
 from wasteddp.training.checkpoint import files
-from wasteddp.training.checkpoint.run_lock import Claim
+from wasteddp.training.checkpoint.run_lock import RunLock
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -45,7 +45,7 @@ def test_a_signal_to_the_launcher_saves_the_run(launcher: str, name: str, small_
             if line.startswith("step 2/"):
                 process.send_signal(signal.Signals[name])
     run = tmp_path / "run"
-    Claim(run / "checkpoints", print).release()  # waits for ranks that outlive their launcher
+    RunLock(run / "checkpoints", print).release()  # waits for ranks that outlive their launcher
     assert (run / "RESUMABLE").exists()
     (saved,) = files.listed(run / "checkpoints")
     assert files.read(saved).progress.step == rows(run)[-1]["step"] < 1000

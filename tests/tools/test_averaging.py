@@ -24,7 +24,7 @@ from wasteddp.model.resnet import build
 from wasteddp.tools import average
 from wasteddp.tools.average import mean_of_newest
 from wasteddp.tools.bn_statistics import estimate_statistics
-from wasteddp.training.checkpoint.run_lock import Claim
+from wasteddp.training.checkpoint.run_lock import RunLock
 
 IMAGES = 20  # for the statistics: two batches of 8 and a remainder
 
@@ -167,7 +167,7 @@ def test_the_folder_of_a_run_is_no_place_for_an_average(copied: Path, capsys: py
 def test_an_average_takes_the_place_of_the_runs_model_only_when_asked(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    claim = Claim(copied / "checkpoints", print)
+    claim = RunLock(copied / "checkpoints", print)
     assert "is being written by process" in refused(capsys, str(copied), "--replace")
     assert load_bundle(copied)[0].averaged == Averaged()
     claim.release()

@@ -16,7 +16,7 @@ from torch import nn
 from wasteddp import settings
 from wasteddp.errors import CheckpointError, StorageError
 from wasteddp.training.checkpoint.files import Progress
-from wasteddp.training.checkpoint.manager import Keeper, Stateful
+from wasteddp.training.checkpoint.manager import CheckpointManager, Stateful
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import runtime
@@ -51,7 +51,7 @@ def network() -> nn.Module:
     return model
 
 
-def keeper_of(
+def manager_of(
     folder: Path,
     world: Runtime,
     model: nn.Module,
@@ -60,10 +60,10 @@ def keeper_of(
     text: str = "",
     further: dict[str, Stateful] | None = None,
     clock: Callable[[], float] = lambda: 0.0,
-) -> Keeper:
+) -> CheckpointManager:
     optimizer = optimizer or OPTIMIZERS["sgd"](model.parameters())
     data = cast(Inputs, None)  # only a best model asks for it
-    return Keeper(parsed(folder, text), world, data, model, optimizer, further=further, clock=clock)
+    return CheckpointManager(parsed(folder, text), world, data, model, optimizer, further=further, clock=clock)
 
 
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -93,16 +93,16 @@ def test_steps_after_a_restore_are_those_of_a_run_without_one(
 
     _, used, optimizer = start(compiled=saved_compiled)
     take_steps(used, optimizer, 0, 3)
-    with keeper_of(tmp_path, world, used, optimizer) as keeper:
-        keeper.save(Progress(LINEAGE, step=3), epoch=0, best=None)
-        keeper.close()
+    with manager_of(tmp_path, world, used, optimizer) as manager:
+        manager.save(Progress(LINEAGE, step=3), epoch=0, best=None)
+        manager.close()
     model, used, optimizer = start(compiled=loaded_compiled)
     take_steps(used, optimizer, 7, 8)  # what is there is replaced
-    with keeper_of(tmp_path, world, used, optimizer) as keeper:
-        found = keeper.starting_point("auto", [], lineage=LINEAGE)
+    with manager_of(tmp_path, world, used, optimizer) as manager:
+        found = manager.starting_point("auto", [], lineage=LINEAGE)
         assert found is not None
         assert all(key.startswith(("0.", "1.", "4.")) for key in found.states["model"])
-        keeper.state.restore(found)
+        manager.state.restore(found)
     for parameter in model.parameters():
         for tensor in optimizer.state[parameter].values():
             assert tensor.ndim != 4 or tensor.stride() == parameter.stride(), "channels-last stays so"
@@ -113,47 +113,47 @@ def test_steps_after_a_restore_are_those_of_a_run_without_one(
 
 def test_a_save_is_due_by_the_clock(tmp_path: Path, world: Runtime) -> None:
     now = 0.0
-    with keeper_of(tmp_path, world, network(), text="checkpoint: {every_minutes: 2}", clock=lambda: now) as keeper:
-        assert not keeper.asks()
+    with manager_of(tmp_path, world, network(), text="checkpoint: {every_minutes: 2}", clock=lambda: now) as manager:
+        assert not manager.asks()
         now = 119.0
-        assert not keeper.asks()
+        assert not manager.asks()
         now = 120.0
-        assert keeper.asks()
-        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
-        keeper.close()
-        assert not keeper.asks()
+        assert manager.asks()
+        manager.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        manager.close()
+        assert not manager.asks()
         now = 240.0
-        assert keeper.asks()
+        assert manager.asks()
 
 
 def test_a_save_is_made_on_request_and_the_request_goes_when_it_is_on_the_disk(tmp_path: Path, world: Runtime) -> None:
-    with keeper_of(tmp_path, world, network()) as keeper:
-        assert not keeper.asks()
+    with manager_of(tmp_path, world, network()) as manager:
+        assert not manager.asks()
         (tmp_path / "run" / "SAVE_NOW").touch()
-        assert keeper.asks()
-        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
-        keeper.close()
+        assert manager.asks()
+        manager.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        manager.close()
         assert not (tmp_path / "run" / "SAVE_NOW").exists()
-        assert not keeper.asks()
+        assert not manager.asks()
         assert steps_in(tmp_path / "run" / "checkpoints") == [1]
 
 
 def test_further_states_come_back_or_are_missed(tmp_path: Path, world: Runtime) -> None:
     average = nn.Linear(2, 2)
-    with keeper_of(tmp_path, world, network(), further={"ema": average}) as keeper:
-        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
-        keeper.close()
+    with manager_of(tmp_path, world, network(), further={"ema": average}) as manager:
+        manager.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        manager.close()
     other = nn.Linear(2, 2)
-    with keeper_of(tmp_path, world, network(), further={"ema": other}) as keeper:
-        found = keeper.starting_point("auto", [], lineage=LINEAGE)
+    with manager_of(tmp_path, world, network(), further={"ema": other}) as manager:
+        found = manager.starting_point("auto", [], lineage=LINEAGE)
         assert found is not None
-        keeper.state.restore(found)
+        manager.state.restore(found)
         assert torch.equal(other.weight, average.weight)
     with (
-        keeper_of(tmp_path, world, network(), further={"twin": other}) as keeper,
+        manager_of(tmp_path, world, network(), further={"twin": other}) as manager,
         pytest.raises(CheckpointError, match="has no state of: twin"),
     ):
-        keeper.state.restore(found)
+        manager.state.restore(found)
 
 
 def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
@@ -169,28 +169,28 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
         raise StorageError("no room", "", "")
 
     monkeypatch.setattr(CheckpointWriter, "_write", slow)
-    with keeper_of(tmp_path, world, network()) as keeper:
-        assert keeper.metrics == {"checkpoint/stall_ms": 0, "checkpoint/failed": 0}, "there has been none"
-        keeper.save(Progress(LINEAGE, step=1), epoch=0, best=None)
-        assert "checkpoint/seconds" not in keeper.metrics, "it is being written"
-        keeper.drain()
-        seconds = keeper.metrics["checkpoint/seconds"]
+    with manager_of(tmp_path, world, network()) as manager:
+        assert manager.metrics == {"checkpoint/stall_ms": 0, "checkpoint/failed": 0}, "there has been none"
+        manager.save(Progress(LINEAGE, step=1), epoch=0, best=None)
+        assert "checkpoint/seconds" not in manager.metrics, "it is being written"
+        manager.drain()
+        seconds = manager.metrics["checkpoint/seconds"]
         assert 0.2 <= seconds < 10
         monkeypatch.setattr(CheckpointWriter, "_write", no_room)
-        keeper.save(Progress(LINEAGE, step=2), epoch=0, best=None)
-        keeper.save(Progress(LINEAGE, step=3), epoch=0, best=None)  # tells of the one before
-        assert keeper.metrics["checkpoint/failed"] == 1
-        assert keeper.metrics["checkpoint/seconds"] == seconds
-        assert keeper.metrics["checkpoint/stall_ms"] > 0
+        manager.save(Progress(LINEAGE, step=2), epoch=0, best=None)
+        manager.save(Progress(LINEAGE, step=3), epoch=0, best=None)  # tells of the one before
+        assert manager.metrics["checkpoint/failed"] == 1
+        assert manager.metrics["checkpoint/seconds"] == seconds
+        assert manager.metrics["checkpoint/stall_ms"] > 0
         monkeypatch.setattr(CheckpointWriter, "_write", real)
-        keeper.close()  # tries again
-        assert keeper.metrics["checkpoint/seconds"] < 0.2
-    assert all(is_known(name) for name in keeper.metrics)
+        manager.close()  # tries again
+        assert manager.metrics["checkpoint/seconds"] < 0.2
+    assert all(is_known(name) for name in manager.metrics)
 
 
 def test_two_keepers_of_one_run_are_refused(tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wasteddp.training.checkpoint.run_lock.WAIT_S", 0.2)
-    with keeper_of(tmp_path, world, network()), pytest.raises(CheckpointError, match="is being written by process"):
-        keeper_of(tmp_path, world, network())
-    with keeper_of(tmp_path, world, network()):
+    with manager_of(tmp_path, world, network()), pytest.raises(CheckpointError, match="is being written by process"):
+        manager_of(tmp_path, world, network())
+    with manager_of(tmp_path, world, network()):
         pass

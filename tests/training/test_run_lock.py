@@ -13,28 +13,28 @@ from pathlib import Path
 import pytest
 
 from wasteddp.errors import CheckpointError
-from wasteddp.training.checkpoint.run_lock import Claim
+from wasteddp.training.checkpoint.run_lock import RunLock
 
-HOLDER = "import sys, time; from pathlib import Path; from wasteddp.training.checkpoint.run_lock import Claim\n"
-HOLDER += "c = Claim(Path(sys.argv[1]), print); print('held', flush=True); time.sleep(60)"
+HOLDER = "import sys, time; from pathlib import Path; from wasteddp.training.checkpoint.run_lock import RunLock\n"
+HOLDER += "c = RunLock(Path(sys.argv[1]), print); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_one_is_refused_with_who_holds_it(tmp_path: Path) -> None:
-    first = Claim(tmp_path / "run", print)
+    first = RunLock(tmp_path / "run", print)
     said: list[str] = []
     with pytest.raises(CheckpointError, match=rf"is being written by process {os.getpid()} on .*the 0.2 s"):
-        Claim(tmp_path / "run", said.append, wait_s=0.2)
+        RunLock(tmp_path / "run", said.append, wait_s=0.2)
     assert len(said) == 1
     assert f"waiting for process {os.getpid()}" in said[0]
     first.release()
     first.release()
-    Claim(tmp_path / "run", said.append, wait_s=0).release()
+    RunLock(tmp_path / "run", said.append, wait_s=0).release()
 
 
 def test_it_waits_for_the_one_before_to_end(tmp_path: Path) -> None:
-    first = Claim(tmp_path, print)
+    first = RunLock(tmp_path, print)
     threading.Timer(0.3, first.release).start()
-    Claim(tmp_path, lambda line: None, wait_s=30).release()
+    RunLock(tmp_path, lambda line: None, wait_s=30).release()
 
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
@@ -42,9 +42,9 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(CheckpointError, match=f"process {holder.pid}"):
-            Claim(tmp_path, lambda line: None, wait_s=0)
+            RunLock(tmp_path, lambda line: None, wait_s=0)
         holder.send_signal(signal.SIGKILL)
-    Claim(tmp_path, print, wait_s=0).release()
+    RunLock(tmp_path, print, wait_s=0).release()
 
 
 def test_a_disk_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,5 +53,5 @@ def test_a_disk_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     said: list[str] = []
-    Claim(tmp_path, said.append).release()
+    RunLock(tmp_path, said.append).release()
     assert "cannot be locked (Operation not supported)" in said[0]

@@ -13,13 +13,13 @@ from trainings import config_of
 from wasteddp import train
 from wasteddp.data.loader import Loader
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, ShardError
-from wasteddp.training.watchdog.heartbeat import Beat, Board, Failure, LostBoardError
+from wasteddp.training.watchdog.heartbeat import Beat, Failure, HeartbeatStore, LostBoardError
 from wasteddp.training.watchdog.watchdog import Watchdog
 
 
 def test_the_first_failure_told_is_the_one_that_stands() -> None:
     store = HashStore()
-    ours, theirs = Board(store, 2), Board(store, 2)
+    ours, theirs = HeartbeatStore(store, 2), HeartbeatStore(store, 2)
     assert ours.failure() is None
     first, second = Failure(1, "a disk", 2), Failure(0, "a consequence", 70)
     assert theirs.claim(first) == first
@@ -28,7 +28,7 @@ def test_the_first_failure_told_is_the_one_that_stands() -> None:
 
 
 def test_beats_are_read_back_and_missing_ones_do_not_wait() -> None:
-    board = Board(HashStore(), 3)
+    board = HeartbeatStore(HashStore(), 3)
     beat = Beat(1, 2, 3, "computing", 0.5, "decode_0", left=True)
     board.post(1, beat)
     assert board.beats() == [None, beat, None]
@@ -36,7 +36,7 @@ def test_beats_are_read_back_and_missing_ones_do_not_wait() -> None:
 
 def test_a_board_that_is_not_there_is_lost() -> None:
     with pytest.raises(LostBoardError):
-        Board.of_launcher("127.0.0.1", 1, 2, patience_s=0.1)
+        HeartbeatStore.of_launcher("127.0.0.1", 1, 2, patience_s=0.1)
 
 
 def test_marks_are_the_same_whatever_the_rank_and_slow_at_first() -> None:

@@ -39,7 +39,7 @@ from wasteddp.tools.bn_statistics import estimate_statistics, training_batches
 from wasteddp.training.checkpoint import files
 from wasteddp.training.checkpoint.best_model import card_of
 from wasteddp.training.checkpoint.files import Progress, State
-from wasteddp.training.checkpoint.run_lock import Claim
+from wasteddp.training.checkpoint.run_lock import RunLock
 
 _COUNT = ".num_batches_tracked"
 Say = Callable[[str], None]
@@ -206,7 +206,7 @@ def _save(
     card = replace(average.card, trained=replace(trained, value=getattr(found.seen.metrics, trained.metric)))
     with ExitStack() as stack:
         if options.replace:
-            claim = Claim(options.run / "checkpoints", _say, wait_s=0)  # a training would write its own
+            claim = RunLock(options.run / "checkpoints", _say, wait_s=0)  # a training would write its own
             stack.callback(claim.release)
             home, folder = options.run, options.run / FOLDER_NAME
         else:

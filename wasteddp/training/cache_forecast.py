@@ -20,7 +20,7 @@ _MOMENTS = 64  # looked at, evenly spread over the run
 
 
 @dataclass(frozen=True, slots=True)
-class Foresight:
+class CacheForecast:
     """Training and evaluation as the ranks `ranks` of `world_size` read them."""
 
     train_plan: TrainPlan

@@ -20,7 +20,7 @@ from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
 from wasteddp.order.shuffle_quality import Labels
 from wasteddp.settings import Settings
-from wasteddp.training.cache_forecast import Foresight, ranks_here
+from wasteddp.training.cache_forecast import CacheForecast, ranks_here
 from wasteddp.training.device_batches import copied_ahead
 from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
@@ -36,7 +36,7 @@ class Inputs:
     train_loader: AnyLoader
     val_loader: AnyLoader
     val_reader: SplitReader
-    foresight: Foresight
+    foresight: CacheForecast
     train: Split
     val: Split
     train_labels: Labels
@@ -87,7 +87,7 @@ def opened(settings: Settings, world: Runtime, server: DecodeServer | None = Non
             train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
             val_reader = stack.enter_context(shards.reader(val.name, stopped=STOP.__bool__))
             plan = train_plan(train, settings, train_reader.labels)
-            foresight = Foresight(
+            foresight = CacheForecast(
                 train_plan=plan,
                 train_reader=train_reader,
                 val_plan=EvaluationPlan(val.num_samples, settings.evaluate.batch_size),

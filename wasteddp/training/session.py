@@ -27,14 +27,14 @@ from wasteddp.training.agreement import Agreement, agreed
 from wasteddp.training.build_model import Built
 from wasteddp.training.checkpoint.compatibility import Lineage
 from wasteddp.training.checkpoint.files import Progress
-from wasteddp.training.checkpoint.manager import Keeper
+from wasteddp.training.checkpoint.manager import CheckpointManager
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard, Retreat
 from wasteddp.training.evaluate import evaluate
 from wasteddp.training.metrics import Meter
 from wasteddp.training.schedule import Due, Intervals
-from wasteddp.training.step_hashes import StepRecord
+from wasteddp.training.step_hashes import StepHashes
 from wasteddp.training.tracking.profiler import Profiler
 from wasteddp.training.tracking.tracker import Tracker, TrackerScope
 from wasteddp.training.watchdog import signals
@@ -56,10 +56,10 @@ def begin(
         retreat: what a divergence before this beginning has changed.
         max_steps: of this start; None: as the settings say.
     """
-    keeper = Keeper(settings, built.world, data, built.model, built.optimizer, further=built.average.states)
+    manager = CheckpointManager(settings, built.world, data, built.model, built.optimizer, further=built.average.states)
     progress, origin = Progress(Lineage.of(settings, data.manifest, teacher=built.recipe.teacher.sha256)), built.origin
-    if checkpoint := keeper.starting_point(*start, lineage=progress.lineage):
-        keeper.state.restore(checkpoint)
+    if checkpoint := manager.starting_point(*start, lineage=progress.lineage):
+        manager.state.restore(checkpoint)
         progress = checkpoint.progress.started_again(progress.lineage)
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
     progress = retreat.applied(progress)
@@ -70,12 +70,12 @@ def begin(
     progress = replace(progress, tracker_id=tracker.id)
     num_classes = len(data.manifest.classes)
     session = Session(
-        settings, world, data, built, keeper, tracker, origin, last_step,
+        settings, world, data, built, manager, tracker, origin, last_step,
         stops_early=not max_steps,
         guard=Guard(settings, world, built.model, built.optimizer, num_classes=num_classes, progress=progress),
         meter=Meter(world.device),
         profiler=Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say),
-        hashes=StepRecord(settings, world, progress.step),
+        hashes=StepHashes(settings, world, progress.step),
     )  # fmt: skip
     return session, progress
 
@@ -88,7 +88,7 @@ class Session:
     world: Runtime  # with the micro-batch that was found
     data: Inputs
     built: Built
-    keeper: Keeper
+    manager: CheckpointManager
     tracker: Tracker
     origin: str  # of the weights, in words
     last_step: int  # of this start
@@ -96,12 +96,12 @@ class Session:
     guard: Guard
     meter: Meter
     profiler: Profiler
-    hashes: StepRecord
+    hashes: StepHashes
     stopped_by: Batch | None = None  # the batch at which the ranks agreed to stop
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Session:
-        self._stack.enter_context(self.keeper)
+        self._stack.enter_context(self.manager)
         self._stack.enter_context(TrackerScope(self.tracker))
         return self
 
@@ -126,7 +126,7 @@ class Session:
     def batches(self, progress: Progress) -> Iterator[tuple[Batch, Agreement]]:
         """From where the run stands to its last step: this rank's batch, and what all ranks agreed on before it."""
         planned = self.data.batches(progress.step, self.last_step, self.world)
-        ahead = agreed(planned, self.world, seed=self.data.plan.seed, asks=self.keeper.asks)
+        ahead = agreed(planned, self.world, seed=self.data.plan.seed, asks=self.manager.asks)
         watched = self.world.watch.steps(self.profiler.watched(ahead), progress.step)
         for batch, agree in self.meter.waiting(watched):
             yield batch, agree()
@@ -136,7 +136,7 @@ class Session:
         if self.meter.num_steps:
             row = self.meter.read(self.world, self.settings.train.batch_size)
             progress = self.guard.judge(progress, row, saves=True)
-        self.keeper.save(progress, epoch=batch.epoch, best=None)
+        self.manager.save(progress, epoch=batch.epoch, best=None)
         self.stopped_by = batch
         return progress
 
@@ -147,7 +147,7 @@ class Session:
             limit = self.settings.data.max_damaged
             messages.report_damage(self.world, self.tracker.say, batch.damage, progress.damaged, limit)
         self.guard.begin_step()
-        is_asked = agreement.saves or self.keeper.notice.wants_a_save()
+        is_asked = agreement.saves or self.manager.notice.wants_a_save()
         intervals = Intervals.of(self.settings, self.data.plan, self.last_step)
         return progress, intervals.due(progress.step + 1, is_asked=is_asked)
 
@@ -184,7 +184,7 @@ class Session:
             progress = self.guard.judge(progress, row, saves=due.saves)
         if due.evaluates:
             # first: a checkpoint saved without its evaluation must already hold the averaged statistics
-            self.keeper.state.reconcile()
+            self.manager.state.reconcile()
         return self._measure(progress, row, due)
 
     def ends(self, progress: Progress, due: Due) -> bool:
@@ -196,7 +196,7 @@ class Session:
 
     def finish(self, progress: Progress) -> int:
         """Everything on the disk, and how it ended in words. Returns the exit code."""
-        self.keeper.close()
+        self.manager.close()
         exit_code = EXIT_FINISHED
         if self.stopped_by or progress.unmeasured is not None:
             exit_code = self.tracker.exit_code = EXIT_RESUMABLE
@@ -230,7 +230,7 @@ class Session:
                 scores, seen = evaluate(self.built.average.network, self.data, world, settings.evaluate.batch_size)
             except WastedError as error:
                 progress = replace(progress, unmeasured=row)
-                self.keeper.save(progress, epoch=epoch, best=None)
+                self.manager.save(progress, epoch=epoch, best=None)
                 if isinstance(error, StoppedError):
                     return progress
                 raise
@@ -240,13 +240,13 @@ class Session:
             tracker.show_mistakes(progress.step, self.data, seen)
         tracker.advance(progress.step, f"epoch {progress.step / self.data.plan.steps_per_epoch:.1f}")
         if row:
-            tracker.log(progress.step, row | progress.counts | self.keeper.metrics)
+            tracker.log(progress.step, row | progress.counts | self.manager.metrics)
             line = messages.progress_line(progress.step, self.last_step, row, better is not None)
             tracker.say(line, in_passing=not due.evaluates)
         if due.saves:
             tracker.flush()
-            self.keeper.save(progress, epoch=epoch, best=better)
+            self.manager.save(progress, epoch=epoch, best=better)
             self.meter.restart()  # an evaluation is not training time
-            if comment := self.keeper.notice.comment(row):
+            if comment := self.manager.notice.comment(row):
                 tracker.say(comment)
         return progress

@@ -25,7 +25,7 @@ STEPS = "steps.jsonl"
 _HEX_DIGITS = 16
 
 
-class StepRecord:
+class StepHashes:
     """Writes the lines; nothing if the setting is off. Lines after `resumed_step` are rolled back first.
 
     Args:

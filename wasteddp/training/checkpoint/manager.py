@@ -24,7 +24,7 @@ from wasteddp.training.checkpoint import files, run_lock
 from wasteddp.training.checkpoint.best_model import card_of, save_best
 from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings
 from wasteddp.training.checkpoint.files import Checkpoint, Progress, States
-from wasteddp.training.checkpoint.run_lock import Claim
+from wasteddp.training.checkpoint.run_lock import RunLock
 from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_run
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
 from wasteddp.training.dataloaders import Inputs
@@ -38,7 +38,7 @@ SaveBest = Callable[[Mapping[str, torch.Tensor]], None]
 OfStates = Callable[[States], None]
 
 
-class Keeper:
+class CheckpointManager:
     """Hands the state of a run to the writer and back. Made and called on all ranks; rank 0 writes.
 
     From its making to `__exit__`, or to a refused starting point, no other training can write into the run's folder.
@@ -67,7 +67,7 @@ class Keeper:
         self._commit = environment.commit()
         self._settings_yaml = settings.to_yaml()  # once: it takes 5 to 8 ms, for which the loop would wait
         self._writer: CheckpointWriter | None = None
-        self._claim: Claim | None = None
+        self._claim: RunLock | None = None
         self._saved_at = clock()
         self._owed: Callable[[], None] | None = None  # writes the best model, which could not be written yet
         self._failed = False  # the last save
@@ -77,7 +77,7 @@ class Keeper:
             if world.is_main:
                 there = sum(path.stat().st_size for path in self._checkpoints.glob("step-*/*"))
                 refuse_full_disk(self._folder, room_for_run(settings, self.state.model_bytes) - there)
-                self._claim = Claim(self._checkpoints, world.say, wait_s=run_lock.WAIT_S)
+                self._claim = RunLock(self._checkpoints, world.say, wait_s=run_lock.WAIT_S)
                 recover(self._checkpoints)
                 self._writer = CheckpointWriter(
                     self._checkpoints,
@@ -86,7 +86,7 @@ class Keeper:
                     say=self._say,
                 )
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(

@@ -19,7 +19,7 @@ WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
 
 
-class Claim:
+class RunLock:
     """Held from its making to `release`, or to the end of the process.
 
     Args:

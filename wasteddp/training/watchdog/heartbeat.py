@@ -45,12 +45,12 @@ class Failure:
     exit_code: int
 
 
-class Board:
+class HeartbeatStore:
     def __init__(self, store: Store, world_size: int) -> None:
         self._store, self._world_size = PrefixStore("wasteddp-watch", store), world_size
 
     @classmethod
-    def of_launcher(cls, host: str, port: int, world_size: int, *, patience_s: float) -> Board:
+    def of_launcher(cls, host: str, port: int, world_size: int, *, patience_s: float) -> HeartbeatStore:
         """Connects to the store that the launcher, or else rank 0, keeps at MASTER_ADDR and MASTER_PORT."""
         with _or_lost():
             store = TCPStore(host, port, None, False, timedelta(seconds=patience_s), wait_for_workers=False)

@@ -25,7 +25,7 @@ from typing import TypeVar
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, WastedError
 from wasteddp.settings import Settings
 from wasteddp.training.watchdog import failures, hard_exit
-from wasteddp.training.watchdog.heartbeat import Beat, Board, Failure, LostBoardError, answers
+from wasteddp.training.watchdog.heartbeat import Beat, Failure, HeartbeatStore, LostBoardError, answers
 from wasteddp.training.watchdog.signals import STOP
 
 # The start, the first step and saves may take so many times run.timeout_s: downloads, compilation, slow disks.
@@ -59,7 +59,7 @@ class Watchdog:
         self._rank, self._world_size, self._address = rank, world_size, address
         self._mark, self._step, self._num_beats = Mark(), 0, 0
         self._settings = Settings()
-        self._board: Board | None = None
+        self._board: HeartbeatStore | None = None
         self._thread: threading.Thread | None = None
         self._connected, self._closed = threading.Event(), threading.Event()
         self._word = threading.Lock()  # taken once, by whoever speaks
@@ -225,7 +225,7 @@ class Watchdog:
         with suppress(LostBoardError):
             self._post(0.0, left=self._exit_code is None)
 
-    def _reached_board(self, host: str, port: int) -> Board | None:
+    def _reached_board(self, host: str, port: int) -> HeartbeatStore | None:
         """Waits for it, since rank 0 may keep it and come late. None where it never comes: each rank watches itself.
 
         The loop joins the others by the same address, and torch waits there for as long as a slow start may take. If
@@ -236,7 +236,7 @@ class Watchdog:
         while not self._closed.wait(_BEAT_S / 10):
             if answers(host, port):
                 with suppress(LostBoardError):
-                    return Board.of_launcher(host, port, self._world_size, patience_s=_LAUNCHER_S)
+                    return HeartbeatStore.of_launcher(host, port, self._world_size, patience_s=_LAUNCHER_S)
             waited_s = time.monotonic() - began
             gone = waited_s > (_STOPPED_S if STOP else _LAUNCHER_S if launchers else patience_s)
             if gone and self._mark.number == 0 and self._exit_code is None:
