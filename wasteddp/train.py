@@ -13,12 +13,13 @@
 While it runs, `touch RUN/SAVE_NOW` asks for a checkpoint; the file goes when that is on the disk.
 
 Written to run.out: settings.yaml, environment.json, tracking.json, metrics.jsonl, log.txt, checkpoints/, model/ (the
-bundle), evaluations/ (what it was measured at), report.html (all of it as one page), media/ (pictures for W&B).
+bundle), evaluations/ (what it was measured at), report.html (all of it as one page), media/ (pictures for W&B),
+failures/ (stacks of a process that hung), profile/ (if asked for).
 Exit codes: 0 finished; 2 something to fix, the message says what; 75 stopped by a signal and saved: start it again;
 70 a rank failed, hung or vanished and all were stopped: start it again, from the newest checkpoint.
 A launcher may turn 75 into 1, so a run that can go on also has the file RESUMABLE in run.out.
 
-"All ranks" marks what every rank must do in the same order; a rank that left it out would let the others wait.
+"All ranks" marks what every rank must do in the same order; a rank that left it out would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, StoppedError
@@ -98,7 +98,7 @@ def train(
 
     Args:
         start: --resume and --accept-changes.
-        retreat: what a divergence before this beginning has changed.
+        retreat: the learning rate's factor and the number of retreats, after a divergence in this process.
     """
     built = build(settings, world, data)  # all ranks
     run, progress = session.begin(settings, built, data, start, retreat, max_steps=max_steps)  # all ranks
@@ -116,7 +116,7 @@ def train(
                     images_BCHW, targets = recipe.inputs(micro, batch.epoch)
                     loss = recipe.loss(ddp(images_BCHW), targets)
                 if number == 0:
-                    stepper.zero_grad()  # here, not after the step: a sixth of a CPU's speed (docs/notes.md)
+                    stepper.zero_grad()  # here rather than after the step: a sixth faster on a CPU (docs/notes.md)
                 world.accelerator.backward(loss)  # all ranks
                 meter.add(loss)
             norm = recipe.clip(is_asked=due.logs or run.guard.skips)  # all ranks

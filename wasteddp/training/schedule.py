@@ -1,4 +1,4 @@
-"""What a step is by its number alone: how large its images are, and what is due after it.
+"""What a step is by its number alone: how large its images are, and what is due after it. Learning rates: `optimizers`.
 
 Progressive sizes. Small images first: the network learns coarse features in a fraction of the time, since the cost of a
 step grows with the square of the side, and learns fine detail at the full size. The samples and their crops, which are

@@ -1,10 +1,13 @@
 """What a run does before, after and around its optimizer steps, in a fixed order; the steps are in `train.py`.
 
-    begin       the checkpoint to go on from, and where the run stands
-    open        what is said and measured before the first step
-    batches     all ranks agree before each step: stop, save, damaged samples
-    after_step  prove the epoch, measure, judge, evaluate, report, save
-    finish      everything on the disk, the exit code, the last words
+    begin        the checkpoint to go on from, and where the run stands
+    open         what is reported and measured before the first step
+    batches      all ranks agree before each step: stop, save
+    stop         save before this batch
+    before_step  count damaged samples; what is due after the step
+    after_step   prove the epoch, measure, judge, evaluate, report, save
+    ends         early stop, or an evaluation that was cut short
+    finish       everything on the disk, the exit code, the closing message
 
 All of it on all ranks.
 """
@@ -53,7 +56,7 @@ def begin(
 
     Args:
         start: --resume and --accept-changes.
-        retreat: what a divergence before this beginning has changed.
+        retreat: the learning rate's factor and the number of retreats, after a divergence in this process.
         max_steps: of this start; None: as the settings say.
     """
     manager = CheckpointManager(settings, built.world, data, built.model, built.optimizer, further=built.average.states)
@@ -71,7 +74,7 @@ def begin(
     num_classes = len(data.manifest.classes)
     session = Session(
         settings, world, data, built, manager, tracker, origin, last_step,
-        stops_early=not max_steps,
+        may_stop_early=not max_steps,
         guard=Guard(settings, world, built.model, built.optimizer, num_classes=num_classes, progress=progress),
         meter=Meter(world.device),
         profiler=Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say),
@@ -82,7 +85,7 @@ def begin(
 
 @dataclass(slots=True)
 class Session:
-    """Made by `begin`. Within `with`, what it hands to threads is kept; its order at the end is that of the fields."""
+    """Made by `begin`, used as `with session:`. On leaving, the tracker is closed first, then the checkpoints."""
 
     settings: Settings
     world: Runtime  # with the micro-batch that was found
@@ -92,7 +95,7 @@ class Session:
     tracker: Tracker
     origin: str  # of the weights, in words
     last_step: int  # of this start
-    stops_early: bool
+    may_stop_early: bool
     guard: Guard
     meter: Meter
     profiler: Profiler
@@ -166,7 +169,7 @@ class Session:
 
         Args:
             norm: of the averaged gradient, where it was asked for.
-            skipped: where steps may be: whether this one was; bool [] on the device.
+            skipped: whether this step was skipped, bool [] on the device; None where steps are never skipped.
         """
         world, plan = self.world, self.data.plan
         self.built.average.update(progress.step, skipped)
@@ -188,7 +191,7 @@ class Session:
         return self._measure(progress, row, due)
 
     def ends(self, progress: Progress, due: Due) -> bool:
-        """Whether this was the last step for another reason than its number."""
+        """Whether the run ends here although its last step is not reached."""
         if progress.unmeasured is None and due.evaluates and self._stops_early(progress):
             self.tracker.say(messages.early_stop(self.settings, progress))
             return True
@@ -209,7 +212,7 @@ class Session:
         return exit_code
 
     def _stops_early(self, progress: Progress) -> bool:
-        return self.stops_early and progress.stopped_early(self.settings.train.early_stop_epochs)
+        return self.may_stop_early and progress.stopped_early(self.settings.train.early_stop_epochs)
 
     def _measure(self, progress: Progress, row: dict[str, float], due: Due) -> Progress:
         """What is due after a step, in its order: the evaluation, the row of metrics, the checkpoint.

@@ -9,7 +9,7 @@
                               complete.json           format version and the sha256 of each file above; written last
     checkpoints/.step-00001234.tmp/                   what a kill leaves; removed at the next start
 
-Here is the reading; `checkpoint_writer` writes. The set of states is open: whatever is given to the writer under a
+This module reads; `writer` writes. The set of states is open: whatever is given to the writer under a
 name comes back under that name.
 """
 
@@ -57,7 +57,7 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     damaged: int = 0  # training samples replaced so far
-    covered: list[int] = field(default_factory=list)  # of the epoch: see training.coverage; empty: not counted
+    covered: list[int] = field(default_factory=list)  # of the epoch: see training.coverage_proof; empty: not counted
     attempt: int = 1  # starts of this run, this one included
     tracker_id: str = ""
     scaler: dict[str, float] | None = None  # of fp16's GradScaler
