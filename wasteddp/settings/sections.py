@@ -61,7 +61,7 @@ class Data(_Section):
     shards: str = "shards/trashnet"
     """Folder of the shard set, or its URL: https://, s3://, gs://, hf:// and whatever else fsspec opens."""
     staged: str = ""
-    """Folder of a verified copy of `shards` on the node's own disk, which is read instead; '': there is none."""
+    """Folder of a verified copy of `shards` on the node's own disk, which is read instead; '': no copy."""
     train_split: str = "train"
     eval_split: str = "val"
     image_size: Annotated[int, Field(ge=16, le=2048)] = 224
@@ -69,16 +69,15 @@ class Data(_Section):
     eval_resize: Count = 0
     """Shorter side before the centre crop at evaluation, px; 0: eval_size * 8 / 7, as ImageNet's 256 to 224."""
     eval_size: Annotated[int, Field(ge=0, le=2048)] = 0
-    """Side of the square at evaluation and in use, px; 0: image_size. Random crops magnify, so a network trained at 112
-    knows objects as large as they are at 128 (FixRes)."""
+    """Side of the square at evaluation and prediction, px; 0: image_size. Random crops magnify objects, so a network
+    trained at 112 px is often better at 128 px (FixRes)."""
     balance: Fraction = 0.0
-    """How evenly the classes are drawn: 0 as often as their images, 1 all equally often, 0.5 by the root of their
-    number. Images of rare classes then come several times in an epoch, those of common ones not in each."""
+    """How evenly classes are drawn: 0: in proportion to their images; 1: all equally often; 0.5: in proportion to the
+    square root. Images of rare classes are then used several times in an epoch, those of common ones not in each."""
     workers: Count | Annotated[str, Field(pattern=r"^[0-9]+ (threads|processes)$")] = 0
-    """What decodes images beside each training process: "4 processes", "4 threads", or 4 of the kind that is right for
-    the device: processes beside a GPU, threads where the network trains on the CPU. 0: as many as are right, on a GPU
-    the process's cores less one, or less two from five cores on, 24 at most; on a CPU one for each of its CPU threads,
-    8 at most."""
+    """What decodes images for each training process: "4 processes", "4 threads", or 4 of the default kind: processes
+    for a GPU, threads where the network trains on the CPU. 0: the default number. For a GPU it is the process's cores
+    less one, less two from five cores on, at most 24; for a CPU one for each of its CPU threads, at most 8."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """gpu: training's plain JPEGs are decoded by nvJPEG, for nodes whose cores cannot keep their GPUs busy. The pixels
     differ by a few levels from the CPU's."""
@@ -87,22 +86,22 @@ class Data(_Section):
     lanes: Count = 0
     """Lanes of the order, a divisor of the global batch; 0: the global batch."""
     block: PositiveInt = 1
-    """Neighbouring samples read one after another; 1 is a uniform permutation, right for local disks."""
+    """Neighbouring samples that are read one after another; 1: a uniform permutation, best for local disks."""
     window: Count = 0
     """Samples of a lane that are shuffled among each other; needed only where block is larger than 1."""
     max_damaged: Count = 0
-    """Training samples that may be unreadable, and are replaced, before the run stops."""
+    """Most training samples that may be unreadable; they are replaced, and one more stops the run."""
     cache: str = ""
-    """URLs only, as all below: folder for the shards that are fetched, best on a disk of the machine's own; ~ and
-    $VARIABLES are resolved on each machine. Empty: ~/.cache/wasteddp, or wasteddp under $XDG_CACHE_HOME."""
+    """For URLs only, as the settings below: folder for fetched shards, best on a local disk; ~ and $VARIABLES are
+    resolved on each machine. Empty: ~/.cache/wasteddp, or wasteddp under $XDG_CACHE_HOME."""
     cache_gb: Positive = 50.0
-    """Most that the cache may take, 10^9 bytes, all processes of a machine together."""
+    """Largest size of the cache, 10^9 bytes, for all processes of a machine together."""
     fetchers: PositiveInt = 4
     """Shards that each process fetches at once, ahead of their use."""
     ahead_steps: PositiveInt = 64
     """Steps whose shards are fetched ahead."""
     read_attempts: PositiveInt = 5
-    """How often a read is tried before the run stops; the waits between grow from half a second to 30 s."""
+    """Attempts to read before the run stops; the waits between them grow from half a second to 30 s."""
     read_timeout_s: Positive = 30.0
     """Seconds without a byte after which an attempt has failed."""
 
@@ -172,9 +171,10 @@ class Augment(_Section):
     policy_strength: Fraction = 0.3
     """randaugment only: 0.3 is torchvision's magnitude 9 of 30."""
     mixup: NotNegative = 0.0
-    """MixUp: alpha of the Beta distribution that says how two images are blended; 0: never. 0.2 is usual."""
+    """MixUp: alpha of the Beta distribution of the blending weight; 0: never. 0.2 is usual."""
     cutmix: NotNegative = 0.0
-    """CutMix: alpha likewise, of a rectangle taken from another image; 0: never. 1.0 is usual. Both: by turns."""
+    """CutMix: alpha likewise, for a rectangle taken from another image; 0: never. 1.0 is usual. With both, each
+    is used for half of the micro-batches."""
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
@@ -190,20 +190,20 @@ class Model(_Section):
     weights: str = "imagenet"
     """imagenet: torchvision's default weights; none: random; or the path of a .safetensors or .pth file."""
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "backbone"] = "none"
-    """What is not trained: everything up to and with that stage. Frozen BatchNorm keeps its statistics."""
+    """Not trained: everything up to and including that stage. Frozen BatchNorm keeps its statistics."""
     unfreeze_every_epochs: NotNegative = 0.0
     """Epochs after which the last frozen stage is trained too, then the one before it, and so on; 0: never."""
     channels_last: bool = True
     stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability that an image passes by the last block, less for those before it, nothing for the first."""
+    """Probability that an image skips the last block; smaller for earlier blocks, 0 for the first."""
     zero_init_residual: bool = True
     """The last BatchNorm of each block starts at zero, so that each block starts as the identity."""
     sync_batchnorm: bool = False
-    """BatchNorm over the micro-batches of all ranks: for micro-batches of few images. GPUs only; slower, and the result
-    then hangs on the number of ranks."""
+    """BatchNorm over the micro-batches of all ranks, for micro-batches of few images. GPUs only; slower, and the result
+    then depends on the number of ranks."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile: a minute at the start for each size of images. auto: on a GPU in bf16 or fp16, if the run is so
-    long that it saves twice what compiling takes, by an estimate that is printed; a run that goes on does as before."""
+    """torch.compile: takes about a minute for each image size. auto: on a GPU in bf16 or fp16, if it is estimated to
+    save at least twice the time of compiling; the estimate is printed. A resumed run keeps its choice."""
 
     @model_validator(mode="after")
     def _frozen_before_it_is_unfrozen(self) -> Self:
@@ -214,7 +214,8 @@ class Model(_Section):
 
 class Optimizer(_Section):
     name: Literal["sgd", "adam", "adamw", "lars", "lamb"] = "sgd"
-    """lars, lamb: SGD and AdamW with steps in proportion to each layer's weights, for global batches of thousands."""
+    """lars, lamb: SGD and AdamW with steps in proportion to the norm of each layer's weights, for batches of
+    thousands."""
     lr: Positive = 0.1
     """Peak learning rate, for the global batch."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -224,12 +225,12 @@ class Optimizer(_Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam, AdamW and LAMB only."""
     weight_decay: NotNegative = 5e-5
-    """Not on biases and norms."""
+    """Not applied to biases and normalisation layers."""
     clip_norm: NotNegative = 0.0
-    """Largest norm of the gradient; 0 is no clipping."""
+    """Largest norm of the gradient; 0: no clipping."""
     adaptive_clip: NotNegative = 0.0
-    """Largest norm of a unit's gradient, as a part of the norm of its weights; head, biases and norms excepted; 0 is no
-    clipping. 0.01 is usual: one noisy batch then moves no layer far, whatever the scale of the loss."""
+    """Largest norm of a unit's gradient relative to the norm of its weights; not for head, biases and normalisation;
+    0: no clipping. 0.01 is usual: one noisy batch then moves no layer far, whatever the scale of the loss."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning-rate multiplier from each stage to the one before it; 1: the same rate everywhere."""
 
@@ -239,7 +240,7 @@ class Schedule(_Section):
     warmup_epochs: NotNegative = 0.0
     """Linear from 1 % of the peak."""
     final_fraction: Fraction = 0.0
-    """Both cosines: where it ends, as a part of the peak."""
+    """Both cosines: final learning rate as a fraction of the peak."""
     cycle_epochs: PositiveInt = 10
     """cosine_restarts only: epochs of the first cycle, after the warm-up."""
     cycle_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
@@ -248,11 +249,11 @@ class Schedule(_Section):
     """Progressive sizes: side of the images in the first epoch, px, growing in steps of 16; 0: always
     data.image_size."""
     full_size_at: Fraction = 0.75
-    """Progressive sizes: part of the epochs after which the images have data.image_size."""
+    """Progressive sizes: fraction of the epochs after which images have data.image_size."""
     step_epochs: PositiveInt = 30
     """Step only: epochs between two drops."""
     step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Step only: what a drop multiplies by."""
+    """Step only: factor of each drop."""
 
 
 class Train(_Section):
@@ -260,42 +261,44 @@ class Train(_Section):
     batch_size: PositiveInt = 256
     """The global batch: all processes, all micro-batches."""
     max_micro_batch: Count = 64
-    """Most images that one process takes through the network at once; accumulation follows. 0: the most that fit, tried
-    once in a run; BatchNorm's groups, and so the result, then hang on the machine."""
+    """Most images that one process takes through the network at once; gradient accumulation follows from it. 0: as many
+    as fit, tried once in a run; BatchNorm's groups, and so the result, then depend on the machine."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weighting: Literal["none", "inverse_frequency", "effective_number"] = "none"
-    """What an image of a class of n counts in the loss: as 1 / n, or as (1 - b) / (1 - b^n) with b = 0.999, which
-    hardly tells classes of thousands apart; the mean over the training images is 1."""
+    """Weight in the loss of an image of a class with n images: 1 / n, or (1 - b) / (1 - b^n) with b = 0.999, which is
+    nearly equal for classes of thousands; scaled so that the mean over the training images is 1."""
     early_stop_epochs: Count = 0
-    """Stop after so many evaluations without a better one; 0: never."""
+    """Stop after this many evaluations in a row without a better one; 0: never."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Exponential moving average of the weights, which is then what is evaluated, kept as the best and exported; 0:
-    none. 0.999 averages over about 1,000 steps; fewer at the beginning."""
+    """Exponential moving average of the weights, which is then evaluated, kept as the best and exported; 0: none.
+    0.999 averages over about 1,000 steps; fewer at the beginning."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     focal_gamma: NotNegative = 2.0
-    """focal only: how much less the images count that are right already; 0 is cross-entropy."""
+    """focal only: how much less images count that are classified well; 0: cross-entropy."""
     logit_adjustment: NotNegative = 0.0
-    """tau: the logits of rare classes are lowered in training by tau * ln(their share), so that they are raised in use;
-    1 makes up for the imbalance, 0 is none. Shares are those that are drawn: data.balance 1 leaves nothing to do."""
+    """tau: in training tau * ln(share of the class) is added to each logit, so that rare classes get larger logits at
+    prediction; 1 compensates the imbalance, 0: off. The shares are those drawn: with data.balance 1 it does nothing."""
     teacher: str = ""
-    """Knowledge distillation: folder of a run or model, of the same classes, whose answers to the augmented images are
-    learned too; '': none. Its network may be any, its images of any size; its calibration is left out."""
+    """Knowledge distillation: folder of a run or model with the same classes, whose answers to the augmented images are
+    learned too; '': none. Its network and image size may differ; its calibration is not used."""
     teacher_weight: Fraction = 0.5
-    """Part of the loss that is the distance from the teacher's answers, beside that of the labels; 0: no teacher."""
+    """Fraction of the loss that is the distance from the teacher's answers; the rest is the loss of the labels."""
     teacher_temperature: Positive = 2.0
-    """By which both sides' logits are divided for it: the higher, the more the unlikely classes count."""
+    """Divides both networks' logits in that loss: the higher, the more the unlikely classes count."""
     log_every_steps: PositiveInt = 10
     on_divergence: Literal["stop", "skip", "rollback"] = "stop"
-    """When loss or gradient are no finite numbers, or the loss explodes. skip: such a step changes nothing; rollback:
-    back to the newest checkpoint, with a smaller learning rate. skip looks at each step, the others at each row."""
+    """What to do when the loss or the gradient is not finite, or the loss explodes. skip: such a step changes nothing;
+    rollback: back to the newest checkpoint, with a smaller learning rate. skip checks each step, the others each row
+    of metrics."""
     exploding_loss: NotNegative = 20.0
-    """A loss above so many times ln(classes), the loss of a blind guess, has exploded; 0: none has that is finite."""
+    """A loss above this many times ln(classes), the loss of a blind guess, has exploded; 0: only a loss that is not
+    finite has."""
     max_skipped_in_a_row: PositiveInt = 10
-    """skip only: after so many the run stops."""
+    """skip only: the run stops after this many."""
     max_rollbacks: PositiveInt = 3
     """rollback only: times that a run may go back before it stops."""
     rollback_lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """rollback only: what going back multiplies all further learning rates by."""
+    """rollback only: factor of all later learning rates after each rollback."""
     stop_at_step: Count = 0
     """Stop after this step, keeping the schedule of all epochs; 0: never."""
 
@@ -306,29 +309,29 @@ class Evaluate(_Section):
     batch_size: PositiveInt = 64
     """Images that one process evaluates at once."""
     metric: Literal["accuracy", "macro_recall", "macro_f1"] = "accuracy"
-    """What the best checkpoint is best at."""
+    """Metric by which the best checkpoint is chosen."""
 
 
 class Checkpoint(_Section):
     every_steps: Count = 0
     """Optimizer steps between checkpoints, besides the one at each evaluation; 0: only those."""
     every_minutes: NotNegative = 0.0
-    """Minutes after which a checkpoint is made although none is due by its step; 0: never."""
+    """Minutes after which a checkpoint is saved although none is due by its step; 0: never."""
     keep_last: PositiveInt = 2
     """Newest checkpoints kept, besides the best."""
     keep_every: Count = 0
-    """Of every so many optimizer steps the first checkpoint is kept permanently; 0: none."""
+    """Keep the first checkpoint of each this many optimizer steps permanently; 0: none."""
 
 
 class Ddp(_Section):
     """How gradients cross the network; measured in launch/README.md."""
 
     compression: Literal["none", "bf16"] = "none"
-    """bf16: half the bytes, and gradients rounded to 8 bits of mantissa before they are averaged."""
+    """bf16: half the bytes; gradients are rounded to 8 bits of mantissa before they are averaged."""
     static_graph: bool = False
-    """Tells DDP that each step is alike, which lets it plan its messages once. Not where gradients are accumulated."""
+    """Tells DDP that all steps have the same graph, so that it plans its messages once. Not with accumulation."""
     bucket_mb: PositiveInt = 25
-    """MiB of gradients that are sent at once, while the backward pass goes on computing others."""
+    """MiB of gradients that are sent at once, while the backward pass computes the next."""
 
 
 class Track(_Section):
@@ -340,30 +343,30 @@ class Track(_Section):
     entity: str = ""
     """User or team on W&B; empty: the key's own."""
     group: str = ""
-    """Runs of one group are shown together: the seeds or folds of an experiment."""
+    """Runs of one group are shown together, such as the seeds of an experiment."""
     job_type: str = "train"
     tags: tuple[str, ...] = ()
     images: Count = 16
-    """Images kept and shown of each gallery: augmented ones at the start, the surest mistakes at each evaluation."""
+    """Images in each gallery: augmented ones at the start, the most confident mistakes at each evaluation."""
     model: bool = True
     """Whether W&B gets the best model at the end, as an artifact."""
     finish_s: Positive = 30.0
-    """Most seconds that the end of a run waits for W&B; keep it below the scheduler's time between signal and kill."""
+    """Longest wait for W&B at the end of a run, s; keep it below the scheduler's time between signal and kill."""
 
 
 class Profile(_Section):
     steps: Count = 0
-    """Steps to look into: a trace and a verdict in RUN/profile; 0: none. The steps watched are slower."""
+    """Steps to profile: a trace and a verdict in RUN/profile; 0: none. Profiled steps are slower."""
     skip: Count = 5
-    """Steps of this start before those: the first ones also warm up."""
+    """Steps of this start before the profiled ones: the first steps also warm up."""
 
 
 class Settings(_Section):
     """All of a run. Sections may be left out; what is written must be known."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: on a GPU fp16 if it is measured to be 5 % faster than bf16 or more, else bf16; on a CPU bf16 where it is
-    computed in hardware, else fp32. A run that goes on computes as before."""
+    """auto: on a GPU fp16 if it is measured to be at least 5 % faster than bf16, else bf16; on a CPU bf16 where the
+    hardware computes it, else fp32. A resumed run keeps its precision."""
     run: Run = Run()
     data: Data = Data()
     augment: Augment = Augment()
