@@ -42,7 +42,7 @@ from collections.abc import Sequence
 
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, StoppedError
-from wasteddp.report.background import reported
+from wasteddp.report.background import write_at_the_end
 from wasteddp.settings import Settings
 from wasteddp.training import dataloaders, divergence, run_folder, session
 from wasteddp.training.build_model import build
@@ -61,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_file.load(arguments.config, arguments.set)
         with (
             slurm.mistake_marked(Path(settings.run.out)),
-            run_folder.rehearsal(settings) if arguments.check else contextlib.nullcontext(settings) as settings,
+            run_folder.rehearse(settings) if arguments.check else contextlib.nullcontext(settings) as settings,
             contextlib.ExitStack() as stack,
         ):
             watch.start(settings)
-            server = stack.enter_context(dataloaders.started_early(settings))
+            server = stack.enter_context(dataloaders.start_early(settings))
             kept = kept_choices(Path(settings.run.out), arguments.resume)
             world = runtime.start(settings, watch, kept)  # all ranks
-            with contextlib.closing(world), dataloaders.opened(settings, world, server) as data:
+            with contextlib.closing(world), dataloaders.open_inputs(settings, world, server) as data:
                 start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
                 steps = 1 if arguments.check else None
                 code = divergence.rolling_back(
@@ -103,7 +103,7 @@ def train(
     built = build(settings, world, data)  # all ranks
     run, progress = session.begin(settings, built, data, start, retreat, max_steps=max_steps)  # all ranks
     world, ddp, stepper, recipe, meter = run.world, built.ddp, built.stepper, built.recipe, run.meter
-    with run, reported(Path(settings.run.out), run.tracker.say, is_main=world.is_main), world.watch:
+    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=world.is_main), world.watch:
         progress = run.open(progress)  # all ranks
         for batch, agreement in run.batches(progress):  # all ranks
             if agreement.stops:

@@ -64,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> None:
         config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
     )
     world = runtime.start(settings)
-    model, _ = build_model.made(settings, world, _CLASSES)
+    model, _ = build_model.make_network(settings, world, _CLASSES)
     optimizer = optimizers.build(model, settings.optimizer)
     ddp, stepper = world.prepare(model, optimizer)
     size, px = settings.train.max_micro_batch or world.micro_batch, settings.data.image_size
@@ -119,8 +119,8 @@ def _costs(
         board.beat(0)
 
     def count() -> None:
-        sums = world.totals(0, 0, *coverage_proof.of(batch, 0))
-        coverage_proof.added(progress.covered, sums[1:], batch)
+        sums = world.totals(0, 0, *coverage_proof.count(batch, 0))
+        coverage_proof.add(progress.covered, sums[1:], batch)
 
     def measure() -> None:
         meter.add(loss)

@@ -136,7 +136,7 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     from wasteddp.training.metrics import Meter
 
     world = runtime.start(settings)
-    data = stack.enter_context(dataloaders.opened(settings, world))
+    data = stack.enter_context(dataloaders.open_inputs(settings, world))
     built, meter = build(settings, world, data), Meter(world.device)
     world, ddp, optimizer, stepper, recipe = built.world, built.ddp, built.optimizer, built.stepper, built.recipe
     progress = Progress(Lineage.of(settings, data.manifest))

@@ -49,7 +49,7 @@ def test_it_reads_what_the_folder_holds_and_fetches_each_file_once(
     for attempt in range(2):
         with (
             SplitReader(Manifest.load(small_shards), "train") as local,
-            dataset.opened(data()) as shards,
+            dataset.open_dataset(data()) as shards,
             shards.reader("train") as reader,
         ):
             assert shards.manifest.sha256 == Manifest.load(small_shards).sha256
@@ -78,7 +78,7 @@ def test_a_rank_fetches_the_shards_of_its_lanes_alone_and_no_further_ahead_than_
     server: FaultyServer, data: Callable[..., Data], small_shards: Path
 ) -> None:
     plan = TrainPlan(50, 2, seed=0, lanes=2, block=10)
-    with dataset.opened(data(ahead_steps=4)) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data(ahead_steps=4)) as shards, shards.reader("train") as reader:
         steps = list(training_steps(plan, 0, 25, rank=1, world_size=2))
         needed = [{shards.manifest.split("train").shards[n].tar for n in reader.shards_of(s[2])} for s in steps]
         assert len(set.union(*needed[:5])) < len(train_shards(small_shards)), "the test needs a shard that comes later"
@@ -98,7 +98,7 @@ def test_a_small_cache_is_never_exceeded_and_every_sample_is_read(
     sizes = [shard.num_bytes for shard in Manifest.load(small_shards).split("train").shards]
     assert len(sizes) >= 4
     limit = 3 * max(sizes)
-    with dataset.opened(data(cache_gb=limit / 1e9)) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data(cache_gb=limit / 1e9)) as shards, shards.reader("train") as reader:
         taken = steps_of(reader, plan, in_flight=1)
         assert shards._cache.used_bytes() <= limit  # type: ignore[attr-defined]
     expected = [plan.step_samples(epoch, step).tolist() for epoch in (0, 1) for step in range(25)]
@@ -107,7 +107,7 @@ def test_a_small_cache_is_never_exceeded_and_every_sample_is_read(
 
 
 def test_a_cache_too_small_for_what_is_read_at_once_is_refused_with_numbers(data: Callable[..., Data]) -> None:
-    with dataset.opened(data(cache_gb=2e-5)) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data(cache_gb=2e-5)) as shards, shards.reader("train") as reader:
         everything = reader.needs(np.arange(50))
         with pytest.raises(SettingsError) as caught:
             shards.require_room([reader.needs(np.arange(2)), everything], [{"0" * 64: 1000}])
@@ -148,7 +148,7 @@ def test_bytes_that_went_bad_in_the_cache_are_fetched_anew(
     server: FaultyServer, data: Callable[..., Data], small_shards: Path
 ) -> None:
     shard = Manifest.load(small_shards).split("train").shards[0]
-    with dataset.opened(data()) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data()) as shards, shards.reader("train") as reader:
         good = reader.read(2)
         with (Path(data().cache) / shard.sha256).open("r+b") as file:
             file.seek(int(reader._index[2]["offset"]))
@@ -168,7 +168,7 @@ def test_a_bit_that_is_wrong_in_the_store_costs_its_sample_alone(
         file.seek(image + 5)
         file.write(b"\0")
     with serving(tmp_path / "set") as server:
-        with dataset.opened(data(shards=server.url)) as shards, shards.reader("train") as reader:
+        with dataset.open_dataset(data(shards=server.url)) as shards, shards.reader("train") as reader:
             for _ in range(2):
                 with pytest.raises(DamagedSampleError, match=rf"{server.url}/{tar}, sample 0 .* not have the sha256"):
                     reader.read(0)
@@ -181,7 +181,7 @@ def test_a_shard_that_is_not_there_damages_its_samples_and_is_asked_for_once(
 ) -> None:
     tar = train_shards(small_shards)[1]
     server.faults = lambda name, number: "404" if name == tar else None
-    with dataset.opened(data()) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data()) as shards, shards.reader("train") as reader:
         first = shards.manifest.split("train").shards[0].num_samples
         reader.read(first - 1)
         for sample in (first, first + 1):
@@ -193,7 +193,7 @@ def test_a_shard_that_is_not_there_damages_its_samples_and_is_asked_for_once(
 def test_a_store_that_is_gone_is_an_error_of_its_own(data: Callable[..., Data], small_shards: Path) -> None:
     with serving(small_shards) as server:
         settings = data(shards=server.url)
-        with dataset.opened(settings) as shards, shards.reader("train") as reader:
+        with dataset.open_dataset(settings) as shards, shards.reader("train") as reader:
             server.faults = lambda name, number: "503"
             with pytest.raises(RemoteError, match=r"train-000000.tar cannot be read .*\(attempt 2 of 2\): 503 Service"):
                 reader.read(0)
@@ -215,13 +215,13 @@ def test_a_set_that_cannot_be_opened_says_why(
     server: FaultyServer, data: Callable[..., Data], name: str, fault: str, message: str
 ) -> None:
     server.faults = lambda asked, number: fault if asked == name else None
-    with pytest.raises(ShardError, match=message), dataset.opened(data()) as shards:
+    with pytest.raises(ShardError, match=message), dataset.open_dataset(data()) as shards:
         shards.reader("train")
 
 
 def test_closing_does_not_wait_for_a_stalled_store(data: Callable[..., Data], server: FaultyServer) -> None:
     plan = TrainPlan(50, 2, seed=0, lanes=1)
-    with dataset.opened(data(read_timeout_s=100, read_attempts=4)) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data(read_timeout_s=100, read_attempts=4)) as shards, shards.reader("train") as reader:
         server.faults = lambda name, number: "stall"
         steps = reader.ahead(training_steps(plan, 0, 5, rank=0, world_size=1), in_flight=1)
         next(steps)  # `steps` is kept: what is let go of is not fetched any more
@@ -241,7 +241,7 @@ def test_the_caches_folder_is_resolved_on_each_machine(monkeypatch: pytest.Monke
 
 def test_a_local_set_needs_no_cache(small_shards: Path, tmp_path: Path) -> None:
     settings = Data(shards=str(small_shards), cache=str(tmp_path / "cache"), cache_gb=1e-9)
-    with dataset.opened(settings) as shards, shards.reader("val") as reader:
+    with dataset.open_dataset(settings) as shards, shards.reader("val") as reader:
         assert type(shards) is ShardSet
         shards.require_room([reader.needs(np.arange(13))])
         assert reader.num_samples == 13

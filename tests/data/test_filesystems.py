@@ -77,7 +77,7 @@ def data(place: Place, tmp_path: Path) -> Callable[..., Data]:
 
 
 def train_images(data: Data) -> list[bytes]:
-    with dataset.opened(data) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data) as shards, shards.reader("train") as reader:
         return [reader.read(sample) for sample in range(reader.num_samples)]
 
 
@@ -108,7 +108,7 @@ def test_a_set_is_read_like_a_folder_and_fetched_once(
 def test_what_may_pass_is_tried_again_and_only_by_us(
     place: Place, data: Callable[..., Data], fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with dataset.opened(data()) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data()) as shards, shards.reader("train") as reader:
         place.server.faults = first("train-000000.tar", fault)
         began = time.monotonic()
         reader.read(0)
@@ -118,7 +118,7 @@ def test_what_may_pass_is_tried_again_and_only_by_us(
 
 
 def test_a_store_that_stays_so_is_asked_as_often_as_we_say(place: Place, data: Callable[..., Data]) -> None:
-    with dataset.opened(data()) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data()) as shards, shards.reader("train") as reader:
         place.server.faults = lambda name, number: "503"
         with pytest.raises(RemoteError) as caught:
             reader.read(0)
@@ -131,7 +131,7 @@ def test_a_store_that_stays_so_is_asked_as_often_as_we_say(place: Place, data: C
 def test_a_refusal_is_not_asked_again(place: Place, data: Callable[..., Data], status: str, why: str) -> None:
     place.server.faults = lambda name, number: status
     with pytest.raises(RemoteError, match=rf"manifest.json cannot be read \(attempt 1 of 3\): {why}") as caught:
-        dataset.opened(data()).__enter__()
+        dataset.open_dataset(data()).__enter__()
     assert "the right to read there" in caught.value.remedy
 
 
@@ -146,7 +146,7 @@ def test_a_missing_and_a_cut_shard_are_named(
     (copy / one.tar).unlink()
     place.server.folder = copy
     place.server.route = google(copy) if place.url == GOOGLE_URL else hub(copy, [])
-    with dataset.opened(data()) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data()) as shards, shards.reader("train") as reader:
         with pytest.raises(DamagedSampleError, match=rf"{place.url}/{one.tar} .*attempt 1 of 3.*404 Not Found"):
             reader.read(0)
         wrong = f"it has {other.num_bytes - 512:,} bytes; the manifest says {other.num_bytes:,}"
@@ -157,7 +157,7 @@ def test_a_missing_and_a_cut_shard_are_named(
 def test_a_folder_without_a_manifest_is_named(data: Callable[..., Data], place: Place) -> None:
     url = f"{place.url.removesuffix('set')}none"
     with pytest.raises(ShardError, match=rf"{url}/manifest.json cannot be read .*404 Not Found"):
-        dataset.opened(data(url)).__enter__()
+        dataset.open_dataset(data(url)).__enter__()
 
 
 def test_verify_re_reads_it(
@@ -175,7 +175,7 @@ def test_verify_re_reads_it(
 
 
 def test_a_folder_is_listed(place: Place, small_shards: Path) -> None:
-    store = filesystems.opened(f"{place.url}/", 5.0)
+    store = filesystems.open_store(f"{place.url}/", 5.0)
     assert store.names(limit_s=5, look=lambda: None) == sorted(path.name for path in small_shards.iterdir())
 
 
@@ -192,7 +192,7 @@ def test_without_a_network_and_without_credentials_nothing_waits_or_asks(
     url = GOOGLE_URL if store == "gs" else HUB_URL
     began = time.monotonic()
     with pytest.raises(RemoteError, match=rf"{url}/manifest.json cannot be read \(attempt 2 of 2\): ClientConnectorE"):
-        dataset.opened(Data(shards=url, cache=str(tmp_path), read_timeout_s=2, read_attempts=2)).__enter__()
+        dataset.open_dataset(Data(shards=url, cache=str(tmp_path), read_timeout_s=2, read_attempts=2)).__enter__()
     assert time.monotonic() - began < 10
     assert not of_drivers(caplog)
 
@@ -202,7 +202,7 @@ def test_a_login_that_cannot_be_proved_is_not_shown(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HTTPS_PROXY", NOBODY)  # where gcsfs would send it to
     monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "ya29.secret"})  # FSSPEC_GS_TOKEN, which is read at import
     with pytest.raises(SettingsError, match=r"^gs://waste/set cannot be opened: ProxyError") as caught:
-        filesystems.opened(GOOGLE_URL, 5.0)
+        filesystems.open_store(GOOGLE_URL, 5.0)
     assert "secret" not in str(caught.value)
 
 
@@ -259,17 +259,17 @@ def test_a_file_has_the_address_that_the_hubs_own_driver_gives_it(
 )
 def test_hub_addresses(monkeypatch: pytest.MonkeyPatch, url: str, address: str) -> None:
     use_hub(monkeypatch, "https://h")
-    assert filesystems.opened(url, 5.0).path_of("n%") == address
+    assert filesystems.open_store(url, 5.0).path_of("n%") == address
 
 
 def test_what_is_no_folder_of_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     use_hub(monkeypatch, NOBODY)
     for url in ("hf://datasets/name", "hf://name", "hf://"):
         with pytest.raises(SettingsError, match="is no folder of the Hugging Face hub"):
-            filesystems.opened(url, 5.0)
+            filesystems.open_store(url, 5.0)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SettingsError, match="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE says to leave it alone"):
-        filesystems.opened(HUB_URL, 5.0)
+        filesystems.open_store(HUB_URL, 5.0)
 
 
 def test_a_driver_that_hangs_has_our_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def data(tmp_path: Path, url: str = "s3://waste/set") -> Data:
 def test_a_bucket_is_read_like_a_folder(bucket: fsspec.AbstractFileSystem, small_shards: Path, tmp_path: Path) -> None:
     with (
         SplitReader(Manifest.load(small_shards), "train") as local,
-        dataset.opened(data(tmp_path)) as shards,
+        dataset.open_dataset(data(tmp_path)) as shards,
         shards.reader("train") as reader,
     ):
         assert isinstance(shards, RemoteShardSet)
@@ -62,14 +62,14 @@ def test_what_a_bucket_lacks_is_named(bucket: fsspec.AbstractFileSystem, small_s
     first, second = manifest.split("train").shards[:2]
     bucket.rm_file(f"waste/set/{first.tar}")
     bucket.pipe_file(f"waste/set/{second.tar}", (small_shards / second.tar).read_bytes()[:-512])
-    with dataset.opened(data(tmp_path)) as shards, shards.reader("train") as reader:
+    with dataset.open_dataset(data(tmp_path)) as shards, shards.reader("train") as reader:
         with pytest.raises(DamagedSampleError, match=rf"s3://waste/set/{first.tar} .*attempt 1 of 2.*404 Not Found"):
             reader.read(0)
         expected = rf"{second.tar} .*it has {second.num_bytes - 512:,} bytes; the manifest says {second.num_bytes:,}"
         with pytest.raises(DamagedSampleError, match=expected):
             reader.read(first.num_samples)
     with pytest.raises(ShardError, match=r"s3://waste/none/manifest.json cannot be read .*404 Not Found"):
-        dataset.opened(data(tmp_path, "s3://waste/none")).__enter__()
+        dataset.open_dataset(data(tmp_path, "s3://waste/none")).__enter__()
 
 
 def test_a_bucket_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,4 +78,4 @@ def test_a_bucket_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the port of discard, where nobody listens
     with pytest.raises(RemoteError, match=r"s3://waste/set/manifest.json cannot be read \(attempt 2 of 2\)"):
-        dataset.opened(data(tmp_path)).__enter__()
+        dataset.open_dataset(data(tmp_path)).__enter__()

@@ -8,7 +8,7 @@ from gpu_waits import ON_A_GPU
 from test_micro_batch import AUTO, START, real
 
 from wasteddp import settings as settings_file
-from wasteddp.training.micro_batch import attempt, settled
+from wasteddp.training.micro_batch import attempt, choose_size
 
 pytestmark = ON_A_GPU
 
@@ -16,7 +16,7 @@ pytestmark = ON_A_GPU
 def test_a_gpu_that_has_little_memory_left_takes_less(measured: Callable[[str], None]) -> None:
     settings = settings_file.parse(AUTO.to_yaml(), ["train.batch_size=8192", "data.image_size=224"])
     world, recipe, model = real(settings)
-    found, _ = settled(settings, world, recipe, model, START)
+    found, _ = choose_size(settings, world, recipe, model, START)
     measured(f"{found.micro_batch} of 8192 images of 224 px fit at once: {settings.model.arch}, {found.precision}")
     assert 1 <= found.micro_batch < 8192
     attempt(found.micro_batch, settings, world, recipe, model)

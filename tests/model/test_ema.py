@@ -100,7 +100,7 @@ def test_a_network_without_counters_is_averaged_too() -> None:
 
 def test_without_a_decay_the_network_itself_is_evaluated_and_nothing_is_kept() -> None:
     model, prepared = network(), nn.Sequential()
-    average = ema.of(0.0, model, prepared)
+    average = ema.average_of(0.0, model, prepared)
     assert isinstance(average, NoAverage)
     assert average.network is prepared
     assert not average.states

@@ -87,7 +87,7 @@ def test_a_store_gives_the_manifest_of_the_folder_and_sends_each_tar_once(
         settings = Data(shards=url, cache=str(tmp_path / "cache"))
         with (
             SplitReader(Manifest.load(local), "train") as one,
-            dataset.opened(settings) as shards,
+            dataset.open_dataset(settings) as shards,
             shards.reader("train") as other,
         ):
             assert [other.read(n) for n in range(other.num_samples)] == [one.read(n) for n in range(one.num_samples)]

@@ -71,7 +71,7 @@ def test_each_step_gets_the_sum_of_its_own_batch() -> None:
     results = loop(World(), iter([batch(0), damaged, batch(2)]))
     assert [result.damaged for result in results] == [0, 2, 0]
     for item, result in zip([batch(0), damaged, batch(2)], results, strict=True):
-        count, digest = coverage_proof.of(item, SEED)
+        count, digest = coverage_proof.count(item, SEED)
         assert result.sums == [2 * count, 2 * digest, result.damaged]
     assert not any(result.stops for result in results)
 

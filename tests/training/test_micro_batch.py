@@ -27,7 +27,7 @@ from wasteddp.training.checkpoint.files import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import runtime
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.micro_batch import attempt, most_that_fit, settled
+from wasteddp.training.micro_batch import attempt, choose_size, most_that_fit
 from wasteddp.training.recipe import Recipe
 from wasteddp.training.watchdog.failures import explained
 
@@ -71,7 +71,7 @@ def on_gpu(limit: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple
 
 
 def settle(world: Runtime, progress: Progress = START, settings: settings_file.Settings = AUTO) -> Any:
-    return settled(settings, world, cast(Recipe, None), cast(nn.Module, None), progress)
+    return choose_size(settings, world, cast(Recipe, None), cast(nn.Module, None), progress)
 
 
 def test_on_a_gpu_the_largest_that_fits_is_taken_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

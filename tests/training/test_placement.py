@@ -17,7 +17,7 @@ from wasteddp import settings
 from wasteddp.errors import SettingsError
 from wasteddp.model import resnet
 from wasteddp.model.stochastic_depth import StochasticDepth
-from wasteddp.training.distributed.placement import placed, refuse_impossible
+from wasteddp.training.distributed.placement import place, refuse_impossible
 
 CPU = torch.device("cpu")
 
@@ -44,8 +44,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def test_a_compiled_network_is_one_graph_and_keeps_names_hooks_and_answers(graphs: list[int]) -> None:
     plain, compiled = network(), network()
-    made = placed(compiled, settings.parse("").model, device=CPU, world_size=1, compiles=True)
-    placed(plain, settings.parse("").model, device=CPU, world_size=1, compiles=False)
+    made = place(compiled, settings.parse("").model, device=CPU, world_size=1, compiles=True)
+    place(plain, settings.parse("").model, device=CPU, world_size=1, compiles=False)
     assert made is compiled
     assert list(made.state_dict()) == list(plain.state_dict())
     depths = [StochasticDepth(model, 0.5, seed=0) for model in (plain, made)]  # hooks after it, before the first call
@@ -67,13 +67,13 @@ def test_batchnorm_over_the_ranks_keeps_weights_and_names_and_is_made_for_severa
     parsed = settings.parse("model: {sync_batchnorm: true}").model
     model, alone = network(), network()
     parameters = dict(model.named_parameters())
-    several = placed(model, parsed, device=CPU, world_size=2, compiles=False)
+    several = place(model, parsed, device=CPU, world_size=2, compiles=False)
     assert list(several.state_dict()) == list(alone.state_dict())
     assert all(parameters[name] is parameter for name, parameter in several.named_parameters())
     assert isinstance(several.layer1[0].bn2, nn.SyncBatchNorm)
     assert isinstance(several.bn1, nn.SyncBatchNorm)
     assert len(resnet.running_statistics(several)) == len(resnet.running_statistics(alone))
-    alone = placed(alone, parsed, device=CPU, world_size=1, compiles=False)
+    alone = place(alone, parsed, device=CPU, world_size=1, compiles=False)
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in alone.modules())
 
 

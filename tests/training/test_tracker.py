@@ -10,14 +10,14 @@ from tracked import log, tracker_of
 from trainings import rows
 
 from wasteddp.training.tracking.metric_names import METRICS, is_known
-from wasteddp.training.tracking.tracker import rolled_back
+from wasteddp.training.tracking.tracker import roll_back
 from wasteddp.training.tracking.wandb_delivery import BEST, MEDIA
 
 
 def test_rows_behind_the_checkpoint_are_rolled_back_and_a_cut_line_with_them(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "lr": 1}\n{"step": 2, "lr": 2}\n{"step": 3, "lr": 3}\n{"step": 4, "l')
-    assert rolled_back(path, 2) == [{"step": 1, "lr": 1}, {"step": 2, "lr": 2}]
+    assert roll_back(path, 2) == [{"step": 1, "lr": 1}, {"step": 2, "lr": 2}]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 

@@ -83,7 +83,7 @@ class RemoteShardSet(ShardSet):
 
 
 @contextmanager
-def opened(data: Data, *, rank: int = 0, stopped: Stopped = never) -> Iterator[ShardSet]:
+def open_dataset(data: Data, *, rank: int = 0, stopped: Stopped = never) -> Iterator[ShardSet]:
     """The set at `data.staged`, where that is set, or else at `data.shards`.
 
     Args:

@@ -59,7 +59,7 @@ def run(options: EvaluateOptions) -> None:
         device = ranks.device(options.device)
         with start_workers(options.workers, device_type(device), cores=ranks.cores) as workers:
             classifier = Classifier.load(options.run, device=device, batch_size=options.batch_size, tta=options.tta)
-            with dataset.opened(data_of(options.run, options.shards)) as shards:
+            with dataset.open_dataset(data_of(options.run, options.shards)) as shards:
                 console = Console(quiet=not ranks.is_main)
                 evaluation = evaluate_split(classifier, shards, options.split, console, workers, ranks)
         if ranks.is_main:

@@ -97,7 +97,7 @@ class Ema:
             torch._foreach_copy_(self._copies, self._copied)
 
 
-def of(decay: float, model: nn.Module, prepared: nn.Module) -> Average:
+def average_of(decay: float, model: nn.Module, prepared: nn.Module) -> Average:
     """The average that train.ema_decay asks for; `model` is what lies bare inside of `prepared`."""
     return Ema(model, decay) if decay else NoAverage(prepared)
 

@@ -22,7 +22,7 @@ _LIMIT_IN_HASTE_S = 15.0
 
 
 @contextmanager
-def reported(run: Path, say: Callable[[str], None], *, is_main: bool) -> Iterator[None]:
+def write_at_the_end(run: Path, say: Callable[[str], None], *, is_main: bool) -> Iterator[None]:
     """Rank 0 writes `RUN/report.html` after the block, also after an error, or where the block hangs and the process
     leaves; the other ranks do not wait for it."""
 

@@ -87,7 +87,7 @@ def _average(options: AverageOptions, out: Path, console: Console, workers: Work
     mean = mean_of_newest(options.run / "checkpoints", options.last, _say)
     settings = settings_file.parse(mean.settings_yaml, name=f"the settings of step {mean.steps[-1]}")
     data = settings.data.model_copy(update={"staged": "", "shards": options.shards or settings.data.shards})
-    with dataset.opened(data) as shards:
+    with dataset.open_dataset(data) as shards:
         check_classes(shards.manifest, mean.progress.lineage.classes)
         weights, num_images = _with_statistics(mean, settings, shards, options)
         average = _classifier(mean, weights, settings, shards, options)

@@ -137,7 +137,7 @@ def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Fou
             "start it without a launcher: the global batch is the one of the settings at any number of processes",
         )
     rates, folder = options.rates(), out or Path(f"{settings.run.out.rstrip('/')}.lr-find")
-    with closing(runtime.start(settings)) as world, dataloaders.opened(settings, world) as data:
+    with closing(runtime.start(settings)) as world, dataloaders.open_inputs(settings, world) as data:
         found = _measured(settings, world, data, rates, say)
         record = asdict(found) | {
             "settings": settings.model_dump(mode="json"),
@@ -162,7 +162,7 @@ def _measured(
     built = build(settings, world, data)
     ddp, optimizer, stepper, recipe = built.ddp, built.optimizer, built.stepper, built.recipe
     progress = Progress(Lineage.of(settings, data.manifest))
-    world, progress = micro_batch.settled(settings, built.world, recipe, built.model, progress)
+    world, progress = micro_batch.choose_size(settings, built.world, recipe, built.model, progress)
     say(messages.facts(settings, world, data, len(rates), built.origin))
     losses: list[float] = []
     smooth: list[float] = []

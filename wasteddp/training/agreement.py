@@ -44,7 +44,7 @@ def agreed(
 
     def begin(batch: Batch, *, may_ask: bool) -> tuple[bool, Callable[[], list[int]]]:
         ends, has_asked = bool(signals.STOP) or batch.failure is not None, may_ask and asks()
-        counts = ends, has_asked, len(batch.damage), *coverage_proof.of(batch, seed)
+        counts = ends, has_asked, len(batch.damage), *coverage_proof.count(batch, seed)
         return has_asked, world.begin_totals(*counts)  # all ranks
 
     def read(total: Callable[[], list[int]]) -> Agreement:

@@ -12,7 +12,7 @@ from wasteddp.model import ema, pretrained, resnet
 from wasteddp.settings import Settings
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import compilation
-from wasteddp.training.distributed.placement import placed
+from wasteddp.training.distributed.placement import place
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
 from wasteddp.training.recipe import Recipe
@@ -38,16 +38,16 @@ def build(settings: Settings, world: Runtime, data: Inputs) -> Built:
     Raises:
         SettingsError, WeightsError: on every rank: no such network, or its weights or a compiler cannot be had.
     """
-    world = compilation.settled(settings, world, data.plan)  # all ranks
-    model, origin = made(settings, world, len(data.manifest.classes))  # all ranks
+    world = compilation.choose(settings, world, data.plan)  # all ranks
+    model, origin = make_network(settings, world, len(data.manifest.classes))  # all ranks
     optimizer = optimizers.build(model, settings.optimizer)
     recipe = Recipe(settings, world, data, model)  # all ranks
     ddp, stepper = world.prepare(model, optimizer)  # all ranks
-    average = ema.of(settings.train.ema_decay, model, ddp)
+    average = ema.average_of(settings.train.ema_decay, model, ddp)
     return Built(world, model, ddp, optimizer, stepper, recipe, average, origin)
 
 
-def made(settings: Settings, world: Runtime, num_classes: int) -> tuple[nn.Module, str]:
+def make_network(settings: Settings, world: Runtime, num_classes: int) -> tuple[nn.Module, str]:
     """All ranks: the network on the device, frozen as set; and where its weights come from, for the log.
 
     Raises:
@@ -59,4 +59,4 @@ def made(settings: Settings, world: Runtime, num_classes: int) -> tuple[nn.Modul
         network = resnet.build(model.arch, num_classes, zero_init=model.zero_init_residual)
         origin = pretrained.initialise(network, model.arch, model.weights)
     resnet.freeze(network, resnet.frozen_to_the_end(model, settings.train.epochs))
-    return placed(network, model, device=world.device, world_size=world.world_size, compiles=world.compiles), origin
+    return place(network, model, device=world.device, world_size=world.world_size, compiles=world.compiles), origin

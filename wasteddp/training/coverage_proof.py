@@ -31,7 +31,7 @@ from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.tracking.tracker import Tracker
 
 
-def of(batch: Batch, seed: int) -> tuple[int, int]:
+def count(batch: Batch, seed: int) -> tuple[int, int]:
     """(samples, hash) of one rank's batch. The ranks' add up."""
     read: I64 = batch.read_B[batch.read_B != PADDING]
     planned = np.array([item.sample for item in batch.damage], dtype=np.int64)
@@ -40,7 +40,7 @@ def of(batch: Batch, seed: int) -> tuple[int, int]:
     return len(read), signed(found)
 
 
-def added(covered: Sequence[int], of_step: Sequence[int], batch: Batch) -> list[int]:
+def add(covered: Sequence[int], of_step: Sequence[int], batch: Batch) -> list[int]:
     """(samples, hash, replaced) of the epoch with one step more; empty where it began without being counted."""
     if batch.step_in_epoch == 0:
         return list(of_step)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from wasteddp.data.batch import Batch
-from wasteddp.data.dataset import opened as opened_set
+from wasteddp.data.dataset import open_dataset
 from wasteddp.data.decoding.pool import DecodeServer
 from wasteddp.data.decoding.workers import default_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
@@ -68,7 +68,7 @@ class Inputs:
 
 
 @contextmanager
-def opened(settings: Settings, world: Runtime, server: DecodeServer | None = None) -> Iterator[Inputs]:
+def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None = None) -> Iterator[Inputs]:
     """All ranks: the inputs, closed at the end of the block.
 
     Args:
@@ -80,7 +80,7 @@ def opened(settings: Settings, world: Runtime, server: DecodeServer | None = Non
     with ExitStack() as stack:
         with world.together():
             refuse_device_decoding(settings, world.device.type)
-            shards = stack.enter_context(opened_set(settings.data, rank=world.rank, stopped=STOP.__bool__))
+            shards = stack.enter_context(open_dataset(settings.data, rank=world.rank, stopped=STOP.__bool__))
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
@@ -150,7 +150,7 @@ def opened(settings: Settings, world: Runtime, server: DecodeServer | None = Non
 
 
 @contextmanager
-def started_early(settings: Settings) -> Iterator[DecodeServer | None]:
+def start_early(settings: Settings) -> Iterator[DecodeServer | None]:
     """The server of the decoding processes, where there will be some: it imports its modules while this process joins
     the others and starts CUDA."""
     if not settings.data.uses_processes("cuda" if has_gpu() else "cpu"):

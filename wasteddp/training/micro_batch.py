@@ -34,7 +34,7 @@ _RESERVE = 0.1  # of the GPU's memory: fragments, other sizes of cuDNN's workspa
 _BATCHES_AHEAD = 2  # of a rank's share, as bytes on the GPU: the one that is trained on and the next
 
 
-def settled(
+def choose_size(
     settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module, progress: Progress
 ) -> tuple[Runtime, Progress]:
     """All ranks, after the restoring of a checkpoint: the runtime with its micro-batch, and the progress that has it.

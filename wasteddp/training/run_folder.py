@@ -24,7 +24,7 @@ from wasteddp.training.watchdog.signals import STOP
 _RESUMABLE_MARK = "RESUMABLE"
 
 
-def begun(
+def begin_run(
     settings: Settings,
     world: Runtime,
     data: Inputs,
@@ -69,7 +69,7 @@ def stopped_before_it_began(settings: Settings, *, is_check: bool) -> int:
 
 
 @contextlib.contextmanager
-def rehearsal(settings: Settings) -> Iterator[Settings]:
+def rehearse(settings: Settings) -> Iterator[Settings]:
     """The same run in a folder beside run.out that is removed: same disk, same permissions, nothing left."""
     out = f"{settings.run.out}.check"
     if os.environ.get("RANK", "0") == "0":  # before it joins the others: a check that was killed may have left one

@@ -66,10 +66,10 @@ def begin(
         progress = checkpoint.progress.started_again(progress.lineage)
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
     progress = retreat.applied(progress)
-    world, progress = micro_batch.settled(settings, built.world, built.recipe, built.model, progress)
+    world, progress = micro_batch.choose_size(settings, built.world, built.recipe, built.model, progress)
     all_steps = data.plan.steps_per_epoch * settings.train.epochs
     last_step = progress.step + max_steps if max_steps else min(all_steps, settings.train.stop_at_step or all_steps)
-    tracker = run_folder.begun(settings, world, data, progress, checkpoint, last_step=last_step)
+    tracker = run_folder.begin_run(settings, world, data, progress, checkpoint, last_step=last_step)
     progress = replace(progress, tracker_id=tracker.id)
     num_classes = len(data.manifest.classes)
     session = Session(
@@ -173,7 +173,7 @@ class Session:
         """
         world, plan = self.world, self.data.plan
         self.built.average.update(progress.step, skipped)
-        covered = coverage_proof.added(progress.covered, agreement.sums, batch)
+        covered = coverage_proof.add(progress.covered, agreement.sums, batch)
         progress = replace(progress, step=progress.step + 1, covered=covered)
         self.meter.step_done(skipped)
         self.profiler.step_done()

@@ -19,7 +19,7 @@ from torch import nn
 from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.tracking.tracker import rolled_back
+from wasteddp.training.tracking.tracker import roll_back
 
 STEPS = "steps.jsonl"
 _HEX_DIGITS = 16
@@ -36,7 +36,7 @@ class StepHashes:
         self._is_on, self._world = settings.run.record_steps, world
         self._path = Path(settings.run.out) / STEPS
         if self._is_on and world.is_main:
-            rolled_back(self._path, resumed_step)
+            roll_back(self._path, resumed_step)
 
     def add(self, step: int, batch: Batch, model: nn.Module) -> None:
         """All ranks, after the optimizer's step.

@@ -71,7 +71,7 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip("/")
 
 
-def opened(url: str, timeout_s: float) -> Store:
+def open_store(url: str, timeout_s: float) -> Store:
     """The store of a URL. Asks nobody but, for gs, where this machine's credentials are.
 
     Args:

@@ -79,7 +79,7 @@ class RemoteFolder:
         self._patience = patience
         self._closed = threading.Event()
         self._wait = wait
-        self._store = filesystems.opened(url, patience.timeout_s)
+        self._store = filesystems.open_store(url, patience.timeout_s)
         self._knows_ranges = False
 
     def read(self, name: str, *, stopped: Stopped = never) -> bytes:

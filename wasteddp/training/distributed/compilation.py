@@ -34,7 +34,7 @@ class Decision:
     reason: str
 
 
-def settled(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
+def choose(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
     """All ranks: what is known before the network is made, with whether it is compiled.
 
     Raises:

@@ -11,7 +11,7 @@ from wasteddp.settings import Model, Settings
 _MOST_GRAPHS = 64  # that torch.compile makes of one network
 
 
-def placed(model: nn.Module, settings: Model, *, device: torch.device, world_size: int, compiles: bool) -> nn.Module:
+def place(model: nn.Module, settings: Model, *, device: torch.device, world_size: int, compiles: bool) -> nn.Module:
     """The same network, on the device and as it is used; before hooks are set on its BatchNorm, and before DDP.
 
     Compiled is its call, in place and inside DDP, at the first call: with the hooks and the autocast that come before

@@ -108,7 +108,7 @@ class RunTracker:
         with storage("writing the run's folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._log_file = Journal(folder / "log.txt", self._print)
-            kept = rolled_back(folder / "metrics.jsonl", resumed_step)
+            kept = roll_back(folder / "metrics.jsonl", resumed_step)
             self._metrics_file = Journal(folder / "metrics.jsonl", self._print)
             label.save(folder)
         self.id, self.exit_code = label.id, 0
@@ -205,7 +205,7 @@ def run_tracker(
     return RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=known)
 
 
-def rolled_back(path: Path, step: int) -> list[dict[str, Any]]:
+def roll_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops rows after `step`, and a last line that a kill cut; returns those that stay."""
     if not path.exists():
         return []
