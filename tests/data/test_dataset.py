@@ -120,7 +120,7 @@ _READ_ALL = """
 import sys
 from wasteddp.data import dataset as shard_set
 from wasteddp.settings import Data
-with shard_set.opened(Data(shards=sys.argv[1], cache=sys.argv[2])) as shards, shards.reader("train") as reader:
+with shard_set.open_dataset(Data(shards=sys.argv[1], cache=sys.argv[2])) as shards, shards.reader("train") as reader:
     print("ready", flush=True)
     sys.stdin.readline()
     print(sum(len(reader.read(sample)) for sample in range(reader.num_samples)))

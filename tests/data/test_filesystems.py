@@ -222,7 +222,7 @@ import sys
 import fsspec
 from wasteddp.data.remote import filesystems as stores
 url, name = sys.argv[1:]
-store = stores.opened(url, 5.0)
+store = stores.open_store(url, 5.0)
 driver, root = fsspec.core.url_to_fs(url)
 assert type(driver).__name__ == "HfFileSystem"
 print(store.path_of(name))
