@@ -72,7 +72,7 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
     """All ranks: the inputs, closed at the end of the block.
 
     Args:
-        server: of the decoding processes, if it was started before (`started_early`).
+        server: of the decoding processes, if it was started before (`start_early`).
 
     Raises:
         ShardError, SettingsError: on every rank, if one of them cannot open or use the shards.
