@@ -8,6 +8,7 @@ own rows, so doing it twice changes nothing. A row at which two workers died is 
 from __future__ import annotations
 
 import os
+import pickle
 import selectors
 import signal
 import socket
@@ -363,8 +364,11 @@ def _send_memory(worker: _Worker, key: int, memory: SharedMemory) -> None:
 
 
 def _send(worker: _Worker, message: tuple[Any, ...]) -> None:
+    # not `send`: it sends io.BytesIO.getbuffer(), and where the worker is dead, the error's traceback keeps that buffer
+    # until it is collected, which crashes Python 3.12.1
+    data = pickle.dumps(message)
     with _death_is_seen_later():
-        worker.end.send(message)
+        worker.end.send_bytes(data)
 
 
 def _send_descriptors(worker: _Worker, descriptors: list[int]) -> None:
