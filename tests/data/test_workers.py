@@ -109,7 +109,7 @@ def test_the_server_is_started_before_the_model_goes_to_the_device(
         pass
 
     @contextmanager
-    def start(asked: int | str, device: str) -> Iterator[Workers]:
+    def start(asked: int | str, device: str, **_: int) -> Iterator[Workers]:
         events.append((asked, device))
         yield THREADS
         events.append("closed")
