@@ -22,12 +22,16 @@ from launch.benchmarks import checkpoint, checks, loader, network, scaling, step
 from launch.benchmarks.machine import headline
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
     for module in (step, train, loader, workers, checks, checkpoint, scaling, tracking, network):
         module.add(commands)
-    arguments = parser.parse_args()
+    return top
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     print(headline() + "\n", flush=True)
     arguments.run(arguments)
 

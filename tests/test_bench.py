@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch import bench
 from launch.benchmarks import scaling as bench_scaling
 from launch.benchmarks import step as bench_step
 from launch.benchmarks import train as bench_train
@@ -64,6 +66,13 @@ def test_each_of_the_others_trains_from_a_folder(side: str, settings: Settings, 
         step = bench_train.OTHERS[side](settings, stack, tmp_path)
         for _ in range(split.num_samples // 6 + 1):  # over the end of an epoch
             step()
+
+
+def test_each_benchmark_that_the_help_names_can_be_called() -> None:
+    named = re.findall(r"python -m launch\.bench (\w+)", str(bench.__doc__))
+    assert len(named) == 9
+    for name in named:
+        assert callable(bench.parser().parse_args([name]).run)
 
 
 def test_a_set_without_the_split_is_refused(tmp_path: Path) -> None:
