@@ -51,7 +51,7 @@ def test_kill_9_of_two_processes_costs_nothing(two: Path, small_shards: Path, tm
     with subprocess.Popen(launch_command(arguments, *TWO), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 2/8"):
+            if line.startswith("step 3/8"):  # said before its save, and after the one of step 1 is on the disk
                 kill_all(arguments)
     assert rows(tmp_path / "run")[-1]["step"] < 8, "the run had ended before it was killed"
     assert launch(arguments, *TWO).returncode == 0

@@ -90,7 +90,7 @@ def test_kill_9_in_the_middle_of_an_epoch_costs_nothing(undisturbed: Path, small
     with subprocess.Popen(launch_command(arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 2/8"):
+            if line.startswith("step 3/8"):  # said before its save, and after the one of step 1 is on the disk
                 kill_all(arguments)
     left = [row["step"] for row in rows(tmp_path / "run")]
     assert left[-1] < 8, "the run had ended before it was killed"
