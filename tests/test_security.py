@@ -339,9 +339,9 @@ def test_yaml_that_is_more_than_values_is_refused(text: str, tmp_path: Path, mon
     path.write_text(text)
     with pytest.raises(SettingsError, match="is not YAML"):
         settings.load(path)
-    with pytest.raises(RecipeError, match="is no YAML"):
+    with pytest.raises(RecipeError, match="is not YAML"):
         load_recipe(path)
-    with pytest.raises(RecipeError, match="is no YAML"):
+    with pytest.raises(RecipeError, match="is not YAML"):
         load_bins(path)
     assert not (tmp_path / "MARK").exists()
 

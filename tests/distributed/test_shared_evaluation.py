@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from narrow import __file__ as NARROW
 from small_run import write_run
@@ -13,13 +14,15 @@ from trainings import CPU2, launch
 
 from wasteddp import cli
 from wasteddp.data.manifest import Manifest
+from wasteddp.data.reader import SplitReader
 
 TWO = ("--config_file", str(CPU2))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("evaluated"))
+    """150 test images: of steps of 64, rank 0 has the first and the rest, and rank 1 the second."""
+    return write_run(tmp_path_factory.mktemp("evaluated"), test_images=(60, 50, 40))
 
 
 def test_two_processes_find_what_one_finds(run: Path) -> None:
@@ -32,7 +35,7 @@ def test_two_processes_find_what_one_finds(run: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved in") == 1
     two = json.loads((folder / "metrics.json").read_text())
-    assert two["num_samples"] == 10
+    assert two["num_samples"] == 150
     for name in ("confusion", "per_class", "accuracy", "accuracy_low", "macro_f1", "hashes"):
         assert two[name] == one[name]
     assert [line.split(",")[0] for line in (folder / "predictions.csv").read_text().splitlines()] == [
@@ -43,10 +46,11 @@ def test_two_processes_find_what_one_finds(run: Path) -> None:
 def test_a_damaged_sample_is_said_once_and_ends_both(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run.parent, tmp_path / "all", ignore=shutil.ignore_patterns("evaluations"))
     manifest = Manifest.load(tmp_path / "all" / "shards")
-    tar = tmp_path / "all" / "shards" / manifest.split("test").shards[-1].tar
+    with SplitReader(manifest, "test") as reader:
+        (shard,), (record,) = reader.records(np.array([100]))  # rank 1 has it
+    tar = tmp_path / "all" / "shards" / manifest.split("test").shards[int(shard)].tar
     content = bytearray(tar.read_bytes())
-    at = content.rindex(b"\xff\xd9") - 10  # in the last image
-    content[at] ^= 0xFF
+    content[int(record["offset"]) + int(record["length"]) // 2] ^= 0xFF
     tar.write_bytes(content)
     shards = ["--shards", str(tmp_path / "all" / "shards")]
     arguments = ["-m", "wasteddp.cli", "evaluate", str(tmp_path / "all" / "run"), "--split", "test", *shards]

@@ -133,7 +133,7 @@ def test_without_a_network_the_error_says_how_to_use_a_copy(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: [", "is no YAML"),
+        ("name: [", "is not YAML"),
         ("name: a\ntitle: b\nsynthetic: true\ndraw: {images_per_class: 1, size_px: 64, sede: 1}", "draw.sede: Extra"),
         ("title: b\nsynthetic: true", "name: Field required"),
         ("name: a\ntitle: b\nsynthetic: true", "has neither of `draw` and `download`"),

@@ -63,9 +63,9 @@ def random_weights(seed: int = 0, num_classes: int = len(CLASSES)) -> dict[str, 
     return {**state, "fc.weight": state["fc.weight"] * 30}
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, test_images: tuple[int, ...] = TEST_IMAGES) -> Path:
     """`folder/images`, `folder/shards` and `folder/run` with a model; returns the run's folder."""
-    source = write_images(folder / "images", {"train": (1, 1, 1), "test": TEST_IMAGES})
+    source = write_images(folder / "images", {"train": (1, 1, 1), "test": test_images})
     manifest = write_shards(folder / "shards", source, BINS)
     run = folder / "run"
     save_bundle(run / "model", replace(CARD, hashes=replace(CARD.hashes, manifest=manifest.sha256)), random_weights())

@@ -128,7 +128,7 @@ def evaluate(
     """All ranks: every sample of a split through the model, once; the same result on every rank.
 
     Args:
-        advance: called by a rank once for each rank's sample that is done.
+        advance: called for the samples that are done on all ranks, as far as this one can tell.
 
     Raises:
         DamagedSampleError: on the first rank, when a sample of any of them cannot be read or decoded; the result would

@@ -320,7 +320,7 @@ class Checkpoint(_Section):
     keep_last: PositiveInt = 2
     """Newest checkpoints kept, besides the best."""
     keep_every: Count = 0
-    """Keep the first checkpoint of each this many optimizer steps permanently; 0: none."""
+    """Keep the first checkpoint after every so many optimizer steps permanently; 0: none."""
 
 
 class Ddp(_Section):

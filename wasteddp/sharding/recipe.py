@@ -77,7 +77,9 @@ def load_recipe(path: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(plain_yaml(text))
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is no YAML: {error}", "nothing can be made from it", "fix the line named") from error
+        raise RecipeError(
+            f"{path} is not YAML: {error}", "nothing can be made from it", "fix the line named"
+        ) from error
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
         raise RecipeError(
@@ -109,7 +111,7 @@ def load_bins(path: Path) -> dict[str, str]:
         return TypeAdapter(dict[str, str]).validate_python(plain_yaml(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise RecipeError(
-            f"{path} is no YAML of `class: bin`: {error}", "the bins are unknown", "write one line for each class"
+            f"{path} is not YAML of `class: bin`: {error}", "the bins are unknown", "write one line for each class"
         ) from error
 
 

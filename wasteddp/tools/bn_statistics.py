@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics again, for weights that no training step has left behind such as a mean of several.
+"""Computes BatchNorm's running statistics for weights that no training step produced, such as a mean of several.
 
 As in Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", section 3.2, training
 images go through the network again. Here these are centre views at the size of the evaluation, without
