@@ -192,7 +192,7 @@ def print_first_batch(samples: int) -> None:
     """The times of a loader's start, on a set of real tars that is as large as its index says."""
     import torch
 
-    from launch.benchmarks.synthetic import synthetic_set
+    from launch.benchmarks.datasets import synthetic_set
     from wasteddp.data.loader import training_loader, training_steps
     from wasteddp.data.manifest import Manifest
     from wasteddp.data.reader import SplitReader

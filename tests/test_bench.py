@@ -14,10 +14,9 @@ from launch import bench
 from launch.benchmarks import scaling as bench_scaling
 from launch.benchmarks import step as bench_step
 from launch.benchmarks import train as bench_train
-from launch.benchmarks.drawn import drawn_set
+from launch.benchmarks.datasets import drawn_set, unpack
 from launch.benchmarks.machine import headline
 from launch.benchmarks.scaling import Found
-from launch.benchmarks.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.manifest import Manifest
 from wasteddp.settings import Settings

@@ -41,8 +41,8 @@ from wasteddp.model import pretrained, resnet
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.index import index_folder
 from wasteddp.sharding.recipe import load_bins, load_recipe
-from wasteddp.sharding.sources import archives, limits
-from wasteddp.training.checkpoint import files
+from wasteddp.sharding.sources import archives
+from wasteddp.training.checkpoint import reader
 
 TOKENS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -185,13 +185,13 @@ def test_a_forged_checkpoint_is_refused_and_runs_nothing(finished: Path, tmp_pat
         for number, content in enumerate(contents):
             path = forged(finished, tmp_path / f"{number}-{name}" / "step-00000004", name, content)
             with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
-                files.read(path)
+                reader.read(path)
     outside = forged(finished, tmp_path / "outside" / "step-00000004", "progress.json", b"{}")
     listing = json.loads((outside / "complete.json").read_text())
     listing["sha256"]["../../secret"] = "0" * 64
     (outside / "complete.json").write_text(json.dumps(listing))
     with pytest.raises(CheckpointError):
-        files.read(outside)
+        reader.read(outside)
     assert not mark.exists()
 
 
@@ -301,7 +301,7 @@ def test_a_zip_of_bombs_and_outside_names_harms_nothing(tmp_path: Path) -> None:
 
 def test_an_archive_of_too_many_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_MEMBERS", 10)
-    assert limits.MAX_MEMBERS > 10
+    assert archives.MAX_MEMBERS > 10
     with pytest.raises(SourceError, match="has more than 10 members"):
         archives.open_source(write_tar(tmp_path / "many.tar", good_images()), work_folder=tmp_path)
 

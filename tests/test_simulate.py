@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import simulate
-from launch.benchmarks.synthetic import synthetic_set
+from launch.benchmarks.datasets import synthetic_set
 from wasteddp.data.reader import SplitReader
 
 ROOT = Path(__file__).parents[1]

@@ -1,12 +1,24 @@
-"""Files and locks that survive kills and power cuts. No torch."""
+"""Files and locks that survive kills and power cuts. No torch.
+
+One training at a time writes into a run's folder.
+
+When only the launcher is killed, or one rank, the others may still be saving while somebody starts the run again: two
+would write the same checkpoints. The lock is the kernel's (flock), so that no kill can leave it behind.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from wasteddp.errors import storage
+from wasteddp.errors import CheckpointError, storage
+
+LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
+_POLL_S = 0.1
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -43,3 +55,56 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+class RunLock:
+    """Held from its making to `release`, or to the end of the process.
+
+    Args:
+        folder: of the checkpoints; made if it is not there.
+        say: takes the line that says that it waits, and for whom.
+        wait_s: how long for another training to end.
+
+    Raises:
+        CheckpointError: another training still writes there.
+        StorageError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None], *, wait_s: float = LOCK_WAIT_S) -> None:
+        with storage("making the checkpoints' folder", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._lock(folder, say, wait_s)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Lets others in; a second time it does nothing."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+    def _lock(self, folder: Path, say: Callable[[str], None], wait_s: float) -> None:
+        until, told = time.monotonic() + wait_s, False
+        while True:
+            try:
+                if try_lock(self._file):
+                    break
+            except OSError as error:  # a file system without locks: said once, and trusted as before
+                say(f"{folder} cannot be locked ({error.strerror}): take care that no other training writes there")
+                return
+            holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
+            if time.monotonic() >= until:
+                raise CheckpointError(
+                    f"{folder} is being written by {holder}, and was for the {wait_s:g} s that this start waited",
+                    "two trainings would overwrite each other's checkpoints",
+                    "wait for it to end, end it, or set run.out to a new folder",
+                )
+            if not told:
+                say(f"waiting for {holder}, which still writes into {folder}")
+                told = True
+            time.sleep(_POLL_S)
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -1,4 +1,4 @@
-"""Many calls at once, results in the order of the items, and never more than a window of them in memory.
+"""Many calls at once, results in the order of the items, and never more than a window of them in memory; progress bars.
 
 Threads, not processes: reading, inflating, sha256, JPEG decoding and Pillow's resize all release the GIL. Measured on
 two cores with 512x384 JPEGs: 2,000 decodes in each of two threads took 0.48 s, in each of two processes 0.49 s, and in
@@ -8,10 +8,12 @@ one thread alone 0.46 s. Threads start at once, share the open archive, and copy
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +23,7 @@ Result = TypeVar("Result")
 
 _BATCH = 8  # items handed to a thread at once: one by one, handing over costs half as much as decoding a small JPEG
 _BATCHES_IN_FLIGHT = 2  # for each worker: one being worked on, one waiting; this bounds memory
+_LINE_EVERY_S = 10.0
 
 
 def usable_cores() -> frozenset[int]:
@@ -71,3 +74,42 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, worke
         finally:
             for future in running:
                 future.cancel()
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1 h 2 min"""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def progress(doing: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yields a function to call once for each item done."""
+    if sys.stderr.isatty() and total:
+        with _bar(doing, total) as advance:
+            yield advance
+        return
+    done, last = 0, time.monotonic()
+
+    def advance_plainly() -> None:
+        nonlocal done, last
+        done += 1
+        now = time.monotonic()
+        if now - last >= _LINE_EVERY_S:
+            last = now
+            print(f"{doing}: {done:,} of {total:,} ({done / total:.0%})", file=sys.stderr, flush=True)
+
+    yield advance_plainly
+
+
+@contextmanager
+def _bar(doing: str, total: int) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(doing, total=total)
+        yield lambda: bar.advance(task)

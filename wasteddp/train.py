@@ -46,7 +46,7 @@ from wasteddp.report.background import write_at_the_end
 from wasteddp.settings import Settings
 from wasteddp.training import dataloaders, divergence, run_folder, session
 from wasteddp.training.build_model import build
-from wasteddp.training.checkpoint.files import kept_choices
+from wasteddp.training.checkpoint.reader import kept_choices
 from wasteddp.training.distributed import runtime
 from wasteddp.training.divergence import Retreat
 from wasteddp.training.watchdog import slurm

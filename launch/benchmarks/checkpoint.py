@@ -42,8 +42,8 @@ def compare_stall(settings: Settings, rounds: int) -> None:
 
     from wasteddp.training import build_model
     from wasteddp.training.checkpoint.compatibility import Lineage
-    from wasteddp.training.checkpoint.files import Progress
     from wasteddp.training.checkpoint.manager import CheckpointManager
+    from wasteddp.training.checkpoint.reader import Progress
     from wasteddp.training.dataloaders import Inputs
     from wasteddp.training.distributed import runtime
     from wasteddp.training.optimization import optimizers

@@ -25,7 +25,7 @@ from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
 from wasteddp.training import build_model, coverage_proof
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.distributed import runtime
 from wasteddp.training.divergence import Guard
 from wasteddp.training.metrics import Meter

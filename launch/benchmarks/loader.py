@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from launch import ROOT
-from launch.benchmarks.unpacked import unpack
+from launch.benchmarks.datasets import unpack
 
 WORKERS, IMAGE_SIZE_PX = 2, 224
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from launch import ROOT
-from launch.benchmarks.drawn import drawn_set
+from launch.benchmarks.datasets import drawn_set
 from wasteddp import settings as settings_file
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings

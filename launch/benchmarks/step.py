@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from launch import ROOT
-from launch.benchmarks.drawn import NUM_CLASSES, drawn_set
+from launch.benchmarks.datasets import NUM_CLASSES, drawn_set
 from wasteddp import settings as settings_file
 from wasteddp.model import resnet
 from wasteddp.parallel import num_usable_cores
@@ -131,7 +131,7 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     from wasteddp.training import dataloaders
     from wasteddp.training.build_model import build
     from wasteddp.training.checkpoint.compatibility import Lineage
-    from wasteddp.training.checkpoint.files import Progress
+    from wasteddp.training.checkpoint.reader import Progress
     from wasteddp.training.divergence import Guard
     from wasteddp.training.metrics import Meter
 

@@ -27,7 +27,7 @@ import torch
 from launch import ROOT
 from launch.benchmarks.step import BARE, one_micro_batch
 from wasteddp import settings as settings_file
-from wasteddp.data.encode import encode_jpeg
+from wasteddp.data.decoding.decode import encode_jpeg
 from wasteddp.parallel import num_usable_cores
 from wasteddp.training import messages
 from wasteddp.training.distributed import runtime

@@ -34,8 +34,8 @@ import torch
 
 from launch import ROOT
 from launch.benchmarks import step as bench_step
+from launch.benchmarks.datasets import unpack
 from launch.benchmarks.step import BARE, TIMM, Batches
-from launch.benchmarks.unpacked import unpack
 from wasteddp import settings as settings_file
 from wasteddp.data.decoding.workers import default_workers
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE

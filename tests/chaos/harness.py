@@ -12,7 +12,7 @@ from pathlib import Path
 
 from wasteddp.errors import EXIT_RESUMABLE, EXIT_USER_ERROR
 from wasteddp.inference.bundle import load_bundle
-from wasteddp.training.checkpoint import files as checkpoints
+from wasteddp.training.checkpoint import reader as checkpoints
 
 from .attempts import HangError, Outcome, attempt
 from .events import Event, draw

@@ -10,8 +10,15 @@ from pictures import jpeg
 from PIL import Image, ImageOps
 
 from wasteddp.data.decoding import decode as decoding
-from wasteddp.data.decoding.decode import UndecodableError, decode_gray, decode_rgb, is_plain_jpeg, size_px
-from wasteddp.data.encode import encode_jpeg, reencode
+from wasteddp.data.decoding.decode import (
+    UndecodableError,
+    decode_gray,
+    decode_rgb,
+    encode_jpeg,
+    is_plain_jpeg,
+    reencode,
+    size_px,
+)
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wasteddp.data import gpu_decoding
 from wasteddp.data.augmentation.augment import Augment
 from wasteddp.data.batch import Batch
+from wasteddp.data.decoding.crop import TrainingView
 from wasteddp.data.decoding.decode import Encoded, decode_rgb
-from wasteddp.data.decoding.views import TrainingView
 from wasteddp.data.loader import Loader, training_steps
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wasteddp.data.augmentation.mixup import Mixing
+from wasteddp.data.augmentation.augment import Mixing
 
 SAMPLES = np.arange(40, 46)
 

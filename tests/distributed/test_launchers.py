@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from trainings import CPU2, REAL_PROGRAM, ROOT, config_of, launch, launch_command, rows
 
-from wasteddp.training.checkpoint import files
-from wasteddp.training.checkpoint.run_lock import RunLock
+from wasteddp.files import RunLock
+from wasteddp.training.checkpoint import reader
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -47,8 +47,8 @@ def test_a_signal_to_the_launcher_saves_the_run(launcher: str, name: str, small_
     run = tmp_path / "run"
     RunLock(run / "checkpoints", print).release()  # waits for ranks that outlive their launcher
     assert (run / "RESUMABLE").exists()
-    (saved,) = files.listed(run / "checkpoints")
-    assert files.read(saved).progress.step == rows(run)[-1]["step"] < 1000
+    (saved,) = reader.listed(run / "checkpoints")
+    assert reader.read(saved).progress.step == rows(run)[-1]["step"] < 1000
 
 
 def test_a_restart_waits_for_ranks_that_still_save(small_shards: Path, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from kept import LINEAGE
 from test_state_copy import change, states
 
 from wasteddp.model import resnet
-from wasteddp.training.checkpoint import files as checkpoints
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint import reader as checkpoints
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.checkpoint.state_copy import Gpu, StateCopy
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wasteddp.inference.plots import confusion_png
+from wasteddp.inference.evaluation_files import confusion_png
 
 
 @pytest.mark.parametrize("num_classes", [2, 6, 17, 40])

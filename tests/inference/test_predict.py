@@ -25,8 +25,7 @@ from wasteddp.data.decoding.workers import Workers
 from wasteddp.errors import SourceError
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import Classifier
-from wasteddp.inference.image_paths import find_images
-from wasteddp.inference.predict import predict
+from wasteddp.inference.predict import find_images, predict
 from wasteddp.inference.prediction_files import Answer, Failure, json_record
 
 WORKERS = Workers(2)

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from wasteddp.model import resnet
-from wasteddp.model.stochastic_depth import StochasticDepth
+from wasteddp.model.resnet import StochasticDepth
 from wasteddp.order.keyed_random import DEPTH, uniform
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from reported_run import charts_of, metric_rows, write_metrics, write_reported_r
 from wasteddp.cli import main
 from wasteddp.report import background
 from wasteddp.report.page import write_report
-from wasteddp.report.thinning import bucket_means, kept_rows, log_ticks, ticks
+from wasteddp.report.run_record import bucket_means, kept_rows, log_ticks, ticks
 
 pytestmark = pytest.mark.usefixtures("reports")  # a report is written by the program itself
 

@@ -12,7 +12,7 @@ from test_build import contents
 
 from wasteddp import cli
 from wasteddp.errors import RecipeError, ShardError, SourceError
-from wasteddp.sharding import array_job, set_folder, writer
+from wasteddp.sharding import array_job, build, writer
 from wasteddp.sharding.array_job import Part, read_part, write_part
 from wasteddp.sharding.build import Job, Options, make_shards
 
@@ -92,7 +92,7 @@ def test_the_last_step_does_what_a_part_left_undone(images: Path, tmp_path: Path
     for number in (1, 2):
         read_part(job, Part(number, 2), workers=1)
     write_part(job, Part(2, 2), workers=1)
-    journal = next((job.out / set_folder.WORK_NAME).glob("scan-1*"))
+    journal = next((job.out / build.WORK_NAME).glob("scan-1*"))
     journal.write_text("\n".join(journal.read_text().splitlines()[:-1])[:-20])  # cut by a kill
     make_shards(job, workers=2)
     assert contents(tmp_path / "many" / "set") == contents(tmp_path / "one" / "set")
@@ -101,7 +101,7 @@ def test_the_last_step_does_what_a_part_left_undone(images: Path, tmp_path: Path
 def test_two_parts_work_at_once_and_a_whole_run_does_not_join_them(images: Path, tmp_path: Path) -> None:
     job = Job(images, tmp_path / "out", SMALL)
     read_part(job, Part(1, 2), workers=1)
-    with set_folder.work_folder(job.out, shared=True):
+    with build.work_folder(job.out, shared=True):
         read_part(job, Part(2, 2), workers=1)
         with pytest.raises(ShardError, match="another `wasteddp shard` is writing"):
             make_shards(job, workers=1)
@@ -125,7 +125,7 @@ def test_an_encoder_that_changed_between_reading_and_writing_is_noticed(
 ) -> None:
     job = Job(images, tmp_path / "out", Options(quality=90))
     read_part(job, Part(1, 1), workers=1)
-    sizes = next((job.out / set_folder.WORK_NAME).glob("sizes*"))
+    sizes = next((job.out / build.WORK_NAME).glob("sizes*"))
     lines = [json.loads(line) for line in sizes.read_text().splitlines() if line]
     sizes.write_text("".join(json.dumps([*line[:3], line[3] + 60_000]) + "\n" for line in lines))
     with pytest.raises(ShardError, match=r"-000000\.tar has \d+ samples in .* foreseen were"):

@@ -26,8 +26,8 @@ from PIL import Image
 
 from wasteddp.data.manifest import Manifest, read_index
 from wasteddp.errors import ShardError, SourceError, StorageError
+from wasteddp.sharding import build, scan, splits, writer
 from wasteddp.sharding import recipe as recipes
-from wasteddp.sharding import scan, set_folder, splits, writer
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.sources.synthetic import KINDS, draw_folder, draw_image
 
@@ -113,7 +113,7 @@ def test_a_finished_set_is_left_alone_and_another_is_refused_unless_overwritten(
     (images / "glass" / "new.jpg").write_bytes(jpeg(1000))
     with pytest.raises(ShardError, match="finished set of other images or other options"):
         make_shards(Job(images, out, SMALL), workers=2)
-    assert not (out / set_folder.WORK_NAME).exists()
+    assert not (out / build.WORK_NAME).exists()
     manifest = make_shards(Job(images, out), workers=2, overwrite=True)
     wanted = {f for s in manifest.splits.values() for shard in s.shards for f in (shard.tar, shard.index)}
     assert {path.name for path in out.iterdir()} == wanted | {"manifest.json", "notes.txt"}
@@ -163,7 +163,7 @@ def test_killed_at_any_time_and_started_again_it_ends_with_the_same_bytes(tmp_pa
     finished_before = []
     for moment in ("scan", "write"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        journal = out / set_folder.WORK_NAME / ("scan.jsonl" if moment == "scan" else "shards.txt")
+        journal = out / build.WORK_NAME / ("scan.jsonl" if moment == "scan" else "shards.txt")
         while process.poll() is None:
             if journal.exists() and len(journal.read_bytes().splitlines()) > 3:
                 break
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(image_folder: Folder, 
 
 def test_two_at_once_cannot_write_one_set(image_folder: Folder, tmp_path: Path) -> None:
     with (
-        set_folder.work_folder(tmp_path / "out"),
+        build.work_folder(tmp_path / "out"),
         pytest.raises(ShardError, match="another `wasteddp shard` is writing"),
     ):
         make_shards(Job(image_folder(), tmp_path / "out"), workers=2)

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from wasteddp.data.decoding.decode import decode_gray
-from wasteddp.sharding.duplicates import leave_out_copies
-from wasteddp.sharding.near_duplicates import CONFIRMED_DISTANCE, candidate_pairs, find_near_pairs, perceptual_hash
+from wasteddp.sharding.duplicates import (
+    CONFIRMED_DISTANCE,
+    candidate_pairs,
+    find_near_pairs,
+    leave_out_copies,
+    perceptual_hash,
+)
 from wasteddp.sharding.sources.archives import File
 from wasteddp.sharding.sources.layout import Picture
 from wasteddp.sharding.sources.synthetic import draw_image

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from wasteddp.data.decoding.crop import Draws, TrainingView
 from wasteddp.data.decoding.decode import Encoded, ImageHWC
-from wasteddp.data.decoding.views import Draws, TrainingView
 from wasteddp.order.keyed_random import I64
 
 

@@ -19,12 +19,12 @@ from trainings import config_of
 from wasteddp import train
 from wasteddp.cli import main
 from wasteddp.errors import CheckpointError
+from wasteddp.files import RunLock
 from wasteddp.inference.bundle import Averaged, load_bundle
 from wasteddp.model.resnet import build
 from wasteddp.tools import average
 from wasteddp.tools.average import mean_of_newest
 from wasteddp.tools.bn_statistics import estimate_statistics
-from wasteddp.training.checkpoint.run_lock import RunLock
 
 IMAGES = 20  # for the statistics: two batches of 8 and a remainder
 

@@ -13,8 +13,8 @@ from wandb_server import WandbServer
 from wasteddp import cli
 from wasteddp.errors import SettingsError
 from wasteddp.tools import dashboard
-from wasteddp.training.tracking.metric_names import METRICS
-from wasteddp.training.tracking.wandb_delivery import MEDIA
+from wasteddp.training.tracking.journal import METRICS
+from wasteddp.training.tracking.wandb_sync import MEDIA
 
 
 @pytest.fixture(autouse=True)

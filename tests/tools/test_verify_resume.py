@@ -14,7 +14,7 @@ from trainings import CONFIG
 
 from wasteddp import cli, settings
 from wasteddp.errors import CheckpointError
-from wasteddp.tools import resume_receipt, verify_resume
+from wasteddp.tools import verify_resume
 from wasteddp.tools.verify_resume import Kill, Proof, compare
 
 KILL = Kill(1, 1, "SIGKILL", 2, 0.1, 2, (-9,))
@@ -46,8 +46,8 @@ def test_equal_runs_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     proof = proof_of(tmp_path)
     assert proof.holds
     assert len(proof.rows) == 3
-    resume_receipt.refuse(proof, tmp_path)
-    resume_receipt.show(proof, tmp_path)
+    verify_resume.refuse(proof, tmp_path)
+    verify_resume.show(proof, tmp_path)
     said = capsys.readouterr().out
     assert "w2 = w2" in said
     assert "the same in every step" in said
@@ -59,8 +59,8 @@ def test_a_difference_is_named_with_its_step(name: str, tmp_path: Path, capsys: 
     proof = proof_of(tmp_path, **{name: "other"})
     assert not proof.holds
     with pytest.raises(CheckpointError, match="first in step 2"):
-        resume_receipt.refuse(proof, tmp_path)
-    resume_receipt.show(proof, tmp_path)
+        verify_resume.refuse(proof, tmp_path)
+    verify_resume.show(proof, tmp_path)
     assert "≠" in capsys.readouterr().out
 
 
@@ -75,21 +75,21 @@ def test_other_statistics_at_the_end_are_noticed(tmp_path: Path) -> None:
     proof = proof_of(tmp_path, final="0" * 64)
     assert not proof.holds
     with pytest.raises(CheckpointError, match="first in the statistics at the end"):
-        resume_receipt.refuse(proof, tmp_path)
+        verify_resume.refuse(proof, tmp_path)
 
 
 def test_the_receipt_says_whether_sums_have_a_fixed_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     proof = proof_of(tmp_path, weights="other")
     assert not proof.deterministic
     with pytest.raises(CheckpointError, match=r"--set run\.deterministic=true"):
-        resume_receipt.refuse(proof, tmp_path)
-    resume_receipt.show(proof, tmp_path)
+        verify_resume.refuse(proof, tmp_path)
+    verify_resume.show(proof, tmp_path)
     assert "run.deterministic" not in capsys.readouterr().out
     fixed = replace(proof, deterministic=True)
     with pytest.raises(CheckpointError) as raised:
-        resume_receipt.refuse(fixed, tmp_path)
+        verify_resume.refuse(fixed, tmp_path)
     assert "run.deterministic" not in str(raised.value)
-    resume_receipt.show(fixed, tmp_path)
+    verify_resume.show(fixed, tmp_path)
     assert "run.deterministic: kernels and ranks add in a fixed order, in both runs" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from wasteddp import settings
 from wasteddp.model import resnet
-from wasteddp.training.optimization import adaptive_clip
+from wasteddp.training.optimization import optimizers
 from wasteddp.training.recipe import Recipe
 
 
@@ -31,7 +31,7 @@ def test_each_unit_is_clipped_by_the_equation_and_head_biases_and_norms_are_not(
         model.conv1.weight[0] = 0  # its limit is that of a norm of 0.001
         model.conv1.weight.grad[1] = 0  # nothing to clip, and nothing to divide by
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    adaptive_clip.clip_(model, limit)
+    optimizers.clip_(model, limit)
     num_clipped = num_units = 0
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
@@ -51,11 +51,11 @@ def test_each_unit_is_clipped_by_the_equation_and_head_biases_and_norms_are_not(
 def test_what_has_no_gradient_is_left_out_even_if_that_is_all_but_the_head() -> None:
     model = network(1.0)
     model.layer2.zero_grad()
-    adaptive_clip.clip_(model, 0.01)
+    optimizers.clip_(model, 0.01)
     assert model.layer2[0].conv1.weight.grad is None
     assert float(model.conv1.weight.grad.norm()) < 1
     resnet.drop_gradients(model, "backbone")
-    adaptive_clip.clip_(model, 0.01)
+    optimizers.clip_(model, 0.01)
     assert model.fc.weight.grad is not None
 
 
@@ -74,7 +74,7 @@ class _HalfPrecision:
 def test_clipping_comes_behind_the_loss_scale_and_tells_the_norm_before_it(limit: float) -> None:
     model, expected = network(0.02), network(0.02)
     norm = nn.utils.get_total_norm([p.grad for p in expected.parameters() if p.grad is not None])
-    adaptive_clip.clip_(expected, 0.1)
+    optimizers.clip_(expected, 0.1)
     if limit:
         nn.utils.clip_grad_norm_(expected.parameters(), limit)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -18,7 +18,7 @@ from trainings import config_of, rows
 
 from wasteddp import train
 from wasteddp.data.batch import Batch
-from wasteddp.data.decoding.views import TrainingView
+from wasteddp.data.decoding.crop import TrainingView
 from wasteddp.data.loader import Loader
 from wasteddp.errors import DamagedSampleError
 from wasteddp.training import dataloaders, device_batches

@@ -22,8 +22,8 @@ from wasteddp.errors import BundleError, SettingsError
 from wasteddp.inference.bundle import load_bundle, save_bundle
 from wasteddp.model import resnet
 from wasteddp.training.distributed import runtime
-from wasteddp.training.optimization import distillation, losses
-from wasteddp.training.optimization.distillation import Distilled, NoTeacher, Taught, Teacher
+from wasteddp.training.optimization import losses
+from wasteddp.training.optimization.losses import Distilled, NoTeacher, Taught, Teacher
 from wasteddp.training.recipe import Recipe
 
 
@@ -122,7 +122,7 @@ def test_loading_a_teacher_draws_no_random_numbers(teacher: Path) -> None:
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
     world = runtime.start(settings)
     state = torch.get_rng_state()
-    found = distillation.teacher_of(settings, world, CLASSES)
+    found = losses.teacher_of(settings, world, CLASSES)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.sha256 == load_bundle(teacher)[0].hashes.weights
     assert f", taught by {teacher} (resnet18, val/macro_f1 50.00% at step 120, {found.sha256[:12]})" in found.words
@@ -140,11 +140,11 @@ def test_a_teacher_of_other_classes_or_colours_is_refused(teacher: Path) -> None
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
     world = runtime.start(settings)
     with pytest.raises(BundleError, match=r"the classes glass, metal, paper, and the run's are metal, glass, paper,"):
-        distillation.teacher_of(settings, world, ("metal", "glass", "paper"))
+        losses.teacher_of(settings, world, ("metal", "glass", "paper"))
     other = replace(CARD, preprocessing=replace(CARD.preprocessing, std=(0.5, 0.5, 0.5)))
     save_bundle(teacher, other, random_weights())
     with pytest.raises(BundleError, match=r"std \[0.5, 0.5, 0.5\], and the run's have"):
-        distillation.teacher_of(settings, world, CLASSES)
+        losses.teacher_of(settings, world, CLASSES)
 
 
 @pytest.mark.parametrize("folder", ["runs/a", "runs/a/model", "./runs/b/../a"])

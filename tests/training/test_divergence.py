@@ -18,7 +18,7 @@ from wasteddp.data.augmentation.augment import Augment
 from wasteddp.errors import DivergedError
 from wasteddp.settings import parse
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.distributed import runtime
 from wasteddp.training.divergence import Guard, RollBack
 from wasteddp.training.optimization import optimizers

@@ -15,13 +15,13 @@ from torch import nn
 
 from wasteddp import settings
 from wasteddp.errors import CheckpointError, StorageError
-from wasteddp.training.checkpoint.files import Progress
 from wasteddp.training.checkpoint.manager import CheckpointManager, Stateful
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import runtime
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.tracking.metric_names import is_known
+from wasteddp.training.tracking.journal import is_known
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -189,7 +189,7 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
 
 
 def test_two_keepers_of_one_run_are_refused(tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wasteddp.training.checkpoint.run_lock.WAIT_S", 0.2)
+    monkeypatch.setattr("wasteddp.files.WAIT_S", 0.2)
     with manager_of(tmp_path, world, network()), pytest.raises(CheckpointError, match="is being written by process"):
         manager_of(tmp_path, world, network())
     with manager_of(tmp_path, world, network()):

@@ -8,7 +8,7 @@ import pytest
 
 from wasteddp import settings as settings_file
 from wasteddp.cli import parser
-from wasteddp.training.checkpoint.files import Lineage, Progress
+from wasteddp.training.checkpoint.reader import Lineage, Progress
 from wasteddp.training.messages import closing, progress_line
 
 LINEAGE = Lineage("0" * 64, ("glass", "metal"), "resnet18", 0, 12, 12, 1, 0, "train", 32, "sgd")

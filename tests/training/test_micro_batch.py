@@ -23,7 +23,7 @@ from wasteddp.errors import DeviceMemoryError
 from wasteddp.model import resnet
 from wasteddp.order.plan import TrainPlan
 from wasteddp.training import micro_batch
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import runtime
 from wasteddp.training.distributed.runtime import Runtime

@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from wasteddp import settings
 from wasteddp.errors import SettingsError
 from wasteddp.model import resnet
-from wasteddp.model.stochastic_depth import StochasticDepth
+from wasteddp.model.resnet import StochasticDepth
 from wasteddp.training.distributed.placement import place, refuse_impossible
 
 CPU = torch.device("cpu")

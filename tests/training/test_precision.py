@@ -12,7 +12,7 @@ import torch
 
 from wasteddp import settings
 from wasteddp.errors import SettingsError
-from wasteddp.training.checkpoint.files import kept_choices
+from wasteddp.training.checkpoint.reader import kept_choices
 from wasteddp.training.distributed import compilation, precision
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from wasteddp.errors import CheckpointError
-from wasteddp.training.checkpoint.run_lock import RunLock
+from wasteddp.files import RunLock
 
-HOLDER = "import sys, time; from pathlib import Path; from wasteddp.training.checkpoint.run_lock import RunLock\n"
+HOLDER = "import sys, time; from pathlib import Path; from wasteddp.files import RunLock\n"
 HOLDER += "c = RunLock(Path(sys.argv[1]), print); print('held', flush=True); time.sleep(60)"
 
 

@@ -14,7 +14,7 @@ from trainings import config_of, final_weights
 
 from wasteddp import settings as settings_file
 from wasteddp import train
-from wasteddp.data.decoding import views
+from wasteddp.data.decoding import crop
 from wasteddp.data.decoding.crop import crop_box
 from wasteddp.data.loader import training_loader, training_steps
 from wasteddp.data.manifest import Manifest
@@ -68,7 +68,7 @@ def test_batches_on_both_sides_of_an_epochs_edge_have_their_own_size_and_the_sam
     small_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     boxes: list[tuple[int, tuple[int, ...]]] = []
-    real = views.training_view
+    real = crop.training_view
 
     def seen(data: bytes, *, image_size_px: int, **how: object) -> np.ndarray:
         uniform = how["uniform"]
@@ -76,7 +76,7 @@ def test_batches_on_both_sides_of_an_epochs_edge_have_their_own_size_and_the_sam
         boxes.append((len(data), crop_box(40, 48, scale=(0.3, 1.0), ratio=(0.75, 1.33), uniform=uniform)))
         return real(data, image_size_px=image_size_px, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(views, "training_view", seen)
+    monkeypatch.setattr(crop, "training_view", seen)
     sides: dict[str, list[tuple[int, ...]]] = {}
     found: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     plan, ends = TrainPlan(50, 12, 0, 12), []

@@ -9,8 +9,8 @@ import torch
 from kept import LINEAGE
 
 from wasteddp.errors import StorageError
-from wasteddp.training.checkpoint import files as checkpoints
-from wasteddp.training.checkpoint.files import Progress, States
+from wasteddp.training.checkpoint import reader as checkpoints
+from wasteddp.training.checkpoint.reader import Progress, States
 from wasteddp.training.checkpoint.state_copy import Gpu, StateCopy
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 

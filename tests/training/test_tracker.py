@@ -9,9 +9,9 @@ import pytest
 from tracked import log, tracker_of
 from trainings import rows
 
-from wasteddp.training.tracking.metric_names import METRICS, is_known
+from wasteddp.training.tracking.journal import METRICS, is_known
 from wasteddp.training.tracking.tracker import roll_back
-from wasteddp.training.tracking.wandb_delivery import BEST, MEDIA
+from wasteddp.training.tracking.wandb_sync import BEST, MEDIA
 
 
 def test_rows_behind_the_checkpoint_are_rolled_back_and_a_cut_line_with_them(tmp_path: Path) -> None:

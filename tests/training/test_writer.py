@@ -13,8 +13,8 @@ from kept import LINEAGE, save, states_of, steps_in
 from torch import nn
 
 from wasteddp.errors import StorageError
-from wasteddp.training.checkpoint import files
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint import reader
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.checkpoint.state_copy import HostCopy
 from wasteddp.training.checkpoint.writer import CheckpointWriter, inner_name, kept_steps, recover, refuse_full_disk
 
@@ -45,7 +45,7 @@ def test_a_damaged_newer_one_does_not_push_out_the_whole_ones(tmp_path: Path) ->
     (tmp_path / "step-00000010" / "model.safetensors").write_bytes(b"")
     save(tmp_path, 7, keep_last=1)  # the run went on from 5
     assert steps_in(tmp_path) == [7, 10]
-    found = files.newest(tmp_path, lambda line: None)
+    found = reader.newest(tmp_path, lambda line: None)
     assert found is not None
     assert found.progress.step == 7
 
@@ -57,7 +57,7 @@ def test_a_save_copies_so_that_training_may_go_on(tmp_path: Path) -> None:
         writer.save(Progress(LINEAGE, step=step), {"model": model, "optimizer": {}}, "")
         model["w"] += 1
     writer.close()
-    assert files.read(tmp_path / "step-00000002").states["model"]["w"].tolist() == [1] * 1000
+    assert reader.read(tmp_path / "step-00000002").states["model"]["w"].tolist() == [1] * 1000
 
 
 def test_copies_lie_as_the_tensors_do_and_are_used_again() -> None:
@@ -74,14 +74,14 @@ def test_copies_lie_as_the_tensors_do_and_are_used_again() -> None:
 
 def test_any_state_is_kept_under_its_name(tmp_path: Path) -> None:
     save(tmp_path, 1, states={**states_of(1), "ema": {"w": torch.tensor([3.0])}})
-    assert files.read(tmp_path / "step-00000001").states["ema"]["w"].tolist() == [3.0]
+    assert reader.read(tmp_path / "step-00000001").states["ema"]["w"].tolist() == [3.0]
 
 
 def test_no_file_has_the_names_of_wrappers(tmp_path: Path) -> None:
     compiled = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
     assert all(name.startswith("_orig_mod.") for name in compiled.state_dict())
     save(tmp_path, 1, states={"model": compiled.state_dict(), "optimizer": {}})
-    assert files.read(tmp_path / "step-00000001").states["model"].keys() == {"0.weight", "0.bias"}
+    assert reader.read(tmp_path / "step-00000001").states["model"].keys() == {"0.weight", "0.bias"}
     assert inner_name("exp_avg:module.fc.weight") == "exp_avg:fc.weight"
     assert inner_name("layer1._orig_mod.conv1.weight") == "layer1.conv1.weight"
 
@@ -106,7 +106,7 @@ def test_a_full_disk_at_a_save_is_one_message_and_harms_nothing_before_it(
     with pytest.raises(StorageError, match="writing a checkpoint: No space left on device"):
         writer.close()
     monkeypatch.undo()
-    found = files.newest(tmp_path, lambda line: None)
+    found = reader.newest(tmp_path, lambda line: None)
     assert found is not None
     assert found.progress.step == 1
     recover(tmp_path)
@@ -132,7 +132,7 @@ def test_a_step_may_be_saved_once_more(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     save(tmp_path, 2, states={"model": {"w": torch.ones(1)}, "optimizer": {}})
     assert steps_in(tmp_path) == [1, 2]
-    assert files.read(tmp_path / "step-00000002").states["model"].keys() == {"w"}
+    assert reader.read(tmp_path / "step-00000002").states["model"].keys() == {"w"}
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_run(tmp_path: Path) -> None:

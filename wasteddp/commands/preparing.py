@@ -84,7 +84,7 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from wasteddp.tools import resume_receipt, verify_resume
+    from wasteddp.tools import verify_resume
 
     proof = verify_resume.prove(
         arguments.config,
@@ -97,8 +97,8 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
         say=lambda line: print(line, flush=True),
         deterministic=torch.cuda.is_available(),
     )
-    resume_receipt.show(proof, arguments.out)
-    resume_receipt.refuse(proof, arguments.out)
+    verify_resume.show(proof, arguments.out)
+    verify_resume.refuse(proof, arguments.out)
 
 
 def _add_settings(commands: Commands) -> None:

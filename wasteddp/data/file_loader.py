@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
 from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
 from wasteddp.data.decoding.shared_memory import SharedMemory
-from wasteddp.data.decoding.views import View
 from wasteddp.data.decoding.worker import ROW_DTYPE, UNDECODABLE, WHOLE, Rows
 from wasteddp.data.decoding.workers import Workers
 from wasteddp.data.process_loader import print_warning

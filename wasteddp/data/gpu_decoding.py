@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from wasteddp.data.augmentation.to_device import to_device
+from wasteddp.data.augmentation.operations import to_device
 from wasteddp.data.decoding.decode import Encoded, decode_rgb
 
 _CHUNK_BYTES = 512 * 2**20  # of the device's memory, for the crops that are resized at once

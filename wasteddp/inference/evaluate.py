@@ -31,7 +31,7 @@ from wasteddp.inference.metrics import confusion_matrix, summarise
 from wasteddp.inference.ranks import Ranks, joined
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.order.plan import PADDING, EvaluationPlan
-from wasteddp.progress import progress
+from wasteddp.parallel import progress
 from wasteddp.settings import Data, plain_yaml
 
 ALONE = Ranks()

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from wasteddp.report.run_record import RunRecord
-from wasteddp.report.thinning import F64, bucket_means, kept_rows, log_ticks, ticks
+from wasteddp.report.run_record import F64, RunRecord, bucket_means, kept_rows, log_ticks, ticks
 
 _BUCKETS = 400  # of one line; a plot is at most so many pixels wide on a phone, and twice so on a desk
 _MEANS = 80

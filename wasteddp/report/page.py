@@ -18,12 +18,12 @@ import jinja2
 from wasteddp import __version__
 from wasteddp.errors import RunError
 from wasteddp.files import write_atomically
-from wasteddp.progress import duration
+from wasteddp.parallel import duration
 from wasteddp.report import tables
 from wasteddp.report.charts import Chart, Form, chart
 from wasteddp.report.evaluations import evaluation_context
 from wasteddp.report.run_record import RunRecord, read_run
-from wasteddp.training.tracking.metric_names import METRICS
+from wasteddp.training.tracking.journal import METRICS
 
 _HERE = Path(__file__).parent
 _MOST_LINES = 8  # as many colours as can be told apart

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from wasteddp.inference.metrics import percent
-from wasteddp.progress import duration
+from wasteddp.parallel import duration
 from wasteddp.report.run_record import RunRecord, flat
 from wasteddp.settings import Settings
 

@@ -21,15 +21,12 @@ import numpy.typing as npt
 
 from wasteddp.data.manifest import MANIFEST_NAME
 from wasteddp.errors import ShardError, SourceError, storage
-from wasteddp.parallel import in_order
-from wasteddp.progress import progress
+from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import scan
-from wasteddp.sharding.job import Job, Listing, Options, identity
-from wasteddp.sharding.listing import list_images
+from wasteddp.sharding.build import clear_the_way, work_folder
+from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample, stays
 from wasteddp.sharding.selection import select
-from wasteddp.sharding.set_folder import clear_the_way, work_folder
 from wasteddp.sharding.sources.archives import is_compressed_tar
-from wasteddp.sharding.storing import load_sample, stays
 from wasteddp.sharding.writer import Piece, Sample, ShardJournal, cut, tar_bytes, write_piece
 
 

@@ -4,29 +4,36 @@
 
 All that this leaves behind while it works is in `.sharding/` inside the set's folder; the manifest comes last. What
 other machines have read and written there (`parts`) is taken over, so that this is also the last step of an array job.
+
+The folder of a shard set while it is being made: who may write there, what may be replaced, what is cleaned up.
 """
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wasteddp import __version__
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
 from wasteddp.errors import ShardError, storage
-from wasteddp.progress import progress
+from wasteddp.files import sync_folder, try_lock
+from wasteddp.parallel import progress
 from wasteddp.sharding import scan
-from wasteddp.sharding.job import Job, Listing, Options, identity
-from wasteddp.sharding.listing import list_images
+from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample
 from wasteddp.sharding.selection import select
-from wasteddp.sharding.set_folder import check_files, clear_the_way, remove_own_files, work_folder
-from wasteddp.sharding.storing import load_sample
 from wasteddp.sharding.writer import ShardJournal, write_split
 
 __all__ = ["Job", "Options", "find_made", "make_shards"]
 
 TOOL = f"wasteddp {__version__}"
+WORK_NAME = ".sharding"
+_BEGUN_NAME = "begun"  # from here on, what lies in the set's folder under our names is ours
+_OWN_FILE = re.compile(r"(train|val|test)-\d{6}\.(tar|idx)(\.tmp)?|manifest\.json\.tmp")
 
 
 def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
@@ -119,3 +126,66 @@ def _already_made(job: Job, identity: str, num_images: int) -> Manifest:
     check_files(manifest)
     print(f"{job.out} is already made of these {num_images:,} images with these options: nothing to do")
     return manifest
+
+
+@contextmanager
+def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
+    """The hidden folder for journals; it stays only if a set was begun and is not finished.
+
+    Held by one process, or by any number that each make a part (`shared`); these leave the tidying to the last step.
+    """
+    work = out / WORK_NAME
+    with storage("making the folder of the set", out):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("a+")  # readable: network file systems want that for a shared lock
+    with lock:
+        if not try_lock(lock.fileno(), shared=shared):
+            raise ShardError(
+                f"another `wasteddp shard` is writing {out}", "two would overwrite each other", "wait for it to end"
+            )
+        try:
+            yield work
+        finally:
+            if not shared and ((out / MANIFEST_NAME).exists() or not (work / _BEGUN_NAME).exists()):
+                shutil.rmtree(work, ignore_errors=True)
+                if not any(out.iterdir()):
+                    out.rmdir()
+
+
+def clear_the_way(out: Path, work: Path, *, overwrite: bool) -> None:
+    """Removes an old set when told to: its manifest first, so that a kill never leaves a manifest of half a set."""
+    begun = work / _BEGUN_NAME
+    if not begun.exists() and not overwrite:
+        there = [path.name for path in out.iterdir() if _OWN_FILE.fullmatch(path.name)]
+        if there:
+            raise ShardError(
+                f"{out} holds {len(there)} file(s) that this would replace, such as {min(there)}, and no manifest",
+                "they are not from an unfinished run, so somebody may want them",
+                f"give another --out; or `wasteddp index {out}` to use them; or --overwrite to replace them",
+            )
+    with storage("removing the old manifest", out):
+        begun.touch()
+        if (out / MANIFEST_NAME).exists():
+            (out / MANIFEST_NAME).unlink()
+            sync_folder(out)
+
+
+def remove_own_files(out: Path, keep: set[str]) -> None:
+    """Removes what an earlier, different run left under the names that are ours; nothing else."""
+    with storage("removing files of an earlier run", out):
+        for path in out.iterdir():
+            if _OWN_FILE.fullmatch(path.name) and path.name not in keep:
+                path.unlink()
+
+
+def check_files(manifest: Manifest) -> None:
+    """Raises `ShardError` if a shard is missing or has another size than the manifest says."""
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        path = manifest.folder / shard.tar
+        found = path.stat().st_size if path.exists() else 0
+        if found != shard.num_bytes or not (manifest.folder / shard.index).exists():
+            raise ShardError(
+                f"{path} or its index is not as it was: {found:,} bytes, the manifest says {shard.num_bytes:,}",
+                "the set is damaged",
+                "make it again with --overwrite; `wasteddp verify` names all that is damaged",
+            )

@@ -18,7 +18,7 @@ from typing import Any
 from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import ShardError, storage
-from wasteddp.sharding.sources.limits import BoundedTarInfo
+from wasteddp.sharding.sources.archives import BoundedTarInfo
 from wasteddp.sharding.writer import sha256_of
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

@@ -21,8 +21,7 @@ from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, 
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
 from wasteddp.files import write_atomically
-from wasteddp.parallel import in_order
-from wasteddp.progress import progress
+from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.foreign_tar import Found, ReadTar, read_tar
 from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, check_classes
 

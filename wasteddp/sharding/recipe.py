@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import RecipeError, storage
 from wasteddp.settings import plain_yaml
-from wasteddp.sharding.build import Job, Options, find_made, make_shards
-from wasteddp.sharding.set_folder import WORK_NAME
+from wasteddp.sharding.build import WORK_NAME, Job, Options, find_made, make_shards
 from wasteddp.sharding.sources import synthetic as drawing
 from wasteddp.sharding.sources.download import Download, fetch
 

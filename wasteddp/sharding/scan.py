@@ -21,9 +21,8 @@ from wasteddp.data import manifest
 from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError, storage
-from wasteddp.parallel import in_order
-from wasteddp.progress import progress
-from wasteddp.sharding import near_duplicates
+from wasteddp.parallel import in_order, progress
+from wasteddp.sharding import duplicates
 from wasteddp.sharding.sources.archives import File, Source
 from wasteddp.sharding.sources.layout import Picture
 
@@ -145,7 +144,7 @@ def examine(source: Source, file: File) -> tuple[Scan, str]:
         record["height"], record["width"] = size_px(data)
         record["is_plain"] = is_plain = is_plain_jpeg(data)
         grey = decode_gray(data, min_side_px=64, is_plain=is_plain)
-        record["bits64"], bits256 = near_duplicates.perceptual_hash(grey)
+        record["bits64"], bits256 = duplicates.perceptual_hash(grey)
         record["bits256"] = np.frombuffer(bits256, np.uint8)
     except UndecodableError as error:
         record["problem"] = 1 + manifest.REASONS.index(error.reason)

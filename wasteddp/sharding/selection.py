@@ -14,10 +14,9 @@ import numpy as np
 
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError
-from wasteddp.sharding import near_duplicates, splits
-from wasteddp.sharding.duplicates import leave_out_copies
+from wasteddp.sharding import duplicates, splits
+from wasteddp.sharding.duplicates import NearPairs, leave_out_copies
 from wasteddp.sharding.job import Job, Listing, Options
-from wasteddp.sharding.near_duplicates import NearPairs
 from wasteddp.sharding.scan import ScanResult
 from wasteddp.sharding.sources.layout import SPLITS, Picture
 
@@ -53,7 +52,7 @@ def select(job: Job, listing: Listing, scanned: ScanResult) -> Selection:
     )
     kept = [usable[i] for i in chosen]
     check_usable(classes, [pictures[i] for i in kept], copies)
-    near = near_duplicates.find_near_pairs(
+    near = duplicates.find_near_pairs(
         records["bits64"][kept], records["bits256"][kept], distance=job.options.near_duplicate_distance
     )
     hashes = {i: records["sha256"][i].tobytes() for i in kept}
@@ -116,7 +115,7 @@ def _near_report(
     return {
         "method": "64 DCT signs, confirmed by 256",
         "distance": options.near_duplicate_distance,
-        "confirmed_distance": near_duplicates.CONFIRMED_DISTANCE,
+        "confirmed_distance": duplicates.CONFIRMED_DISTANCE,
         "grouped": options.group_near_duplicates,
         "num_pairs": len(near.pairs),
         "across_splits": counts,

@@ -27,7 +27,7 @@ from wasteddp.data import dataset
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.errors import CheckpointError, RunError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import RunLock, write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
 from wasteddp.inference.evaluate import check_classes, evaluate_split
@@ -36,10 +36,9 @@ from wasteddp.inference.metrics import Metrics, percent
 from wasteddp.model.resnet import build
 from wasteddp.settings import Settings
 from wasteddp.tools.bn_statistics import estimate_statistics, training_batches
-from wasteddp.training.checkpoint import files
+from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.best_model import card_of
-from wasteddp.training.checkpoint.files import Progress, State
-from wasteddp.training.checkpoint.run_lock import RunLock
+from wasteddp.training.checkpoint.reader import Progress, State
 
 _COUNT = ".num_batches_tracked"
 Say = Callable[[str], None]
@@ -112,14 +111,14 @@ def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
         CheckpointError: fewer than two are whole.
     """
     sums: State = {}
-    newest: files.Checkpoint | None = None
+    newest: reader.Checkpoint | None = None
     oldest: State = {}
     steps: list[int] = []
-    for path in reversed(files.listed(folder)):
+    for path in reversed(reader.listed(folder)):
         if len(steps) == last:
             break
         try:
-            found = files.read(path)
+            found = reader.read(path)
         except CheckpointError as error:
             say(f"passed over {path}: {error.found}")
             continue

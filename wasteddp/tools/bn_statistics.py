@@ -20,8 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wasteddp.data.dataset import ShardSet
-from wasteddp.data.decoding.crop import normalise
-from wasteddp.data.decoding.views import EvaluationView
+from wasteddp.data.decoding.crop import EvaluationView, normalise
 from wasteddp.data.loader import Loader, training_steps
 from wasteddp.data.train_plan import train_plan
 from wasteddp.parallel import num_usable_cores

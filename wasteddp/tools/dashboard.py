@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wasteddp.errors import SettingsError, TrackingError, storage
-from wasteddp.training.tracking.metric_names import METRICS, is_known
+from wasteddp.training.tracking.journal import METRICS, is_known
 from wasteddp.training.tracking.wandb_client import choose, reason_of
-from wasteddp.training.tracking.wandb_delivery import MEDIA
+from wasteddp.training.tracking.wandb_sync import MEDIA
 
 DEFAULT_PATH = Path(__file__).resolve().parents[2] / "configs" / "dashboard.yaml"
 _OF_WANDB = "system/"  # metrics that W&B's client measures itself

@@ -33,12 +33,12 @@ from matplotlib.figure import Figure
 from wasteddp import environment
 from wasteddp.errors import LaunchError, SettingsError, storage
 from wasteddp.files import write_atomically
-from wasteddp.progress import progress as progress_bar
+from wasteddp.parallel import progress as progress_bar
 from wasteddp.settings import Settings
 from wasteddp.training import dataloaders, messages, micro_batch
 from wasteddp.training.build_model import build
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.distributed import runtime
 from wasteddp.training.optimization import optimizers
 

@@ -1,14 +1,22 @@
-"""Opens what a run reads: manifest, plan, loaders of the training and the evaluation split."""
+"""Opens what a run reads: manifest, plan, loaders of the training and the evaluation split.
+
+What the ranks of this machine are going to read: for a cache that they share.
+
+Legend: R ranks. All of it is arithmetic on the plan; a local set never asks for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from wasteddp.data.batch import Batch
-from wasteddp.data.dataset import open_dataset
+from wasteddp.data.dataset import Needs, open_dataset
 from wasteddp.data.decoding.pool import DecodeServer
 from wasteddp.data.decoding.workers import default_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
@@ -17,14 +25,16 @@ from wasteddp.data.process_loader import print_warning
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.train_plan import train_plan
 from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
+from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
 from wasteddp.order.shuffle_quality import Labels
 from wasteddp.settings import Settings
-from wasteddp.training.cache_forecast import CacheForecast, ranks_here
 from wasteddp.training.device_batches import copied_ahead
 from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
 from wasteddp.training.watchdog.signals import STOP
+
+_MOMENTS = 64  # looked at, evenly spread over the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,3 +208,56 @@ def refuse_untrainable(manifest: Manifest, split: str) -> None:
             "the model cannot learn this class",
             "add images of it, or leave the class out, and shard again",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheForecast:
+    """Training and evaluation as the ranks `ranks` of `world_size` read them."""
+
+    train_plan: TrainPlan
+    train_reader: SplitReader
+    val_plan: EvaluationPlan
+    val_reader: SplitReader
+    evaluate_every: int  # steps
+    rank: int
+    ranks: range  # of this machine
+    world_size: int
+
+    def others(self, first_step: int, last_step: int) -> Iterator[frozenset[str]]:
+        """For each step of the run, the shards that others need in it: other ranks of this machine, and evaluations."""
+        val = frozenset(self.val_reader.needs(np.arange(self.val_plan.num_samples)))
+        for step in range(first_step, last_step):
+            ranks = (rank for rank in self.ranks if rank != self.rank)
+            needed = frozenset(shard for rank in ranks for shard in self.train_reader.needs(self._train(step, rank)))
+            evaluates = (step + 1) % self.evaluate_every == 0 or step + 1 == last_step
+            yield needed | val if evaluates else needed
+
+    def train_windows(self, num_steps: int, in_flight: int) -> Iterator[Needs]:
+        """What the machine holds at once in training, at some moments of a run of `num_steps`."""
+        return self._windows(self.train_reader, self._train, num_steps, in_flight)
+
+    def val_windows(self, in_flight: int) -> Iterator[Needs]:
+        """The same for an evaluation."""
+
+        def samples(number: int, rank: int) -> I64:
+            return self.val_plan.batch_samples(number, rank=rank, world_size=self.world_size)
+
+        return self._windows(self.val_reader, samples, self.val_plan.num_batches(self.world_size), in_flight)
+
+    def _train(self, step: int, rank: int) -> I64:
+        epoch, step_in_epoch = divmod(step, self.train_plan.steps_per_epoch)
+        return self.train_plan.step_samples(epoch, step_in_epoch, rank=rank, world_size=self.world_size)
+
+    def _windows(
+        self, reader: SplitReader, samples: Callable[[int, int], I64], num_steps: int, in_flight: int
+    ) -> Iterator[Needs]:
+        for first in np.unique(np.linspace(0, max(0, num_steps - in_flight), _MOMENTS, dtype=np.int64)).tolist():
+            steps = range(first, min(first + in_flight, num_steps))
+            yield reader.needs(np.concatenate([samples(step, rank) for step in steps for rank in self.ranks]))
+
+
+def ranks_here(rank: int, world_size: int) -> range:
+    """The ranks of this machine, as launchers number them: side by side."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size > 1 else 1
+    first = rank - int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0
+    return range(first, first + here)

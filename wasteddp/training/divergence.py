@@ -21,7 +21,7 @@ from torch import nn
 from wasteddp.errors import DivergedError, storage
 from wasteddp.model.resnet import running_statistics
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.files import FOLDER, Progress, listed, step_of
+from wasteddp.training.checkpoint.reader import FOLDER, Progress, listed, step_of
 from wasteddp.training.distributed.runtime import Runtime
 
 _FINITE = ("train/loss", "train/grad_norm")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from wasteddp.data.augmentation.to_device import to_device
+from wasteddp.data.augmentation.operations import to_device
 from wasteddp.data.decoding.crop import normalise
 from wasteddp.data.loader import evaluation_steps
 from wasteddp.errors import ShardError, StoppedError, WastedError

@@ -9,10 +9,10 @@ from wasteddp import environment
 from wasteddp.data.batch import Damage
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
 from wasteddp.order import shuffle_quality
-from wasteddp.progress import duration
+from wasteddp.parallel import duration
 from wasteddp.settings import Settings
 from wasteddp.training import schedule
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 

@@ -25,7 +25,7 @@ from wasteddp.data.batch import Batch
 from wasteddp.errors import DeviceMemoryError
 from wasteddp.order.plan import micro_batch
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.checkpoint.state import ONE_MOMENT
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.recipe import Recipe

@@ -10,18 +10,17 @@ from math import inf
 import torch
 from torch import nn
 
-from wasteddp.data.augmentation.augment import Augment
-from wasteddp.data.augmentation.mixup import Mixing
+from wasteddp.data.augmentation.augment import Augment, Mixing
 from wasteddp.data.batch import Batch
 from wasteddp.model import resnet
-from wasteddp.model.stochastic_depth import StochasticDepth
+from wasteddp.model.resnet import StochasticDepth
 from wasteddp.settings import Settings
 from wasteddp.training import schedule
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.optimization import adaptive_clip, distillation, losses, optimizers
-from wasteddp.training.optimization.distillation import Targets
+from wasteddp.training.optimization import losses, optimizers
+from wasteddp.training.optimization.losses import Targets
 
 
 class Recipe:
@@ -40,7 +39,7 @@ class Recipe:
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
         counts, shares = data.train.samples_per_class, data.share_of_classes
         loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
-        self.teacher = distillation.teacher_of(settings, world, data.manifest.classes)  # all ranks
+        self.teacher = losses.teacher_of(settings, world, data.manifest.classes)  # all ranks
         self._loss = self.teacher.completed(loss)
         depth = settings.model.stochastic_depth
         self._depth = StochasticDepth(model, depth, settings.run.seed) if depth else None
@@ -87,7 +86,7 @@ class Recipe:
         before = inf if adaptive else limit or inf
         norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), before)
         if adaptive:
-            adaptive_clip.clip_(self._model, adaptive)
+            optimizers.clip_(self._model, adaptive)
             if limit:  # torch's: Accelerate's would take the loss scale off again, which GradScaler refuses
                 nn.utils.clip_grad_norm_(self._model.parameters(), limit)
         return norm

@@ -14,7 +14,7 @@ from wasteddp.errors import EXIT_RESUMABLE
 from wasteddp.files import write_atomically
 from wasteddp.settings import Settings
 from wasteddp.training import messages
-from wasteddp.training.checkpoint.files import Checkpoint, Progress
+from wasteddp.training.checkpoint.reader import Checkpoint, Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.tracking.tracker import NoTracker, Tracker, run_tracker

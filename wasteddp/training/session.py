@@ -29,15 +29,15 @@ from wasteddp.training import coverage_proof, messages, micro_batch, run_folder
 from wasteddp.training.agreement import Agreement, agreed
 from wasteddp.training.build_model import Built
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.files import Progress
 from wasteddp.training.checkpoint.manager import CheckpointManager
+from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.coverage_proof import StepHashes
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard, Retreat
 from wasteddp.training.evaluate import evaluate
 from wasteddp.training.metrics import Meter
 from wasteddp.training.schedule import Due, Intervals
-from wasteddp.training.step_hashes import StepHashes
 from wasteddp.training.tracking.profiler import Profiler
 from wasteddp.training.tracking.tracker import Tracker, TrackerScope
 from wasteddp.training.watchdog import signals

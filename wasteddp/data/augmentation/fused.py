@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from wasteddp.data.augmentation.augment import LUMA, Augment, Drawn, mean_luma
-from wasteddp.data.augmentation.to_device import to_device
+from wasteddp.data.augmentation.operations import to_device
 from wasteddp.data.decoding.crop import normalising
 
 _BLOCK = 1024  # values of the result that one program writes

@@ -12,13 +12,13 @@ partly outside, its colour and the fill's are blended by their shares; torchvisi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from wasteddp.data.augmentation.randaugment import F64, Operation
-from wasteddp.data.augmentation.to_device import to_device
 from wasteddp.data.decoding.crop import MEAN_RGB
 from wasteddp.order.keyed_random import I64
 
@@ -237,3 +237,14 @@ _CHANGES: tuple[tuple[Operation, Operation, _Change], ...] = (
     (Operation.AUTOCONTRAST, Operation.AUTOCONTRAST, _autocontrast),
     (Operation.EQUALIZE, Operation.EQUALIZE, _equalize),
 )
+
+
+def to_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A tensor of the array; on the CPU it is a view of it.
+
+    Through page-locked memory: to copy from any other, CUDA may first wait for all that the stream has been given.
+    """
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

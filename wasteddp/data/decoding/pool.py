@@ -25,8 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.shared_memory import SharedMemory
-from wasteddp.data.decoding.views import View
 from wasteddp.data.decoding.worker import AT_WORK_DTYPE, NUMBER, REAP, START, UNKNOWN, Answer, Failure, Rows
 from wasteddp.errors import WorkerError
 

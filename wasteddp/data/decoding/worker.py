@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import UndecodableError
 from wasteddp.data.decoding.shared_memory import map_shared
-from wasteddp.data.decoding.views import View
 
 # Sent to the server: a byte and, for START, a descriptor. Answered by a number: the worker's pid, or how it ended.
 START, REAP = b"s", b"r"

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from wasteddp.errors import SourceError, storage
-from wasteddp.progress import progress
+from wasteddp.parallel import progress
 
 Random = np.random.Generator
 Colour = tuple[int, int, int]

@@ -16,15 +16,15 @@ from torch import nn
 
 from wasteddp import environment
 from wasteddp.errors import StorageError
+from wasteddp.files import LOCK_WAIT_S, RunLock
 from wasteddp.inference.reliability import Seen
 from wasteddp.model import ema
 from wasteddp.settings import Settings
 from wasteddp.training import messages
-from wasteddp.training.checkpoint import files, run_lock
+from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.best_model import card_of, save_best
 from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings
-from wasteddp.training.checkpoint.files import Checkpoint, Progress, States
-from wasteddp.training.checkpoint.run_lock import RunLock
+from wasteddp.training.checkpoint.reader import Checkpoint, Progress, States
 from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_run
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
 from wasteddp.training.dataloaders import Inputs
@@ -77,7 +77,7 @@ class CheckpointManager:
             if world.is_main:
                 there = sum(path.stat().st_size for path in self._checkpoints.glob("step-*/*"))
                 refuse_full_disk(self._folder, room_for_run(settings, self.state.model_bytes) - there)
-                self._claim = RunLock(self._checkpoints, world.say, wait_s=run_lock.WAIT_S)
+                self._claim = RunLock(self._checkpoints, world.say, wait_s=LOCK_WAIT_S)
                 recover(self._checkpoints)
                 self._writer = CheckpointWriter(
                     self._checkpoints,
@@ -112,11 +112,11 @@ class CheckpointManager:
             found: Checkpoint | None = None
             with self._world.together():
                 if self._world.is_main:
-                    found = files.starting_point(self._checkpoints, resume, self._world.say)
+                    found = reader.starting_point(self._checkpoints, resume, self._world.say)
             path = self._world.gather(found and found.path)[0]  # all ranks
             with self._world.together():
                 if path and not found:
-                    found = files.read(path)
+                    found = reader.read(path)
                 if found:
                     changes = accepted_changes(found.progress.lineage, lineage, accepted, where=found.path)
                     for line in changes + changed_settings(found.settings_yaml, self._settings):
@@ -252,4 +252,4 @@ class CheckpointManager:
 
     @property
     def _checkpoints(self) -> Path:
-        return self._folder / files.FOLDER
+        return self._folder / reader.FOLDER

@@ -14,7 +14,7 @@ from torch import nn
 from wasteddp.errors import CheckpointError
 from wasteddp.model.resnet import running_statistics
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.files import Checkpoint
+from wasteddp.training.checkpoint.reader import Checkpoint
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wasteddp.training.checkpoint.files import State, States
+from wasteddp.training.checkpoint.reader import State, States
 
 _ALIGNED_BYTES = 256  # where a tensor begins in the copy: a multiple of each type's size, and of the GPU's widest load
 _KEPT_FREE = 0.05  # of the GPU's memory, after the copy was allocated: larger images and cuDNN's workspaces follow

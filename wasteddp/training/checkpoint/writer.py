@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from wasteddp.errors import StorageError, storage
 from wasteddp.files import sync_folder
-from wasteddp.training.checkpoint.files import (
+from wasteddp.training.checkpoint.reader import (
     COMPLETE,
     FORMAT,
     FORMAT_VERSION,

@@ -23,8 +23,7 @@ from PIL import Image
 from wasteddp.data import gpu_decoding
 from wasteddp.data.augmentation.augment import Augment
 from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
-from wasteddp.data.decoding.decode import ImageHWC
-from wasteddp.data.encode import encode_jpeg
+from wasteddp.data.decoding.decode import ImageHWC, encode_jpeg
 from wasteddp.inference.reliability import Seen
 from wasteddp.training.dataloaders import Inputs
 

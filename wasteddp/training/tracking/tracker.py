@@ -24,8 +24,7 @@ from wasteddp.settings import Settings, Track
 from wasteddp.training.tracking import pictures
 from wasteddp.training.tracking import run_id as labels
 from wasteddp.training.tracking.console import Display
-from wasteddp.training.tracking.journal import Journal
-from wasteddp.training.tracking.metric_names import is_known
+from wasteddp.training.tracking.journal import Journal, is_known
 from wasteddp.training.tracking.pictures import Gallery
 from wasteddp.training.tracking.run_id import Label
 from wasteddp.training.tracking.tensorboard import TensorBoardMirror
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from wasteddp.data.augmentation.augment import Augment
     from wasteddp.data.manifest import Manifest
     from wasteddp.inference.reliability import Seen
-    from wasteddp.training.checkpoint import files
+    from wasteddp.training.checkpoint import reader
     from wasteddp.training.dataloaders import Inputs
 
 
@@ -188,7 +187,7 @@ class RunTracker:
 def run_tracker(
     settings: Settings,
     manifest: Manifest,
-    progress: files.Progress,
+    progress: reader.Progress,
     *,
     last_step: int,
     own: bool,

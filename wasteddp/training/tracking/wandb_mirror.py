@@ -26,7 +26,7 @@ from wasteddp.training.tracking.wandb_client import (
     sender_lock,
     stop_service,
 )
-from wasteddp.training.tracking.wandb_delivery import Delivery, Row
+from wasteddp.training.tracking.wandb_sync import Delivery, Row
 
 _SPARE_S = 1.0  # between wandb's own limit and ours
 

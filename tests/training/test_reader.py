@@ -13,15 +13,15 @@ import torch
 from kept import LINEAGE, save, tensors
 
 from wasteddp.errors import CheckpointError
-from wasteddp.training.checkpoint import files
-from wasteddp.training.checkpoint.files import Progress
+from wasteddp.training.checkpoint import reader
+from wasteddp.training.checkpoint.reader import Progress
 
 STORED = Path(__file__).parents[1] / "stored"
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     save(tmp_path, 7)
-    found = files.read(tmp_path / "step-00000007")
+    found = reader.read(tmp_path / "step-00000007")
     assert found.progress == Progress(LINEAGE, step=7, best_value=0.5, tracker_id="abc")
     for name, tensor in tensors(7).items():
         assert torch.equal(found.states["model"][name], tensor)
@@ -32,7 +32,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_checkpoint_of_an_older_format_is_read(version: int) -> None:
-    found = files.read(STORED / f"checkpoint-format-{version}" / "step-00000007")
+    found = reader.read(STORED / f"checkpoint-format-{version}" / "step-00000007")
     # what format 1 did not have in its lineage comes from the settings beside it; format 2 had no balance
     wanted = replace(LINEAGE, block=4, window=8)
     assert found.progress == Progress(wanted, step=7, best_value=0.5, best_step=7, tracker_id="abc")
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
             }[damage]
         )
     said: list[str] = []
-    found = files.newest(tmp_path, said.append)
+    found = reader.newest(tmp_path, said.append)
     assert found is not None
     assert found.progress.step == 1
     assert len(said) == 1
@@ -100,7 +100,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
     poison = pickle.dumps(_Poison(str(tmp_path / "ran")))
     _rewrite(tmp_path / "step-00000001", "model.safetensors", poison)  # with its right hash
     with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
-        files.read(tmp_path / "step-00000001")
+        reader.read(tmp_path / "step-00000001")
     assert not (tmp_path / "ran").exists()
 
 
@@ -108,30 +108,30 @@ def test_no_whole_one_left_is_an_error_and_no_silent_start(tmp_path: Path) -> No
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "complete.json").unlink()
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is whole"):
-        files.newest(tmp_path, lambda line: None)
+        reader.newest(tmp_path, lambda line: None)
 
 
 def test_none_at_all_is_a_beginning(tmp_path: Path) -> None:
-    assert files.starting_point(tmp_path / "none", "auto", print) is None
-    assert files.starting_point(tmp_path / "none", "never", print) is None
+    assert reader.starting_point(tmp_path / "none", "auto", print) is None
+    assert reader.starting_point(tmp_path / "none", "never", print) is None
 
 
 def test_never_does_not_overwrite_a_run(tmp_path: Path) -> None:
     save(tmp_path, 4)
     with pytest.raises(CheckpointError, match=r"--resume never, and .* holds 1 checkpoints, the newest of step 4"):
-        files.starting_point(tmp_path, "never", print)
+        reader.starting_point(tmp_path, "never", print)
 
 
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is not a whole checkpoint"):
-        files.starting_point(tmp_path, str(tmp_path / "nowhere"), print)
+        reader.starting_point(tmp_path, str(tmp_path / "nowhere"), print)
 
 
 def test_an_older_one_of_the_same_run_is_not_gone_on_from_beside_the_newer(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     with pytest.raises(CheckpointError, match="holds step-00000002, which is newer"):
-        files.starting_point(tmp_path, str(tmp_path / "step-00000001"), print)
-    newest = files.starting_point(tmp_path, str(tmp_path / "step-00000002"), print)
+        reader.starting_point(tmp_path, str(tmp_path / "step-00000001"), print)
+    newest = reader.starting_point(tmp_path, str(tmp_path / "step-00000002"), print)
     assert newest is not None
     assert newest.progress.step == 2
 
@@ -140,11 +140,11 @@ def test_the_same_command_goes_on_from_what_it_made_of_another_runs_checkpoint(t
     save(tmp_path / "old", 3)
     start = str(tmp_path / "old" / "step-00000003")
     said: list[str] = []
-    first = files.starting_point(tmp_path / "new" / "checkpoints", start, said.append)
+    first = reader.starting_point(tmp_path / "new" / "checkpoints", start, said.append)
     assert first is not None
     assert first.path == Path(start)
     save(tmp_path / "new" / "checkpoints", 4, 5)
-    again = files.starting_point(tmp_path / "new" / "checkpoints", start, said.append)
+    again = reader.starting_point(tmp_path / "new" / "checkpoints", start, said.append)
     assert again is not None
     assert again.progress.step == 5
     assert said == [
