@@ -103,7 +103,8 @@ def train(
     built = build(settings, world, data)  # all ranks
     run, progress = session.begin(settings, built, data, start, retreat, max_steps=max_steps)  # all ranks
     world, ddp, stepper, recipe, meter = run.world, built.ddp, built.stepper, built.recipe, run.meter
-    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=world.is_main), world.watch:
+    writes_report = world.is_main and run.is_recorded
+    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=writes_report), world.watch:
         progress = run.open(progress)  # all ranks
         for batch, agreement in run.batches(progress):  # all ranks
             if agreement.stops:

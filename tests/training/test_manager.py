@@ -189,7 +189,7 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
 
 
 def test_two_keepers_of_one_run_are_refused(tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wasteddp.files.WAIT_S", 0.2)
+    monkeypatch.setattr("wasteddp.training.checkpoint.manager.LOCK_WAIT_S", 0.2)
     with manager_of(tmp_path, world, network()), pytest.raises(CheckpointError, match="is being written by process"):
         manager_of(tmp_path, world, network())
     with manager_of(tmp_path, world, network()):

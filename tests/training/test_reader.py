@@ -30,12 +30,13 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert {path.suffix for path in (tmp_path / "step-00000007").iterdir()} == {".safetensors", ".json", ".yaml"}
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_checkpoint_of_an_older_format_is_read(version: int) -> None:
+@pytest.mark.parametrize(("version", "size"), [(1, "64 px (resized to 73)"), (2, "224 px (resized to 256)")])
+def test_a_checkpoint_of_an_older_format_is_read(version: int, size: str) -> None:
     found = reader.read(STORED / f"checkpoint-format-{version}" / "step-00000007")
     # what format 1 did not have in its lineage comes from the settings beside it; format 2 had no balance
     wanted = replace(LINEAGE, block=4, window=8)
-    assert found.progress == Progress(wanted, step=7, best_value=0.5, best_step=7, tracker_id="abc")
+    measure = f"accuracy on val of manifest mmmmmmmmmmmm at {size}"
+    assert found.progress == Progress(wanted, step=7, best_value=0.5, best_step=7, tracker_id="abc", best_in=measure)
     assert found.states["model"]["fc.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert found.states["optimizer"].keys() == {"momentum_buffer:fc.weight"}
 

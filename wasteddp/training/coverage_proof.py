@@ -75,6 +75,9 @@ def prove(progress: Progress, plan: TrainPlan, epoch: int, world: Runtime, track
     """
     [expected] = world.totals(digest_of_epoch(plan, epoch, part=world.rank, parts=world.world_size))  # all ranks
     expected = signed(expected)
+    if progress.changed:
+        tracker.say(f"epoch {epoch}: changed within ({', '.join(progress.changed)}), not proved")
+        return {"coverage/changed": 1.0}
     if not progress.covered:
         tracker.say(f"epoch {epoch}: not proved, its first steps were taken by a version that did not count samples")
         return {}

@@ -106,6 +106,16 @@ def not_saved(error: StorageError) -> str:
     )
 
 
+def best_starts_again(before: Progress, now: Progress) -> list[str]:
+    """A line, where the best value of a checkpoint was measured in something else than this start measures."""
+    if before.best_value is None or before.best_in == now.best_in:
+        return []
+    return [
+        f"the best model starts again: it had {before.best_value:.2%} in {before.best_in}; this start measures "
+        f"{now.best_in}, and the two cannot be compared"
+    ]
+
+
 def early_stop(settings: Settings, progress: Progress) -> str:
     return (
         f"stopped early: {progress.evaluations_since_best} evaluations without a better {settings.evaluate.metric} "

@@ -17,7 +17,7 @@ from wasteddp.training import messages
 from wasteddp.training.checkpoint.reader import Checkpoint, Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.tracking.tracker import NoTracker, Tracker, run_tracker
+from wasteddp.training.tracking.tracker import ConsoleTracker, NoTracker, Tracker, run_tracker
 from wasteddp.training.watchdog import slurm
 from wasteddp.training.watchdog.signals import STOP
 
@@ -32,11 +32,19 @@ def begin_run(
     checkpoint: Checkpoint | None,
     *,
     last_step: int,
+    is_recorded: bool = True,
 ) -> Tracker:
-    """All ranks: rank 0 writes what the run is and tracks it; the others do neither."""
+    """All ranks: rank 0 writes the run's records and tracks it; the others do neither.
+
+    Args:
+        is_recorded: False where this start trains and measures nothing: the records stay as they are.
+    """
     tracker: Tracker = NoTracker()
     with world.together():
-        if world.is_main:
+        if world.is_main and not is_recorded:
+            tracker = ConsoleTracker()
+            tracker.id = progress.tracker_id
+        elif world.is_main:
             out = Path(settings.run.out)
             (out / _RESUMABLE_MARK).unlink(missing_ok=True)
             (out / slurm.MISTAKE_MARK).unlink(missing_ok=True)

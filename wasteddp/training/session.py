@@ -28,7 +28,7 @@ from wasteddp.settings import Settings
 from wasteddp.training import coverage_proof, messages, micro_batch, run_folder
 from wasteddp.training.agreement import Agreement, agreed
 from wasteddp.training.build_model import Built
-from wasteddp.training.checkpoint.compatibility import Lineage
+from wasteddp.training.checkpoint.compatibility import Lineage, measure_of
 from wasteddp.training.checkpoint.manager import CheckpointManager
 from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.coverage_proof import StepHashes
@@ -61,20 +61,30 @@ def begin(
     """
     manager = CheckpointManager(settings, built.world, data, built.model, built.optimizer, further=built.average.states)
     progress, origin = Progress(Lineage.of(settings, data.manifest, teacher=built.recipe.teacher.sha256)), built.origin
+    measure = measure_of(settings, progress.lineage)
+    progress, changes = replace(progress, best_in=measure), []
     if checkpoint := manager.starting_point(*start, lineage=progress.lineage):
-        manager.state.restore(checkpoint)
-        progress = checkpoint.progress.started_again(progress.lineage)
+        before, progress = checkpoint.progress, checkpoint.progress.started_again(progress.lineage, measure)
+        changes = [*manager.changes, *messages.best_starts_again(before, progress)]
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
-    progress = retreat.applied(progress)
-    world, progress = micro_batch.choose_size(settings, built.world, built.recipe, built.model, progress)
     all_steps = data.plan.steps_per_epoch * settings.train.epochs
     last_step = progress.step + max_steps if max_steps else min(all_steps, settings.train.stop_at_step or all_steps)
-    tracker = run_folder.begin_run(settings, world, data, progress, checkpoint, last_step=last_step)
+    patience = 0 if max_steps else settings.train.early_stop_epochs
+    trains = progress.step < last_step and not progress.stopped_early(patience)
+    if checkpoint:
+        if not trains:
+            manager.refuse_changes_of_a_finished_run(changes, step=progress.step)
+        manager.state.restore(checkpoint)
+    progress = retreat.applied(progress)
+    world, progress = micro_batch.choose_size(settings, built.world, built.recipe, built.model, progress)
+    is_recorded = trains or progress.unmeasured is not None
+    tracker = run_folder.begin_run(
+        settings, world, data, progress, checkpoint, last_step=last_step, is_recorded=is_recorded
+    )
     progress = replace(progress, tracker_id=tracker.id)
     num_classes = len(data.manifest.classes)
     session = Session(
-        settings, world, data, built, manager, tracker, origin, last_step,
-        may_stop_early=not max_steps,
+        settings, world, data, built, manager, tracker, origin, last_step, patience, changes, is_recorded,
         guard=Guard(settings, world, built.model, built.optimizer, num_classes=num_classes, progress=progress),
         meter=Meter(world.device),
         profiler=Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say),
@@ -95,7 +105,9 @@ class Session:
     tracker: Tracker
     origin: str  # of the weights, in words
     last_step: int  # of this start
-    may_stop_early: bool
+    patience: int  # evaluations without a better one, after which the run ends; 0: endless
+    changes: list[str]  # from the checkpoint to this start, a line each
+    is_recorded: bool  # this start trains or measures: a start that does neither leaves the run's files as they are
     guard: Guard
     meter: Meter
     profiler: Profiler
@@ -116,6 +128,8 @@ class Session:
     def open(self, progress: Progress) -> Progress:
         """Says what will be trained, and measures the step that was saved without its evaluation, if one was."""
         self.world.watch.detail = self.data.at_work
+        for line in self.changes:
+            self.tracker.say(line)
         words = self.origin + self.built.recipe.teacher.words
         self.tracker.say(messages.facts(self.settings, self.world, self.data, self.last_step, words))
         if progress.step == 0:
@@ -174,7 +188,8 @@ class Session:
         world, plan = self.world, self.data.plan
         self.built.average.update(progress.step, skipped)
         covered = coverage_proof.add(progress.covered, agreement.sums, batch)
-        progress = replace(progress, step=progress.step + 1, covered=covered)
+        changed = progress.changed if batch.step_in_epoch else []
+        progress = replace(progress, step=progress.step + 1, covered=covered, changed=changed)
         self.meter.step_done(skipped)
         self.profiler.step_done()
         self.hashes.add(progress.step, batch, self.built.model)
@@ -212,7 +227,7 @@ class Session:
         return exit_code
 
     def _stops_early(self, progress: Progress) -> bool:
-        return self.may_stop_early and progress.stopped_early(self.settings.train.early_stop_epochs)
+        return progress.stopped_early(self.patience)
 
     def _measure(self, progress: Progress, row: dict[str, float], due: Due) -> Progress:
         """What is due after a step, in its order: the evaluation, the row of metrics, the checkpoint.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import CheckpointError
-from wasteddp.settings import Settings
+from wasteddp.settings import Data, Evaluate, Settings
 
 _OTHER_ORDER = "from here on the order is another: the epoch that has begun repeats some images and misses others"
 
@@ -73,6 +73,60 @@ class Lineage:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Lineage:
         return cls(**{**raw, "classes": tuple(raw["classes"])})
+
+
+# The fields that decide which samples a step is made of.
+_ORDER = ("manifest", "seed", "batch_size", "lanes", "block", "window", "balance", "train_split")
+# Settings that change how a run is computed, watched or kept, and not what it trains.
+_WITHOUT_INFLUENCE = (
+    "run.out", "run.threads", "run.timeout_s", "data.shards", "data.staged", "data.workers", "data.decode",
+    "data.prefetch", "data.cache", "data.cache_gb", "data.fetchers", "data.ahead_steps", "data.read_attempts",
+    "data.read_timeout_s", "checkpoint.", "ddp.", "track.", "profile.",
+)  # fmt: skip
+
+
+def changes_of_order(then: Lineage, now: Lineage) -> list[str]:
+    """The fields that differ and decide which samples a step is made of."""
+    old, new = asdict(then), asdict(now)
+    return [name for name in _ORDER if old[name] != new[name]]
+
+
+def measure_of(settings: Settings, lineage: Lineage) -> str:
+    """What an evaluation of this run measures, in words: two values of other measures cannot be compared."""
+    return measure_of_settings(settings.model_dump(), lineage.manifest)
+
+
+def measure_of_settings(tree: Mapping[str, Any], manifest: str) -> str:
+    """`measure_of`, from the settings as they are in a checkpoint.
+
+    Args:
+        manifest: its sha256.
+    """
+    data, evaluate = Data.model_construct(**tree.get("data", {})), Evaluate.model_construct(**tree.get("evaluate", {}))
+    return (
+        f"{evaluate.metric} on {data.eval_split} of manifest {manifest[:12]} at {data.eval_size_px} px "
+        f"(resized to {data.eval_resize_px})"
+    )
+
+
+def refuse_finished(changes: Sequence[str], *, run: str, step: int) -> None:
+    """Refuse to start a finished run with other settings: nothing would be trained with them.
+
+    Args:
+        changes: lines of `accepted_changes` and `changed_settings`.
+
+    Raises:
+        CheckpointError: at least one of the changes has an influence on what is trained.
+    """
+    lines = [line for line in changes if not line.removeprefix("changed: ").startswith(_WITHOUT_INFLUENCE)]
+    if lines:
+        raise CheckpointError(
+            f"the run {run} is finished at step {step}, and this start differs: "
+            + "; ".join(line.removeprefix("changed: ").removeprefix("accepted: ") for line in lines),
+            "no step would be trained with it; the run's files stay as they are",
+            f"a new run with these weights: wasteddp train --from {run} and these settings; a new run from the "
+            "beginning: set run.out to a new folder; more epochs of this run: raise train.epochs alone",
+        )
 
 
 def accepted_changes(then: Lineage, now: Lineage, accepted: Collection[str], *, where: object) -> list[str]:

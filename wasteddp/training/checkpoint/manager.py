@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from wasteddp import environment
-from wasteddp.errors import StorageError
+from wasteddp.errors import CheckpointError, StorageError
 from wasteddp.files import LOCK_WAIT_S, RunLock
 from wasteddp.inference.reliability import Seen
 from wasteddp.model import ema
@@ -23,7 +23,12 @@ from wasteddp.settings import Settings
 from wasteddp.training import messages
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.best_model import card_of, save_best
-from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings
+from wasteddp.training.checkpoint.compatibility import (
+    Lineage,
+    accepted_changes,
+    changed_settings,
+    refuse_finished,
+)
 from wasteddp.training.checkpoint.reader import Checkpoint, Progress, States
 from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_run
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
@@ -72,6 +77,7 @@ class CheckpointManager:
         self._owed: Callable[[], None] | None = None  # writes the best model, which could not be written yet
         self._failed = False  # the last save
         self.num_failed, self._stall_ms = 0, 0.0
+        self.changes: list[str] = []  # from the checkpoint that the run continues from to this start, a line each
         self.notice = Notice.of(os.environ)
         with world.together():
             if world.is_main:
@@ -119,10 +125,17 @@ class CheckpointManager:
                     found = reader.read(path)
                 if found:
                     changes = accepted_changes(found.progress.lineage, lineage, accepted, where=found.path)
-                    for line in changes + changed_settings(found.settings_yaml, self._settings):
-                        self._world.say(line)
+                    self.changes = changes + changed_settings(found.settings_yaml, self._settings)
             return found
         except BaseException:
+            self._release()
+            raise
+
+    def refuse_changes_of_a_finished_run(self, changes: Sequence[str], *, step: int) -> None:
+        """All ranks: see `compatibility.refuse_finished`."""
+        try:
+            refuse_finished(changes, run=self._settings.run.out, step=step)
+        except CheckpointError:
             self._release()
             raise
 

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from wasteddp.errors import CheckpointError
-from wasteddp.training.checkpoint.compatibility import Lineage
+from wasteddp.training.checkpoint.compatibility import Lineage, changes_of_order, measure_of_settings
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 
 FORMAT = "wasteddp-checkpoint"
@@ -69,6 +69,8 @@ class Progress:
     precision: str = ""  # that it was computed in
     compiles: bool | None = None  # whether the network was compiled
     micro_batch: int = 0  # that the run began with, where train.max_micro_batch left it open; 0: it did not
+    best_in: str = ""  # what `best_value` was measured in: see `compatibility.measure_of`; "": see the settings
+    changed: list[str] = field(default_factory=list)  # of the order, accepted within the epoch: it cannot be proved
 
     def stopped_early(self, patience: int) -> bool:
         """Whether `patience` evaluations have passed without a better one; 0 is endless patience."""
@@ -95,9 +97,23 @@ class Progress:
             "attempt": self.attempt,
         }
 
-    def started_again(self, lineage: Lineage) -> Progress:
-        """One more attempt, with what was accepted to differ."""
-        return replace(self, lineage=lineage, attempt=self.attempt + 1)
+    def started_again(self, lineage: Lineage, measure: str) -> Progress:
+        """The next attempt, with the changes that were accepted.
+
+        A change of the order ends the count of the epoch: its first steps followed another order. A change of what the
+        best model is measured in ends the comparison with the best so far.
+
+        Args:
+            lineage: of this start.
+            measure: `compatibility.measure_of` this start.
+        """
+        changed = changes_of_order(self.lineage, lineage)
+        again = replace(self, lineage=lineage, attempt=self.attempt + 1, best_in=measure)
+        if changed:
+            again = replace(again, covered=[], changed=sorted({*self.changed, *changed}))
+        if self.best_in != measure:
+            again = replace(again, best_value=None, best_step=0, evaluations_since_best=0)
+        return again
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +234,7 @@ def read(path: Path) -> Checkpoint:
         states = {file.stem: load(content) for file, content in files.items() if file.suffix == STATE_SUFFIX}
         if missing := {"model", "optimizer"} - states.keys():
             raise ValueError(f"it has no state of: {', '.join(sorted(missing))}")
+        raw.setdefault("best_in", measure_of_settings(yaml.safe_load(settings_yaml), lineage.manifest))  # until 2026-11
         return Checkpoint(path, Progress(lineage=lineage, **raw), states, settings_yaml)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, yaml.YAMLError) as error:
         reason = f"{error.args[0]!r} is missing in it" if isinstance(error, KeyError) else str(error)

@@ -38,6 +38,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "coverage/samples": ("samples", "trained on in the epoch that ended, by all ranks"),
     "coverage/expected": ("samples", "of that epoch, by the manifest and the plan"),
     "coverage/replaced": ("samples", "of these: damaged, another stood in"),
+    "coverage/changed": ("1", "1: the order was changed within the epoch (--accept-changes), which is not proved"),
     "coverage/ok": ("1", "1: each sample exactly as often as planned, by count and hash; 0: the run stops"),
     "val/loss": ("nats", "mean cross-entropy over the split, without smoothing or weights"),
     "val/accuracy": ("1", "part of the split that is right"),
