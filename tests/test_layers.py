@@ -46,6 +46,7 @@ ROOMS = [
     "train",
     "commands",
     "cli",
+    "__main__",
 ]
 MOST_MODULES = 16  # in a folder
 

@@ -1,4 +1,4 @@
-"""The command `wasteddp`: everything but training itself, which is `accelerate launch wasteddp/train.py`.
+"""The command `wasteddp`.
 
 The commands are in `commands`, each a parser and a function; the function imports what it needs, so that help is
 instant and torch-free.
@@ -7,29 +7,32 @@ instant and torch-free.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
 
 from wasteddp import __version__
-from wasteddp.commands import models, preparing, shard, shard_sets, watching
+from wasteddp.commands import models, preparing, shard, shard_sets, train, watching
 from wasteddp.errors import EXIT_FINISHED, WastedError, exit_with
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="wasteddp", description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(prog="wasteddp", description="Sharding, training and deciding: images of waste.")
     top.add_argument("--version", action="version", version=f"wasteddp {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for room in (shard, shard_sets, preparing, models, watching):
+    for room in (shard, shard_sets, preparing, train, models, watching):
         room.add(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; a `WastedError` becomes its message and exit code 2."""
-    arguments = parser().parse_args(argv)
+    top = parser()
+    _suggest(top, sys.argv[1:] if argv is None else argv)
+    arguments = top.parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or EXIT_FINISHED
     except WastedError as error:
         exit_with(error)
     except BrokenPipeError:  # `wasteddp ... | head`: the reader has seen enough
@@ -38,7 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return EXIT_FINISHED
+
+
+def _suggest(top: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Exit with the nearest command where the first word is not one."""
+    names = next(action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    if argv and not argv[0].startswith("-") and argv[0] not in names:
+        near = difflib.get_close_matches(argv[0], names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(names)}"
+        top.error(f"there is no command {argv[0]!r}; {hint}")
 
 
 if __name__ == "__main__":

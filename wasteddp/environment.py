@@ -26,6 +26,11 @@ _PACKAGES = (
 )
 
 
+def launched(name: str, default: int) -> int:
+    """Return a number that a launcher sets, such as WORLD_SIZE; the default where it is not set, or empty."""
+    return int(os.environ.get(name) or default)
+
+
 def describe() -> dict[str, Any]:
     """Plain values; no host name, user or path: a run folder is passed on."""
     return {

@@ -31,6 +31,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 EXIT_FINISHED = 0
 EXIT_USER_ERROR = 2
@@ -156,7 +157,7 @@ def storage(doing: str, path: str | Path) -> Iterator[None]:
         raise StorageError(f"{doing}: {reason}: {where}", f"{path} cannot be used as it is", remedy) from error
 
 
-def exit_with(error: WastedError, *, speak: bool = True) -> None:
+def exit_with(error: WastedError, *, speak: bool = True) -> NoReturn:
     """Ends the process with the message and code 2; `speak` is false on all ranks but the one that tells the user."""
     if speak:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """Trains a ResNet on a shard set: the program, to be read from top to bottom.
 
-    accelerate launch wasteddp/train.py --config configs/resnet50.yaml                              a CPU or one GPU
-    accelerate launch --multi_gpu wasteddp/train.py --config configs/resnet50.yaml                  the GPUs of a node
-    accelerate launch --config_file launch/accelerate/cpu2.yaml wasteddp/train.py --config ...      two CPU processes
-    sbatch slurm/train.sh --config configs/resnet50.yaml                                            a cluster
+    wasteddp train --config configs/resnet50.yaml                                    the GPUs of a machine, or its CPU
+    accelerate launch wasteddp/train.py --config configs/resnet50.yaml               a CPU or one GPU
+    accelerate launch --multi_gpu wasteddp/train.py --config configs/resnet50.yaml   the GPUs of a machine
+    sbatch slurm/train.sh --config configs/resnet50.yaml                             a cluster
 
     --set section.key=value    any setting, as often as wanted
     --resume auto|never|PATH   auto, the default: the newest whole checkpoint of run.out, else from the beginning
@@ -31,12 +31,13 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Run as a file, Python looks for modules in this folder first: put the checkout in its place.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from wasteddp.training import arguments as command_line
 from wasteddp.training.watchdog import signals
 
 if __name__ == "__main__":
     signals.install()  # before torch is imported: that takes seconds in which a signal would kill
+    command_line.parser(__doc__).parse_args()  # as well: a wrong argument is reported at once
 
-import argparse
 import contextlib
 from collections.abc import Sequence
 
@@ -55,7 +56,7 @@ from wasteddp.training.watchdog.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = command_line.parser(__doc__).parse_args(argv)
     watch = Watchdog.from_environment()
     try:
         settings = settings_file.load(arguments.config, arguments.set)
@@ -126,18 +127,6 @@ def train(
             if run.ends(progress, due):
                 break
         return run.finish(progress)  # all ranks
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="wasteddp/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, metavar="YAML")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH")
-    parser.add_argument("--accept-changes", default="", metavar="NAME,...")
-    parser.add_argument("--check", action="store_true")
-    return parser
 
 
 if __name__ == "__main__":

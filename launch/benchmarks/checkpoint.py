@@ -49,7 +49,7 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     from wasteddp.training.optimization import optimizers
 
     world = runtime.start(settings)
-    model, _ = build_model.make_network(settings, world, 6)
+    model, _ = build_model.make_network(settings, world, tuple("abcdef"))
     optimizer = optimizers.build(model, settings.optimizer)
     model(torch.randn(2, 3, 64, 64, device=world.device)).sum().backward()
     optimizer.step()  # so that it has a state

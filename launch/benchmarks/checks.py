@@ -64,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> None:
         config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
     )
     world = runtime.start(settings)
-    model, _ = build_model.make_network(settings, world, _CLASSES)
+    model, _ = build_model.make_network(settings, world, [str(number) for number in range(_CLASSES)])
     optimizer = optimizers.build(model, settings.optimizer)
     ddp, stepper = world.prepare(model, optimizer)
     size, px = settings.train.max_micro_batch or world.micro_batch, settings.data.image_size

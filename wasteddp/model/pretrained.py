@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,22 @@ def initialise(model: nn.Module, arch: str, weights: str) -> str:
         state, source = _imagenet(arch)
     else:
         state, source = _local(Path(weights)), weights
+    load_backbone(model, arch, state, source)
+    return f"weights from {source}, fresh head"
+
+
+def load_backbone(model: nn.Module, arch: str, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load all weights but the head's.
+
+    Args:
+        model: from `resnet.build`.
+        arch: its name, for the message.
+        state: tensors by their names in torchvision.
+        source: where they come from, for the message.
+
+    Raises:
+        WeightsError: the weights are those of another network.
+    """
     backbone = {key: value for key, value in state.items() if not key.startswith(_HEAD)}
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(_HEAD)}
     wrong = sorted(
@@ -51,7 +67,23 @@ def initialise(model: nn.Module, arch: str, weights: str) -> str:
             f"give weights of torchvision's {arch}, or set model.arch to the network that they belong to",
         )
     model.load_state_dict(backbone, strict=False)
-    return f"weights from {source}, fresh head"
+
+
+def load_head(model: nn.Module, state: Mapping[str, torch.Tensor], *, old: Sequence[str], new: Sequence[str]) -> int:
+    """Load the head's rows of the classes that both networks know; the others stay fresh. Return their number.
+
+    Args:
+        state: of a network of the same architecture, with "fc.weight" [K_old, features] and "fc.bias" [K_old].
+        old: its K_old classes.
+        new: the classes of `model`.
+    """
+    known = [(number, old.index(name)) for number, name in enumerate(new) if name in old]
+    own = model.state_dict()
+    with torch.no_grad():
+        for name in (f"{_HEAD}weight", f"{_HEAD}bias"):
+            for to, of in known:
+                own[name][to] = state[name][of]
+    return len(known)
 
 
 def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:

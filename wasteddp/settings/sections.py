@@ -188,7 +188,8 @@ class Model(_Section):
     arch: str = "resnet50"
     """Any ResNet of torchvision by its name there: resnet18, resnet50, resnext50_32x4d, wide_resnet50_2, ..."""
     weights: str = "imagenet"
-    """imagenet: torchvision's default weights; none: random; or the path of a .safetensors or .pth file."""
+    """imagenet: torchvision's default weights; none: random; or the path of a .safetensors or .pth file, or of a run,
+    whose head is taken too for the classes that both have."""
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "backbone"] = "none"
     """Not trained: everything up to and including that stage. Frozen BatchNorm keeps its statistics."""
     unfreeze_every_epochs: NotNegative = 0.0

@@ -18,7 +18,6 @@ from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
-import webdataset
 
 from wasteddp.data.manifest import INDEX_DTYPE, Shard
 from wasteddp.errors import ShardError, StorageError, storage
@@ -217,13 +216,13 @@ def _write_shard(
     name = _name(split, shard_number)
     tar, temporary = folder / f"{name}.tar", folder / f"{name}.tar.tmp"
     records: list[tuple[int, int, int, bytes]] = []
+    import webdataset  # here, since it imports torch: a mistake in the arguments is reported before that
+
     try:
         with storage("writing a shard", folder), temporary.open("wb") as file:
             hashing = _HashingFile(file)
             writer = webdataset.TarWriter(hashing, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE)
-            writer.tarstream.format = (
-                tarfile.USTAR_FORMAT
-            )  # one block a header; TarWriter forgets to pass its default on
+            writer.tarstream.format = tarfile.USTAR_FORMAT  # one block a header; TarWriter does not pass its default on
             try:
                 for sample in samples:
                     # The writer sorts members by name: jpg comes before json, right after its header of one block.

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wasteddp import environment
 from wasteddp.errors import EXIT_USER_ERROR, LaunchError, SettingsError, WastedError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         return watch.failed(error)
     finally:
         watch.close()
-    if os.environ.get("RANK", "0") == "0":
+    if environment.launched("RANK", 0) == 0:
         if arguments.json:
             print(finding.to_json(findings))
         else:
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parser.parse_args(argv))
     except WastedError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if environment.launched("RANK", 0) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
 

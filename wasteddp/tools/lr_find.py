@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -130,7 +129,7 @@ def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Fou
         LaunchError: several processes.
         WastedError: what a training would raise at its start.
     """
-    if (num := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (num := environment.launched("WORLD_SIZE", 1)) > 1:
         raise LaunchError(
             f"lr-find was started as {num} processes",
             "each would do the same test and write the same files",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
 from wasteddp.model import ema, pretrained, resnet
-from wasteddp.settings import Settings
+from wasteddp.settings import Model, Settings
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import compilation
 from wasteddp.training.distributed.placement import place
@@ -39,7 +42,7 @@ def build(settings: Settings, world: Runtime, data: Inputs) -> Built:
         SettingsError, WeightsError: on every rank: no such network, or its weights or a compiler cannot be had.
     """
     world = compilation.choose(settings, world, data.plan)  # all ranks
-    model, origin = make_network(settings, world, len(data.manifest.classes))  # all ranks
+    model, origin = make_network(settings, world, data.manifest.classes)  # all ranks
     optimizer = optimizers.build(model, settings.optimizer)
     recipe = Recipe(settings, world, data, model)  # all ranks
     ddp, stepper = world.prepare(model, optimizer)  # all ranks
@@ -47,7 +50,7 @@ def build(settings: Settings, world: Runtime, data: Inputs) -> Built:
     return Built(world, model, ddp, optimizer, stepper, recipe, average, origin)
 
 
-def make_network(settings: Settings, world: Runtime, num_classes: int) -> tuple[nn.Module, str]:
+def make_network(settings: Settings, world: Runtime, classes: Sequence[str]) -> tuple[nn.Module, str]:
     """All ranks: the network on the device, frozen as set; and where its weights come from, for the log.
 
     Raises:
@@ -56,7 +59,22 @@ def make_network(settings: Settings, world: Runtime, num_classes: int) -> tuple[
     model = settings.model
     torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
     with world.together():
-        network = resnet.build(model.arch, num_classes, zero_init=model.zero_init_residual)
-        origin = pretrained.initialise(network, model.arch, model.weights)
+        network = resnet.build(model.arch, len(classes), zero_init=model.zero_init_residual)
+        origin = _load_weights(network, model, classes)
     resnet.freeze(network, resnet.frozen_to_the_end(model, settings.train.epochs))
     return place(network, model, device=world.device, world_size=world.world_size, compiles=world.compiles), origin
+
+
+def _load_weights(network: nn.Module, settings: Model, classes: Sequence[str]) -> str:
+    """Load the initial weights. Return where they come from, for the log.
+
+    Of a run or a bundle the head's rows are taken too, class by class.
+    """
+    path = Path(settings.weights)
+    if not any((folder / CARD_NAME).is_file() for folder in (path, path / FOLDER_NAME)):
+        return pretrained.initialise(network, settings.arch, settings.weights)
+    card, state = load_bundle(path)
+    pretrained.load_backbone(network, settings.arch, state, str(path))
+    known = pretrained.load_head(network, state, old=card.classes, new=classes)
+    fresh = "" if known == len(classes) else f", {len(classes) - known} fresh"
+    return f"the model of {path} (step {card.trained.step}), its head for {known} of {len(classes)} classes{fresh}"

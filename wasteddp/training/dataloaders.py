@@ -7,7 +7,6 @@ Legend: R ranks. All of it is arithmetic on the plan; a local set never asks for
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from wasteddp import environment
 from wasteddp.data.batch import Batch
 from wasteddp.data.dataset import Needs, open_dataset
 from wasteddp.data.decoding.pool import DecodeServer
@@ -258,6 +258,6 @@ class CacheForecast:
 
 def ranks_here(rank: int, world_size: int) -> range:
     """The ranks of this machine, as launchers number them: side by side."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size > 1 else 1
-    first = rank - int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else 0
+    here = environment.launched("LOCAL_WORLD_SIZE", 1) if world_size > 1 else 1
+    first = rank - environment.launched("LOCAL_RANK", 0) if world_size > 1 else 0
     return range(first, first + here)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +63,7 @@ def mark_resumable(out: Path) -> None:
 
 def stopped_before_it_began(settings: Settings, *, is_check: bool) -> int:
     """What a signal leaves while the shard set is still waited for: no step is lost. Returns the exit code."""
-    if os.environ.get("RANK", "0") == "0":
+    if environment.launched("RANK", 0) == 0:
         print(messages.stopped_before_it_began(STOP.signal_name), flush=True)
         out = Path(settings.run.out)
         try:
@@ -80,11 +79,11 @@ def stopped_before_it_began(settings: Settings, *, is_check: bool) -> int:
 def rehearse(settings: Settings) -> Iterator[Settings]:
     """The same run in a folder beside run.out that is removed: same disk, same permissions, nothing left."""
     out = f"{settings.run.out}.check"
-    if os.environ.get("RANK", "0") == "0":  # before it joins the others: a check that was killed may have left one
+    if environment.launched("RANK", 0) == 0:  # before it joins the others: a check that was killed may have left one
         shutil.rmtree(out, ignore_errors=True)
     track = settings.track.model_copy(update={"wandb": "disabled"})
     try:
         yield settings.model_copy(update={"run": settings.run.model_copy(update={"out": out}), "track": track})
     finally:
-        if os.environ.get("RANK", "0") == "0":
+        if environment.launched("RANK", 0) == 0:
             shutil.rmtree(out, ignore_errors=True)

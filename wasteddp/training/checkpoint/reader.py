@@ -140,7 +140,7 @@ def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Che
 
     Args:
         folder: `runs/<name>/checkpoints`.
-        resume: "auto", "never" or a checkpoint's path.
+        resume: "auto", "never", or the path of a checkpoint or of a run.
         say: takes a line for each checkpoint that is passed over.
 
     Raises:
@@ -157,7 +157,7 @@ def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Che
                 f"set run.out to a new folder, or remove {folder.parent} yourself, or use --resume auto to go on",
             )
         return None
-    asked = read(Path(resume))
+    asked = _asked(Path(resume), say)
     if not there or asked.progress.step >= step_of(there[-1]):
         return asked
     if asked.path.resolve().parent == folder.resolve():
@@ -170,14 +170,24 @@ def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Che
     return newest(folder, say)
 
 
+def _asked(path: Path, say: Callable[[str], None]) -> Checkpoint:
+    """A checkpoint, or the newest whole one of a run's folder or of its folder of checkpoints."""
+    for folder in (path / FOLDER, path):
+        if found := newest(folder, say):
+            return found
+    return read(path)
+
+
 def kept_choices(run: Path, resume: str) -> Kept:
     """What was chosen on the machine that began the run, from the checkpoint that a start will probably go on from.
 
     It is not checked here, since the processes have not met: `starting_point` is what proves it and reports.
     """
     paths = [] if resume == "never" else listed(run / FOLDER)
-    if resume not in ("never", "auto") and not (paths and _step_in(paths[-1]) > _step_in(Path(resume))):
-        paths.append(Path(resume))  # else the run has gone on from there already
+    if resume not in ("never", "auto"):
+        asked = [Path(resume), *listed(Path(resume)), *listed(Path(resume) / FOLDER)][-1]
+        if not (paths and _step_in(paths[-1]) > _step_in(asked)):
+            paths.append(asked)  # else the run has gone on from there already
     for path in reversed(paths):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             raw = json.loads((path / PROGRESS).read_bytes())

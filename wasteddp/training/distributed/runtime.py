@@ -21,6 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, parse_flag_from_env
 from torch import nn
 
+from wasteddp import environment
 from wasteddp.data.batch import Batch
 from wasteddp.errors import LaunchError, WastedError
 from wasteddp.order.plan import micro_batch
@@ -194,7 +195,7 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
     in_order = settings.run.deterministic
     if in_order:
         determinism.demand(compiles=settings.model.compile is True)  # before anything is computed on a GPU
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = environment.launched("WORLD_SIZE", 1)
     is_gpu = has_gpu()
     precision.refuse_impossible(settings.precision, has_gpu=is_gpu)
     # Solved before the group is joined: a wrong number of processes then ends at once, everywhere.

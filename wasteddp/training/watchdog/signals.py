@@ -23,7 +23,7 @@ EXIT_AT_ONCE = 128 + signal.SIGINT  # what a shell expects of an interrupted pro
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # Each launcher sets one; without a launcher the parent may be a shell, whose end is none of our business (nohup).
-_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "WASTEDDP_LAUNCHER")
 
 
 @dataclass(slots=True)

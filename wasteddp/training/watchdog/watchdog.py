@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from wasteddp import environment
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, WastedError
 from wasteddp.settings import Settings
 from wasteddp.training.watchdog import failures, hard_exit
@@ -71,7 +72,7 @@ class Watchdog:
     def from_environment(cls) -> Watchdog:
         """Of a process that a launcher started, or of the only one."""
         host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world_size = environment.launched("RANK", 0), environment.launched("WORLD_SIZE", 1)
         known = world_size > 1 and host and port.isdigit()
         return cls(rank, world_size, address=(host, int(port)) if known else None)
 
