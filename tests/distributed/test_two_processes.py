@@ -84,7 +84,7 @@ def test_a_launch_that_accelerate_cannot_join_is_one_message(small_shards: Path,
         timeout=120,
     )
     assert alone.returncode == 2
-    assert "error: the 2 processes that were launched cannot be joined" in alone.stderr
+    assert "error: the 2 launched processes cannot be joined" in alone.stderr
 
 
 def remote_config(folder: Path, url: str, *overrides: str) -> list[str]:

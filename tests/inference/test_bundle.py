@@ -1,4 +1,4 @@
-"""A bundle is loaded as it was saved, or refused with a message that says why; a kill never leaves a mixture."""
+"""A bundle is loaded as it was saved, or refused with the reason. A kill never leaves a mixture of two bundles."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_kill_while_saving_leaves_the_old_bundle_or_the_new_one(
 
     with monkeypatch.context() as patched:
         patched.setattr(bundle, "write_atomically", write_or_die)
-        if written_before_the_kill == 2:  # both are written: die before the old weights are removed
+        if written_before_the_kill == 2:  # both files are written: die before the old weights are removed
             patched.setattr(Path, "unlink", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             save_bundle(tmp_path, newer_card, newer_state)
@@ -101,7 +101,7 @@ def test_a_kill_while_saving_leaves_the_old_bundle_or_the_new_one(
     else:
         assert card.trained.step == 240
         assert same(state, newer_state)
-    saved = save_bundle(tmp_path, newer_card, newer_state)  # the next save sweeps up what the kill left
+    saved = save_bundle(tmp_path, newer_card, newer_state)  # the next save removes what the kill left
     assert sorted(path.name for path in tmp_path.iterdir()) in (
         [saved.weights_name, "model.json"],
         [saved.weights_name, "model.json", "model.json.tmp"],
@@ -110,7 +110,7 @@ def test_a_kill_while_saving_leaves_the_old_bundle_or_the_new_one(
 
 
 def test_a_card_of_version_1_is_read(tmp_path: Path) -> None:
-    """It has no teacher."""
+    """Version 1 has no teacher."""
     saved = save_bundle(tmp_path, CARD, SMALL)
 
     def older(content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The same image gets the same probabilities, bit for bit, whatever else is asked at the same time."""
+"""An image gets the same probabilities, bit for bit, with any other images in its batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def classifier(folder: Path) -> Classifier:
 
 
 def slowly(views: list[ImageHWC], temperature: float = 1.0) -> np.ndarray:
-    """Softmax of the bare model's logits, an image at a time, in float64."""
+    """Return the softmax of the bare model's logits, one image at a time, in float64."""
     model = build("resnet18", 3).double().eval()
     model.load_state_dict(random_weights())
     rows = []
@@ -53,7 +53,9 @@ def test_probabilities_are_the_softmax_of_the_models_logits(classifier: Classifi
     found = classifier.probabilities(views)
     assert found.dtype == np.float32
     assert found == pytest.approx(slowly(views), abs=1e-4)
-    assert len({row.tobytes() for row in found}) == 3, "this model says the same to all images: it would prove nothing"
+    assert len({row.tobytes() for row in found}) == 3, (
+        "this model gives all images the same output: the test would prove nothing"
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, BATCH_SIZE_CPU - 1, BATCH_SIZE_CPU, BATCH_SIZE_CPU + 1, 2 * BATCH_SIZE_CPU])
@@ -83,7 +85,7 @@ def test_test_time_augmentation_is_the_mean_of_the_flips_probabilities(
     expected = np.mean([slowly([np.flip(view, axes) for view in views]) for axes in flips], axis=0)
     found = Classifier.load(folder, device="cpu", tta=tta).probabilities(views)
     assert found == pytest.approx(expected, abs=1e-4)
-    assert np.abs(found - slowly(views)).max() > 1e-3, "the flips make no difference: it would prove nothing"
+    assert np.abs(found - slowly(views)).max() > 1e-3, "the flips make no difference: the test would prove nothing"
 
 
 def test_with_all_flips_an_image_upside_down_gets_the_same_answer_to_the_last_bit(folder: Path) -> None:
@@ -91,7 +93,9 @@ def test_with_all_flips_an_image_upside_down_gets_the_same_answer_to_the_last_bi
     views = random_views(BATCH_SIZE_CPU + 1)
     answers = classifier.probabilities(views)
     for axes in ((0,), (1,), (0, 1)):
-        flipped = [np.ascontiguousarray(np.flip(view, axes)) for view in reversed(views)]  # in other company, too
+        flipped = [
+            np.ascontiguousarray(np.flip(view, axes)) for view in reversed(views)
+        ]  # also with other images in the batch
         assert classifier.probabilities(flipped)[::-1].tobytes() == answers.tobytes()
 
 
@@ -124,7 +128,7 @@ def test_a_diverged_model_is_refused_instead_of_naming_the_first_class(tmp_path:
     state = random_weights()
     state["fc.bias"][1] = float("nan")
     save_bundle(tmp_path, CARD, state)
-    with pytest.raises(BundleError, match="answers with numbers that are not finite"):
+    with pytest.raises(BundleError, match="the model's outputs are not finite"):
         Classifier.load(tmp_path, device="cpu").probabilities(random_views(1))
 
 

@@ -1,4 +1,4 @@
-"""An evaluation counts its split exactly once, says what it measured on, and refuses what would make it wrong."""
+"""An evaluation counts its split exactly once, records what it measured on, and refuses input that would falsify it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FILES = ["confusion.csv", "confusion.png", "metrics.json", "predictions.csv"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run beside its images and shards, for tests that do not change them."""
+    """A run next to its images and shards, for tests that do not change them."""
     return write_run(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed."""
+    """A copy of `finished` that a test may change."""
     for name in ("run", "shards"):
         shutil.copytree(finished.parent / name, tmp_path / name, ignore=shutil.ignore_patterns("evaluations"))
     (tmp_path / "run" / "settings.yaml").write_text(f"data: {{shards: {tmp_path / 'shards'}}}\n")
@@ -65,8 +65,8 @@ def change_manifest(shards: Path, change: Callable[[dict[str, Any]], object]) ->
     (shards / "manifest.json").write_text(json.dumps(content))
 
 
-def overwrite_image(shards: Path, content: bytes, *, mend_index: bool) -> str:
-    """Puts `content` over the first bytes of the test split's third image; returns the tar's name."""
+def overwrite_image(shards: Path, content: bytes, *, fix_index: bool) -> str:
+    """Write `content` over the first bytes of the test split's third image. Return the tar's name."""
     manifest = json.loads((shards / "manifest.json").read_text())
     shard = manifest["splits"]["test"]["shards"][0]
     index = np.frombuffer((shards / shard["index"]).read_bytes(), INDEX_DTYPE).copy()
@@ -76,7 +76,7 @@ def overwrite_image(shards: Path, content: bytes, *, mend_index: bool) -> str:
         tar.write(content)
         tar.seek(offset)
         index[2]["sha256"] = np.frombuffer(hashlib.sha256(tar.read(length)).digest(), np.uint8)
-    if mend_index:
+    if fix_index:
         (shards / shard["index"]).write_bytes(index.tobytes())
         digest = hashlib.sha256(index.tobytes()).hexdigest()
         change_manifest(shards, lambda m: m["splits"]["test"]["shards"][0].update(index_sha256=digest))
@@ -112,9 +112,9 @@ def test_an_evaluation_says_what_the_model_says_of_each_image_alone(
         ["true \\ predicted", *CLASSES],
         *([n, *map(str, r)] for n, r in zip(CLASSES, confusion, strict=True)),
     ]
-    with Image.open(folder / "confusion.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 300
+    with Image.open(folder / "confusion.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 300
 
     output = capsys.readouterr().out
     assert f"{10 * np.trace(confusion):.1f} % ({np.trace(confusion)} of 10)" in output
@@ -174,7 +174,7 @@ def test_a_kill_while_saving_leaves_no_metrics_beside_files_of_another_evaluatio
 
 
 def test_a_flipped_byte_stops_the_evaluation_with_the_samples_name(run: Path, refused: Callable[..., str]) -> None:
-    tar = overwrite_image(run.parent / "shards", b"\xff\xd8\xff\xe0flip", mend_index=False)
+    tar = overwrite_image(run.parent / "shards", b"\xff\xd8\xff\xe0flip", fix_index=False)
     message = refused(run)
     assert f"{tar}, sample 2 at byte" in message
     assert "do not have the sha256 of the index" in message
@@ -183,7 +183,7 @@ def test_a_flipped_byte_stops_the_evaluation_with_the_samples_name(run: Path, re
 def test_an_image_that_cannot_be_decoded_stops_the_evaluation_with_its_source(
     run: Path, refused: Callable[..., str]
 ) -> None:
-    tar = overwrite_image(run.parent / "shards", b"no image at all", mend_index=True)
+    tar = overwrite_image(run.parent / "shards", b"no image at all", fix_index=True)
     message = refused(run)
     assert re.search(rf"{tar}, sample 2 at byte \d+ \(test/\w+/\d\.jpg\) cannot be used: unreadable", message)
     assert "would not cover the whole split" in message
@@ -220,7 +220,7 @@ def test_shards_come_from_the_settings_unless_they_are_named(run: Path, refused:
     (run / "settings.yaml").write_text("data: {shards: nowhere/at/all}\n")
     assert "there is no folder nowhere/at/all" in refused(run)
     (run / "settings.yaml").write_text("model: {}\n")
-    assert "does not say where its shards are (data.shards): 'data'" in refused(run)
+    assert "does not name its shards (data.shards): 'data'" in refused(run)
     (run / "settings.yaml").unlink()
     message = refused(run)
     assert "there is no" in message

@@ -1,4 +1,4 @@
-"""The confusion matrix is drawn for any number of classes and any names, without a warning."""
+"""A confusion matrix is drawn for any number of classes and any names, without a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prediction takes files, folders and globs, goes past what it cannot read, and answers as evaluation does."""
+"""Prediction accepts files, folders and globs, skips unreadable files, and gives the same results as evaluation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORKERS = Workers(2)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle alone: no run, no settings, no shards."""
+    """Only a bundle: no run, no settings, no shards."""
     folder = tmp_path_factory.mktemp("bundle")
     save_bundle(folder, CARD, random_weights())
     return folder
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Four images in three folders, and what is to be passed over."""
+    """Four images in three folders, and files that must be skipped."""
     folder = tmp_path / "photos"
     for seed, name in enumerate(("b.jpg", "a.PNG", "deep/er/c.webp", "deep/d.bmp")):
         write_image(folder / name, seed)
@@ -108,13 +108,13 @@ def test_a_path_with_nothing_under_it_is_refused_before_the_first_image(photos: 
         find_images([str(photos), str(photos / path)])
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- predictions ------------------------------------------------------------------------------------------------------
 
 
 def test_prediction_and_evaluation_say_the_same_to_the_last_bit(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     assert main(["evaluate", str(run)]) == 0
-    # another order and other company in the batches than in the shards
+    # the order and the batches differ from those of the shards
     assert main(["predict", str(run), str(tmp_path / "images"), "--csv", str(tmp_path / "out.csv")]) == 0
     predicted = {row["path"]: [row[f"p_{name}"] for name in CLASSES] for row in read_csv(tmp_path / "out.csv")}
     evaluated = read_csv(run / "evaluations" / "test" / "predictions.csv")
@@ -204,7 +204,7 @@ def test_the_same_pixels_get_the_same_answer_from_every_lossless_format(model: P
     assert found["a.gif"] == found["palette.png"]
 
 
-# --- what cannot be read ----------------------------------------------------------------------------------------------
+# --- unreadable files -------------------------------------------------------------------------------------------------
 
 
 def test_unreadable_files_are_listed_at_the_end_and_stop_nothing(
@@ -214,7 +214,7 @@ def test_unreadable_files_are_listed_at_the_end_and_stop_nothing(
     (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:-200])
     (photos / "text.png").write_text("hello")
     (photos / "gone.jpg").symlink_to(photos / "nowhere.jpg")
-    os.mkfifo(photos / "pipe.jpg")  # opening it would wait for ever
+    os.mkfifo(photos / "pipe.jpg")  # opening it would block forever
     out = [str(photos / "out.csv"), str(photos / "out.json")]
     assert main(["predict", str(model), str(photos), "--csv", out[0], "--json", out[1]]) == 0
     output = capsys.readouterr().out

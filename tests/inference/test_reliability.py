@@ -1,4 +1,4 @@
-"""What a split's answers say adds up over processes, and is what a plain loop finds."""
+"""Mistakes and reliability are merged over processes, and equal the results of a plain loop."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_reliability_is_that_of_a_plain_loop(num: int, seed: int) -> None:
         assert (found.counts[number], found.correct[number]) == (len(inside), right)
         gap += abs(right - sum(float(answers.confidence[i]) for i in inside))
     assert found.calibration_error == pytest.approx(gap / num)
-    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert sum(one["count"] for one in told["bins"]) == num
+    record = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert sum(one["count"] for one in record["bins"]) == num
 
 
 def test_the_surest_mistakes_and_the_worst_ones_are_two_orders() -> None:

@@ -1,4 +1,4 @@
-"""A report shows what the run's files say, all of it in one small file, and names what it could not show."""
+"""A report is one small file that shows the data of the run's files and names what it could not show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wasteddp.report import background
 from wasteddp.report.page import write_report
 from wasteddp.report.run_record import bucket_means, kept_rows, log_ticks, ticks
 
-pytestmark = pytest.mark.usefixtures("reports")  # a report is written by the program itself
+pytestmark = pytest.mark.usefixtures("reports")  # the reports fixture lets trainings write reports
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed."""
+    """A copy of `finished` that a test may change."""
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
@@ -73,7 +73,7 @@ def test_the_figures_are_those_of_the_evaluation(finished: Path) -> None:
     assert table is not None
     cells = [[int(cell or 0) for cell in re.findall(r"<td[^>]*>(\d*)</td>", row)] for row in table[1].split("</tr>")]
     assert cells[:3] == record["confusion"]
-    assert f"{record['num_correct']} right, {10 - record['num_correct']} wrong" in page
+    assert f"{record['num_correct']} correct, {10 - record['num_correct']} wrong" in page
     assert f"{100 * record['accuracy_low']:.1f} to {100 * record['accuracy_high']:.1f}" in page
     assert page.count('src="data:image/jpeg;base64,') == record["num_samples"] - record["num_correct"] > 0
     for mistake in record["surest_mistakes"]:
@@ -95,7 +95,7 @@ def test_lineage_settings_starts_and_state_are_told(finished: Path) -> None:
     card = json.loads((finished / "model" / "model.json").read_text())
     for digest in card["hashes"].values():
         assert digest in page
-    assert "the set that lies there now" in page
+    assert "the same set is there now" in page
     assert re.search(r"<td>2</td><td>51 to 100</td>", page)
     assert "not finished" in page
     assert "5 of 0 epochs" not in page
@@ -121,11 +121,11 @@ def test_what_cannot_be_shown_is_named(run: Path) -> None:
         file.write('{"step": 101, "tra')
     page = page_of(run)
     assert "There is no evaluation yet" in page
-    assert "1 line(s) of metrics.jsonl are no rows" in page
+    assert "1 line(s) of metrics.jsonl are not rows" in page
     assert "there is no folder /nowhere" in page
     assert "environment.json cannot be read" in page
     (run / "settings.yaml").write_text("data: {shards: 's3://bucket/set'}\n")
-    assert "the shard set is behind a URL, and a page fetches nothing" in page_of(run)
+    assert "the shard set is at a URL, and a report fetches nothing" in page_of(run)
     assert "has no model/model.json yet" in page
 
 
@@ -136,14 +136,14 @@ def test_images_of_another_shard_set_are_not_shown(run: Path, finished: Path, tm
     (run / "settings.yaml").write_text(f"data: {{shards: {tmp_path / 'shards'}}}\n")
     page = page_of(run)
     assert "data:image/jpeg" not in page
-    assert "is another shard set now than the one that was evaluated" in page
-    assert "ANOTHER set lies there now" in page
+    assert "is no longer the shard set that was evaluated" in page
+    assert "ANOTHER set is there now" in page
 
 
 def test_figures_of_an_earlier_model_are_marked(run: Path) -> None:
     path = run / "evaluations" / "test" / "metrics.json"
     path.write_text(re.sub(r'"weights": "\w+"', '"weights": "00"', path.read_text()))
-    assert "These figures are of an earlier model" in page_of(run)
+    assert "These metrics are of an earlier model" in page_of(run)
 
 
 def test_names_cannot_write_the_page(run: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_hundred_thousand_rows_make_a_small_page_that_keeps_their_extremes(run
     assert max(loss["values"]) == 40.0
     assert min(loss["values"]) == pytest.approx(min(row["train/loss"] for row in rows), rel=1e-5)
     assert (loss["steps"][0], loss["steps"][-1]) == (1, 100_000)
-    assert "Of 100,000 rows the smallest and the largest of each of 400 parts are drawn." in page
+    assert "Of 100,000 rows, the smallest and the largest of each of 400 parts are drawn." in page
     by_step = {row["step"]: row["train/loss"] for row in rows}
     assert loss["values"] == pytest.approx([by_step[step] for step in loss["steps"]], rel=1e-5)
 
@@ -205,7 +205,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["report", *[str(tmp_path)] * 9])
-    assert "8 at most can be told apart" in capsys.readouterr().err
+    assert "one chart can show at most 8" in capsys.readouterr().err
 
 
 def test_a_report_that_fails_or_takes_too_long_is_said_and_not_raised(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""A report in a real browser: no error, no request, nothing cut off, and the figures under the pointer.
+"""A report in a real browser: no errors, no requests, nothing cut off, and the values under the pointer.
 
-Skipped where there is no Chromium: `apt-get install chromium` (or set CHROMIUM to another one's path).
+Skipped without Chromium: run `apt-get install chromium`, or set CHROMIUM to the path of another Chromium.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_the_page_opens_without_an_error_or_a_request_and_fits(
     assert page.title() == "run"
     assert page.locator("svg").count() >= 7
     assert page.get_by_text("Surest mistakes").is_visible()
-    if script:  # evaluating needs one
+    if script:  # `evaluate` needs JavaScript
         root = "document.documentElement"
         assert page.evaluate(f"{root}.scrollWidth") <= width, "the page is wider than the screen"
         broken = "[...document.images].filter((image) => !image.complete || !image.naturalWidth).length"

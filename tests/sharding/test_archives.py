@@ -1,4 +1,4 @@
-"""What a folder, zip, tar or CSV is understood to hold."""
+"""Folders, zips, tars and CSVs: which images, classes and splits are read from them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_tar(path: Path, names: list[str], mode: str) -> Path:
 def test_class_folders_are_classes_in_sorted_order(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     layout = understood(image_folder({"metal": 2, "glass": 1}), tmp_path)
     assert layout.classes == ("glass", "metal")
-    assert [p.file.path for p in layout.pictures] == ["glass/glass1.jpg", "metal/metal1.jpg", "metal/metal2.jpg"]
+    assert [p.file.path for p in layout.images] == ["glass/glass1.jpg", "metal/metal1.jpg", "metal/metal2.jpg"]
     assert not layout.is_split
 
 
@@ -48,7 +48,7 @@ def test_class_folders_are_classes_in_sorted_order(image_folder: Callable[..., P
 def test_split_folders_are_splits(image_folder: Callable[..., Path], tmp_path: Path, word: str) -> None:
     layout = understood(image_folder({"train/a": 1, "train/b": 1, f"{word}/a": 1, "test/b": 1}), tmp_path)
     assert layout.classes == ("a", "b")
-    assert sorted((p.split, p.class_name) for p in layout.pictures) == [
+    assert sorted((p.split, p.class_name) for p in layout.images) == [
         ("test", "b"),
         ("train", "a"),
         ("train", "b"),
@@ -59,7 +59,7 @@ def test_split_folders_are_splits(image_folder: Callable[..., Path], tmp_path: P
 def test_wrapping_folders_hidden_files_and_macos_leftovers_are_skipped(tmp_path: Path) -> None:
     names = ["x/y/glass/1.jpg", "x/y/metal/2.jpg", "__MACOSX/x/y/glass/._1.jpg", "x/y/.DS_Store", "x/README.txt"]
     layout = understood(write_zip(tmp_path / "a.zip", names), tmp_path)
-    assert [(p.class_name, p.file.path) for p in layout.pictures] == [
+    assert [(p.class_name, p.file.path) for p in layout.images] == [
         ("glass", "x/y/glass/1.jpg"),
         ("metal", "x/y/metal/2.jpg"),
     ]
@@ -104,7 +104,10 @@ def test_a_changed_zip_member_is_an_os_error_not_other_bytes(tmp_path: Path) -> 
         ({"glass": 2, "metal": 0}, r"1 class folder\(s\) of .* hold no image: metal"),
         ({"glass": 2}, r"has 1 class\(es\): glass"),
         ({"glass": 0, "metal": 0}, r"holds no images \(0 files, 2 folders\)"),
-        ({"train/a": 1, "train/b": 1, "holdout/a": 3}, r"mixes split folders and others: holdout \(3 images\), train"),
+        (
+            {"train/a": 1, "train/b": 1, "holdout/a": 3},
+            r"mixes split folders and other folders: holdout \(3 images\)",
+        ),
     ],
 )
 def test_folders_that_are_no_data_set_are_refused(
@@ -123,7 +126,7 @@ def test_other_classes_than_the_recipe_names_are_refused(image_folder: Callable[
 
 def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"hello world")
-    with pytest.raises(SourceError, match=r"a\.zip is no zip and no tar \(it starts with b'hello '\)"):
+    with pytest.raises(SourceError, match=r"a\.zip is neither a zip nor a tar \(it starts with b'hello '\)"):
         open_source(tmp_path / "a.zip", work_folder=tmp_path)
     with pytest.raises(SourceError, match=r"there is no .*nowhere"):
         open_source(tmp_path / "nowhere", work_folder=tmp_path)
@@ -143,7 +146,7 @@ def test_a_table_gives_labels_and_splits(image_folder: Callable[..., Path], tmp_
         "\ufeffpath,label,split\nimages/x/x1.jpg,a,train\nimages/x/x2.jpg,b,valid\nimages/x/no.jpg,b,test\n"
     )
     source, layout = read_table(table)
-    assert [(p.class_name, p.split) for p in layout.pictures] == [("b", "test"), ("a", "train"), ("b", "val")]
+    assert [(p.class_name, p.split) for p in layout.images] == [("b", "test"), ("a", "train"), ("b", "val")]
     assert source.read("images/x/x1.jpg") == jpeg(1)
     with pytest.raises(FileNotFoundError):
         source.read("images/x/no.jpg")
@@ -153,7 +156,7 @@ def test_a_table_gives_labels_and_splits(image_folder: Callable[..., Path], tmp_
     ("text", "message"),
     [
         ("file,class\n1.jpg,a\n", "has 1 rows and the columns file, class"),
-        ("path,label\n1.jpg,a\n1.jpg,b\n", "line 3: '1.jpg','b','' stands there twice"),
+        ("path,label\n1.jpg,a\n1.jpg,b\n", "line 3: '1.jpg','b','' is listed twice"),
         ("path,label,split\n1.jpg,a,holdout\n", "line 2: .*'holdout' .*unknown split"),
         ("path,label,split\n1.jpg,a,train\n2.jpg,b,\n", "1 of 2 rows have no split"),
     ],

@@ -1,4 +1,4 @@
-"""A set made in parts is, bit for bit, the set that one machine makes."""
+"""A set that is made in parts equals, bit for bit, the set that one machine makes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = Options(shard_mb=0.02, quality=90)
 
 @pytest.fixture
 def images(image_folder: Folder) -> Path:
-    """33 JPEGs of which some must be encoded, some are copies, and one is damaged."""
+    """40 files: 33 JPEGs, images that must be encoded, copies, and one that is damaged."""
     folder = image_folder()
     for number in (1, 2, 3):
         Image.open(folder / "glass" / f"glass{number}.jpg").save(folder / "glass" / f"drawn{number}.png")
@@ -47,7 +47,7 @@ def test_parts_make_the_bytes_of_one_machine(
     make_shards(Job(images, tmp_path / "one" / "set", SMALL), workers=2)
     job = Job(images, tmp_path / "many" / "set", SMALL)
     make_in_parts(job, num_parts)
-    with monkeypatch.context() as patch:  # the last step reads no image and writes no shard: it finds all of it done
+    with monkeypatch.context() as patch:  # the last step reads no image and writes no shard
         patch.setattr("wasteddp.sharding.scan.examine", None)
         patch.setattr(writer, "_write_shard", None)
         manifest = make_shards(job, workers=2)
@@ -93,7 +93,7 @@ def test_the_last_step_does_what_a_part_left_undone(images: Path, tmp_path: Path
         read_part(job, Part(number, 2), workers=1)
     write_part(job, Part(2, 2), workers=1)
     journal = next((job.out / build.WORK_NAME).glob("scan-1*"))
-    journal.write_text("\n".join(journal.read_text().splitlines()[:-1])[:-20])  # cut by a kill
+    journal.write_text("\n".join(journal.read_text().splitlines()[:-1])[:-20])  # truncated by a kill
     make_shards(job, workers=2)
     assert contents(tmp_path / "many" / "set") == contents(tmp_path / "one" / "set")
 
@@ -128,7 +128,7 @@ def test_an_encoder_that_changed_between_reading_and_writing_is_noticed(
     sizes = next((job.out / build.WORK_NAME).glob("sizes*"))
     lines = [json.loads(line) for line in sizes.read_text().splitlines() if line]
     sizes.write_text("".join(json.dumps([*line[:3], line[3] + 60_000]) + "\n" for line in lines))
-    with pytest.raises(ShardError, match=r"-000000\.tar has \d+ samples in .* foreseen were"):
+    with pytest.raises(ShardError, match=r"-000000\.tar has \d+ samples in .* planned were"):
         write_part(job, Part(1, 1), workers=1)
 
 
@@ -138,8 +138,8 @@ def test_the_command_makes_parts(images: Path, tmp_path: Path, capsys: pytest.Ca
         for part in ("1/2", "2/2"):
             assert cli.main([*command, "--part", part, "--stage", stage]) == 0
     said = capsys.readouterr().out
-    assert "part 1/2: 20 of 40 images are read" in said
-    assert "part 2/2: 1 of 3 shards are written" in said
+    assert "part 1/2: 20 of 40 images read" in said
+    assert "part 2/2: 1 of 3 shards written" in said
     assert cli.main(command) == 0
     assert "samples in 3 shard(s)" in capsys.readouterr().out
 

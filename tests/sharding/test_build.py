@@ -1,4 +1,4 @@
-"""Images become a shard set: the same bytes whatever happens on the way, and nothing lost without a word."""
+"""Shard sets are built from images: with the same bytes after any interruption, and without a silent loss."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def read_samples(folder: Path, split: str) -> list[dict[str, object]]:
     tars = sorted(str(path) for path in folder.glob(f"{split}-*.tar"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # WebDataset leaves closing its files to the collector
+        warnings.simplefilter("ignore", ResourceWarning)  # WebDataset leaves its files open until garbage collection
         samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
         gc.collect()
     return [{"key": s["__key__"], "jpg": s["jpg"], **json.loads(s["json"])} for s in samples]
@@ -83,7 +83,7 @@ def test_bytes_do_not_depend_on_workers_times_or_the_kind_of_source(image_folder
         make_shards(Job(source, tmp_path / str(number) / "set", SMALL), workers=number)
         members = contents(tmp_path / str(number) / "set")
         expected = contents(tmp_path / "1" / "set")
-        if source.suffix == ".gz":  # make_archive writes names with ./ in front, which are dropped
+        if source.suffix == ".gz":  # make_archive writes names that start with ./, which is dropped
             assert members.keys() == expected.keys()
         assert members == expected
 
@@ -106,7 +106,7 @@ def test_a_finished_set_is_left_alone_and_another_is_refused_unless_overwritten(
     (out / "notes.txt").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     make_shards(Job(images, out, SMALL), workers=2)
-    assert "already made of these 33 images with these options: nothing to do" in capsys.readouterr().out
+    assert "already made from these 33 images with these options: nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(ShardError, match="finished set of other images or other options"):
         make_shards(Job(images, out), workers=2)
@@ -123,7 +123,7 @@ def test_a_finished_set_that_lost_a_shard_is_not_called_finished(image_folder: F
     images, out = image_folder(), tmp_path / "out"
     make_shards(Job(images, out), workers=2)
     (out / "val-000000.tar").unlink()
-    with pytest.raises(ShardError, match=r"val-000000\.tar or its index is not as it was: 0 bytes"):
+    with pytest.raises(ShardError, match=r"val-000000\.tar or its index is missing or changed: 0 bytes"):
         make_shards(Job(images, out), workers=2)
 
 
@@ -149,7 +149,7 @@ def test_killed_at_any_time_and_started_again_it_ends_with_the_same_bytes(tmp_pa
         (images / KINDS[number % 2] / f"{number}.jpg").write_bytes(jpeg(number))
     make_shards(Job(images, tmp_path / "quiet" / "set", SMALL), workers=2)
     out = tmp_path / "killed" / "set"
-    # Slowed down a little, so that the kill falls into the middle: the images of a test are written in no time.
+    # Slow down reading, so that the kill comes before the end: the images of a test are written in a moment.
     program = (
         "import sys, time; from pathlib import Path\n"
         "from wasteddp.sharding import build\n"
@@ -177,7 +177,7 @@ def test_killed_at_any_time_and_started_again_it_ends_with_the_same_bytes(tmp_pa
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert contents(out) == contents(tmp_path / "quiet" / "set")
     redone = [path for path, stamp in finished_before[1].items() if path.stat().st_mtime_ns != stamp]
-    # a tar that was in place when the kill came, but not yet in the journal, is written again: one a worker at most
+    # a tar that was renamed but not yet recorded at the kill is written again: at most one for each worker
     assert len(redone) <= min(2, len(finished_before[1]) - 1)
 
 
@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_clear_error_and_the_next_start_goes_on(
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(image_folder: Folder, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="making the folder of the set: Not a directory"):
+    with pytest.raises(StorageError, match="creating the folder of the set: Not a directory"):
         make_shards(Job(image_folder(), tmp_path / "file" / "out"), workers=2)
 
 

@@ -1,4 +1,4 @@
-"""Equal images are found by their bytes, images that show the same by their perceptual hashes."""
+"""Copies are found by their bytes, near-duplicates by their perceptual hashes."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from wasteddp.sharding.duplicates import (
     perceptual_hash,
 )
 from wasteddp.sharding.sources.archives import File
-from wasteddp.sharding.sources.layout import Picture
+from wasteddp.sharding.sources.layout import SourceImage
 from wasteddp.sharding.sources.synthetic import draw_image
 
 
-def picture(path: str, class_name: str, split: str = "") -> Picture:
-    return Picture(File(path, 1, ""), class_name, split)
+def image(path: str, class_name: str, split: str = "") -> SourceImage:
+    return SourceImage(File(path, 1, ""), class_name, split)
 
 
 def test_of_equal_images_of_one_class_the_first_is_kept() -> None:
-    pictures = [picture("a/1", "a"), picture("a/2", "a"), picture("a/3", "a")]
-    kept, left_out = leave_out_copies(pictures, [b"x", b"y", b"x"], keep_conflicts=False)
+    images = [image("a/1", "a"), image("a/2", "a"), image("a/3", "a")]
+    kept, left_out = leave_out_copies(images, [b"x", b"y", b"x"], keep_conflicts=False)
     assert kept == [0, 1]
     assert [(left.source, left.reason) for left in left_out] == [("a/3", "duplicate")]
 
 
 def test_of_equal_images_in_several_splits_the_one_in_test_is_kept() -> None:
-    pictures = [picture("train/a/1", "a", "train"), picture("val/a/1", "a", "val"), picture("test/a/1", "a", "test")]
-    assert leave_out_copies(pictures, [b"x"] * 3, keep_conflicts=False)[0] == [2]
-    assert leave_out_copies(pictures[:2], [b"x"] * 2, keep_conflicts=False)[0] == [1]
+    images = [image("train/a/1", "a", "train"), image("val/a/1", "a", "val"), image("test/a/1", "a", "test")]
+    assert leave_out_copies(images, [b"x"] * 3, keep_conflicts=False)[0] == [2]
+    assert leave_out_copies(images[:2], [b"x"] * 2, keep_conflicts=False)[0] == [1]
 
 
 def test_equal_images_of_two_classes_are_all_left_out_unless_told_otherwise() -> None:
-    pictures = [picture("a/1", "a"), picture("a/2", "a"), picture("b/1", "b")]
-    kept, left_out = leave_out_copies(pictures, [b"x"] * 3, keep_conflicts=False)
+    images = [image("a/1", "a"), image("a/2", "a"), image("b/1", "b")]
+    kept, left_out = leave_out_copies(images, [b"x"] * 3, keep_conflicts=False)
     assert kept == []
     assert {left.reason for left in left_out} == {"conflicting_label"}
     assert left_out[0].detail == "same bytes as a/2 (a), b/1 (b)"
-    kept, left_out = leave_out_copies(pictures, [b"x"] * 3, keep_conflicts=True)
+    kept, left_out = leave_out_copies(images, [b"x"] * 3, keep_conflicts=True)
     assert kept == [0]
     assert [left.source for left in left_out] == ["a/2", "b/1"]
 
@@ -60,7 +60,7 @@ def test_the_search_finds_exactly_the_pairs_that_comparing_all_with_all_finds(
     seeds: list[int], variants: list[tuple[int, set[int]]], distance: int
 ) -> None:
     values = list(seeds)
-    for index, bits in variants:  # near relatives of what is there, so that there is something to find
+    for index, bits in variants:  # values near the others, so that there are pairs to find
         if seeds:
             values.append(seeds[index % len(seeds)] ^ sum(1 << bit for bit in bits))
     found = candidate_pairs(np.array(values, dtype=np.uint64), distance).tolist()
@@ -71,7 +71,7 @@ def test_the_search_finds_exactly_the_pairs_that_comparing_all_with_all_finds(
 def test_a_pair_is_confirmed_by_the_finer_hash() -> None:
     bits64 = np.zeros(3, np.uint64)
     bits256 = np.zeros((3, 32), np.uint8)
-    bits256[1, : CONFIRMED_DISTANCE // 8] = 255  # just near enough to image 0, and image 2 too far from both
+    bits256[1, : CONFIRMED_DISTANCE // 8] = 255  # just near enough to image 0; image 2 is too far from both
     bits256[2, 10:] = 255
     near = find_near_pairs(bits64, bits256)
     assert near.pairs.tolist() == [[0, 1]]

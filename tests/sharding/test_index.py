@@ -1,4 +1,4 @@
-"""Tars that other tools wrote get a manifest, or a reason why not."""
+"""Tars of other tools get a manifest, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_tar_that_is_cut_in_or_between_members_is_named(tmp_path: Path, cut: i
     whole = (tmp_path / "cut.tar").read_bytes()
     edge = whole.index(b"2.cls")
     (tmp_path / "cut.tar").write_bytes(whole[: cut or edge])
-    with pytest.raises(ShardError, match=rf"cut\.tar is damaged or cut short: ({message})"):
+    with pytest.raises(ShardError, match=rf"cut\.tar is damaged or truncated: ({message})"):
         index_folder(tmp_path, workers=1)
 
 
@@ -116,7 +116,10 @@ def test_a_tar_that_is_cut_in_or_between_members_is_named(tmp_path: Path, cut: i
         ({"1.jpg": b"", "2.cls": b"0"}, r"sample '1' \(jpg\) has no label"),
         ({"1.jpg": b"", "1.png": b"", "1.cls": b"0"}, "has 2 images: 1.jpg, 1.png"),
         ({"1.jpg": b"", "2.jpg": b"", "1.cls": b"0"}, "sample '1' .* has no label"),
-        ({"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b"0", "1.txt": b""}, "members of '1' are not neighbours"),
+        (
+            {"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b"0", "1.txt": b""},
+            "of '1' are not consecutive",
+        ),
         ({"1.txt": b""}, "holds no image"),
     ],
 )
@@ -149,7 +152,7 @@ def test_folders_without_plain_tars_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
-    """GNU tar's old sparse format: typeflag S, made by hand because Python writes none."""
+    """GNU tar's old sparse format: typeflag S. It is created by hand because Python cannot write it."""
     write_tar(tmp_path / "a.tar", {"1.cls": b"0", "1.jpg": bytes(512)})
     content = bytearray((tmp_path / "a.tar").read_bytes())
     header = content.index(b"1.jpg")
@@ -175,5 +178,5 @@ def test_the_command_takes_class_names_from_a_file_and_keeps_a_manifest(
     assert Manifest.load(tmp_path / "s").splits["test"].samples_per_class == (1, 1)
     with pytest.raises(SystemExit):
         main(command)
-    assert "has a manifest.json already" in capsys.readouterr().err
+    assert "already has a manifest.json" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0

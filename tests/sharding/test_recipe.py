@@ -1,4 +1,4 @@
-"""Recipes: what they say, what they download, what they draw."""
+"""Recipes: reading them, downloading images, drawing images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOB = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT, usedforsecurity=False
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT; with ranges or without, breaking off after some bytes, or with an error."""
+    """Serves CONTENT: with or without ranges, cut after some bytes, or with an error."""
 
     ranges = True
     break_after: int | None = None
@@ -136,9 +136,9 @@ def test_without_a_network_the_error_says_how_to_use_a_copy(tmp_path: Path) -> N
         ("name: [", "is not YAML"),
         ("name: a\ntitle: b\nsynthetic: true\ndraw: {images_per_class: 1, size_px: 64, sede: 1}", "draw.sede: Extra"),
         ("title: b\nsynthetic: true", "name: Field required"),
-        ("name: a\ntitle: b\nsynthetic: true", "has neither of `draw` and `download`"),
+        ("name: a\ntitle: b\nsynthetic: true", "has neither `draw` nor `download`"),
         ("name: ../a\ntitle: b\nsynthetic: true", "name: String should match"),
-        ("name: a\ntitle: b\nsynthetic: false\nclasses: [x]\nbins: {y: z}", "bins are given for y, which is no class"),
+        ("name: a\ntitle: b\nsynthetic: false\nclasses: [x]\nbins: {y: z}", "bins are given for unknown classes: y"),
     ],
 )
 def test_a_wrong_recipe_says_which_key(tmp_path: Path, text: str, message: str) -> None:
@@ -174,7 +174,7 @@ def test_a_drawn_set_is_made_once_and_says_that_it_is_synthetic(
     assert manifest.bins["bottle"] == "glass"
     capsys.readouterr()
     assert main(command) == 0
-    assert "is already made by this recipe: nothing to do" in capsys.readouterr().out
+    assert "was already made from this recipe: nothing to do" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*command, "--fractions", "0.5,0.25,0.25"])
     assert "finished set of other images or other options" in capsys.readouterr().err

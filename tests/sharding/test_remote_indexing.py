@@ -1,4 +1,4 @@
-"""Tars of other tools behind a URL get the manifest that they get in a folder, and are fetched once."""
+"""Tars at a URL get the same manifest as tars in a folder, and each is fetched once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TARS = ("train-000.tar", "train-001.tar", "val 0%.tar")
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """Three of another tool, one with a file beside its samples that is nobody's."""
+    """Three tars of another tool, two of which have a member that belongs to no sample."""
     folder = tmp_path / "tars" / "set"
     for number, name in enumerate(TARS):
         members = {}
@@ -68,7 +68,7 @@ def test_a_store_gives_the_manifest_of_the_folder_and_sends_each_tar_once(
     expected = index_folder(local, workers=1)
     out = tmp_path / "out"
     routes = {"http": lists, "http without lists": lists_nothing, "gs": google(tars), "hf": hub(tars, [])}
-    monkeypatch.setattr(remote, "RANGE_BYTES", 3000)  # a tar takes several
+    monkeypatch.setattr(remote, "RANGE_BYTES", 3000)  # a tar takes several requests
     with serving(tars, route=routes[store]) as server:
         if store == "gs":
             use_google(monkeypatch, server.url, tmp_path)
@@ -91,10 +91,10 @@ def test_a_store_gives_the_manifest_of_the_folder_and_sends_each_tar_once(
             shards.reader("train") as other,
         ):
             assert [other.read(n) for n in range(other.num_samples)] == [one.read(n) for n in range(one.num_samples)]
-        with pytest.raises(ShardError, match=rf"{out} has a manifest\.json already"):
+        with pytest.raises(ShardError, match=rf"{out} already has a manifest\.json"):
             index_url(url, out, workers=1, tars=names)
-        if store in ("gs", "hf"):  # their lists are of what is there
-            with pytest.raises(ShardError, match=rf"{url} has a manifest\.json already"):
+        if store in ("gs", "hf"):  # these stores list their files
+            with pytest.raises(ShardError, match=rf"{url} already has a manifest\.json"):
                 index_url(url, tmp_path / "other", workers=1)
 
 
@@ -106,7 +106,7 @@ def test_a_tar_that_is_cut_is_named_by_its_url_and_nothing_is_written(tars: Path
     (tars / TARS[1]).write_bytes((tars / TARS[1]).read_bytes()[:1500])
     with (
         serving(tars, route=lists) as server,
-        pytest.raises(ShardError, match=rf"^{server.url}/set/{TARS[1]} is damaged or cut short"),
+        pytest.raises(ShardError, match=rf"^{server.url}/set/{TARS[1]} is damaged or truncated"),
     ):
         indexed(server, tmp_path)
     assert list((tmp_path / "out").iterdir()) == []

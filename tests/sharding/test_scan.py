@@ -1,4 +1,4 @@
-"""Every image is read once and judged; none of them stops the run until there are too many."""
+"""Every image is read once and checked. Unusable images do not stop the scan until there are too many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pictures import jpeg
 from wasteddp.errors import SourceError
 from wasteddp.sharding import scan as intake
 from wasteddp.sharding.sources.archives import FolderSource
-from wasteddp.sharding.sources.layout import Picture, read_folders
+from wasteddp.sharding.sources.layout import SourceImage, read_folders
 
 
 def bomb() -> bytes:
@@ -28,10 +28,10 @@ def bomb() -> bytes:
     )
 
 
-def scan(folder: Path, journal: Path, **options: object) -> tuple[intake.ScanResult, tuple[Picture, ...]]:
+def scan(folder: Path, journal: Path, **options: object) -> tuple[intake.ScanResult, tuple[SourceImage, ...]]:
     source = FolderSource(folder)
-    pictures = read_folders(source, folder).pictures
-    return intake.scan(source, pictures, workers=2, journal=journal, **options), pictures  # type: ignore[arg-type]
+    images = read_folders(source, folder).images
+    return intake.scan(source, images, workers=2, journal=journal, **options), images  # type: ignore[arg-type]
 
 
 def test_each_unusable_image_is_listed_with_its_reason(image_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -42,8 +42,8 @@ def test_each_unusable_image_is_listed_with_its_reason(image_folder: Callable[..
     (folder / "b" / "bomb.png").write_bytes(bomb())
     (folder / "b" / "link.jpg").symlink_to(folder / "nowhere.jpg")
     (folder / "b" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    result, pictures = scan(folder, tmp_path / "journal")
-    reasons = {Path(left.source).name: left.reason for left in result.left_out(pictures)}
+    result, images = scan(folder, tmp_path / "journal")
+    reasons = {Path(left.source).name: left.reason for left in result.left_out(images)}
     assert reasons == {
         "empty.jpg": "empty",
         "cut.jpg": "truncated",
@@ -104,8 +104,8 @@ def test_a_second_start_reads_only_what_the_journal_does_not_know(
 
 def test_a_scan_is_the_same_with_any_number_of_workers(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     source = FolderSource(folder := image_folder({"a": 20, "b": 17}))
-    pictures = read_folders(source, folder).pictures
-    one, many = (intake.scan(source, pictures, workers=w, journal=tmp_path / str(w)) for w in (1, 5))
+    images = read_folders(source, folder).images
+    one, many = (intake.scan(source, images, workers=w, journal=tmp_path / str(w)) for w in (1, 5))
     assert one.records.tobytes() == many.records.tobytes()
-    hashes = list(intake.fingerprints(source, pictures, workers=3))
+    hashes = list(intake.fingerprints(source, images, workers=3))
     assert hashes == [row.tobytes() for row in one.records["sha256"]]

@@ -1,4 +1,4 @@
-"""Which split an image belongs to."""
+"""Images are assigned to splits by fractions or by list files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from wasteddp.errors import SourceError
 from wasteddp.sharding import splits
 from wasteddp.sharding.sources.archives import File
-from wasteddp.sharding.sources.layout import Layout, Picture
+from wasteddp.sharding.sources.layout import Layout, SourceImage
 
 hashes = st.lists(st.binary(min_size=32, max_size=32), max_size=50, unique=True)
 
@@ -66,8 +66,8 @@ def test_a_chain_of_near_duplicates_goes_where_its_smallest_hash_goes(data: st.D
 
 
 def layout(*paths: str) -> Layout:
-    pictures = tuple(Picture(File(path, 1, ""), path.split("/")[-2]) for path in paths)
-    return Layout(pictures, tuple(sorted({p.class_name for p in pictures})))
+    images = tuple(SourceImage(File(path, 1, ""), path.split("/")[-2]) for path in paths)
+    return Layout(images, tuple(sorted({p.class_name for p in images})))
 
 
 def lists(folder: Path, **texts: str) -> list[splits.ListedImage]:
@@ -81,7 +81,7 @@ def test_trashnets_lists_give_splits_whatever_the_order_of_their_numbers(tmp_pat
     result, not_listed, missing = splits.apply_lists(
         layout("glass/glass1.jpg", "glass/glass2.jpg", "metal/metal1.jpg", "metal/metal2.jpg"), listed
     )
-    assert [(p.file.path, p.split) for p in result.pictures] == [
+    assert [(p.file.path, p.split) for p in result.images] == [
         ("glass/glass1.jpg", "train"),
         ("glass/glass2.jpg", "test"),
         ("metal/metal1.jpg", "train"),
@@ -93,15 +93,15 @@ def test_trashnets_lists_give_splits_whatever_the_order_of_their_numbers(tmp_pat
 def test_lists_without_numbers_and_names_with_spaces_are_read(tmp_path: Path) -> None:
     listed = lists(tmp_path, train="a/my 1.jpg\nb/my 1.jpg 7\n")
     result, _, _ = splits.apply_lists(layout("x/a/my 1.jpg", "x/b/my 1.jpg"), listed)
-    assert len(result.pictures) == 2
+    assert len(result.images) == 2
     assert [line.label_number for line in listed] == [None, 7]
 
 
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ("a1.jpg 1\na2.jpg 2\n", "", r"train.txt:2: a2.jpg lies in the folder a and has the label number 2"),
-        ("a1.jpg 1\nb1.jpg 1\n", "", r"b1.jpg lies in the folder b .* a1.jpg is 1, which lies in the folder a"),
+        ("a1.jpg 1\na2.jpg 2\n", "", r"train.txt:2: a2.jpg is in the folder a and has the label number 2"),
+        ("a1.jpg 1\nb1.jpg 1\n", "", r"b1.jpg is in the folder b .* a1.jpg is 1, which is in the folder a"),
         ("a1.jpg 1\n", "a1.jpg 1\n", r"a1.jpg is listed twice: .*train.txt:1 \(train\) and .*test.txt:1 \(test\)"),
         ("same.jpg\n", "", r"same.jpg may be a/same.jpg or b/same.jpg"),
     ],
@@ -117,7 +117,7 @@ def test_split_files_are_a_folder_or_named(tmp_path: Path) -> None:
         splits.parse_split_files([str(tmp_path)])
     assert splits.parse_split_files(["train=a.txt", "valid=b.txt"]) == {"train": Path("a.txt"), "val": Path("b.txt")}
     for wrong in (["train=a", "holdout=b"], ["val=a"], ["train=a", "train=b"], ["nowhere"]):
-        with pytest.raises(SourceError, match="is no folder and not train=FILE"):
+        with pytest.raises(SourceError, match="is neither a folder nor train=FILE"):
             splits.parse_split_files(wrong)
     for name in ("train1.txt", "train2.txt"):
         (tmp_path / name).touch()

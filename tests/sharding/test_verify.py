@@ -1,4 +1,4 @@
-"""`wasteddp verify` names every damaged shard and sample, and only those."""
+"""`wasteddp verify` names every damaged shard and sample, and nothing else."""
 
 from __future__ import annotations
 

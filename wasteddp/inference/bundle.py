@@ -1,11 +1,11 @@
-"""A trained model as it is handed on: weights and all that is needed to use them. Written whole, loaded checked.
+"""Model bundles: the weights of a trained model and everything that is needed to use them.
 
     runs/<name>/model/model.json                        the card: classes, preprocessing, bins, hashes, origin
     runs/<name>/model/model-<sha256>.safetensors        the weights that this card names
 
-The weights' file carries the first 12 digits of its own sha256, so new weights never overwrite old ones: replacing the
-card is the one moment at which the new bundle takes effect, and a kill before or after it leaves a whole bundle.
-Nothing here is ever unpickled. torch appears only where tensors do, so that a card can be read without it.
+The name of the weights' file has the first 12 digits of its sha256, so new weights never overwrite old ones. A new
+bundle takes effect when its card replaces the old one; a kill before or after that leaves a complete bundle. Loading
+checks the hashes and unpickles nothing. torch is imported only for tensors, so that a card can be read without it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "wasteddp-model"
-FORMAT_VERSION = 2  # 2: of what the weights are a mean, and the teacher among the hashes
+FORMAT_VERSION = 2  # 2: adds `averaged`, and the teacher to the hashes
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
-_HEAD = "fc.weight"  # [K, features]: what torchvision's ResNets call their last layer
+_HEAD = "fc.weight"  # [K, features]: the last layer of torchvision's ResNets
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How an image becomes the model's input; mean and std are of RGB in 0..1."""
+    """How an image becomes the model's input. Mean and std are those of RGB in 0..1."""
 
     image_size_px: int
     resize_px: int
@@ -43,7 +43,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Where in its run the model was taken, and the value that chose it."""
+    """The position in the run at which the model was saved, and the metric's value that selected it."""
 
     step: int
     epoch: int
@@ -53,10 +53,10 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Averaged:
-    """What the weights are a mean of; by default of nothing: they are as the optimizer left them."""
+    """What the weights are a mean of. By default they are not averaged."""
 
-    ema_decay: float = 0.0  # of a moving average over the steps of the training; 0: none
-    steps: tuple[int, ...] = ()  # of the checkpoints of which the weights are the mean
+    ema_decay: float = 0.0  # of a moving average over the training steps; 0: none
+    steps: tuple[int, ...] = ()  # of the checkpoints that were averaged
 
     def __str__(self) -> str:
         if self.steps:
@@ -66,13 +66,13 @@ class Averaged:
 
 @dataclass(frozen=True, slots=True)
 class Hashes:
-    """What the model came from. sha256 but for `code`, which is the version or commit that trained it."""
+    """What the model was made from. All are sha256 except `code`, the version or commit that trained it."""
 
     manifest: str
     settings: str
     code: str
     weights: str = ""  # filled in by `save_bundle`
-    teacher: str = ""  # weights of the model whose answers it learned too; "": none
+    teacher: str = ""  # weights of the model that it was distilled from; "": none
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,9 @@ class BundleCard:
     trained: Trained
     hashes: Hashes
     tool: str
-    bins: Mapping[str, str] = field(default_factory=dict)  # class -> bin it is thrown into; may be empty
-    temperature: float = 1.0  # logits are divided by it; 1 until the model is calibrated
-    thresholds: Mapping[str, float] = field(default_factory=dict)  # empty until the model is calibrated
+    bins: Mapping[str, str] = field(default_factory=dict)  # class -> bin that it belongs into; may be empty
+    temperature: float = 1.0  # logits are divided by it; 1 if the model is not calibrated
+    thresholds: Mapping[str, float] = field(default_factory=dict)  # empty if the model is not calibrated
     averaged: Averaged = Averaged()
 
     @property
@@ -100,11 +100,11 @@ class BundleCard:
 
 
 def save_bundle(folder: str | Path, card: BundleCard, state_dict: Mapping[str, torch.Tensor]) -> BundleCard:
-    """Writes the bundle, replaces the one that was there, and returns the card with the weights' sha256.
+    """Write the bundle in place of the existing one. Return the card with the weights' sha256.
 
     Args:
-        folder: `runs/<name>/model`; made if missing. Only one process may write it.
-        state_dict: keys as the bare model has them, without `module.` or `_orig_mod.`.
+        folder: `runs/<name>/model`; created if missing. Only one process may write it.
+        state_dict: keys of the bare model, without `module.` or `_orig_mod.`.
     """
     from safetensors.torch import save
 
@@ -116,7 +116,7 @@ def save_bundle(folder: str | Path, card: BundleCard, state_dict: Mapping[str, t
         folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / card.weights_name, content)
     write_atomically(folder / CARD_NAME, card.to_json().encode())
-    with storage("removing the model before this one", folder):
+    with storage("removing the previous model", folder):
         for old in folder.glob("model-*.safetensors*"):  # and the .tmp that a kill may have left
             if old.name != card.weights_name:
                 old.unlink()
@@ -124,13 +124,13 @@ def save_bundle(folder: str | Path, card: BundleCard, state_dict: Mapping[str, t
 
 
 def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]]:
-    """The card and the weights, on the CPU, after checking that they belong together.
+    """Return the card and the weights, on the CPU, after checking that they belong together.
 
     Args:
-        folder: of the bundle, or of the run that has it.
+        folder: the bundle's folder, or the run's folder that holds it.
 
     Raises:
-        BundleError: nothing there, another format, or weights that are missing, damaged or of another shape.
+        BundleError: there is no bundle, it has another format, or its weights are missing, damaged or of another shape.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -140,7 +140,7 @@ def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]
     try:
         content = (folder / card.weights_name).read_bytes()
     except FileNotFoundError:
-        # A run that is training replaced its model between our two reads: the new card names the new weights.
+        # A running training replaced its model between the two reads. The new card names the new weights.
         card = read_card(folder)
         content = _read(folder / card.weights_name)
     found = hashlib.sha256(content).hexdigest()
@@ -158,14 +158,18 @@ def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]
         raise BundleError(
             f"{folder / CARD_NAME} names {len(card.classes)} classes, and the weights' last layer {_HEAD} is "
             f"{list(head) if head else 'missing'}",
-            "answers would carry the names of other classes",
+            "predictions would have the names of other classes",
             "copy the whole model folder again, or let the run write it again (start its training again)",
         )
     return card, state_dict
 
 
 def find_bundle(path: str | Path) -> Path:
-    """The bundle's folder, given itself or the run's folder that holds it."""
+    """Return the bundle's folder, given that folder or the run's folder that holds it.
+
+    Raises:
+        BundleError: there is no bundle.
+    """
     path = Path(path)
     for folder in (path, path / FOLDER_NAME):
         if (folder / CARD_NAME).is_file():
@@ -180,7 +184,7 @@ def find_bundle(path: str | Path) -> Path:
         raise BundleError(
             f"the run {path} has no {FOLDER_NAME}/{CARD_NAME} yet",
             "there is no model to load",
-            "a run writes its model after its first validation: wait for it, or start the training again to go on",
+            "a run writes its model after its first validation: wait for it, or start the training again to continue",
         )
     raise BundleError(
         f"{path} holds neither {CARD_NAME} nor {FOLDER_NAME}/{CARD_NAME}",
@@ -190,7 +194,11 @@ def find_bundle(path: str | Path) -> Path:
 
 
 def read_card(folder: Path) -> BundleCard:
-    """`model.json` of a bundle's folder, checked; the weights are not looked at."""
+    """Read and check `model.json` in a bundle's folder, without the weights.
+
+    Raises:
+        BundleError: the card cannot be read, or has another or a newer format.
+    """
     path = folder / CARD_NAME
     try:
         raw = json.loads(_read(path))
@@ -200,7 +208,7 @@ def read_card(folder: Path) -> BundleCard:
             raise BundleError(
                 f"{path} has format version {raw['format_version']}, made by {raw.get('tool', 'a newer wasteddp')}; "
                 f"this wasteddp reads version {FORMAT_VERSION}",
-                "what it does not know of could change the answers",
+                "unknown settings could change the predictions",
                 "install that version of wasteddp or a newer one",
             )
         return _parse(raw)
@@ -213,14 +221,18 @@ def read_card(folder: Path) -> BundleCard:
 
 
 def _parse(raw: dict[str, Any]) -> BundleCard:
-    """A card from JSON; ValueError, KeyError or TypeError say what is wrong with it."""
+    """Return the card in parsed JSON.
+
+    Raises:
+        ValueError, KeyError, TypeError: the card is not valid.
+    """
     rest = {key: value for key, value in raw.items() if key not in ("format", "format_version")}
     mean, std = rest["preprocessing"]["mean"], rest["preprocessing"]["std"]
     rest["preprocessing"] = Preprocessing(**{**rest["preprocessing"], "mean": tuple(mean), "std": tuple(std)})
     rest["trained"] = Trained(**rest["trained"])
     rest["hashes"] = Hashes(**rest["hashes"])
     rest["classes"] = tuple(rest["classes"])
-    averaged = rest.get("averaged", {})  # format 1 has none
+    averaged = rest.get("averaged", {})  # format 1 does not have it
     rest["averaged"] = Averaged(**{**averaged, "steps": tuple(averaged.get("steps", ()))})
     card = BundleCard(**rest)
     if len(set(card.classes)) != len(card.classes) or not all(isinstance(name, str) for name in card.classes):

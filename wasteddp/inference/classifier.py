@@ -1,11 +1,11 @@
-"""A model bundle at work: image bytes -> view -> probabilities. Evaluation and prediction both come through here.
+"""Classify images with a model bundle: image bytes -> view -> probabilities. Evaluation and prediction both use it.
 
 Legend: B images in a batch, C = 3, S side of the view, K classes.
 
-The same image gets the same probabilities, bit for bit, whichever program asks and whatever else is in its batch. For
-that every batch has one shape, filled up with black images whose answers are dropped: libraries choose their kernels by
-shape, and with 1 instead of 8 images ResNet50's logits differ by up to 1e-5. Across devices, numbers of threads and
-batch sizes equality is not bit for bit. With test-time augmentation each view of the images is such a batch.
+An image gets the same probabilities, bit for bit, in every program and with any other images in its batch. Libraries
+choose their kernels by shape: with 1 instead of 8 images, ResNet50's logits differ by up to 1e-5. Every batch therefore
+has the same shape. It is filled up with black images whose predictions are dropped. Results are not equal bit for bit
+across devices, numbers of threads and batch sizes. With test-time augmentation, each view is such a batch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from wasteddp.inference.bundle import BundleCard, load_bundle
 from wasteddp.inference.tta import VIEWS
 from wasteddp.model.resnet import build
 
-# On two cores ResNet50 at 224 px answers 15-20 images/s at any batch size from 1 to 64, and one image alone costs
-# a whole batch: 0.5 s at 8, 4 s at 64. A GPU needs many images to be busy.
+# On two cores, ResNet50 at 224 px classifies 15-20 images/s at any batch size from 1 to 64. A single image takes the
+# time of a whole batch: 0.5 s at 8, 4 s at 64. A GPU needs many images to be busy.
 BATCH_SIZE_CPU = 8
 BATCH_SIZE_GPU = 64
 
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 
 def load_network(path: str | Path) -> tuple[BundleCard, torch.nn.Module]:
-    """A bundle's card and its network, on the CPU.
+    """Load a bundle's card and network, on the CPU.
 
     Raises:
         BundleError: see `load_bundle` and `network_of`.
@@ -45,12 +45,12 @@ def load_network(path: str | Path) -> tuple[BundleCard, torch.nn.Module]:
 
 
 def network_of(card: BundleCard, state_dict: Mapping[str, torch.Tensor], *, where: str | Path) -> torch.nn.Module:
-    """The card's network with these weights: fp32 whatever it was trained in, frozen, in evaluation mode, on the CPU.
+    """Return the card's network with these weights: in fp32 for any training precision, frozen, in evaluation mode.
 
-    Made without initial weights, so it draws no random numbers and costs no time for them.
+    It is built on the CPU without initial weights, so it takes no time and no random numbers for them.
 
     Args:
-        where: the weights came from, for the message.
+        where: source of the weights, for the message.
 
     Raises:
         BundleError: the weights are not those of the card's architecture.
@@ -62,7 +62,7 @@ def network_of(card: BundleCard, state_dict: Mapping[str, torch.Tensor], *, wher
     except RuntimeError as error:
         raise BundleError(
             f"the weights in {where} are not those of a {card.arch}: {str(error).splitlines()[-1].strip()}",
-            "the model cannot be put together",
+            "the model cannot be built",
             "copy the whole model folder again, or let the run write it again (start its training again)",
         ) from error
     return model.float().eval().requires_grad_(False)
@@ -74,13 +74,13 @@ class Classifier:
     Args:
         state_dict: of the card's architecture.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps.
-        batch_size: images computed at once; None takes what suits the device.
-        tta: the views of each image whose probabilities are averaged, a name in `VIEWS`.
-        where: the model came from, for the message.
+        batch_size: images in a batch; None: a size that suits the device.
+        tta: a name in `VIEWS`: the views of each image whose probabilities are averaged.
+        where: source of the model, for the message.
 
     Raises:
         BundleError: the weights are not those of the card's architecture.
-        LaunchError: no such device.
+        LaunchError: the device does not exist.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Classifier:
     def load(
         cls, path: str | Path, *, device: str = "auto", batch_size: int | None = None, tta: str = "none"
     ) -> Classifier:
-        """The classifier of a bundle's or a run's folder.
+        """Load the classifier of a bundle's or a run's folder.
 
         Raises:
             BundleError, LaunchError: see `load_bundle` and the class.
@@ -110,7 +110,7 @@ class Classifier:
         return cls(*load_bundle(path), device=device, batch_size=batch_size, tta=tta, where=path)
 
     def view(self, data: bytes) -> ImageHWC:
-        """An image file's bytes as the model sees them: uint8 [S, S, 3]. Safe to call from many threads.
+        """Turn an image file's bytes into the model's view: uint8 [S, S, 3]. Safe to call from several threads.
 
         Raises:
             UndecodableError: see `decode_rgb`.
@@ -119,17 +119,19 @@ class Classifier:
         return evaluation_view(data, image_size_px=size.image_size_px, resize_px=size.resize_px)
 
     def batches(self, items: Iterable[Item]) -> Iterator[list[Item]]:
-        """Lists of `batch_size` items, the last one shorter."""
+        """Yield lists of `batch_size` items; the last one may be shorter."""
         iterator = iter(items)
         while batch := list(islice(iterator, self.batch_size)):
             yield batch
 
     def probabilities(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.float32]:
-        """Softmax of logits / temperature, or its mean over the flips of each view, for any number of views: float32
-        [B, K], each row a sum of 1.
+        """Return softmax(logits / temperature), or its mean over the flips of each view: float32 [B, K], rows sum to 1.
+
+        Args:
+            views: any number of images, uint8 [S, S, C].
 
         Raises:
-            BundleError: the model answers with numbers that are not finite.
+            BundleError: the model's outputs are not finite.
         """
         answers = [
             self._one_batch(views[begin : begin + self.batch_size]) for begin in range(0, len(views), self.batch_size)
@@ -137,22 +139,21 @@ class Classifier:
         probabilities_BK = np.concatenate([np.zeros((0, len(self.card.classes)), np.float32), *answers])
         if not np.isfinite(probabilities_BK).all():
             raise BundleError(
-                f"the model answers with numbers that are not finite ({self.card.arch}, trained until step "
-                f"{self.card.trained.step})",
-                "any class that it seems to name would be meaningless",
+                f"the model's outputs are not finite ({self.card.arch}, trained until step {self.card.trained.step})",
+                "its predictions would be meaningless",
                 "its training diverged: train again with a lower learning rate",
             )
         return probabilities_BK
 
     def _one_batch(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.float32]:
-        """Up to `batch_size` views, computed as exactly `batch_size`."""
+        """Compute up to `batch_size` views as a batch of exactly `batch_size`."""
         side = self.card.preprocessing.image_size_px
         images_BHWC = np.zeros((self.batch_size, side, side, 3), np.uint8)
         images_BHWC[: len(views)] = views
-        # [B, H, W, C] -> [B, C, H, W] as a view: the bytes stay, and are what channels_last means
+        # [B, H, W, C] -> [B, C, H, W] as a view: the bytes are unchanged and already in channels_last order
         images_BCHW = torch.from_numpy(images_BHWC).to(self.device).permute(0, 3, 1, 2)
         preprocessing = self.card.preprocessing
-        # fp32 means fp32 (no TF32), and the same kernel each time, on any GPU; no effect on a CPU
+        # no TF32, and the same kernel each time, on any GPU; no effect on a CPU
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         parts = []
         with torch.inference_mode(), exact:
@@ -167,19 +168,23 @@ class Classifier:
 
 
 def device_type(name: str) -> str:
-    """Of the device that `find_device` will find, such as cuda; it is not started yet."""
+    """Return the type of the device that `find_device` will return, such as cuda, without initializing it."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name.partition(":")[0]
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`, tried out: torch believes in cuda:7 until the first tensor goes there."""
+    """Return the device `name` after a test with a tensor: torch accepts a cuda:7 that does not exist until then.
+
+    Raises:
+        LaunchError: the device cannot be used.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         raise LaunchError(
             f"the device {name!r} cannot be used: {(str(error).splitlines() or ['no reason given'])[0]}",
-            "the model has no place to run",
+            "the model cannot run",
             f"leave --device out, or use cpu{''.join(f', cuda:{n}' for n in range(torch.cuda.device_count()))}",
         ) from error
     return device

@@ -1,4 +1,4 @@
-"""`wasteddp evaluate`: a run's model on one split of its shard set, each sample counted exactly once, and proved so.
+"""`wasteddp evaluate`: evaluate a run's model on one split of its shard set. Each sample is counted exactly once.
 
 Legend: N samples of the split, K classes.
 """
@@ -35,14 +35,14 @@ from wasteddp.parallel import progress
 from wasteddp.settings import Data, plain_yaml
 
 ALONE = Ranks()
-_STEP = 64  # samples whose shards are fetched ahead, and let go of, together
+_STEP = 64  # samples whose shards are fetched ahead, and released, together
 _AHEAD = 2  # steps that are decoded ahead
 _OF_THE_SET = ("shards", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """The command line of `wasteddp evaluate`. None is the default that depends on the run or the device."""
+    """The command line of `wasteddp evaluate`. None: a default that depends on the run or the device."""
 
     run: Path
     split: str = "test"
@@ -50,11 +50,11 @@ class EvaluateOptions:
     batch_size: int | None = None
     device: str = "auto"
     tta: str = "none"
-    workers: int | str = 0  # as the setting data.workers
+    workers: int | str = 0  # like the setting data.workers
 
 
 def run(options: EvaluateOptions) -> None:
-    """Evaluates, prints, and saves under `RUN/evaluations/<split>/`. Under a launcher the processes share the work."""
+    """Evaluate, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share the work."""
     with joined() as ranks:
         device = ranks.device(options.device)
         with start_workers(options.workers, device_type(device), cores=ranks.cores) as workers:
@@ -91,14 +91,14 @@ def _report(
 def evaluate_split(
     classifier: Classifier, shards: ShardSet, split: str, console: Console, workers: Workers, ranks: Ranks = ALONE
 ) -> Evaluation:
-    """All ranks: one split of an open set through the model; warns if it is not the set trained on."""
+    """All ranks: evaluate the model on one split of an open set. Warn if the model was trained on another set."""
     manifest = shards.manifest
     check_classes(manifest, classifier.card.classes)
     if manifest.sha256 != classifier.card.hashes.manifest:
         console.print(
             f"warning: {manifest.where} is not the shard set that this model was trained on (manifest "
-            f"{manifest.sha256[:12]}, trained on {classifier.card.hashes.manifest[:12]}): its images may be among "
-            "those trained on",
+            f"{manifest.sha256[:12]}, trained on {classifier.card.hashes.manifest[:12]}): some of its images may have "
+            "been used for training",
             style="yellow",
             markup=False,
             highlight=False,
@@ -113,7 +113,7 @@ def evaluate_split(
 
 
 def _nothing() -> None:
-    """What the other ranks show."""
+    """Progress of the ranks other than the first, which show none."""
 
 
 def evaluate(
@@ -125,23 +125,22 @@ def evaluate(
     advance: Callable[[], None],
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """All ranks: every sample of a split through the model, once; the same result on every rank.
+    """All ranks: run the model once on every sample of a split. Return the same result on every rank.
 
     Args:
-        advance: called for the samples that are done on all ranks, as far as this one can tell.
+        advance: called for each sample; a rank assumes that the others are as far as itself.
 
     Raises:
-        DamagedSampleError: on the first rank, when a sample of any of them cannot be read or decoded; the result would
-            not cover the whole split.
-        ShardError: the samples are not those that the manifest counts.
+        DamagedSampleError: on the first rank, if a sample of any rank cannot be read or decoded: the result would not
+            cover the whole split.
+        ShardError: the numbers of samples differ from those in the manifest.
     """
     num_classes = len(classifier.card.classes)
     labels = reader.labels
     _check_counts(np.bincount(labels, minlength=num_classes), split, "its index holds")
 
-    done: list[
-        tuple[list[int], list[str], npt.NDArray[np.float32]]
-    ] = []  # samples, their sources, probabilities [B, K]
+    # samples, their sources, probabilities [B, K]
+    done: list[tuple[list[int], list[str], npt.NDArray[np.float32]]] = []
     failure: WastedError | None = None
     size = classifier.card.preprocessing
     with (
@@ -173,7 +172,7 @@ def evaluate(
         confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
         for sample, name in zip(samples, names, strict=True):
             sources[sample] = name
-    # The proof: what went through the model, batch by batch, is what the manifest says there is.
+    # Check that the samples that were classified are those that the manifest counts.
     _check_counts(confusion.sum(axis=1), split, "the model answered for")
     answers = Answers.of(labels, probabilities_NK)
     seen = Seen(
@@ -188,7 +187,7 @@ def evaluate(
 
 
 def _views(loader: AnyLoader, reader: SplitReader, ranks: Ranks) -> Generator[tuple[int, str, ImageHWC], None, None]:
-    """(sample, its source, its view uint8 [S, S, C]) of this rank's samples, in order."""
+    """Yield (sample, its source, its view uint8 [S, S, C]) of this rank's samples, in order."""
     plan = EvaluationPlan(reader.num_samples, _STEP)
     for step in loader.batches(evaluation_steps(plan, rank=ranks.rank, world_size=ranks.world_size)):
         images_BHWC = step.images_BCHW.permute(0, 2, 3, 1).numpy()
@@ -198,12 +197,16 @@ def _views(loader: AnyLoader, reader: SplitReader, ranks: Ranks) -> Generator[tu
 
 
 def data_of(run: Path, shards: str | None) -> Data:
-    """Where a run's shard set is and how it is read: `data` of its settings.yaml; `shards` takes the set's place."""
+    """Return `data` of a run's settings.yaml: where its shard set is and how to read it. `shards` overrides the set.
+
+    Raises:
+        SettingsError: neither settings.yaml nor `shards` names a set.
+    """
     path = run / "settings.yaml"
     if not path.is_file() and shards is None:
         raise SettingsError(
             f"there is no {path}",
-            "it would say on which shard set this model was trained",
+            "the shard set that this model was trained on is not known",
             "name the set with --shards FOLDER",
         )
     found: dict[str, Any] = {}
@@ -215,7 +218,7 @@ def data_of(run: Path, shards: str | None) -> Data:
             found["shards"] = shards or found["shards"]
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
-                f"{path} does not say where its shards are (data.shards): {str(error).splitlines()[0]}",
+                f"{path} does not name its shards (data.shards): {str(error).splitlines()[0]}",
                 "there is nothing to evaluate on",
                 "name the set with --shards FOLDER",
             ) from error
@@ -225,13 +228,17 @@ def data_of(run: Path, shards: str | None) -> Data:
 
 
 def check_classes(manifest: Manifest, classes: tuple[str, ...]) -> None:
-    """Refuses a shard set whose classes, in their order, are not the model's."""
+    """Check that a shard set has the model's classes in the same order.
+
+    Raises:
+        BundleError: the classes differ.
+    """
     if manifest.classes != classes:
         raise BundleError(
             f"the model's {len(classes)} classes are not those of {manifest.where}\n"
             f"  model:  {', '.join(classes)}\n"
             f"  shards: {', '.join(manifest.classes)} ({len(manifest.classes)})",
-            "the same number would mean different classes, and every figure would be wrong",
+            "the same number would mean different classes, and every metric would be wrong",
             "name the set that the model was trained on with --shards, or shard these images with the model's classes",
         )
 
@@ -241,6 +248,6 @@ def _check_counts(counts: npt.NDArray[np.int64], split: Split, who: str) -> None
         raise ShardError(
             f"the manifest counts {split.num_samples} samples in {split.name!r}, "
             f"by class {list(split.samples_per_class)}; {who} {int(counts.sum())}, by class {counts.tolist()}",
-            "the figures would be those of another set of images",
+            "the metrics would be those of another set of images",
             "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",
         )

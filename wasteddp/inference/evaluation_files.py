@@ -1,17 +1,16 @@
-"""What an evaluation leaves behind: a table on the terminal and four files.
+"""The results of an evaluation: a table on the terminal and four files.
 
     runs/<name>/evaluations/<split>/
-        metrics.json       every figure, the confusion matrix, the worst mistakes, and what they were measured on
+        metrics.json       all metrics, the confusion matrix, the worst mistakes, and what they were measured on
         confusion.csv      rows true, columns predicted
-        confusion.png      the same to look at
+        confusion.png      a plot of the same
         predictions.csv    each image: true class, predicted class, probability of each class
 
-The first two are also written by training, of its best model on its evaluation split; the others only by
-`wasteddp evaluate`. metrics.json is removed first and written last: a folder that has it is whole, and of one
-evaluation.
-Nothing in the files depends on the clock: the same model on the same images writes the same bytes.
+Training also writes the first two, of its best model on its evaluation split; only `wasteddp evaluate` writes the
+others. metrics.json is removed first and written last: a folder that has it is complete, and all its files are from one
+evaluation. The files do not depend on the time: the same model and images give the same bytes.
 
-Pictures of results. matplotlib without a display and without its global state (no pyplot).
+The plot is drawn by matplotlib without a display and without its global state (no pyplot).
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ FORMAT = "wasteddp-evaluation"
 FORMAT_VERSION = 1
 _FILES = ("metrics.json", "confusion.csv", "confusion.png", "predictions.csv")
 _LARGEST_PRINTED_MATRIX = 12  # classes: wider ones do not fit in 80 columns
-_LONGEST_NAME = 28  # characters; beyond it the names would take more room than the matrix
-_MOST_SLANTED = 16  # classes; beyond it slanted names would run into each other, upright ones do not
+_LONGEST_NAME = 28  # characters; longer names would take more space than the matrix
+_MOST_SLANTED = 16  # classes; with more, slanted names would overlap, upright ones do not
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A split seen through a model, and each of its answers. N samples in the split's order, K classes."""
+    """The metrics of a model on a split, and its predictions. N samples in the split's order, K classes."""
 
     seen: Seen
     sources: tuple[str, ...]  # [N]
@@ -59,10 +58,10 @@ class Evaluation:
 def save_evaluation(
     folder: Path, evaluation: Evaluation, card: BundleCard, *, manifest_sha256: str, options: Mapping[str, Any]
 ) -> None:
-    """Writes the four files of one evaluation."""
+    """Write the four files of one evaluation."""
     seen, classes = evaluation.seen, evaluation.seen.classes
     _clear(folder)
-    title = f"{seen.split}: {percent(seen.metrics.accuracy)} of {seen.metrics.num_samples} images right"
+    title = f"{seen.split}: {percent(seen.metrics.accuracy)} of {seen.metrics.num_samples} images correct"
     write_atomically(folder / "confusion.png", confusion_png(seen.confusion, classes, title=title))
     predicted = evaluation.probabilities_NK.argmax(axis=1)
     rows = zip(evaluation.sources, evaluation.labels, predicted, evaluation.probabilities_NK, strict=True)
@@ -85,7 +84,7 @@ def save_seen(
     manifest_sha256: str,
     options: Mapping[str, Any],
 ) -> None:
-    """Writes the figures of an evaluation of which the single answers were not kept; removes those of one before."""
+    """Write the metrics of an evaluation without its predictions. Remove the files of the previous evaluation."""
     _clear(folder)
     _save_figures(folder, seen, source_of, card, manifest_sha256, options)
 
@@ -105,7 +104,7 @@ def _save_figures(
     manifest_sha256: str,
     options: Mapping[str, Any],
 ) -> None:
-    """confusion.csv, then metrics.json."""
+    """Write confusion.csv, then metrics.json."""
     classes = seen.classes
     write_atomically(
         folder / "confusion.csv",
@@ -115,7 +114,7 @@ def _save_figures(
         ),
     )
 
-    def told(mistake: Mistake) -> dict[str, Any]:
+    def describe(mistake: Mistake) -> dict[str, Any]:
         return {
             "sample": mistake.sample,
             "source": source_of(mistake.sample),
@@ -140,15 +139,15 @@ def _save_figures(
         **seen.metrics.to_json(),
         "confusion": seen.confusion.tolist(),
         "reliability": seen.reliability.to_json(),
-        "surest_mistakes": [told(mistake) for mistake in seen.mistakes.surest],
-        "worst_mistakes": [told(mistake) for mistake in seen.mistakes.worst],
+        "surest_mistakes": [describe(mistake) for mistake in seen.mistakes.surest],
+        "worst_mistakes": [describe(mistake) for mistake in seen.mistakes.worst],
     }
     content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / "metrics.json", content.encode("utf-8", "surrogateescape"))
 
 
 def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
-    """The figures as tables."""
+    """Print the metrics as tables."""
     metrics, classes = seen.metrics, seen.classes
     summary = Table(title=title, title_justify="left", show_header=False)
     summary.add_column()
@@ -168,7 +167,7 @@ def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
     console.print(by_class)
 
     if len(classes) <= _LARGEST_PRINTED_MATRIX:
-        # Names would make the columns wider than a terminal: columns carry the row's number.
+        # Class names would make the columns wider than a terminal, so the columns have the rows' numbers.
         matrix = Table("true", title="confusion: rows true, columns predicted", title_justify="left")
         for number in range(1, len(classes) + 1):
             matrix.add_column(str(number), justify="right")
@@ -178,7 +177,7 @@ def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
 
 
 def _plain(name: str) -> str:
-    """A class name that rich will not take for markup."""
+    """Return a class name that rich does not read as markup."""
     return name.replace("[", "\\[")
 
 
@@ -186,14 +185,14 @@ def _csv(head: Iterable[Iterable[Any]], rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows(head)
-    writer.writerows(rows)  # float32 is written with as many digits as it takes to read it back exactly
+    writer.writerows(rows)  # a float32 is written with as many digits as reading it back exactly needs
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> bytes:
-    """A confusion matrix [K, K] as PNG: counts in the cells, colour by the share of the row's samples.
+    """Draw a confusion matrix [K, K] as PNG, with counts in the cells, coloured by the share of the row's samples.
 
-    Colour goes by row, so that a rare class is as visible as a frequent one: the diagonal shows each class's recall.
+    Shares are by row, so that a rare class is as visible as a frequent one. The diagonal shows each class's recall.
     """
     num_classes = len(classes)
     support = confusion.sum(axis=1, keepdims=True)
@@ -216,7 +215,7 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
     )
     if slanted:
         for label in axes.get_xticklabels():
-            label.set_rotation_mode("anchor")  # the name's end, not its middle, stands under the column
+            label.set_rotation_mode("anchor")  # put the end of the name, not its middle, under the column
     axes.set_yticks(
         ticks, labels=[f"{name} ({n})" for name, n in zip(names, support[:, 0], strict=True)], parse_math=False
     )
@@ -225,19 +224,21 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
 
     digits = len(str(confusion.max(initial=0)))
     size_pt = min(10.0, 72 * cell_in * 0.8 / (0.62 * digits))  # a digit is 0.62 of its size wide
-    for row, column in zip(*np.nonzero(confusion), strict=True):  # empty cells stay empty: zeros hide the mistakes
+    for row, column in zip(
+        *np.nonzero(confusion), strict=True
+    ):  # empty cells have no text: zeros would hide the mistakes
         colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(confusion[row, column]), ha="center", va="center", color=colour, fontsize=size_pt)
 
-    picture = io.BytesIO()
+    png = io.BytesIO()
     with warnings.catch_warnings():
-        # matplotlib's font lacks some scripts and shows boxes for them; the CSV beside the picture has the names
+        # matplotlib's font lacks some scripts and shows boxes for them; confusion.csv has the names
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(picture, format="png", bbox_inches="tight")
-    return picture.getvalue()
+        figure.savefig(png, format="png", bbox_inches="tight")
+    return png.getvalue()
 
 
 def _shortened(name: str) -> str:
-    """A long name without its middle: names often differ in their last word."""
+    """Return a long name without its middle: names often differ in their last word."""
     half = _LONGEST_NAME // 2
     return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[-half + 1 :]}"

@@ -1,9 +1,9 @@
-"""Confusion matrix -> accuracy with its interval, precision, recall, F1. Pure numpy.
+"""Metrics of a confusion matrix: accuracy with its interval, precision, recall, F1. Pure numpy.
 
 Legend: K classes, N samples. A confusion matrix is int64 [K, K]: rows are true classes, columns are predicted ones.
 
-What is 0 / 0 (the precision of a class that was never predicted, the recall of one that never occurred) is NaN here and
-null in JSON: it is unknown, neither 0 nor 1, and no average takes it in.
+0 / 0 (the precision of a class that was never predicted, the recall of one that never occurred) is NaN here and null in
+JSON. It is unknown, neither 0 nor 1, and averages leave it out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 @dataclass(frozen=True, slots=True)
 class ClassMetrics:
-    """One class against the rest. All but `support` are in 0..1, or NaN where undefined."""
+    """One class against the rest. All except `support` are in 0..1, or NaN if undefined."""
 
     precision: float
     recall: float
@@ -33,7 +33,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a confusion matrix says. All but counts are in 0..1, or NaN where undefined."""
+    """The metrics of a confusion matrix. All except counts are in 0..1, or NaN if undefined."""
 
     num_samples: int
     num_correct: int
@@ -45,23 +45,22 @@ class Metrics:
     per_class: tuple[ClassMetrics, ...]  # [K]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values; NaN is None, since JSON has no NaN."""
+        """Return the metrics as plain values. NaN becomes None, because JSON does not have NaN."""
         return {key: _jsonable(value) for key, value in asdict(self).items()}
 
 
 def confusion_matrix(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_classes: int) -> I64:
-    """Counts of (true, predicted) pairs: int64 [K, K]."""
+    """Count the pairs (true, predicted): int64 [K, K]."""
     pairs = np.asarray(labels, dtype=np.int64) * num_classes + np.asarray(predictions, dtype=np.int64)
     # [N] numbers below K * K -> counts [K * K] -> rows true, columns predicted
     return np.bincount(pairs, minlength=num_classes * num_classes).reshape(num_classes, num_classes)
 
 
 def summarise(confusion: npt.ArrayLike) -> Metrics:
-    """All metrics of a confusion matrix [K, K].
+    """Return all metrics of a confusion matrix [K, K].
 
-    Source: macro averages are means over the classes with support of each class's F1 and recall; of two definitions of
-    macro F1 it is the one that Opitz and Burst 2019 (arXiv:1911.03347) recommend. Balanced accuracy: Brodersen et al.
-    2010.
+    Macro averages are means of F1 and recall over the classes with support. Of the two definitions of macro F1, this is
+    the one that Opitz and Burst 2019 (arXiv:1911.03347) recommend. Balanced accuracy: Brodersen et al. 2010.
     """
     matrix = np.asarray(confusion, dtype=np.int64)
     hits, true, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
@@ -86,10 +85,10 @@ def summarise(confusion: npt.ArrayLike) -> Metrics:
 
 
 def wilson_interval(num_correct: int, num_samples: int, *, z: float = _Z_95) -> tuple[float, float]:
-    """The score interval of a proportion; of 95 % as given. (NaN, NaN) for no samples.
+    """Return the score interval of a proportion, by default of 95 %; (NaN, NaN) without samples.
 
-    It stays inside 0..1 and is right for few samples and for proportions near 1, where p +- z sqrt(p (1 - p) / n) is
-    too narrow: 10 of 10 gives 0.72 to 1, not 1 to 1.
+    The interval is always inside 0..1. It is also valid for few samples and proportions near 1, where
+    p +- z sqrt(p (1 - p) / n) is too narrow: 10 of 10 gives 0.72 to 1, not 1 to 1.
 
     Source: Wilson 1927, JASA 22:209; recommended over the usual one by Brown, Cai and DasGupta 2001, Stat. Sci. 16:101.
     """
@@ -98,17 +97,17 @@ def wilson_interval(num_correct: int, num_samples: int, *, z: float = _Z_95) -> 
     share, n = num_correct / num_samples, num_samples
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # At 0 and n the bound is 0 or 1 exactly; floating point would say -1e-17.
+    # At 0 and n the bound is exactly 0 or 1; floating point would give -1e-17.
     return (0.0 if num_correct == 0 else centre - half), (1.0 if num_correct == n else centre + half)
 
 
 def percent(share: float) -> str:
-    """0.9312 -> "93.1 %"; what is undefined is a dash."""
+    """Format a share: 0.9312 -> "93.1 %", NaN -> "-"."""
     return "-" if share != share else f"{100 * share:.1f} %"
 
 
 def as_float(probability: np.float32) -> float:
-    """The shortest decimal number that is this float32: 0.1, not 0.10000000149011612."""
+    """Return the shortest decimal number that rounds to this float32: 0.1, not 0.10000000149011612."""
     return float(str(probability))
 
 

@@ -1,11 +1,9 @@
-"""`wasteddp predict`: files, folders and globs through a model bundle, past whatever cannot be read.
+"""`wasteddp predict`: classify files, folders and globs with a model bundle, and skip files that cannot be read.
 
-Nothing but the bundle is needed. Memory holds the batches on their way and, of the unreadable files, the first few;
-results go to the terminal and to the files as they come, so a folder may have millions of images.
+Only the bundle is needed. A folder may have millions of images: files are listed lazily, results are written as they
+come, and memory holds only the current batches and the first few unreadable files.
 
-What a user names on the command line -> image files, lazily: a folder may hold millions.
-
-Of folders and globs the files with an image's suffix are taken; a file that is named itself is taken whatever it is.
+From folders and globs, files with an image suffix are used. A file that is named itself is used with any suffix.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 
 @dataclass(frozen=True, slots=True)
 class PredictOptions:
-    """The command line of `wasteddp predict`. None is the default that depends on the device, or: not wanted."""
+    """The command line of `wasteddp predict`. None: no such file, or a batch size that depends on the device."""
 
     model: Path
     paths: tuple[str, ...]
@@ -39,14 +37,14 @@ class PredictOptions:
     batch_size: int | None = None
     device: str = "auto"
     tta: str = "none"
-    workers: int | str = 0  # as the setting data.workers
+    workers: int | str = 0  # like the setting data.workers
 
 
 def run(options: PredictOptions) -> None:
-    """Classifies, prints, and writes the files asked for.
+    """Classify, print, and write the requested files.
 
     Raises:
-        SourceError: a path names nothing, or not one image could be classified.
+        SourceError: a path matches nothing, or no image could be classified.
     """
     images = find_images(options.paths)
     with ExitStack() as stack:
@@ -66,14 +64,14 @@ def run(options: PredictOptions) -> None:
     terminal.finish([path for path in (options.csv, options.json) if path is not None])
     if terminal.num_classified == 0:
         raise SourceError(
-            f"none of the {terminal.num_failed} files could be classified; the reasons stand above",
+            f"none of the {terminal.num_failed} files could be classified; the reasons are listed above",
             "there is no result",
             "name images that can be read: JPEG, PNG, WebP, GIF, BMP or TIFF",
         )
 
 
 def predict(classifier: Classifier, paths: Iterable[str], workers: Workers) -> Generator[Prediction, None, None]:
-    """One prediction a path, in order."""
+    """Yield one prediction for each path, in order."""
     size = classifier.card.preprocessing
     views = file_views(paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers)
     with closing(views):
@@ -84,14 +82,14 @@ def predict(classifier: Classifier, paths: Iterable[str], workers: Workers) -> G
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:
-    """The images named by files, folders (with all folders below) and globs (`**` too), sorted within each.
+    """Return an iterator over the images in files, folders (with all subfolders) and globs (also `**`).
 
-    Every path is looked at before the first image is given out, so a misspelt one is refused at once. Beyond that only
-    the names in one folder at a time are held. A folder that cannot be listed is given out itself, for its reader to
-    say why not.
+    Images are sorted within each. Every path is checked before this returns, so that a misspelt one is reported
+    immediately. After that, memory holds only the names in one folder at a time. A folder that cannot be listed is
+    yielded itself; reading it gives the reason.
 
     Raises:
-        SourceError: a path or glob under which there is nothing.
+        SourceError: a path or glob has no images.
     """
     return chain.from_iterable([_at_least_one(path) for path in paths])
 
@@ -111,13 +109,13 @@ def _at_least_one(path: str) -> Iterator[str]:
         raise SourceError(
             f"there is no image {'in' if Path(path).is_dir() else 'that matches'} {path}",
             "there is nothing to classify",
-            f"check the path; of folders and globs the files called {' '.join(sorted(IMAGE_SUFFIXES))} are taken",
+            f"check the path; folders and globs use files with these suffixes: {' '.join(sorted(IMAGE_SUFFIXES))}",
         )
     return chain([first], images)
 
 
 def _below(folder: str) -> Iterator[str]:
-    """Images in a folder, then in its folders; hidden ones are skipped (`._photo.jpg` is what macOS adds to zips)."""
+    """Yield images in a folder, then in its subfolders, without hidden files (macOS adds `._photo.jpg` to zips)."""
     try:
         with os.scandir(folder) as entries:
             listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
@@ -126,10 +124,10 @@ def _below(folder: str) -> Iterator[str]:
         return
     yield from (entry.path for entry in listed if _is_image(entry.path))
     for entry in listed:
-        if entry.is_dir(follow_symlinks=False):  # a link to a folder above would never end
+        if entry.is_dir(follow_symlinks=False):  # a link to a parent folder would never end
             yield from _below(entry.path)
 
 
 def _is_image(path: str) -> bool:
-    # not a pipe or a device, which may never end; a dangling link is given out, for its reader to say so
+    # not a pipe or a device, which may never end; reading a dangling link gives the reason
     return is_image(path) and (Path(path).is_file() or not Path(path).exists())

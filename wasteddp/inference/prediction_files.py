@@ -1,6 +1,6 @@
-"""Where predictions go, one after another: the terminal, a CSV file, a JSON file. Memory does not grow with them.
+"""Outputs for predictions: the terminal, a CSV file and a JSON file. Memory does not grow with their number.
 
-The files are written beside their place and renamed at the end, so that a kill leaves no half a file.
+Files are written under a temporary name and renamed at the end, so that a kill never leaves an incomplete file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FAILURES_LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says of one file."""
+    """The model's prediction for one file."""
 
     path: str
     probabilities: npt.NDArray[np.float32]  # [K]
@@ -35,7 +35,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why the model could not be asked about one file."""
+    """A file that could not be read, and why."""
 
     path: str
     reason: str
@@ -49,9 +49,9 @@ class Record(Protocol):
 
 
 class Terminal:
-    """A line an image as soon as it is known; what could not be read is listed at the end.
+    """Prints a line for each image immediately, and lists the files that could not be read at the end.
 
-    The file's name comes last: it is the one column whose width cannot be known before the last image.
+    The file's name is the last column, because its width is not known before the last image.
     """
 
     def __init__(self, card: BundleCard, *, top: int) -> None:
@@ -77,7 +77,7 @@ class Terminal:
         self._print(name, self._card.bins.get(name, "-"), sure, following, _printable(prediction.path))
 
     def finish(self, written: list[Path]) -> None:
-        """The unreadable files, and the totals."""
+        """Print the unreadable files and the totals."""
         if self.num_failed:
             print(f"\n{self.num_failed} could not be read:")
             for failure in self._failures:
@@ -99,7 +99,7 @@ class Terminal:
 
 
 class CsvRecord:
-    """path, class, bin, probability, that of every class, error. The last is empty where all went well."""
+    """Columns: path, class, bin, probability, probability of each class, error. The error is empty on success."""
 
     def __init__(self, file: TextIO, card: BundleCard) -> None:
         self._file, self._card = file, card
@@ -113,14 +113,14 @@ class CsvRecord:
         else:
             best = int(prediction.probabilities.argmax())
             name = self._card.classes[best]
-            probabilities = prediction.probabilities  # float32: as many digits as it takes to read it back exactly
+            probabilities = prediction.probabilities  # float32: as many digits as reading it back exactly needs
             row = [prediction.path, name, self._card.bins.get(name, ""), probabilities[best], *probabilities, ""]
         with storage("writing the predictions", self._file.name):
             self._writer.writerow(row)
 
 
 class JsonRecord:
-    """One object: the model, the test-time augmentation, and a list with a line an image."""
+    """One object: the model, the test-time augmentation, and a list with one line for each image."""
 
     def __init__(self, file: TextIO, card: BundleCard, tta: str) -> None:
         self._file, self._card, self._num_added = file, card, 0
@@ -152,14 +152,14 @@ class JsonRecord:
 
 @contextmanager
 def csv_record(path: Path, card: BundleCard) -> Iterator[CsvRecord]:
-    # Names that are not UTF-8 keep their bytes, so that the row still finds its file.
+    # Names that are not UTF-8 keep their bytes, so that the row still names its file.
     with _file_in_place(path, errors="surrogateescape") as file:
         yield CsvRecord(file, card)
 
 
 @contextmanager
 def json_record(path: Path, card: BundleCard, *, tta: str = "none") -> Iterator[JsonRecord]:
-    # JSON must be UTF-8: such bytes become \\udcXX, which json.loads turns into the name that Python knows.
+    # JSON must be UTF-8: bytes that are not become \\udcXX, which json.loads turns into the name that Python uses.
     with _file_in_place(path, errors="backslashreplace") as file:
         record = JsonRecord(file, card, tta)
         yield record
@@ -168,7 +168,7 @@ def json_record(path: Path, card: BundleCard, *, tta: str = "none") -> Iterator[
 
 @contextmanager
 def _file_in_place(path: Path, *, errors: str) -> Iterator[TextIO]:
-    """A text file that takes its name when the block ends well, and is gone if it does not."""
+    """Open a text file that gets its name when the block succeeds and is removed when it fails."""
     temporary = path.with_name(path.name + ".tmp")
     with storage("writing", path):
         file = temporary.open("w", encoding="utf-8", errors=errors, newline="")
@@ -180,11 +180,11 @@ def _file_in_place(path: Path, *, errors: str) -> Iterator[TextIO]:
             temporary.replace(path)
             sync_folder(path.parent)
     finally:
-        with suppress(OSError):  # closing writes what is left, which fails again on a full disk
+        with suppress(OSError):  # closing flushes the buffer, which fails again on a full disk
             file.close()
         temporary.unlink(missing_ok=True)
 
 
 def _printable(path: str) -> str:
-    """The path, or with escapes if it holds what a terminal would act on or cannot show."""
+    """Return the path, escaped if it has characters that a terminal would interpret or cannot show."""
     return path if path.isprintable() else ascii(path)

@@ -1,4 +1,4 @@
-"""The processes that evaluate together under `accelerate launch` or torchrun: each takes a part of the split."""
+"""The processes of an evaluation under `accelerate launch` or torchrun. Each takes a part of the split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among R that do the same with other samples; alone without a launcher."""
+    """The rank of this process. Without a launcher there is only one process."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,11 +32,11 @@ class Ranks:
 
     @property
     def cores(self) -> int:
-        """Of this machine, for this process."""
+        """This process's share of the machine's cores."""
         return max(1, num_usable_cores() // self.local_world_size)
 
     def device(self, name: str) -> str:
-        """The device of this process for --device: with several processes a GPU each.
+        """Return this process's device for the option --device. Of several processes each takes a GPU of its own.
 
         Raises:
             LaunchError: one GPU is named for several processes.
@@ -45,14 +45,14 @@ class Ranks:
             return name
         if name.startswith("cuda:"):
             raise LaunchError(
-                f"--device {name} and {self.world_size} processes",
+                f"--device {name} was given for {self.world_size} processes",
                 "all of them would compute on one GPU",
-                "leave --device out: each process takes a GPU of its own",
+                "leave --device out; each process then takes a GPU of its own",
             )
         return f"cuda:{self.local_rank}" if name == "cuda" or torch.cuda.is_available() else "cpu"
 
     def gather(self, value: Value) -> list[Value]:
-        """All ranks: each one's value, in the order of the ranks."""
+        """All ranks: return the values of all ranks, in rank order."""
         if self.world_size == 1:
             return [value]
         values: list[Value] = [value] * self.world_size
@@ -60,7 +60,7 @@ class Ranks:
         return values
 
     def raise_together(self, error: WastedError | None) -> None:
-        """All ranks: ends all where one has an error; the first rank says it, the others only leave."""
+        """All ranks: end all processes if one has an error. The first rank reports it; the others only exit."""
         first = next((found for found in self.gather(error) if found), None)
         if first and self.is_main:
             raise first
@@ -70,7 +70,7 @@ class Ranks:
 
 @contextmanager
 def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
-    """The ranks that a launcher started, joined over gloo: what they exchange are results, once.
+    """Join the ranks that a launcher started. gloo is enough: they exchange results only once.
 
     Raises:
         LaunchError: they cannot be joined.
@@ -83,9 +83,9 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
         dist.init_process_group("gloo")
     except (ValueError, RuntimeError, dist.DistError) as error:
         raise LaunchError(
-            f"the {world_size} processes that were launched cannot be joined: {str(error).splitlines()[0]}",
-            "each would evaluate a part of the split and know nothing of the others",
-            "start them by `accelerate launch` or torchrun, or one without a launcher",
+            f"the {world_size} launched processes cannot be joined: {str(error).splitlines()[0]}",
+            "each would evaluate only its part of the split",
+            "start them with `accelerate launch` or torchrun, or start one process without a launcher",
         ) from error
     ranks = Ranks(
         dist.get_rank(),

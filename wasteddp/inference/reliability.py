@@ -1,7 +1,9 @@
-"""What a model said of a split's samples: how far its confidence can be believed, and where it was wrong. Pure numpy.
+"""The calibration of a model's confidence on a split, and the model's mistakes. Pure numpy.
 
-Legend: M samples that one process saw, K classes. Everything here adds up over processes without sending the answers of
-all samples: counts are summed, and of mistakes each process sends its worst few.
+Legend: M samples of one process, K classes.
+
+The results of several processes are merged without sending the predictions of all samples: counts are summed, and each
+process sends only its worst mistakes.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ import numpy.typing as npt
 
 from wasteddp.inference.metrics import F32, I64, Metrics, as_float
 
-BINS = 10  # of confidence, equally wide; more would be nearly empty on the few hundred images that waste sets have
+BINS = (
+    10  # of confidence, of equal width; waste sets have a few hundred images, which would leave more bins nearly empty
+)
 MISTAKES_LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """M answers in any order; `samples` are numbers in the split."""
+    """M predictions in any order. `samples` are their numbers in the split."""
 
     samples: I64
     labels: I64
@@ -31,7 +35,7 @@ class Answers:
 
     @classmethod
     def of(cls, labels: npt.ArrayLike, probabilities_MK: F32) -> Answers:
-        """Of a whole split in its order."""
+        """Return the answers for a whole split in its order."""
         rows, truth = np.arange(len(probabilities_MK)), np.asarray(labels, np.int64)
         predicted = probabilities_MK.argmax(axis=1)
         return cls(rows, truth, predicted, probabilities_MK[rows, predicted], probabilities_MK[rows, truth])
@@ -39,7 +43,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A wrong answer."""
+    """A wrong prediction."""
 
     sample: int
     true: int
@@ -52,20 +56,20 @@ class Mistake:
 class Mistakes:
     """Up to `MISTAKES_LISTED` of each kind, the worst first."""
 
-    surest: tuple[Mistake, ...]  # by the confidence in the wrong class: wrong labels gather here
-    worst: tuple[Mistake, ...]  # by the probability of the true class: what cost the most loss
+    surest: tuple[Mistake, ...]  # by the confidence in the wrong class; wrong labels are found here
+    worst: tuple[Mistake, ...]  # by the probability of the true class: those with the largest loss
 
     @classmethod
     def of(cls, answers: Answers) -> Mistakes:
         wrong = np.flatnonzero(answers.predicted != answers.labels)
-        # by the number of the sample where two are equal: the same order on any number of processes
+        # ties are ordered by sample number, so that the order is the same on any number of processes
         surest = wrong[np.lexsort((answers.samples[wrong], -answers.confidence[wrong]))]
         worst = wrong[np.lexsort((answers.samples[wrong], answers.of_truth[wrong]))]
         return cls(_taken(answers, surest[:MISTAKES_LISTED]), _taken(answers, worst[:MISTAKES_LISTED]))
 
     @classmethod
     def merged(cls, parts: Iterable[Mistakes]) -> Mistakes:
-        """Of all processes together."""
+        """Merge the mistakes of all processes."""
         parts = list(parts)
         surest = sorted((m for part in parts for m in part.surest), key=lambda m: (-m.confidence, m.sample))
         worst = sorted((m for part in parts for m in part.worst), key=lambda m: (m.of_truth, m.sample))
@@ -74,7 +78,7 @@ class Mistakes:
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """Answers by their confidence, in `BINS` equal parts of 0..1, the last one with its upper end: [BINS] each."""
+    """Predictions by confidence, in `BINS` equal parts of 0..1; the last part includes 1. Each field is [BINS]."""
 
     counts: tuple[int, ...]
     correct: tuple[int, ...]
@@ -93,7 +97,7 @@ class Reliability:
 
     @classmethod
     def merged(cls, parts: Iterable[Reliability]) -> Reliability:
-        """Of all processes together."""
+        """Add up the counts of all processes."""
         parts = list(parts)
         return cls(
             tuple(map(sum, zip(*(part.counts for part in parts), strict=True))),
@@ -103,7 +107,7 @@ class Reliability:
 
     @property
     def calibration_error(self) -> float:
-        """Mean distance of a bin's accuracy from its mean confidence, weighted by samples; 0 is perfect. NaN of none.
+        """Mean distance of a bin's accuracy from its mean confidence, weighted by samples. 0 is perfect; NaN if empty.
 
         Source: Guo et al. 2017 (arXiv:1706.04599), expected calibration error, eq. 3.
         """
@@ -130,7 +134,7 @@ class Reliability:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A split seen through a model, in figures. K classes."""
+    """The metrics of a model on one split. K classes."""
 
     split: str
     classes: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""The report at the end of a training, whatever that end is: in a process of its own, in bounded time.
+"""Write the report at the end of a training, after success or failure, in a separate process and in bounded time.
 
-That it cannot be written is said, and is no failure of the training. There is none where rank 0 is killed, or leaves at
-once at a second SIGINT: the next end of the run, or `wasteddp report`, makes it.
+If it cannot be written, the reason is printed and the training does not fail. There is no report if rank 0 is killed or
+exits immediately at a second SIGINT: the next end of the run or `wasteddp report` writes it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from pathlib import Path
 from wasteddp.training.watchdog import hard_exit, signals
 
 _LIMIT_S = 60.0
-# A scheduler kills half a minute after its signal, and a launcher so long after one of its processes has ended.
-# Everything else is saved by then. A report that is begun ends by itself even so: it is no child of the launcher's.
+# A scheduler kills half a minute after its signal, and a launcher half a minute after one of its processes has ended.
+# Everything else is saved by then. A report that was started still finishes: it has a session of its own.
 _LIMIT_IN_HASTE_S = 15.0
 
 
 @contextmanager
 def write_at_the_end(run: Path, say: Callable[[str], None], *, is_main: bool) -> Iterator[None]:
-    """Rank 0 writes `RUN/report.html` after the block, also after an error, or where the block hangs and the process
-    leaves; the other ranks do not wait for it."""
+    """Write `RUN/report.html` on rank 0 after the block, also after an error or when a hang ends the process.
+
+    The other ranks do not wait for it.
+    """
 
     def instead() -> None:
         message = write_within(_LIMIT_IN_HASTE_S, run)
         print(message, flush=True)
-        hard_exit.append_to_log(run, message)  # `say` may be what hangs
+        hard_exit.append_to_log(run, message)  # `say` may be the function that hangs
 
     try:
         with hard_exit.at_a_hard_exit(instead) if is_main else nullcontext():
@@ -43,15 +45,15 @@ def write_at_the_end(run: Path, say: Callable[[str], None], *, is_main: bool) ->
 
 
 def write_within(limit_s: float, run: Path) -> str:
-    """Runs `wasteddp report RUN` and says what came of it.
+    """Run `wasteddp report RUN`. Return a line with the result.
 
-    A process can be killed when its time is up, and what it takes of memory ends with it.
+    A separate process can be killed after the time limit, and its memory is freed with it.
     """
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(part for part in (str(root), os.environ.get("PYTHONPATH", "")) if part)
     try:
         done = subprocess.run(
-            # -P: not from the working directory, which may hold anything
+            # -P: do not import from the working directory, which may hold anything
             [sys.executable, "-P", "-m", "wasteddp.cli", "report", str(run)],
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -59,10 +61,12 @@ def write_within(limit_s: float, run: Path) -> str:
             text=True,
             timeout=limit_s,
             check=False,
-            start_new_session=True,  # a second Ctrl-C is for the training
+            start_new_session=True,  # a second Ctrl-C must reach only the training
         )
     except subprocess.TimeoutExpired:
-        return f"report: not written within {limit_s:g} s; everything else is; write it with: wasteddp report {run}"
+        return (
+            f"report: not written within {limit_s:g} s; everything else is saved; write it with: wasteddp report {run}"
+        )
     except OSError as error:
         return f"report: not written, {error}; write it with: wasteddp report {run}"
     if done.returncode:

@@ -1,7 +1,7 @@
-"""Curves and their axes as geometry; the template draws it.
+"""The geometry of curves and axes. The template draws it.
 
-A plot is a square of 1000 x 1000 units, y downwards, that the page stretches to any size; words are HTML around it, so
-that they stay readable on a phone and on paper.
+A plot is a square of 1000 x 1000 units, y downwards, that the page stretches to any size. Text is HTML around it, so
+that it is readable on a phone and on paper.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 
 from wasteddp.report.run_record import F64, RunRecord, bucket_means, kept_rows, log_ticks, ticks
 
-_BUCKETS = 400  # of one line; a plot is at most so many pixels wide on a phone, and twice so on a desk
+_BUCKETS = 400  # of one line; a plot is about this many pixels wide on a phone, and twice as many on a desktop
 _MEANS = 80
-_ALL_DOTTED = 40  # points: so few are dots on a line
+_ALL_DOTTED = 40  # points; a line with at most this many has dots
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Line:
     name: str
     colour: int  # of the palette, from 1
     points: str  # path of logged rows
-    means: str  # path of means, '' where the points are few enough to be the line
+    means: str  # path of means; '' if the points are few enough to be the line
     dots: str  # path of dots
     steps: list[int]  # of the points
     values: list[float]
@@ -49,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A tick or a vertical line: where, 0..100 %, and its words."""
+    """A tick or a vertical line: its position, 0..100 %, and its text."""
 
     at: float
     text: str
@@ -63,13 +63,13 @@ class Chart:
     lines: tuple[Line, ...]
     x_marks: tuple[Mark, ...]
     y_marks: tuple[Mark, ...]
-    starts: tuple[Mark, ...]  # where the run was started again
+    starts: tuple[Mark, ...]  # restarts of the run
     x_range: tuple[float, float]  # epochs
-    y_range: tuple[float, float]  # in the chart's scale: logarithms where it is logarithmic
+    y_range: tuple[float, float]  # in the scale of the chart: logarithms if it is logarithmic
     about: str
 
     def to_json(self) -> dict[str, Any]:
-        """What the page's script needs to read values under the pointer."""
+        """Return the data that the page's script needs to show values under the pointer."""
         return {
             "x": self.x_range,
             "y": self.y_range,
@@ -89,7 +89,7 @@ class Chart:
 
 
 def chart(form: Form, runs: Sequence[RunRecord], *, names: Sequence[str]) -> Chart | None:
-    """The chart of a form, a line for each run and metric that has rows; None if there is none.
+    """Return the chart of a form, with a line for each run and metric that has rows; None if there are no rows.
 
     Args:
         names: of the lines, run by run, metric by metric.
@@ -114,7 +114,7 @@ def chart(form: Form, runs: Sequence[RunRecord], *, names: Sequence[str]) -> Cha
         lines.append(_line(name, number + 1, run, (steps, values, kept), x_range, y_range, log=form.log))
     about = [form.about] if form.about else []
     if thinned:
-        about.append(f"Of {thinned:,} rows the smallest and the largest of each of {buckets} parts are drawn.")
+        about.append(f"Of {thinned:,} rows, the smallest and the largest of each of {buckets} parts are drawn.")
     if any(line.means for line in lines):
         longest = max(len(values) for *_, values in found)
         about.append(f"Bold: means of {longest / _MEANS:.3g} rows each.")
@@ -183,7 +183,7 @@ def _marks(values: list[float], span: tuple[float, float], words: Callable[[floa
 
 
 def _starts(run: RunRecord, x_range: tuple[float, float]) -> tuple[Mark, ...]:
-    """Where the number of the attempt changes: the run was killed or stopped before, and went on."""
+    """Return the points where the attempt number changes: the run was killed or stopped there and continued."""
     attempts = run.column("attempt")
     changes = [row for row in range(1, run.num_rows) if attempts[row] > attempts[row - 1]]
     places = _scaled(run.columns["step"][changes] / run.steps_per_epoch, x_range) / 10
@@ -193,7 +193,7 @@ def _starts(run: RunRecord, x_range: tuple[float, float]) -> tuple[Mark, ...]:
 
 
 def _scaled(values: F64, span: tuple[float, float]) -> F64:
-    """To 0..1000 of a plot."""
+    """Scale values to 0..1000 of a plot."""
     return (values - span[0]) / (span[1] - span[0]) * 1000
 
 
@@ -202,7 +202,7 @@ def _path(x: F64, y: F64) -> str:
 
 
 def _dots(x: F64, y: F64) -> str:
-    """Lines of no length with round ends: they stay round however the plot is stretched."""
+    """Return lines of length zero with round ends. They stay round when the plot is stretched."""
     return "".join(f"M{a:.0f} {b:.0f}h0" for a, b in zip(x, y, strict=True))
 
 

@@ -1,8 +1,6 @@
-"""One evaluation as the page shows it: classes with their intervals, confusions, reliability, mistakes.
+"""One evaluation on the page: classes with their intervals, confusions, reliability, mistakes with thumbnails.
 
 Legend: K classes.
-
-The images that a model was wrong about, small, inside the page.
 """
 
 from __future__ import annotations
@@ -25,14 +23,14 @@ from wasteddp.report.run_record import RunRecord
 
 _MISTAKES_SHOWN = 12  # of each kind
 _CONFUSIONS_NAMED = 5
-_LARGEST_MATRIX = 40  # classes; beyond it a table of K x K is neither readable nor small
-SIDE_PX = 176  # on a screen of two pixels a point still sharp enough to see what it is
-_QUALITY = 78  # about 5 KB a picture
+_LARGEST_MATRIX = 40  # classes; a larger table of K x K is neither readable nor small
+SIDE_PX = 176  # sharp enough to recognise the object, also on a screen with two pixels per point
+_QUALITY = 78  # about 5 KB per thumbnail
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A proportion with its 95 % interval, all in percent; `value` is None where it is 0 / 0."""
+    """A proportion with its 95 % interval, all in percent. `value` is None for 0 / 0."""
 
     value: float | None
     low: float
@@ -57,12 +55,12 @@ class ClassRow:
 
 
 def evaluation_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the template says of one evaluation."""
+    """Return the template's variables for one evaluation."""
     surest = record["surest_mistakes"][:_MISTAKES_SHOWN]
     there = {mistake["sample"] for mistake in surest}
     worst = [mistake for mistake in record["worst_mistakes"] if mistake["sample"] not in there][:_MISTAKES_SHOWN]
     samples = [mistake["sample"] for mistake in (*surest, *worst)]
-    pictures, missing = thumbnails(one.manifest, record, samples)
+    shown, missing = thumbnails(one.manifest, record, samples)
     bars = _reliability_bars(record["reliability"])
     sure = sum(bar.confidence * bar.count for bar in bars) / max(1, sum(bar.count for bar in bars))
     return {
@@ -80,13 +78,13 @@ def evaluation_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, A
         "surest": surest,
         "worst": worst,
         "num_wrong": record["num_samples"] - record["num_correct"],
-        "pictures": pictures,
-        "pictures_missing": missing,
+        "thumbnails": shown,
+        "thumbnails_missing": missing,
     }
 
 
 def _class_rows(run: RunRecord, record: Mapping[str, Any]) -> list[ClassRow]:
-    """Each class of an evaluation, with intervals of what was counted."""
+    """Return a row for each class of an evaluation, with intervals of its metrics."""
     confusion = np.asarray(record["confusion"])
     bins = run.card.bins if run.card else {}
     counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True)
@@ -104,7 +102,7 @@ def _class_rows(run: RunRecord, record: Mapping[str, Any]) -> list[ClassRow]:
 
 
 def _matrix(record: Mapping[str, Any]) -> list[list[tuple[int, float]]]:
-    """(count, share of its row) of each cell; empty where there are too many classes to look at."""
+    """Return (count, share of its row) of each cell; [] if there are too many classes to show."""
     confusion = np.asarray(record["confusion"], np.int64)
     if len(confusion) > _LARGEST_MATRIX:
         return []
@@ -113,7 +111,7 @@ def _matrix(record: Mapping[str, Any]) -> list[list[tuple[int, float]]]:
 
 
 def _confusions(record: Mapping[str, Any]) -> list[tuple[str, str, int, str]]:
-    """(true, predicted, images, share of the true class), the most frequent first."""
+    """Return (true, predicted, images, share of the true class), the most frequent first."""
     confusion, classes = np.array(record["confusion"], np.int64), record["classes"]
     support = confusion.sum(1)
     np.fill_diagonal(confusion, 0)
@@ -128,12 +126,12 @@ def _confusions(record: Mapping[str, Any]) -> list[tuple[str, str, int, str]]:
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBar:
-    """One bin of confidence: everything in 0..100 % of the diagram."""
+    """One bin of confidence. All positions and shares are in 0..100 % of the diagram."""
 
     left: float
     width: float
     count: int
-    share: float  # of all answers, relative to the fullest bin
+    share: float  # number of predictions relative to the fullest bin
     accuracy: float
     low: float  # 95 % interval
     high: float
@@ -141,7 +139,7 @@ class ReliabilityBar:
 
 
 def _reliability_bars(record: Mapping[str, Any]) -> list[ReliabilityBar]:
-    """The bins that hold answers, of an evaluation's "reliability"."""
+    """Return the bins of an evaluation's "reliability" that have predictions."""
     fullest = max((one["count"] for one in record["bins"]), default=0)
     bars = []
     for one in record["bins"]:
@@ -165,29 +163,29 @@ def _reliability_bars(record: Mapping[str, Any]) -> list[ReliabilityBar]:
 def thumbnails(
     manifest: Manifest | None, record: Mapping[str, Any], samples: Sequence[int]
 ) -> tuple[dict[int, str], str]:
-    """`data:` addresses of samples of an evaluation's split, and why some or all are missing, or ''.
+    """Return `data:` URLs of samples of an evaluation's split, and why some or all are missing, or ''.
 
     Args:
-        manifest: of the shard set as it lies there now; pictures of another set would be of other samples.
-        record: of the evaluation.
+        manifest: manifest of the shard set as it is now. Another set would show other samples, so it is not used.
+        record: record of the evaluation.
     """
     if not samples:
         return {}, ""
     if manifest is None:
         return {}, "the shard set cannot be read"
     if manifest.sha256 != record["hashes"]["manifest"]:
-        return {}, f"{manifest.folder} is another shard set now than the one that was evaluated"
+        return {}, f"{manifest.folder} is no longer the shard set that was evaluated"
     found: dict[int, str] = {}
     try:
         with SplitReader(manifest, record["options"]["split"]) as reader:
             for sample in samples:
-                found[sample] = _data_address(reader.read(sample))
+                found[sample] = _data_url(reader.read(sample))
     except (WastedError, UndecodableError) as error:
         return found, str(error).splitlines()[0]
     return found, ""
 
 
-def _data_address(data: bytes) -> str:
+def _data_url(data: bytes) -> str:
     image = Image.fromarray(decode_rgb(data))
     image.thumbnail((SIDE_PX, SIDE_PX))
     small = io.BytesIO()

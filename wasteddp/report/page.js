@@ -1,5 +1,5 @@
 "use strict";
-/* Shows the logged values under the pointer. The page is whole without it. */
+/* Show the logged values under the pointer. The page is complete without this script. */
 for (const figure of document.querySelectorAll("[data-chart]")) {
   const chart = JSON.parse(figure.querySelector("script").textContent);
   const plot = figure.querySelector(".plot");

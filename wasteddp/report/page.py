@@ -1,6 +1,7 @@
-"""`wasteddp report`: one or several runs as a single HTML file that needs nothing else: no server, no network.
+"""`wasteddp report`: write one or several runs to a single HTML file that needs no server and no network.
 
-The page's own policy forbids every request. It reads without its script, which only shows values under the pointer.
+The content security policy of the page forbids every request. The page is complete without its script, which only shows
+values under the pointer.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from wasteddp.report.run_record import RunRecord, read_run
 from wasteddp.training.tracking.journal import METRICS
 
 _HERE = Path(__file__).parent
-_MOST_LINES = 8  # as many colours as can be told apart
+_MOST_LINES = 8  # as many colours as can be distinguished
 
-# A * stands for a class or a rank, as in METRICS.
+# A * matches a class or a rank, as in METRICS.
 _FORMS = (
     Form("Loss", ("train/loss", "val/loss"), "nats"),
     Form("Accuracy and recall", ("val/accuracy", "val/macro_recall", "val/macro_f1"), percent=True),
@@ -40,7 +41,7 @@ _FORMS = (
     Form("Waiting for data", ("train/wait_fraction", "train/wait_fraction_max"), "of the time", True, from_zero=True),
     Form("Starved of the GIL or a core", ("train/starved_fraction",), "of the forward pass", True, from_zero=True),
 )
-# Metrics that a chart would not make clearer, or that another figure of the page shows.
+# Metrics without a chart: another part of the page shows them, or a chart would not make them clearer.
 _NO_CHART = {
     "step", "time_s", "epoch", "attempt", "best/value", "val/samples", "val/seconds", "checkpoint/stall_ms",
     "checkpoint/seconds", "train/step_ms", "rank/*/wait_fraction",
@@ -49,28 +50,28 @@ _NO_CHART = {
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """The command line of `wasteddp report`. `out` None: in the folder of the first run."""
+    """The command line of `wasteddp report`. `out` None: write to the folder of the first run."""
 
     runs: tuple[Path, ...]
     out: Path | None = None
 
 
 def run(options: ReportOptions) -> None:
-    """Writes the page and says where."""
+    """Write the page and print its path."""
     out = write_report(options.runs, options.out)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, opens in any browser, needs no network")
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Writes `report.html` of one run, or `comparison.html` of several; returns its path.
+    """Write `report.html` of one run, or `comparison.html` of several. Return its path.
 
     Raises:
-        RunError: a folder is no run's, or there are too many.
+        RunError: a folder is not a run's folder, or there are too many runs.
     """
     if len(folders) > _MOST_LINES:
         raise RunError(
-            f"{len(folders)} runs were named; {_MOST_LINES} at most can be told apart in one chart",
-            "the comparison could not be read",
+            f"{len(folders)} runs were named; one chart can show at most {_MOST_LINES}",
+            "the lines of the charts could not be distinguished",
             "compare fewer runs",
         )
     runs = [read_run(folder) for folder in folders]
@@ -80,7 +81,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def render(runs: Sequence[RunRecord]) -> str:
-    """The page."""
+    """Return the page's HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -98,7 +99,7 @@ def render(runs: Sequence[RunRecord]) -> str:
 
 
 def _run_context(one: RunRecord) -> dict[str, Any]:
-    """All that the template says of one run."""
+    """Return the template's variables for one run."""
     word, explanation = tables.state(one)
     counts, named, unnamed = tables.left_out(one)
     return {
@@ -121,7 +122,7 @@ def _run_context(one: RunRecord) -> dict[str, Any]:
 
 
 def _charts(one: RunRecord) -> list[Chart]:
-    """The charts of `_FORMS`, then one of each further metric that changes."""
+    """Return the charts of `_FORMS`, then one for each other metric that changes."""
     known = [*_NO_CHART, *(metric for form in _FORMS for metric in form.metrics)]
     forms = list(_FORMS)
     for name in one.columns:
@@ -130,13 +131,13 @@ def _charts(one: RunRecord) -> list[Chart]:
             forms.append(Form(meaning[:1].upper() + meaning[1:], (name,), "" if unit == "1" else unit))
     found = []
     for form in forms:
-        full = _spelt_out(form, one)
+        full = _expand(form, one)
         found.append(chart(full, [one], names=[_line_name(one, metric) for metric in full.metrics]))
     return [drawn for drawn in found if drawn]
 
 
-def _spelt_out(form: Form, one: RunRecord) -> Form:
-    """A form with the run's own metrics in place of a *: as many as there are colours."""
+def _expand(form: Form, one: RunRecord) -> Form:
+    """Return a form with the run's metrics in place of each *, at most as many as there are colours."""
     names = [name for pattern in form.metrics for name in one.columns if fnmatchcase(name, pattern)]
     left = len(names) - _MOST_LINES
     about = f"{form.about} {left} more are in metrics.jsonl.".strip() if left > 0 else form.about
@@ -159,7 +160,7 @@ def _words(metric: str) -> str:
 
 
 def _comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Several runs beside each other."""
+    """Return the template's variables for a comparison of several runs."""
     names = _distinct([one.name for one in runs])
     splits = dict.fromkeys(record["options"]["split"] for one in runs for record in one.evaluations)
     forms = [
@@ -193,5 +194,5 @@ def _comparison_title(form: Form, metric: str) -> str:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Two runs of one name, in two folders, get a number."""
+    """Return the names, with a number added to equal ones (runs with the same name in different folders)."""
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]

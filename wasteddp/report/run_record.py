@@ -1,10 +1,8 @@
-"""A run's folder as the report reads it: what is there, and a note on each thing that is not. No torch.
+"""Read a run's folder for the report, with a note on each thing that is missing. No torch.
+
+Logged rows are also thinned here, to a few points that still show every extreme.
 
 Legend: N logged rows.
-
-Many logged rows -> few points that still show every extreme. Pure numpy.
-
-Legend: N rows, M points kept.
 """
 
 from __future__ import annotations
@@ -31,13 +29,13 @@ _SPLITS_FIRST = ("test", "val")
 
 
 def kept_rows(values: F64, num_buckets: int) -> I64:
-    """Numbers of the rows to draw: all, or the first, the last, and each bucket's smallest and largest.
+    """Return the numbers of the rows to draw: all, or the first, the last, and each bucket's smallest and largest.
 
-    A mean would hide a spike and every n-th row could miss it. Every point that is drawn is a row that was logged.
+    Means would hide a spike, and every n-th row could miss it. Each point that is drawn is a logged row.
 
     Args:
         values: finite, [N].
-        num_buckets: of equally many neighbouring rows; at most 2 * num_buckets + 2 rows are kept.
+        num_buckets: number of buckets of consecutive rows, equal in size; at most 2 * num_buckets + 2 rows are kept.
     """
     if len(values) <= 2 * num_buckets + 2:
         return np.arange(len(values))
@@ -49,7 +47,7 @@ def kept_rows(values: F64, num_buckets: int) -> I64:
 
 
 def bucket_means(values: F64, num_buckets: int) -> F64:
-    """Mean of each bucket of neighbouring rows: [num_buckets], or [N] where there are fewer rows."""
+    """Return the mean of each bucket of consecutive rows: [num_buckets], or [N] if there are fewer rows."""
     num_buckets = min(num_buckets, len(values))
     if num_buckets == 0:
         return np.zeros(0)
@@ -59,12 +57,12 @@ def bucket_means(values: F64, num_buckets: int) -> F64:
 
 
 def bucket_starts(num_rows: int, num_buckets: int) -> I64:
-    """First row of each of `num_buckets` parts of `num_rows`, which differ by one row at most."""
+    """Return the first row of each of `num_buckets` parts of `num_rows`. Their sizes differ by at most one row."""
     return np.arange(num_buckets) * num_rows // num_buckets
 
 
 def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Round numbers inside [low, high]: multiples of 1, 2 or 5 times a power of ten, `most` of them at most."""
+    """Return round numbers inside [low, high]: multiples of 1, 2 or 5 times a power of ten, at most `most`."""
     if not high > low:
         return [low]
     power = 10.0 ** np.floor(np.log10((high - low) / most))
@@ -74,7 +72,7 @@ def ticks(low: float, high: float, *, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten inside [low, high], six at most; 2 and 5 times them, or any round numbers, where those are few."""
+    """Return at most six powers of ten inside [low, high]. If they are few, add 2 and 5 times them, or use `ticks`."""
     exponents = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     for units in ((1,), (1, 2, 5)):
         found = [float(f"{unit * 10.0**power:.12g}") for power in exponents for unit in units]
@@ -86,15 +84,15 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """One run. What could not be read is empty or None, and `notes` says why."""
+    """One run. Parts that could not be read are empty or None, and `notes` has the reasons."""
 
     folder: Path
     name: str
-    columns: Mapping[str, F64]  # metric -> [N], NaN in the rows that lack it; also "step" and "time_s"
+    columns: Mapping[str, F64]  # metric -> [N], NaN in rows without it; also "step" and "time_s"
     settings: Mapping[str, Any]  # dotted key -> value
     environment: Mapping[str, Any]
     card: BundleCard | None
-    evaluations: Sequence[Mapping[str, Any]]  # as evaluation_record writes them
+    evaluations: Sequence[Mapping[str, Any]]  # as evaluation_files writes them
     manifest: Manifest | None
     profile: str  # the profiler's verdict
     resumable: bool
@@ -110,26 +108,26 @@ class RunRecord:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in an epoch, by the last row that has one; 1 where none has, so that epochs are steps."""
+        """Steps in an epoch, from the last row that has an epoch; 1 if no row has one, so that epochs are steps."""
         epochs = self.column("epoch")
         there = np.flatnonzero(epochs > 0)
         return float(self.columns["step"][there[-1]] / epochs[there[-1]]) if there.size else 1.0
 
     def column(self, name: str) -> F64:
-        """[N], all NaN where no row has it."""
+        """Return a metric: [N], all NaN if no row has it."""
         return self.columns.get(name, np.full(self.num_rows, np.nan))
 
     def logged(self, name: str) -> F64:
-        """The finite values of a metric, in their order."""
+        """Return the finite values of a metric, in order."""
         values = self.column(name)
         return values[np.isfinite(values)]
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Everything that the report shows of a run.
+    """Read everything that the report shows of a run.
 
     Raises:
-        RunError: the folder is not there or is no run's.
+        RunError: the folder does not exist or is not a run's folder.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise RunError(
@@ -141,7 +139,7 @@ def read_run(folder: Path) -> RunRecord:
     with storage("reading the metrics", folder):
         columns, num_cut = _columns((folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace"))
     if num_cut:
-        notes.append(f"{num_cut} line(s) of metrics.jsonl are no rows; a kill may have cut the last one")
+        notes.append(f"{num_cut} line(s) of metrics.jsonl are not rows; a kill may have truncated the last one")
     settings = _tree(folder / "settings.yaml", notes)
     profile = folder / "profile" / "verdict.txt"
     return RunRecord(
@@ -168,7 +166,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _columns(text: str) -> tuple[dict[str, F64], int]:
-    """The rows of metrics.jsonl as columns, and how many lines are no rows."""
+    """Return the rows of metrics.jsonl as columns, and the number of lines that are not rows."""
     rows, num_cut = [], 0
     for line in text.splitlines():
         try:
@@ -188,7 +186,7 @@ def _columns(text: str) -> tuple[dict[str, F64], int]:
 
 
 def _tree(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A YAML or JSON file of named values; {} and a note where there is none."""
+    """Read a YAML or JSON file of named values; return {} and add a note if it cannot be read."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(tree, dict):
@@ -208,7 +206,7 @@ def _card(folder: Path, notes: list[str]) -> BundleCard | None:
 
 
 def _evaluations(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The evaluations that the run keeps, test first."""
+    """Read the evaluations in the run's folder, test first."""
     found = []
     for path in sorted((folder / "evaluations").glob("*/metrics.json")):
         try:
@@ -229,7 +227,7 @@ def _manifest(settings: Mapping[str, Any], notes: list[str]) -> Manifest | None:
         if not is_url(shards):
             return Manifest.load(shards)
         notes.append(
-            "the shard set is behind a URL, and a page fetches nothing: no images, nothing on what was left out"
+            "the shard set is at a URL, and a report fetches nothing, so its images and those left out are not shown"
         )
     except (KeyError, TypeError):
         notes.append("settings.yaml does not name the shards (data.shards)")

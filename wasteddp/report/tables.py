@@ -1,4 +1,4 @@
-"""What the page says in tables: figures at a glance, timings, starts, settings, lineage."""
+"""The tables of the page: main metrics, timings, starts, settings, lineage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEFT_OUT_NAMED = 20
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One figure at the head of the page."""
+    """One number at the top of the page."""
 
     label: str
     value: str
@@ -29,7 +29,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of the run, by its rows."""
+    """One start of the run, from its rows."""
 
     number: int
     steps: str
@@ -39,16 +39,16 @@ class Start:
 
 
 def state(run: RunRecord) -> tuple[str, str]:
-    """(word, explanation): how far the run is, by what its folder shows."""
+    """Return (word, explanation) for the state of the run, from the files in its folder."""
     epochs_asked = run.settings.get("train.epochs", 0)
     epochs = run.last_step / run.steps_per_epoch
     if run.resumable:
-        return "stopped", "by a signal, and saved: the same command goes on from there"
+        return "stopped", "by a signal, and saved: the same command continues the run"
     if epochs_asked and epochs >= epochs_asked - 1e-6:
         return "finished", f"all {epochs_asked} epochs"
     patience = run.settings.get("train.early_stop_epochs", 0)
     if 0 < patience <= evaluations_since_best(run):
-        return "finished", f"early: {patience} evaluations without a better one"
+        return "finished", f"early: {patience} evaluations without an improvement"
     share = f"{epochs:.3g} of {epochs_asked} epochs" if epochs_asked else f"{run.last_step:,} steps"
     return "not finished", f"{share}: still running, killed, or ended by an error"
 
@@ -59,7 +59,7 @@ def evaluations_since_best(run: RunRecord) -> int:
 
 
 def tiles(run: RunRecord) -> list[Tile]:
-    """The figures that a reader looks for first."""
+    """Return the numbers that a reader looks for first."""
     found = []
     for record in run.evaluations:
         interval = f"95 %: {100 * record['accuracy_low']:.1f} to {100 * record['accuracy_high']:.1f}"
@@ -83,7 +83,7 @@ def tiles(run: RunRecord) -> list[Tile]:
 
 
 def starts(run: RunRecord) -> list[Start]:
-    """Each start of the run that left rows. Rows after a checkpoint that was gone on from are not there any more."""
+    """Return each start of the run that has rows. A resume removes the rows after its checkpoint."""
     attempts, times, steps = run.column("attempt"), run.column("time_s"), run.columns["step"]
     found = []
     for number in sorted({int(one) for one in attempts[np.isfinite(attempts)]}):
@@ -102,7 +102,7 @@ def starts(run: RunRecord) -> list[Start]:
 
 
 def timings(run: RunRecord) -> list[tuple[str, str]]:
-    """Where the time went, by the rows."""
+    """Return how the time was spent, from the rows."""
     found = []
     step_ms, evaluation_s = run.logged("train/step_ms"), run.logged("val/seconds")
     stall_ms, write_s = run.logged("checkpoint/stall_ms"), run.logged("checkpoint/seconds")
@@ -123,7 +123,7 @@ def timings(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def settings_rows(run: RunRecord) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """(section, [(key, value, default where it is another)])."""
+    """Return (section, [(key, value, default if it differs)])."""
     defaults = flat(Settings().model_dump(mode="json"))
     sections: dict[str, list[tuple[str, str, str]]] = {}
     for key, value in run.settings.items():
@@ -134,24 +134,20 @@ def settings_rows(run: RunRecord) -> list[tuple[str, list[tuple[str, str, str]]]
 
 
 def different_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(key, value of each run) of the settings in which they differ; where a run writes to is no difference."""
+    """Return (key, value of each run) of the settings that differ, without the output folder."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     rows = [(key, [_plain(run.settings.get(key, "–")) for run in runs]) for key in keys if key != "run.out"]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def lineage(run: RunRecord) -> list[tuple[str, str, str]]:
-    """(what, hash or name, what is known of it)."""
+    """Return (what, hash or name, note)."""
     rows = []
     if run.card:
         hashes = run.card.hashes
         now = run.manifest.sha256 if run.manifest else ""
-        found = (
-            ""
-            if not now
-            else ("the set that lies there now" if now == hashes.manifest else "ANOTHER set lies there now")
-        )
-        rows.append(("shard set", hashes.manifest, found))
+        same = "the same set is there now" if now == hashes.manifest else "ANOTHER set is there now"
+        rows.append(("shard set", hashes.manifest, same if now else ""))
         rows.append(("settings", hashes.settings, ""))
         rows.append(("code", hashes.code, "with uncommitted changes" if hashes.code.endswith("+") else ""))
         averaged = f", {run.card.averaged}" if str(run.card.averaged) else ""
@@ -173,7 +169,7 @@ def environment_rows(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def left_out(run: RunRecord) -> tuple[list[tuple[str, int]], list[tuple[str, str, str]], int]:
-    """([(reason, images)], [(source, reason, detail)] of the first few, images that are not named here)."""
+    """Return ([(reason, images)], [(source, reason, detail)] of the first few, number of the other images)."""
     if run.manifest is None:
         return [], [], 0
     counts = Counter(one.reason.replace("_", " ") for one in run.manifest.left_out)

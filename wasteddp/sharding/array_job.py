@@ -1,11 +1,11 @@
-"""A large set made by several machines: each does its part of the work, the result is that of one machine, bit for bit.
+"""Make one shard set on several machines. The result equals that of one machine, bit for bit.
 
-    read_part   of each machine: examines its share of the images, and encodes those that cannot stay as they are,
-                since where a shard ends depends on every size before it
-    write_part  of each machine, when all have read: every N-th shard
-    make_shards once, when all have written: finds everything done, and writes the manifest
+    read_part    on each machine: examine its part of the images, and encode those that cannot be stored unchanged,
+                 because the end of a shard depends on the size of every sample before it
+    write_part   on each machine, after all parts are read: write every N-th shard
+    make_shards  once, after all parts are written: check that everything is done, and write the manifest
 
-Each step notes what it has done in a journal of its own in `.sharding/`, so one that failed is repeated alone.
+Each step records its work in a journal of its own in `.sharding/`, so that a failed step can be repeated alone.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from wasteddp.data.manifest import MANIFEST_NAME
 from wasteddp.errors import ShardError, SourceError, storage
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import scan
-from wasteddp.sharding.build import clear_the_way, work_folder
-from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample, stays
+from wasteddp.sharding.build import prepare_folder, work_folder
+from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample, stays_unchanged
 from wasteddp.sharding.selection import select
 from wasteddp.sharding.sources.archives import is_compressed_tar
-from wasteddp.sharding.writer import Piece, Sample, ShardJournal, cut, tar_bytes, write_piece
+from wasteddp.sharding.writer import PlannedShard, Sample, ShardJournal, plan_shards, tar_bytes, write_planned_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,17 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """From "3/8". Raises `SourceError` for anything else."""
+        """Parse a part such as "3/8".
+
+        Raises:
+            SourceError: the text has another form, or the number is out of range.
+        """
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise SourceError(
-                f"--part is {text!r}", "which part of the work is meant is not clear", "write it as 3/8: 1/8 to 8/8"
+                f"--part is {text!r}",
+                "the part of the work cannot be determined",
+                "give a number and a total: 1/8, 2/8, ... 8/8",
             )
         return cls(int(match[1]), int(match[2]))
 
@@ -51,7 +57,7 @@ class Part:
         return f"{self.number}/{self.of}"
 
     def share(self, num_items: int) -> range:
-        """This part of the items, neighbours together: they lie in the same folders."""
+        """Return this part of the items: consecutive ones, which are mostly in the same folders."""
         return range(num_items * (self.number - 1) // self.of, num_items * self.number // self.of)
 
     def file(self, work: Path, kind: str, suffix: str) -> Path:
@@ -59,21 +65,23 @@ class Part:
 
 
 def read_part(job: Job, part: Part, *, workers: int) -> None:
-    """Examines this part of the images; a second call finds that done.
+    """Examine this part of the images. A second call does only what is missing.
 
     Raises:
-        SourceError: the images cannot become a set; ShardError: the folder holds another set; StorageError.
+        SourceError: the images cannot become a set.
+        ShardError: the folder holds another set.
+        StorageError: the folder cannot be written.
     """
     if _nothing_to_do(job):
         return
     with work_folder(job.out, shared=True) as work:
         listing = list_images(job, work)
-        clear_the_way(job.out, work, overwrite=False)
-        pictures = listing.layout.pictures
-        mine = part.share(len(pictures))
+        prepare_folder(job.out, work, overwrite=False)
+        images = listing.layout.images
+        mine = part.share(len(images))
         scanned = scan.scan(
             listing.source,
-            pictures,
+            images,
             workers=workers,
             journal=part.file(work, "scan", "jsonl"),
             limit=job.options.max_left_out,
@@ -86,31 +94,33 @@ def read_part(job: Job, part: Part, *, workers: int) -> None:
             return sha256, len(_sample(job, listing, scanned, waiting[sha256]).image)
 
         path = part.file(work, "sizes", "jsonl")
-        with storage("writing the journal of the sizes", path), path.open("a", encoding="utf-8") as file:
+        with storage("writing the journal of image sizes", path), path.open("a", encoding="utf-8") as file:
             if file.tell():
-                file.write("\n")  # ends a line that a kill may have cut
+                file.write("\n")  # end a line that a kill may have truncated
             with progress("encoding images", len(waiting)) as advance:
                 for sha256, num_bytes in in_order(encode, waiting, workers=workers):
                     file.write(json.dumps([sha256, *_encoding(job.options), num_bytes]) + "\n")
                     advance()
-        print(f"part {part}: {len(mine):,} of {len(pictures):,} images are read", flush=True)
+        print(f"part {part}: {len(mine):,} of {len(images):,} images read", flush=True)
 
 
 def write_part(job: Job, part: Part, *, workers: int) -> None:
-    """Writes this part of the shards, once all parts are read; a second call finds them written.
+    """Write this part of the shards, after all parts are read. A second call writes only what is missing.
 
     Raises:
-        ShardError: a part is not read yet, or the folder holds another set; SourceError; StorageError.
+        ShardError: a part is not read yet, or the folder holds another set.
+        SourceError: the images cannot become a set.
+        StorageError: the folder cannot be written.
     """
     if _nothing_to_do(job):
         return
     with work_folder(job.out, shared=True) as work:
         listing = list_images(job, work)
-        clear_the_way(job.out, work, overwrite=False)
-        pictures, options = listing.layout.pictures, job.options
+        prepare_folder(job.out, work, overwrite=False)
+        images, options = listing.layout.images, job.options
         scanned = scan.scan(
             listing.source,
-            pictures,
+            images,
             workers=workers,
             journal=part.file(work, "scan", "jsonl"),
             limit=options.max_left_out,
@@ -119,15 +129,15 @@ def write_part(job: Job, part: Part, *, workers: int) -> None:
         sizes = _read_sizes(work, options)
         _refuse_unread(~scanned.is_read | _unsized(scanned, options, sizes), part.of)
         selection = select(job, listing, scanned)
-        pieces = _plan(job, listing, scanned, selection.members, sizes)
-        mine = pieces[part.number - 1 :: part.of]
+        planned = _plan(job, listing, scanned, selection.members, sizes)
+        mine = planned[part.number - 1 :: part.of]
         journal = ShardJournal(part.file(work, "shards", "txt"), identity(job, listing, scanned.hashes()))
-        num_samples = sum(piece.end - piece.begin for piece in mine)
+        num_samples = sum(plan.end - plan.begin for plan in mine)
         with storage("writing shards", job.out), progress("writing shards", num_samples) as advance:
-            for piece in mine:
-                write_piece(
-                    piece,
-                    selection.members[piece.split],
+            for plan in mine:
+                write_planned_shard(
+                    plan,
+                    selection.members[plan.split],
                     lambda i: _sample(job, listing, scanned, i),
                     folder=job.out,
                     journal=journal,
@@ -135,28 +145,34 @@ def write_part(job: Job, part: Part, *, workers: int) -> None:
                     workers=workers,
                     advance=advance,
                 )
-        print(f"part {part}: {len(mine)} of {len(pieces)} shards are written", flush=True)
+        print(f"part {part}: {len(mine)} of {len(planned)} shards written", flush=True)
 
 
 def _nothing_to_do(job: Job) -> bool:
-    """Whether the set is finished. Refuses what cannot be done in parts."""
+    """Return whether the set is finished.
+
+    Raises:
+        SourceError: the source is a compressed tar, which cannot be read in parts.
+    """
     job.options.check()
     if job.source.is_file() and is_compressed_tar(job.source):
         raise SourceError(
             f"{job.source} is a compressed tar",
-            "it has no random access: each part would unpack all of it",
-            "unpack it once, and give the folder or the plain tar",
+            "it has no random access, so each part would unpack all of it",
+            "unpack it once, and give the folder or the uncompressed tar",
         )
     if not (job.out / MANIFEST_NAME).exists():
         return False
-    print(f"{job.out} has a manifest: no part is missing; without --part it is compared with these images", flush=True)
+    print(
+        f"{job.out} has a manifest: no part is missing; run without --part to compare it with these images", flush=True
+    )
     return True
 
 
 def _unsized(scanned: scan.ScanResult, options: Options, sizes: Mapping[str, int]) -> npt.NDArray[np.bool_]:
-    """[N]: images that must be encoded, and whose size as encoded is not known."""
+    """Return [N]: True for images that must be encoded and whose encoded size is not known yet."""
     usable = scanned.is_read & (scanned.records["problem"] == 0)
-    changed = [i for i in np.flatnonzero(usable).tolist() if not stays(scanned.records[i], options)]
+    changed = [i for i in np.flatnonzero(usable).tolist() if not stays_unchanged(scanned.records[i], options)]
     unsized = np.zeros(len(usable), bool)
     unsized[[i for i in changed if _hash(scanned, i) not in sizes]] = True
     return unsized
@@ -173,7 +189,7 @@ def _refuse_unread(unread: npt.NDArray[np.bool_], num_parts: int) -> None:
         missing = [str(part) for part in parts if unread[part.share(len(unread))].any()]
         raise ShardError(
             f"{unread.sum():,} of {len(unread):,} images are not read yet: part {', '.join(missing)}",
-            "which images are duplicates, and where a shard ends, is known only when all are",
+            "duplicates and the ends of shards are known only after all images are read",
             "run `--part ... --stage read` for those parts first",
         )
 
@@ -184,43 +200,43 @@ def _plan(
     scanned: scan.ScanResult,
     members: Mapping[str, Sequence[int]],
     sizes: Mapping[str, int],
-) -> list[Piece]:
-    """All shards of the set."""
-    pictures, classes = listing.layout.pictures, listing.layout.classes
+) -> list[PlannedShard]:
+    """Return all shards of the set, before they are written."""
+    images, classes = listing.layout.images, listing.layout.classes
 
     def size(index: int) -> int:
-        picture = pictures[index]
-        as_is = stays(scanned.records[index], job.options)
-        image_bytes = picture.file.size_bytes if as_is else sizes[_hash(scanned, index)]
-        label = classes.index(picture.class_name)
-        return tar_bytes(Sample(b"", bytes(32), label, picture.class_name, picture.file.path), image_bytes)
+        image = images[index]
+        as_is = stays_unchanged(scanned.records[index], job.options)
+        image_bytes = image.file.size_bytes if as_is else sizes[_hash(scanned, index)]
+        label = classes.index(image.class_name)
+        return tar_bytes(Sample(b"", bytes(32), label, image.class_name, image.file.path), image_bytes)
 
-    pieces: list[Piece] = []
+    planned: list[PlannedShard] = []
     for split, indices in members.items():
-        pieces += cut(split, [size(index) for index in indices], max_bytes=job.options.max_shard_bytes)
-    return pieces
+        planned += plan_shards(split, [size(index) for index in indices], max_bytes=job.options.max_shard_bytes)
+    return planned
 
 
 def _sample(job: Job, listing: Listing, scanned: scan.ScanResult, index: int) -> Sample:
     layout = listing.layout
-    return load_sample(listing.source, layout.pictures[index], scanned.records[index], layout.classes, job.options)
+    return load_sample(listing.source, layout.images[index], scanned.records[index], layout.classes, job.options)
 
 
 def _encoding(options: Options) -> tuple[int | None, int]:
-    """What the size of an encoded image depends on, beside the image."""
+    """Return the options that determine the size of an encoded image."""
     return options.max_side_px, options.quality
 
 
 def _read_sizes(work: Path, options: Options) -> dict[str, int]:
-    """Bytes of each image as encoded with these options, by the sha256 of its file."""
+    """Return the bytes of each image encoded with these options, by the sha256 of its file."""
     sizes: dict[str, int] = {}
     for journal in sorted(work.glob("sizes-*.jsonl")):
-        with storage("reading the journal of the sizes", journal):
+        with storage("reading the journal of image sizes", journal):
             lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in lines:
             try:
                 sha256, max_side_px, quality, num_bytes = json.loads(line)
-            except ValueError:  # cut by a kill: that image is encoded again
+            except ValueError:  # truncated by a kill: that image is encoded again
                 continue
             if (max_side_px, quality) == _encoding(options):
                 sizes[sha256] = num_bytes

@@ -1,11 +1,12 @@
-"""Images -> a shard set: the steps from a source to a manifest, in order. Each step's how is in a module of its own.
+"""Turn images into a shard set: the steps from a source to a manifest, in order. Each step has a module of its own.
 
-    list -> read and prove -> drop copies -> choose splits -> count near-duplicates -> write tars -> write manifest
+    list -> read and check -> drop copies -> choose splits -> count near-duplicates -> write tars -> write manifest
 
-All that this leaves behind while it works is in `.sharding/` inside the set's folder; the manifest comes last. What
-other machines have read and written there (`parts`) is taken over, so that this is also the last step of an array job.
+Intermediate files are in `.sharding/` inside the set's folder; the manifest is written last. Images and shards that
+other machines have read and written there (`array_job`) are reused, so this is also the last step of an array job.
 
-The folder of a shard set while it is being made: who may write there, what may be replaced, what is cleaned up.
+This module also guards the set's folder while the set is unfinished: which process may write there, which files may be
+replaced, and which are removed.
 """
 
 from __future__ import annotations
@@ -28,83 +29,86 @@ from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, 
 from wasteddp.sharding.selection import select
 from wasteddp.sharding.writer import ShardJournal, write_split
 
-__all__ = ["Job", "Options", "find_made", "make_shards"]
+__all__ = ["Job", "Options", "find_finished", "make_shards"]
 
 TOOL = f"wasteddp {__version__}"
 WORK_NAME = ".sharding"
-_BEGUN_NAME = "begun"  # from here on, what lies in the set's folder under our names is ours
+_BEGUN_NAME = "begun"  # if it exists, files in the set's folder with our names were written by us
 _OWN_FILE = re.compile(r"(train|val|test)-\d{6}\.(tar|idx)(\.tmp)?|manifest\.json\.tmp")
 
 
 def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
-    """Makes the set, or finishes it, or finds that it is made already.
+    """Create the set, finish an interrupted one, or return the finished one.
 
     Raises:
-        SourceError: the images cannot become a set; ShardError: the folder holds another set; StorageError.
+        SourceError: the images cannot become a set.
+        ShardError: the folder holds another set.
+        StorageError: the folder cannot be written.
     """
     started = time.monotonic()
     job.options.check()
     with work_folder(job.out) as work:
         listing = list_images(job, work)
-        num_images = len(listing.layout.pictures)
+        num_images = len(listing.layout.images)
         if (job.out / MANIFEST_NAME).exists() and not overwrite:
-            hashes = list(scan.fingerprints(listing.source, listing.layout.pictures, workers=workers))
-            return _already_made(job, identity(job, listing, hashes), num_images)
-        clear_the_way(job.out, work, overwrite=overwrite)
-        continues = any(work.glob("scan*.jsonl"))  # then a rate would count images that an earlier start has read
+            hashes = list(scan.fingerprints(listing.source, listing.layout.images, workers=workers))
+            return _load_finished(job, identity(job, listing, hashes), num_images)
+        prepare_folder(job.out, work, overwrite=overwrite)
+        continues = any(work.glob("scan*.jsonl"))  # a rate would count images that an earlier start read
         scanned = scan.scan(
             listing.source,
-            listing.layout.pictures,
+            listing.layout.images,
             workers=workers,
             journal=work / "scan.jsonl",
             limit=job.options.max_left_out,
         )
-        manifest = _make(job, listing, scanned, work, workers=workers)
+        manifest = _write_set(job, listing, scanned, work, workers=workers)
         elapsed_s = time.monotonic() - started
         rate = "continued an earlier start" if continues else f"{num_images / elapsed_s:,.0f} images/s"
         print(f"{num_images:,} images in {elapsed_s:.1f} s: {rate}", flush=True)
     return manifest
 
 
-def _make(job: Job, listing: Listing, scanned: scan.ScanResult, work: Path, *, workers: int) -> Manifest:
-    """Everything after the scan; from here on the result depends on `job`, the listing and the records alone."""
-    pictures, classes, records = listing.layout.pictures, listing.layout.classes, scanned.records
+def _write_set(job: Job, listing: Listing, scanned: scan.ScanResult, work: Path, *, workers: int) -> Manifest:
+    """Do everything after the scan. The result depends only on `job`, the listing and the records."""
+    images, classes, records = listing.layout.images, listing.layout.classes, scanned.records
     selection = select(job, listing, scanned)
     inputs_sha256 = identity(job, listing, scanned.hashes())
-    made = {}
+    written = {}
     with storage("writing shards", job.out), progress("writing shards", selection.num_samples) as advance:
         journal = ShardJournal(work / "shards.txt", inputs_sha256)
         for split, members in selection.members.items():
             shards = write_split(
                 split,
                 members,
-                lambda i: load_sample(listing.source, pictures[i], records[i], classes, job.options),
+                lambda i: load_sample(listing.source, images[i], records[i], classes, job.options),
                 folder=job.out,
                 journal=journal,
                 max_bytes=job.options.max_shard_bytes,
                 workers=workers,
                 advance=advance,
             )
-            counts = Counter(pictures[i].class_name for i in members)
-            made[split] = Split(split, shards, tuple(counts[name] for name in classes))
+            counts = Counter(images[i].class_name for i in members)
+            written[split] = Split(split, shards, tuple(counts[name] for name in classes))
     manifest = Manifest(
         folder=job.out,
         name=job.out.resolve().name,
         classes=classes,
-        splits=made,
+        splits=written,
         bins=dict(job.bins),
         left_out=selection.left_out,
         near_duplicates=selection.near_duplicates,
         recipe=job.described() | {"inputs_sha256": inputs_sha256},
         tool=TOOL,
     )
-    remove_own_files(job.out, keep={f for s in made.values() for shard in s.shards for f in (shard.tar, shard.index)})
+    keep = {name for split in written.values() for shard in split.shards for name in (shard.tar, shard.index)}
+    remove_own_files(job.out, keep=keep)
     manifest.save()
     return Manifest.load(job.out)
 
 
-def find_made(job: Job) -> Manifest | None:
-    """The finished set of a recipe that draws its images, which need not be drawn to know that they are the same."""
+def find_finished(job: Job) -> Manifest | None:
+    """Return the finished set of a recipe that draws its images. They are not drawn: the recipe identifies them."""
     if not (job.out / MANIFEST_NAME).exists():
         return None
     manifest = Manifest.load(job.out)
@@ -115,33 +119,36 @@ def find_made(job: Job) -> Manifest | None:
     return manifest
 
 
-def _already_made(job: Job, identity: str, num_images: int) -> Manifest:
+def _load_finished(job: Job, identity: str, num_images: int) -> Manifest:
     manifest = Manifest.load(job.out)
     if manifest.recipe.get("inputs_sha256") != identity:
         raise ShardError(
-            f"{job.out} is a finished set of other images or other options than these {num_images:,} images",
-            "it would be lost, and runs that were trained on it could no longer be explained",
+            f"{job.out} holds a finished set of other images or other options (given: {num_images:,} images)",
+            "it would be lost, and runs that were trained on it could no longer be reproduced",
             "give another --out, or --overwrite to replace it",
         )
     check_files(manifest)
-    print(f"{job.out} is already made of these {num_images:,} images with these options: nothing to do")
+    print(f"{job.out} was already made from these {num_images:,} images with these options: nothing to do")
     return manifest
 
 
 @contextmanager
 def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
-    """The hidden folder for journals; it stays only if a set was begun and is not finished.
+    """Lock the hidden folder for journals. It is kept only if a set was started and is not finished.
 
-    Held by one process, or by any number that each make a part (`shared`); these leave the tidying to the last step.
+    One process holds it, or any number of processes that each make a part (`shared`). Those leave the cleanup to the
+    last step.
     """
     work = out / WORK_NAME
-    with storage("making the folder of the set", out):
+    with storage("creating the folder of the set", out):
         work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("a+")  # readable: network file systems want that for a shared lock
+        lock = (work / "lock").open("a+")  # readable: network file systems require that for a shared lock
     with lock:
         if not try_lock(lock.fileno(), shared=shared):
             raise ShardError(
-                f"another `wasteddp shard` is writing {out}", "two would overwrite each other", "wait for it to end"
+                f"another `wasteddp shard` is writing {out}",
+                "two processes would overwrite each other's files",
+                "wait for it to end",
             )
         try:
             yield work
@@ -152,16 +159,22 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
                     out.rmdir()
 
 
-def clear_the_way(out: Path, work: Path, *, overwrite: bool) -> None:
-    """Removes an old set when told to: its manifest first, so that a kill never leaves a manifest of half a set."""
+def prepare_folder(out: Path, work: Path, *, overwrite: bool) -> None:
+    """Mark the set as started, and remove the manifest of the old set if there is one.
+
+    The manifest is removed first, so that a kill never leaves the manifest of an incomplete set.
+
+    Raises:
+        ShardError: without `overwrite`, the folder holds files that would be replaced.
+    """
     begun = work / _BEGUN_NAME
     if not begun.exists() and not overwrite:
         there = [path.name for path in out.iterdir() if _OWN_FILE.fullmatch(path.name)]
         if there:
             raise ShardError(
                 f"{out} holds {len(there)} file(s) that this would replace, such as {min(there)}, and no manifest",
-                "they are not from an unfinished run, so somebody may want them",
-                f"give another --out; or `wasteddp index {out}` to use them; or --overwrite to replace them",
+                "they are not from an unfinished run and may still be needed",
+                f"give another --out, use them with `wasteddp index {out}`, or replace them with --overwrite",
             )
     with storage("removing the old manifest", out):
         begun.touch()
@@ -171,7 +184,7 @@ def clear_the_way(out: Path, work: Path, *, overwrite: bool) -> None:
 
 
 def remove_own_files(out: Path, keep: set[str]) -> None:
-    """Removes what an earlier, different run left under the names that are ours; nothing else."""
+    """Remove shards and indexes that an earlier, different run left, except `keep`. Other files stay."""
     with storage("removing files of an earlier run", out):
         for path in out.iterdir():
             if _OWN_FILE.fullmatch(path.name) and path.name not in keep:
@@ -179,13 +192,17 @@ def remove_own_files(out: Path, keep: set[str]) -> None:
 
 
 def check_files(manifest: Manifest) -> None:
-    """Raises `ShardError` if a shard is missing or has another size than the manifest says."""
+    """Check that each shard exists with the size in the manifest.
+
+    Raises:
+        ShardError: a shard or its index is missing, or a shard has another size.
+    """
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         path = manifest.folder / shard.tar
         found = path.stat().st_size if path.exists() else 0
         if found != shard.num_bytes or not (manifest.folder / shard.index).exists():
             raise ShardError(
-                f"{path} or its index is not as it was: {found:,} bytes, the manifest says {shard.num_bytes:,}",
+                f"{path} or its index is missing or changed: {found:,} bytes, the manifest says {shard.num_bytes:,}",
                 "the set is damaged",
-                "make it again with --overwrite; `wasteddp verify` names all that is damaged",
+                "make it again with --overwrite; `wasteddp verify` lists all damage",
             )

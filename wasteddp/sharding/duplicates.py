@@ -1,13 +1,14 @@
-"""Byte-identical images: which copy is kept, and which are left out. Near ones are `near_duplicates`.
+"""Find byte-identical images and near-duplicates.
 
-Images that show the same: a perceptual hash, and all pairs within a distance without comparing all with all.
+Of byte-identical images one copy is kept. Near-duplicates are pairs of images whose perceptual hashes are within a
+distance; they are found without comparing every image with every other.
 
-A hash has two parts, both from the signs of a DCT against its median: 64 bits (8x8 lowest frequencies) to find
-candidates and 256 bits (16x16) to confirm them. Sixty-four bits alone are not enough for small things on a white
-ground: of TrashNet's 45 pairs within 6 bits, a dozen show different objects, and all of these differ in 52 or more of
-the 256 bits, while the 31 pairs within 48 all show one object, shot twice. It is a lower bound: an object that was
-turned or moved between two shots is not found. Arithmetic is in whole numbers, so the same pixels give the same hash on
-any machine.
+A hash has two parts, both the signs of DCT coefficients against their median: 64 bits (8x8 lowest frequencies) find
+candidates and 256 bits (16x16) confirm them. 64 bits alone are not enough for small objects on a white background: of
+TrashNet's 45 pairs within 6 bits, a dozen show different objects, and all of these differ in 52 or more of the 256
+bits, while the 31 pairs within 48 bits all show one object, photographed twice. The number found is a lower bound: an
+object that was turned or moved between two photographs is not found. The arithmetic is exact in whole numbers, so the
+same pixels give the same hash on every machine.
 
 Source: Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions (2010); Norouzi et al., Fast Search
 in Hamming Space with Multi-Index Hashing (CVPR 2012).
@@ -27,10 +28,10 @@ from PIL import Image
 
 from wasteddp.data.decoding.decode import GreyHW
 from wasteddp.data.manifest import LeftOut
-from wasteddp.sharding.sources.layout import SPLITS, Picture
+from wasteddp.sharding.sources.layout import SPLITS, SourceImage
 
 DEFAULT_DISTANCE = 8  # bits of 64
-MAX_DISTANCE = 11  # beyond it the search looks up too many neighbours of every band, and most pairs are chance
+MAX_DISTANCE = 11  # above it the search looks up too many neighbours of each band, and most pairs are chance
 CONFIRMED_DISTANCE = 48  # bits of 256
 
 _SIDE_PX = 32
@@ -42,15 +43,15 @@ _DCT = np.round(np.cos(np.pi * (2 * _pixel + 1) * _frequency / (2 * _SIDE_PX)) *
 
 
 def leave_out_copies(
-    pictures: Sequence[Picture], sha256s: Sequence[bytes], *, keep_conflicts: bool
+    images: Sequence[SourceImage], sha256s: Sequence[bytes], *, keep_conflicts: bool
 ) -> tuple[list[int], list[LeftOut]]:
-    """Of each content one image, or none where its copies stand under different classes.
+    """Keep one image of each content, or none if its copies have different classes.
 
-    The copy kept is the one in test, else in val, else the first by path: what is measured on must not be in train.
-    With `keep_conflicts` the first by path is kept, under its class.
+    The copy in test is kept, otherwise the one in val, otherwise the first by path: an image that is evaluated must not
+    be in train. With `keep_conflicts`, the first by path is kept with its class.
 
     Returns:
-        indices of the images kept, ascending; the others, with reason `duplicate` or `conflicting_label`.
+        Indices of the kept images, ascending; the images left out, with reason `duplicate` or `conflicting_label`.
     """
     copies: dict[bytes, list[int]] = {}
     for index, sha256 in enumerate(sha256s):
@@ -58,24 +59,24 @@ def leave_out_copies(
     kept: list[int] = []
     left_out: list[LeftOut] = []
     for same in copies.values():
-        conflict = len({pictures[index].class_name for index in same}) > 1
+        conflict = len({images[index].class_name for index in same}) > 1
         if len(same) == 1:
             kept += same
         elif conflict and not keep_conflicts:
             for index in same:
-                others = ", ".join(f"{pictures[i].file.path} ({pictures[i].class_name})" for i in same if i != index)
-                left_out.append(LeftOut(pictures[index].file.path, "conflicting_label", f"same bytes as {others}"))
+                others = ", ".join(f"{images[i].file.path} ({images[i].class_name})" for i in same if i != index)
+                left_out.append(LeftOut(images[index].file.path, "conflicting_label", f"same bytes as {others}"))
         else:
-            best = same[0] if conflict else max(same, key=lambda i: (_strictness(pictures[i]), -i))
+            best = same[0] if conflict else max(same, key=lambda i: (_strictness(images[i]), -i))
             kept.append(best)
-            detail = f"same bytes as {pictures[best].file.path}, which is kept"
+            detail = f"same bytes as {images[best].file.path}, which is kept"
             reason = "conflicting_label" if conflict else "duplicate"
-            left_out += [LeftOut(pictures[i].file.path, reason, detail) for i in same if i != best]
+            left_out += [LeftOut(images[i].file.path, reason, detail) for i in same if i != best]
     return sorted(kept), sorted(left_out, key=lambda left: left.source)
 
 
-def _strictness(picture: Picture) -> int:
-    return SPLITS.index(picture.split) if picture.split else 0
+def _strictness(image: SourceImage) -> int:
+    return SPLITS.index(image.split) if image.split else 0
 
 
 class PerceptualHash(NamedTuple):
@@ -91,6 +92,7 @@ class NearPairs(NamedTuple):
 
 
 def perceptual_hash(grey: GreyHW) -> PerceptualHash:
+    """Return the perceptual hash of a grey image."""
     small = Image.fromarray(grey).resize((_SIDE_PX, _SIDE_PX), Image.Resampling.BOX)
     # Whole numbers below 255 * (32 * 4096)^2 = 2^42 are exact in float64, in whatever order BLAS adds them.
     waves = _DCT @ np.asarray(small, dtype=np.float64) @ _DCT.T  # [16 vertical, 16 horizontal]
@@ -101,7 +103,7 @@ def perceptual_hash(grey: GreyHW) -> PerceptualHash:
 def find_near_pairs(
     bits64_N: npt.NDArray[np.uint64], bits256_N: npt.NDArray[np.uint8], *, distance: int = DEFAULT_DISTANCE
 ) -> NearPairs:
-    """All pairs within `distance` of 64 bits that the 256 bits confirm.
+    """Return all pairs within `distance` of 64 bits that the 256 bits confirm.
 
     Args:
         bits64_N: uint64 [N].
@@ -115,10 +117,11 @@ def find_near_pairs(
 
 
 def candidate_pairs(bits64_N: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.int64]:
-    """All pairs (i < j) whose 64 bits differ in at most `distance` places: int64 [P, 2], sorted. Exact.
+    """Return all pairs (i < j) whose 64 bits differ in at most `distance` places: int64 [P, 2], sorted. Exact.
 
-    Two hashes within `distance` differ in at most distance // 4 bits in one of four bands of 16 bits (pigeonholes), so
-    it is enough to look up, for each band, the images with a band that near: 17 of 65,536 places at the default.
+    Two hashes within `distance` differ in at most distance // 4 bits in at least one of four bands of 16 bits
+    (pigeonhole principle). It is therefore enough to compare images with such a band, 137 of 65,536 values at the
+    default.
     """
     values, inverse = np.unique(bits64_N, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
@@ -133,7 +136,7 @@ def candidate_pairs(bits64_N: npt.NDArray[np.uint64], distance: int) -> npt.NDAr
 
 
 def _value_pairs(values_U: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.int64]:
-    """Pairs of different values within `distance`: indices [P, 2]."""
+    """Return the pairs of different values within `distance`: indices [P, 2]."""
     found = [np.empty((0, 2), dtype=np.int64)]
     for band in range(_BANDS):
         places = ((values_U >> np.uint64(band * _BAND_BITS)) & np.uint64(0xFFFF)).astype(np.int64)
@@ -152,12 +155,12 @@ def _value_pairs(values_U: npt.NDArray[np.uint64], distance: int) -> npt.NDArray
 
 
 def _masks(radius: int) -> list[int]:
-    """All 16-bit numbers with at most `radius` bits set."""
+    """Return all 16-bit numbers with at most `radius` bits set."""
     return [sum(1 << bit for bit in bits) for n in range(radius + 1) for bits in combinations(range(_BAND_BITS), n)]
 
 
 def _chunks(count_U: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    """Row numbers in runs that have about `_CHUNK` candidates each."""
+    """Return row numbers in runs of about `_CHUNK` candidates each."""
     run = np.cumsum(count_U) // _CHUNK
     return np.split(np.arange(len(count_U)), np.flatnonzero(np.diff(run)) + 1)
 
@@ -169,7 +172,7 @@ def _popcount(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 def _signs(waves: npt.NDArray[np.float64]) -> bytes:
-    """A bit for each wave: above the median of all but the mean brightness, which says nothing of the shape."""
+    """Return a bit for each wave: above the median of all waves except the mean brightness, which has no shape."""
     flat = waves.ravel()
     median = np.sort(flat[1:])[len(flat) // 2 - 1]
     return np.packbits(flat > median).tobytes()

@@ -1,7 +1,8 @@
-"""What stands in a tar that webdataset, img2dataset or anything else wrote: its samples, their images and labels.
+"""Read the samples, images and labels of a tar that webdataset, img2dataset or another tool wrote.
 
-A sample is a run of neighbouring members with one key: the name up to the first dot of its last part, as WebDataset has
-it. Its label comes from `.cls` (a number or a name) or from `.json`. Nothing is unpickled: other members are not read.
+A sample is a run of consecutive members with one key: the name up to the first dot of its last component, as in
+WebDataset. Its label comes from `.cls` (a number or a name) or from `.json`. Other members are not read, and nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class _Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """One sample of a tar. `label` is a number or a name, as it stands there."""
+class TarSample:
+    """One sample of a tar. `label` is a number or a name, as the tar has it."""
 
     key: str
     offset: int
@@ -47,17 +48,17 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class ReadTar:
-    """One tar, read to its end."""
+    """A tar that was read to its end."""
 
     name: str
     num_bytes: int
     sha256: str
-    samples: tuple[Found, ...]
+    samples: tuple[TarSample, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Tar:
-    """Where a tar is, and what messages call it."""
+    """The path of a tar, and its name in messages."""
 
     path: Path
     where: str
@@ -67,13 +68,14 @@ class _Tar:
 
 
 def read_tar(path: Path, label_keys: Sequence[str], *, where: str = "") -> ReadTar:
-    """All samples of a tar, each image read, hashed and decoded once.
+    """Read all samples of a tar. Each image is read, hashed and decoded once.
 
     Args:
-        where: what messages call it, if not its path.
+        where: name of the tar in messages; by default its path.
 
     Raises:
-        ShardError: a cut or sparse tar, one without images, a sample without one image or one label.
+        ShardError: the tar is truncated, has sparse members or no images, or a sample does not have one image and one
+            label.
     """
     tar = _Tar(path, where or str(path))
     with storage("reading a tar", path), path.open("rb") as file:
@@ -84,28 +86,28 @@ def read_tar(path: Path, label_keys: Sequence[str], *, where: str = "") -> ReadT
                 continue
             data = os.pread(file.fileno(), image.size, image.offset)
             label = _label_of(tar, key, {m.extension: m for m in members}, file.fileno(), label_keys)
-            samples.append(_examined(tar, key, image, data, label))
+            samples.append(_examine(tar, key, image, data, label))
         if not samples:
             raise ShardError(
                 f"{tar} holds no image (.{', .'.join(_IMAGE_EXTENSIONS)})",
-                "it is no tar of image samples",
+                "it is not a tar of image samples",
                 "move it out of the folder",
             )
         return ReadTar(path.name, path.stat().st_size, sha256_of(path), tuple(samples))
 
 
-def _examined(tar: _Tar, key: str, image: _Member, data: bytes, label: str | int) -> Found:
+def _examine(tar: _Tar, key: str, image: _Member, data: bytes, label: str | int) -> TarSample:
     problem = None
     try:
         size_px(data)
         decode_gray(data, min_side_px=64, is_plain=is_plain_jpeg(data))
     except UndecodableError as error:
         problem = LeftOut(f"{tar.path.name}/{image.name}", error.reason, error.detail)
-    return Found(key, image.offset, image.size, hashlib.sha256(data).digest(), label, problem)
+    return TarSample(key, image.offset, image.size, hashlib.sha256(data).digest(), label, problem)
 
 
 def _samples(tar: _Tar) -> Iterator[tuple[str, list[_Member]]]:
-    """Runs of members with one key, in the tar's order."""
+    """Yield the runs of members with one key, in the tar's order."""
     seen: set[str] = set()
     current, members = "", list[_Member]()
     for member in _members(tar):
@@ -117,9 +119,9 @@ def _samples(tar: _Tar) -> Iterator[tuple[str, list[_Member]]]:
             members = []
         if not members and key in seen:
             raise ShardError(
-                f"{tar}: the members of {key!r} are not neighbours",
-                "WebDataset would read them as two samples, and half of them has no label",
-                "write the tar with its names sorted (tar --sort=name)",
+                f"{tar}: the members of {key!r} are not consecutive",
+                "WebDataset would read them as two samples, one of which may have no label",
+                "write the tar with sorted names (tar --sort=name)",
             )
         seen.add(key)
         current = key
@@ -129,10 +131,10 @@ def _samples(tar: _Tar) -> Iterator[tuple[str, list[_Member]]]:
 
 
 def _members(tar: _Tar) -> Iterator[_Member]:
-    """Regular members, GNU and PAX long names resolved.
+    """Yield the regular members; long names of GNU and PAX are resolved.
 
     Raises:
-        ShardError: sparse members, no tar, or a tar that is cut, in a member or between two.
+        ShardError: the file is not a tar, has sparse members, or is truncated, in a member or between two.
     """
     size_bytes = tar.path.stat().st_size
     try:
@@ -141,39 +143,39 @@ def _members(tar: _Tar) -> Iterator[_Member]:
                 if info.issparse():
                     raise ShardError(
                         f"{tar}: {info.name} is stored as a sparse file",
-                        "its bytes are not in one piece",
+                        "its bytes are not contiguous in the file",
                         "write the tar without --sparse",
                     )
                 if info.offset_data + info.size > size_bytes:
-                    raise _cut(tar, f"in {info.name}, at byte {size_bytes:,}")
+                    raise _cut_error(tar, f"in {info.name}, at byte {size_bytes:,}")
                 base = info.name.rpartition("/")[2]
                 if info.isreg() and "." in base and not base.startswith("."):
                     yield _Member(info.name, base.partition(".")[2].lower(), info.offset_data, info.size)
             end = archive.offset
     except tarfile.ReadError as error:
-        raise _cut(tar, str(error)) from error
+        raise _cut_error(tar, str(error)) from error
     with tar.path.open("rb") as file:
-        # A whole tar ends in two blocks of zeros. tarfile, like most readers, takes the end of the file for the end.
+        # A complete tar ends in two blocks of zeros. tarfile, like most readers, also accepts the end of the file.
         file.seek(end)
         if file.read(_BLOCK) != bytes(_BLOCK):
-            raise _cut(tar, f"after a whole member, at byte {size_bytes:,}")
+            raise _cut_error(tar, f"after a whole member, at byte {size_bytes:,}")
 
 
-def _cut(tar: _Tar, where: str) -> ShardError:
+def _cut_error(tar: _Tar, where: str) -> ShardError:
     return ShardError(
-        f"{tar} is damaged or cut short: {where}", "an unknown part of it is missing", "copy or download it again"
+        f"{tar} is damaged or truncated: {where}", "an unknown part of it is missing", "copy or download it again"
     )
 
 
 def _image_of(tar: _Tar, key: str, members: Sequence[_Member]) -> _Member | None:
-    """The image among a sample's members: `a.jpg` rather than `a.mask.png`."""
+    """Return the image among a sample's members. `a.jpg` has precedence over `a.mask.png`."""
     images = [m for m in members if m.extension.rpartition(".")[2] in _IMAGE_EXTENSIONS]
     plain = [m for m in images if m.extension in _IMAGE_EXTENSIONS] or images
     if len(plain) > 1:
         raise ShardError(
             f"{tar}: the sample {key!r} has {len(plain)} images: {', '.join(m.name for m in plain)}",
-            "which one is to be learned cannot be told",
-            "leave one image in each sample (.jpg, .jpeg, .png or .webp)",
+            "it is not clear which image belongs to the label",
+            "keep one image in each sample (.jpg, .jpeg, .png or .webp)",
         )
     return plain[0] if plain else None
 
@@ -200,6 +202,6 @@ def _label_of(
         return found
     raise ShardError(
         f"{tar}: the sample {key!r} ({', '.join(members)}) has no label",
-        "an image without a class cannot be learned from",
-        f"give it a .cls (number or name) or a .json with {' or '.join(label_keys)}; or name the field: --label-key",
+        "the model cannot learn from an image without a class",
+        f"add a .cls (number or name) or a .json with {' or '.join(label_keys)}, or name the field with --label-key",
     )

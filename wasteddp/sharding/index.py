@@ -1,6 +1,6 @@
-"""Makes a manifest for tars that another tool wrote, in a folder or behind a URL; the tars themselves are not touched.
+"""Create a manifest for tars that another tool wrote, in a folder or at a URL. The tars are not changed.
 
-What stands in them is for `foreign_tars`.
+`foreign_tar` reads the tars.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
 from wasteddp.files import write_atomically
 from wasteddp.parallel import in_order, progress
-from wasteddp.sharding.foreign_tar import Found, ReadTar, read_tar
+from wasteddp.sharding.foreign_tar import ReadTar, TarSample, read_tar
 from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, check_classes
 
 DEFAULT_LABEL_KEYS = ("label", "class", "cls", "label_name")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
-_NAME_THEM = "where a server lists no folders, name the tars: --tars 'train-{000..146}.tar'"
+_NAME_THEM = "if the server does not list folders, name the tars: --tars 'train-{000..146}.tar'"
 
 
 def index_folder(
@@ -39,15 +39,16 @@ def index_folder(
     label_keys: Sequence[str] = DEFAULT_LABEL_KEYS,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes an index beside each tar, and the manifest.
+    """Write an index next to each tar, then the manifest.
 
     Raises:
-        ShardError: no tars, a compressed or cut or sparse one, a sample without a label, names and numbers mixed.
+        ShardError: there are no tars, one is compressed, truncated or sparse, a sample has no label, or labels are
+            partly names and partly numbers.
     """
     with storage("listing the tars", folder):
         names = sorted(path.name for path in folder.iterdir())
-    tars = _tars_among(names, str(folder), overwrite=overwrite)
-    found = _collected(in_order(lambda name: read_tar(folder / name, label_keys), tars, workers=workers), len(tars))
+    tars = _select_tars(names, str(folder), overwrite=overwrite)
+    found = _collect(in_order(lambda name: read_tar(folder / name, label_keys), tars, workers=workers), len(tars))
     return _write_set(folder, folder.resolve().name, str(folder), found, classes, label_keys)
 
 
@@ -61,36 +62,37 @@ def index_url(
     label_keys: Sequence[str] = DEFAULT_LABEL_KEYS,
     overwrite: bool = False,
 ) -> Manifest:
-    """The same for tars behind a URL: each is fetched once, into `out`, and removed when it was read.
+    """Index tars at a URL as `index_folder` does. Each tar is fetched into `out` once and removed after it is read.
 
-    What is written goes to `out`, not to the store: who may read there may seldom write, and a store cannot be made to
-    show the manifest last. At most `workers` tars are on the disk at once.
+    The indexes and the manifest are written to `out`, not to the store: users who can read a store often cannot write
+    to it, and a store does not guarantee that the manifest becomes visible last. At most `workers` tars are on the disk
+    at the same time.
 
     Args:
-        tars: their names, such as `train-{000..146}.tar`, where the store lists no folders.
+        tars: names of the tars, such as `train-{000..146}.tar`, for a store that does not list folders.
 
     Raises:
-        ShardError: as `index_folder`; or the store cannot be reached.
-        SettingsError: the URL.
+        ShardError: as for `index_folder`, or the store cannot be reached.
+        SettingsError: the URL is not valid.
     """
     folder = RemoteFolder(url, Patience())
     try:
-        names = _expanded(tars) if tars else _listed(folder)
+        names = _expand(tars) if tars else _list_names(folder)
         if (out / MANIFEST_NAME).exists() and not overwrite:
-            raise _finished(str(out))
-        wanted = _tars_among(names, folder.url, overwrite=overwrite)
-        with storage("making the folder for the indexes", out):
+            raise _finished_error(str(out))
+        wanted = _select_tars(names, folder.url, overwrite=overwrite)
+        with storage("creating the folder for the indexes", out):
             out.mkdir(parents=True, exist_ok=True)
             work = TemporaryDirectory(prefix=".indexing-", dir=out)
         with work:
-            read = partial(_fetched, folder, Path(work.name), label_keys)
-            found = _collected(in_order(read, wanted, workers=workers), len(wanted))
+            read = partial(_fetch_tar, folder, Path(work.name), label_keys)
+            found = _collect(in_order(read, wanted, workers=workers), len(wanted))
     finally:
         folder.close()
     return _write_set(out, folder.url.rpartition("/")[2], folder.url, found, classes, label_keys)
 
 
-def _fetched(folder: RemoteFolder, work: Path, label_keys: Sequence[str], name: str) -> ReadTar:
+def _fetch_tar(folder: RemoteFolder, work: Path, label_keys: Sequence[str], name: str) -> ReadTar:
     path = work / name
     with storage("fetching a tar", path):
         with path.open("wb") as file:
@@ -100,49 +102,51 @@ def _fetched(folder: RemoteFolder, work: Path, label_keys: Sequence[str], name: 
     return found
 
 
-def _expanded(tars: str) -> list[str]:
+def _expand(tars: str) -> list[str]:
     try:
         return list(braceexpand(tars))
     except ValueError as error:
         raise ShardError(f"--tars is {tars!r}: {error}", "the names of the tars are not known", _NAME_THEM) from error
 
 
-def _listed(folder: RemoteFolder) -> list[str]:
+def _list_names(folder: RemoteFolder) -> list[str]:
     try:
         return folder.names()
     except ShardError as error:
         raise ShardError(error.found, "the names of its tars are not known", f"check the URL; {_NAME_THEM}") from error
 
 
-def _tars_among(names: Sequence[str], where: str, *, overwrite: bool) -> list[str]:
+def _select_tars(names: Sequence[str], where: str, *, overwrite: bool) -> list[str]:
     compressed = [name for name in names if name.endswith(_COMPRESSED)]
     if compressed:
         raise ShardError(
             f"{where} holds {len(compressed)} compressed tar(s), such as {compressed[0]}",
             "a sample cannot be read from the middle of a compressed file",
-            "unpack them (gunzip): JPEGs do not get smaller by it",
+            "unpack them (gunzip); compression does not make JPEGs smaller",
         )
     if MANIFEST_NAME in names and not overwrite:
-        raise _finished(where)
+        raise _finished_error(where)
     tars = [name for name in names if name.endswith(".tar") and Path(name).name == name]
     if not tars:
         raise ShardError(
             f"{where} holds no *.tar ({len(names)} other entries)",
             "there is nothing to index",
-            "give the folder in which the tars lie; for images: wasteddp shard"
+            "give the folder that holds the tars; for images use `wasteddp shard`"
             + (f"; {_NAME_THEM}" if is_url(where) else ""),
         )
     return tars
 
 
-def _finished(where: str) -> ShardError:
+def _finished_error(where: str) -> ShardError:
     return ShardError(
-        f"{where} has a {MANIFEST_NAME} already", "it would be lost", "nothing is to be done, or give --overwrite"
+        f"{where} already has a {MANIFEST_NAME}",
+        "it would be replaced",
+        "nothing needs to be done; to index the tars again, give --overwrite",
     )
 
 
-def _collected(found: Iterable[ReadTar], total: int) -> list[ReadTar]:
-    """All of them, with a line on how far they are."""
+def _collect(found: Iterable[ReadTar], total: int) -> list[ReadTar]:
+    """Return all tars, with a progress bar."""
     collected = []
     with progress("indexing tars", total) as advance:
         for tar in found:
@@ -154,7 +158,7 @@ def _collected(found: Iterable[ReadTar], total: int) -> list[ReadTar]:
 def _write_set(
     out: Path, name: str, where: str, found: Sequence[ReadTar], classes: Sequence[str], label_keys: Sequence[str]
 ) -> Manifest:
-    """The indexes, and last the manifest."""
+    """Write the indexes, then the manifest."""
     good = [sample for tar in found for sample in tar.samples if sample.problem is None]
     names = _class_names({sample.label for sample in good}, classes, where)
     number_of: dict[str | int, int] = {name: number for number, name in enumerate(names)}
@@ -186,7 +190,7 @@ def _write_set(
 
 
 def _class_names(labels: set[str | int], classes: Sequence[str], where: str) -> tuple[str, ...]:
-    """Class names in their order. Numbers without `classes` are named by themselves: 0, 1, 2."""
+    """Return the class names in order. Without `classes`, numbers are their own names: 0, 1, 2."""
     numbers = sorted(label for label in labels if isinstance(label, int))
     if not numbers:
         return check_classes({str(label) for label in labels}, classes, where)
@@ -194,15 +198,15 @@ def _class_names(labels: set[str | int], classes: Sequence[str], where: str) -> 
         name = min(label for label in labels if isinstance(label, str))
         raise ShardError(
             f"{where}: some labels are numbers ({numbers[0]}) and some are names ({name})",
-            "one class would become two",
-            "write all labels in one way, or choose the field with --label-key",
+            "one class could become two",
+            "write all labels as numbers or all as names, or choose the field with --label-key",
         )
     names = tuple(classes) or tuple(str(number) for number in range(numbers[-1] + 1))
     if numbers[-1] >= len(names) or len(names) < 2:
         raise ShardError(
             f"{where} has labels up to {numbers[-1]} and {len(names)} class name(s)",
-            "some labels have no name",
-            f"name {max(numbers[-1] + 1, 2)} classes with --classes or --classes-from, that numbered 0 first",
+            "each label needs a name, and training needs at least two classes",
+            f"name {max(numbers[-1] + 1, 2)} classes with --classes or --classes-from, starting with class 0",
         )
     return names
 
@@ -212,7 +216,7 @@ def _split_of(tar: str) -> str:
     return SPLIT_WORDS[match[1].lower()] if match else "train"
 
 
-def _write_index(out: Path, tar: ReadTar, samples: Sequence[Found], labels: Sequence[int]) -> Shard:
+def _write_index(out: Path, tar: ReadTar, samples: Sequence[TarSample], labels: Sequence[int]) -> Shard:
     index = np.zeros(len(samples), INDEX_DTYPE)
     for row, sample, label in zip(index, samples, labels, strict=True):
         row["offset"], row["length"], row["label"] = sample.offset, sample.length, label

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says where a data set comes from, its licence, and how it becomes a shard set."""
+"""A recipe: one YAML file that describes where a data set comes from, its licence, and how it becomes a shard set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import RecipeError, storage
 from wasteddp.settings import plain_yaml
-from wasteddp.sharding.build import WORK_NAME, Job, Options, find_made, make_shards
+from wasteddp.sharding.build import WORK_NAME, Job, Options, find_finished, make_shards
 from wasteddp.sharding.sources import synthetic as drawing
 from wasteddp.sharding.sources.download import Download, fetch
 
@@ -66,89 +66,89 @@ class Recipe(_Strict):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Reads and checks a recipe.
+    """Read and check a recipe.
 
     Raises:
-        RecipeError: no YAML, an unknown or missing key, a wrong value; each is named.
+        RecipeError: the file is not YAML, or keys are unknown, missing or have wrong values. The message names each.
     """
     with storage("reading the recipe", path):
         text = path.read_text(encoding="utf-8")
     try:
         recipe = Recipe.model_validate(plain_yaml(text))
     except yaml.YAMLError as error:
-        raise RecipeError(
-            f"{path} is not YAML: {error}", "nothing can be made from it", "fix the line named"
-        ) from error
+        raise RecipeError(f"{path} is not YAML: {error}", "no set can be made from it", "fix the named line") from error
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
         raise RecipeError(
-            f"{path} is no recipe: " + "; ".join(wrong),
-            "the set would not be what it says",
-            f"fix it; known keys: {', '.join(Recipe.model_fields)}",
+            f"{path} is not a recipe: " + "; ".join(wrong),
+            "the set would not be the one that the recipe describes",
+            f"fix these keys; known keys: {', '.join(Recipe.model_fields)}",
         ) from error
     if recipe.classes and recipe.bins.keys() - set(recipe.classes):
         unknown = sorted(recipe.bins.keys() - set(recipe.classes))
         raise RecipeError(
-            f"{path}: bins are given for {', '.join(unknown)}, which is no class",
-            "a class would lack its bin",
-            "fix it",
+            f"{path}: bins are given for unknown classes: {', '.join(unknown)}",
+            "a class would have no bin",
+            "use the same names in `classes` and `bins`",
         )
     if bool(recipe.draw) == bool(recipe.download):
         raise RecipeError(
-            f"{path} has {'both' if recipe.draw else 'neither'} of `draw` and `download`",
-            "where the images come from is not said",
-            "give one of them",
+            f"{path} has {'both `draw` and' if recipe.draw else 'neither `draw` nor'} `download`",
+            "it is not clear where the images come from",
+            "give exactly one of them",
         )
     return recipe
 
 
 def load_bins(path: Path) -> dict[str, str]:
-    """`class: bin` for each line of a YAML file."""
+    """Read a YAML file with one line `class: bin` for each class."""
     with storage("reading the bins", path):
         text = path.read_text(encoding="utf-8")
     try:
         return TypeAdapter(dict[str, str]).validate_python(plain_yaml(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise RecipeError(
-            f"{path} is not YAML of `class: bin`: {error}", "the bins are unknown", "write one line for each class"
+            f"{path} is not a YAML file of `class: bin`: {error}",
+            "the bins are not known",
+            "write one line `class: bin` for each class",
         ) from error
 
 
 def make_recipe(
     path: Path, *, out: Path | None, local: Path | None, options: Options, workers: int, overwrite: bool
 ) -> Manifest:
-    """Makes the set of a recipe: `out` defaults to a folder beside it, `local` is a copy of its images."""
+    """Create the set of a recipe. `out` is by default a folder next to the recipe; `local` is a copy of its images."""
     recipe = load_recipe(path)
     job = plan_job(recipe, out or path.parent / recipe.name, options)
     if recipe.draw is None:
         job = find_images(recipe, job, local=local, downloads=path.parent / "downloads" / recipe.name)
-    elif not overwrite and (made := find_made(job)):
-        print(f"{job.out} is already made by this recipe: nothing to do")
-        return made
+    elif not overwrite and (finished := find_finished(job)):
+        print(f"{job.out} was already made from this recipe: nothing to do")
+        return finished
     else:
         job = draw_images(recipe.draw, job)
     return make_shards(job, workers=workers, overwrite=overwrite)
 
 
 def local_job(path: Path, *, out: Path | None, local: Path | None, options: Options) -> Job:
-    """The job of a recipe whose images are at hand.
+    """Return the job of a recipe whose images are on this machine.
 
     Raises:
-        RecipeError: it draws its images, or `local` is not given: each part would draw or download all of them.
+        RecipeError: the recipe draws its images, or `local` is not given: each part would draw or download all of them.
     """
     recipe = load_recipe(path)
     if recipe.draw is not None or local is None:
         raise RecipeError(
             f"{path} {'draws' if recipe.draw else 'downloads'} its images",
             f"each part would {'draw' if recipe.draw else 'download'} all of them",
-            "give --from a local copy" if recipe.download else "make it on one machine, without --part",
+            "give a local copy with --from" if recipe.download else "run it on one machine, without --part",
         )
     job = plan_job(recipe, out or path.parent / recipe.name, options)
     return find_images(recipe, job, local=local, downloads=local)
 
 
 def plan_job(recipe: Recipe, out: Path, options: Options) -> Job:
-    """The job that a recipe asks for, but for where its images are; what `options` says goes before the recipe."""
+    """Return the job of a recipe, still without its images. `options` have precedence over the recipe."""
     if options.fractions is None and recipe.split.fractions is not None:
         options = replace(options, fractions=recipe.split.fractions)
     described = recipe.model_dump(mode="json", exclude={"name", "classes", "bins"}, exclude_defaults=True)
@@ -156,7 +156,7 @@ def plan_job(recipe: Recipe, out: Path, options: Options) -> Job:
 
 
 def draw_images(draw: Draw, job: Job) -> Job:
-    """Draws the images of a recipe into the hidden folder of the set, where they stay until it is finished."""
+    """Draw the images of a recipe into the hidden folder of the set, where they are kept until the set is finished."""
     folder = job.out / WORK_NAME / "drawn"
     kinds = drawing.KINDS[: draw.classes]
     drawing.draw_folder(
@@ -166,7 +166,7 @@ def draw_images(draw: Draw, job: Job) -> Job:
 
 
 def find_images(recipe: Recipe, job: Job, *, local: Path | None, downloads: Path) -> Job:
-    """Where the images and lists of a recipe are: in the local copy, or downloaded to `downloads`."""
+    """Find the images and lists of a recipe in the local copy, or download them to `downloads`."""
     if local is None:
         entries = [Download(**entry.model_dump()) for entry in recipe.download]
         paths = [fetch(entry, downloads) for entry in entries]
@@ -179,18 +179,20 @@ def find_images(recipe: Recipe, job: Job, *, local: Path | None, downloads: Path
 
 
 def _local_copy(local: Path, names: Sequence[str]) -> tuple[Path, Path]:
-    """The images (an archive or a folder) and the folder of the list files."""
+    """Return the images (an archive or a folder) and the folder of the list files."""
     if local.is_file():
         return local, local.parent
     if not local.is_dir():
-        raise RecipeError(f"there is no {local}", "there are no images", "give the file or folder of a local copy")
+        raise RecipeError(
+            f"there is no {local}", "there are no images to shard", "give the file or folder of a local copy"
+        )
     with storage("looking for the images", local):
         archives = sorted(path for path in local.iterdir() if path.name.endswith(_ARCHIVES))
     named = [path for path in archives if path.name in names] or archives
     if len(named) > 1:
         raise RecipeError(
             f"{local} holds {len(named)} archives: {', '.join(path.name for path in named)}",
-            "which one holds the images cannot be told",
+            "it is not clear which one holds the images",
             "name the file: --from FILE",
         )
     return (named[0] if named else local), local
@@ -201,6 +203,6 @@ def _list_file(folder: Path, name: str) -> Path:
         raise RecipeError(
             f"{folder} holds no {name}",
             "the split of the recipe is not known",
-            "put the list files of the data set beside the images",
+            "put the list files of the data set next to the images",
         )
     return folder / name

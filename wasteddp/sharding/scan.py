@@ -1,8 +1,8 @@
-"""The first pass over the images: read each once, prove that it decodes, and keep only what the later steps need.
+"""The first pass over the images: read each once, check that it decodes, and keep only what the later steps need.
 
-What is kept is one record of `SCAN_DTYPE` an image, 82 bytes; pixels are dropped at once. A journal makes the pass
-survive a kill: an image whose path and stamp are in it is not read again. Several machines may scan parts of the
-pictures, each with a journal of its own beside the others' (`scan*.jsonl`); all of them are taken over.
+One record of `SCAN_DTYPE` is kept for each image, 82 bytes; pixels are dropped immediately. A journal lets the pass
+continue after a kill: an image whose path and stamp are in it is not read again. Several machines may each scan a part
+of the images, with a journal of their own in the same folder (`scan*.jsonl`). All journals are read.
 """
 
 from __future__ import annotations
@@ -24,104 +24,104 @@ from wasteddp.errors import SourceError, storage
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import duplicates
 from wasteddp.sharding.sources.archives import File, Source
-from wasteddp.sharding.sources.layout import Picture
+from wasteddp.sharding.sources.layout import SourceImage
 
 SCAN_DTYPE = np.dtype(
     [
         ("sha256", "u1", (32,)),  # of the source file's bytes
-        ("bits64", "<u8"),  # perceptual hash, see near_duplicates
+        ("bits64", "<u8"),  # perceptual hash, see duplicates.py
         ("bits256", "u1", (32,)),
         ("height", "<u4"),  # px, upright
         ("width", "<u4"),
         ("problem", "u1"),  # 0: usable; else 1 + its place in manifest.REASONS
-        ("is_plain", "?"),  # a JPEG that could go into a shard byte for byte
+        ("is_plain", "?"),  # a JPEG that can go into a shard unchanged
     ]
 )
 Scan = npt.NDArray[np.void]
 
-MAX_FILE_BYTES = 256 << 20  # no photograph is larger; it would be read into memory whole
+MAX_FILE_BYTES = 256 << 20  # no photograph is larger; the whole file is read into memory
 DEFAULT_MAX_UNUSABLE = 0.1
-_ALWAYS_ALLOWED = 10  # a tenth of a tiny set is no image at all
+_ALWAYS_ALLOWED = 10  # a tenth of a tiny set is less than one image
 _FLUSH_EVERY = 256
 
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    records: Scan  # [N], in the order of the pictures
-    details: Mapping[int, str]  # why an image cannot be used, for those that cannot
-    is_read: npt.NDArray[np.bool_]  # [N]; all, unless a part was asked for
+    records: Scan  # [N], in the order of the images
+    details: Mapping[int, str]  # of the unusable images: why each cannot be used
+    is_read: npt.NDArray[np.bool_]  # [N]; all are True unless only a part was scanned
 
     def hashes(self) -> list[bytes]:
         return [row.tobytes() for row in self.records["sha256"]]
 
-    def left_out(self, pictures: Sequence[Picture]) -> list[LeftOut]:
+    def left_out(self, images: Sequence[SourceImage]) -> list[LeftOut]:
         reasons = manifest.REASONS
         return [
-            LeftOut(pictures[i].file.path, reasons[int(self.records["problem"][i]) - 1], detail)
+            LeftOut(images[i].file.path, reasons[int(self.records["problem"][i]) - 1], detail)
             for i, detail in self.details.items()
         ]
 
 
 def max_unusable(num_images: int, limit: float | None) -> int:
-    """How many unusable images are borne: a tenth, but at least 10; or `limit`, a fraction (below 1) or a number."""
+    """Return how many unusable images are allowed: a tenth, at least 10; or `limit`, a fraction below 1 or a number."""
     if limit is None:
         return max(_ALWAYS_ALLOWED, int(num_images * DEFAULT_MAX_UNUSABLE))
     return int(limit) if limit >= 1 else int(num_images * limit)
 
 
 def too_many(left_out: Sequence[LeftOut], num_images: int, limit: float | None) -> SourceError:
-    """The error for more unusable images than `limit` bears."""
+    """Return the error for more unusable images than `limit` allows."""
     allowed = max_unusable(num_images, limit)
     counts = Counter(left.reason for left in left_out)
     by_reason = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     first = "".join(f"\n    {left.source}: {left.reason}: {left.detail}" for left in left_out[:5])
     return SourceError(
         f"{len(left_out)} of {num_images} images cannot be used ({by_reason}), more than the {allowed} allowed:{first}",
-        "the set would be much smaller than its source, most likely because a copy or a download was cut short",
+        "the set would be much smaller than its source; a copy or a download may be incomplete",
         "repair or remove those images, or allow more with --max-left-out (0.2 for a fifth, 500 for a number)",
     )
 
 
 def scan(
     source: Source,
-    pictures: Sequence[Picture],
+    images: Sequence[SourceImage],
     *,
     workers: int,
     journal: Path,
     limit: float | None = None,
     part: range | None = None,
 ) -> ScanResult:
-    """Examines the pictures, in parallel, but for those that an earlier start or another machine has noted.
+    """Examine the images in parallel, except those that are already in a journal.
 
     Args:
-        journal: takes a line for each picture examined; what is noted in its siblings counts too.
+        journal: receives a line for each examined image. The other journals in its folder are read too.
         limit: see `max_unusable`.
-        part: examine these alone; None: all.
+        part: indices of the images to examine; None: all.
 
     Raises:
         SourceError: more images than `limit` allows cannot be used.
         StorageError: the journal cannot be written.
     """
-    records = np.zeros(len(pictures), SCAN_DTYPE)
+    records = np.zeros(len(images), SCAN_DTYPE)
     details: dict[int, str] = {}
-    is_read = np.zeros(len(pictures), bool)
-    for one in {journal, *journal.parent.glob("scan*.jsonl")}:  # in any order: what two of them know is the same
-        is_read |= _replay(one, pictures, records, details)
-    waiting = [index for index in (part if part is not None else range(len(pictures))) if not is_read[index]]
-    allowed = max_unusable(len(pictures), limit)
+    is_read = np.zeros(len(images), bool)
+    for one in {journal, *journal.parent.glob("scan*.jsonl")}:  # in any order: journals that have the same image agree
+        is_read |= _replay(one, images, records, details)
+    waiting = [index for index in (part if part is not None else range(len(images))) if not is_read[index]]
+    allowed = max_unusable(len(images), limit)
 
     def examine_one(index: int) -> tuple[int, Scan, str]:
-        return index, *examine(source, pictures[index].file)
+        return index, *examine(source, images[index].file)
 
     with storage("writing the journal of the scan", journal), journal.open("a", encoding="utf-8") as file:
         if file.tell():
-            file.write("\n")  # ends a line that a kill may have cut
-        with progress("reading and proving images", len(waiting)) as advance:
+            file.write("\n")  # end a line that a kill may have truncated
+        with progress("reading and checking images", len(waiting)) as advance:
             for count, (index, record, detail) in enumerate(in_order(examine_one, waiting, workers=workers), start=1):
                 records[index], is_read[index] = record, True
                 if detail:
                     details[index] = detail
-                file.write(_journal_line(pictures[index].file, record, detail))
+                file.write(_journal_line(images[index].file, record, detail))
                 if count % _FLUSH_EVERY == 0:
                     file.flush()
                 advance()
@@ -129,12 +129,12 @@ def scan(
                     break
     result = ScanResult(records, dict(sorted(details.items())), is_read)
     if len(details) > allowed:
-        raise too_many(result.left_out(pictures), len(pictures), limit)
+        raise too_many(result.left_out(images), len(images), limit)
     return result
 
 
 def examine(source: Source, file: File) -> tuple[Scan, str]:
-    """One record of `SCAN_DTYPE`, and what is wrong with the image, or nothing."""
+    """Return the record of an image, of `SCAN_DTYPE`, and what is wrong with it, or ''."""
     record = np.zeros((), SCAN_DTYPE)
     try:
         if file.size_bytes > MAX_FILE_BYTES:
@@ -152,18 +152,18 @@ def examine(source: Source, file: File) -> tuple[Scan, str]:
     return record, ""
 
 
-def fingerprints(source: Source, pictures: Sequence[Picture], *, workers: int) -> Iterator[bytes]:
-    """sha256 of each file, without decoding; of a file that cannot be read, zeros. The same as a scan would find."""
+def fingerprints(source: Source, images: Sequence[SourceImage], *, workers: int) -> Iterator[bytes]:
+    """Yield the sha256 of each file, as a scan finds it but without decoding; zeros for a file that cannot be read."""
 
-    def fingerprint(picture: Picture) -> bytes:
+    def fingerprint(image: SourceImage) -> bytes:
         try:
-            if picture.file.size_bytes <= MAX_FILE_BYTES:
-                return hashlib.sha256(_read(source, picture.file)).digest()
+            if image.file.size_bytes <= MAX_FILE_BYTES:
+                return hashlib.sha256(_read(source, image.file)).digest()
         except UndecodableError:
             pass
         return bytes(32)
 
-    return in_order(fingerprint, pictures, workers=workers)
+    return in_order(fingerprint, images, workers=workers)
 
 
 def _read(source: Source, file: File) -> bytes:
@@ -178,19 +178,19 @@ def _journal_line(file: File, record: Scan, detail: str) -> str:
 
 
 def _replay(
-    journal: Path, pictures: Sequence[Picture], records: Scan, details: dict[int, str]
+    journal: Path, images: Sequence[SourceImage], records: Scan, details: dict[int, str]
 ) -> npt.NDArray[np.bool_]:
-    """Fills in what the journal knows, and says for which pictures it did."""
-    done = np.zeros(len(pictures), bool)
+    """Fill in the images that the journal has. Return which ones these are: [N]."""
+    done = np.zeros(len(images), bool)
     if not journal.exists():
         return done
-    place = {(picture.file.path, picture.file.stamp): index for index, picture in enumerate(pictures)}
+    place = {(image.file.path, image.file.stamp): index for index, image in enumerate(images)}
     with storage("reading the journal of the scan", journal), journal.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 path, stamp, record, detail = json.loads(line)
                 content = np.frombuffer(bytes.fromhex(record), SCAN_DTYPE)[0]
-            except (ValueError, TypeError, IndexError):  # cut by a kill; that image is simply read again
+            except (ValueError, TypeError, IndexError):  # truncated by a kill: that image is read again
                 continue
             index = place.get((path, stamp))
             if index is not None:

@@ -1,4 +1,4 @@
-"""Re-reads a shard set against its manifest and names what is damaged: each shard, and inside it each sample."""
+"""Check a shard set against its manifest and name all damage: each shard, and inside it each sample."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.writer import sha256_of
 
 _BLOCK = 512  # a tar header, and the unit that members are padded to
-_MAX_NAMED = 50  # samples of one shard; the rest is counted
+_MAX_NAMED = 50  # samples of one shard; the rest are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was proved, and what was not. The set is whole if `damage` is empty."""
+    """What was checked, and the damage found. The set is complete if `damage` is empty."""
 
     num_shards: int
     num_samples: int
@@ -33,14 +33,14 @@ class Verified:
 
 
 def verify(folder: Path, *, workers: int) -> Verified:
-    """Reads every byte of every shard, several shards at a time.
+    """Read every byte of every shard, several shards at a time.
 
     Raises:
-        ShardError: there is no manifest, or it is none of this format.
+        ShardError: there is no manifest, or it has another format.
     """
     manifest = Manifest.load(folder)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    is_own = "inputs_sha256" in manifest.recipe  # not indexed from tars that others made
+    is_own = "inputs_sha256" in manifest.recipe  # written by `wasteddp shard`, not indexed
     damage: list[str] = []
     with progress("verifying shards", len(shards)) as advance:
         for found in in_order(lambda shard: _damage(folder, shard, is_own=is_own), shards, workers=workers):
@@ -51,7 +51,7 @@ def verify(folder: Path, *, workers: int) -> Verified:
 
 
 def verify_remote(url: str, *, workers: int) -> Verified:
-    """As `verify`, over the network: every byte is fetched and none is kept.
+    """Verify a set over the network: every byte is fetched and none is kept.
 
     Raises:
         ShardError: there is no manifest, or the store cannot be reached.
@@ -71,11 +71,15 @@ def verify_remote(url: str, *, workers: int) -> Verified:
 
 
 def require_whole(folder: Path | str, verified: Verified) -> None:
-    """Raises `ShardError` that names all damage, if there is any."""
+    """Check that there is no damage.
+
+    Raises:
+        ShardError: there is damage; the message names all of it.
+    """
     if verified.damage:
         raise ShardError(
             f"{folder} is damaged:\n    " + "\n    ".join(verified.damage),
-            "training would stop at these samples, or learn from something else than was sharded",
+            "training would stop at these samples, or learn from changed images",
             "copy the named files again from a good copy, or make the set again with `wasteddp shard --overwrite`",
         )
 
@@ -97,7 +101,7 @@ def _remote_damage(folder: RemoteFolder, shard: Shard) -> list[str]:
 
 
 def _damage(folder: Path, shard: Shard, *, is_own: bool) -> list[str]:
-    """What is wrong with one shard, in words; nothing if its bytes are those of the manifest."""
+    """Describe what is wrong with one shard; [] if its bytes match the manifest."""
     path = folder / shard.tar
     try:
         index = read_index(folder, shard)
@@ -117,7 +121,7 @@ def _damage(folder: Path, shard: Shard, *, is_own: bool) -> list[str]:
 
 
 def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
-    """Key and source of each sample that is not what the index says; headers and labels only in tars of our own."""
+    """Name each sample that does not match the index. Headers and labels are checked only in tars of our own."""
     damaged: list[str] = []
     with path.open("rb") as file:
         for number, record in enumerate(index):
@@ -135,7 +139,7 @@ def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
 
 
 def _header(descriptor: int, offset: int) -> tarfile.TarInfo | None:
-    """The tar header at `offset`, if it is whole: it has a checksum of its own."""
+    """Return the tar header at `offset` if its checksum is right."""
     try:
         return tarfile.TarInfo.frombuf(os.pread(descriptor, _BLOCK, offset), "utf-8", "replace")
     except (tarfile.HeaderError, OSError):
@@ -143,7 +147,7 @@ def _header(descriptor: int, offset: int) -> tarfile.TarInfo | None:
 
 
 def _label(descriptor: int, offset: int) -> dict[str, Any]:
-    """The JSON member whose header is at `offset`; empty if either is damaged."""
+    """Return the JSON member whose header is at `offset`; {} if either is damaged."""
     header = _header(descriptor, offset)
     try:
         label = json.loads(os.pread(descriptor, header.size, offset + _BLOCK)) if header else {}
@@ -157,11 +161,11 @@ def _padded(num_bytes: int) -> int:
 
 
 def _wrong_counts(manifest: Manifest) -> list[str]:
-    """Classes whose samples in the indexes are not as many as the manifest says."""
+    """Name each split whose indexes have other numbers of samples by class than the manifest."""
     wrong: list[str] = []
     for split in manifest.splits.values():
         indexes = [read_index(manifest.folder, shard, check=False)["label"] for shard in split.shards]
         labels = np.concatenate([np.empty(0, np.int32), *indexes])
         if np.bincount(labels, minlength=len(manifest.classes)).tolist() != list(split.samples_per_class):
-            wrong.append(f"split {split.name}: the labels of its indexes are not as many as the manifest says")
+            wrong.append(f"split {split.name}: its indexes have other numbers of samples by class than the manifest")
     return wrong

@@ -1,8 +1,8 @@
-"""Samples in a fixed order -> tars and indexes, so that a kill at any moment costs at most one unfinished shard.
+"""Write samples in a fixed order to tars and indexes. A kill at any time costs at most one unfinished shard.
 
-A shard is written under a temporary name, synced, renamed, and only then noted in the journal with its hashes. The
-next start checks the noted shards against their hashes and goes on after the last good one. Where a shard ends depends
-only on the samples before it: the bytes are those of a run that was never disturbed, with any number of workers.
+A shard is written under a temporary name, synced and renamed, and then recorded in the journal with its hashes. The
+next start checks the recorded shards against their hashes and continues after the last good one. The end of a shard
+depends only on the samples before it: the bytes equal those of an uninterrupted run, with any number of workers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLOCK = 512  # bytes of a tar header, and the unit that members are padded to
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What goes into a shard as `<key>.jpg` and `<key>.json`."""
+    """One sample of a shard: `<key>.jpg` and `<key>.json`."""
 
     image: bytes
     sha256: bytes  # of `image`
@@ -50,13 +50,13 @@ class Sample:
 
 
 class ShardJournal:
-    """The shards that are finished, one line each, after a first line that names the plan they belong to.
+    """The finished shards, one line each, after a first line that names their plan.
 
-    Several machines may write shards of one set, each with a journal beside the others' (`shards*.txt`).
+    Several machines may write shards of one set, each with a journal of its own in the same folder (`shards*.txt`).
     """
 
     def __init__(self, path: Path, plan: str) -> None:
-        """Keeps what the journals say of `plan`; the one at `path` is begun again if it is about another."""
+        """Load the shards of `plan` from all journals. The journal at `path` is emptied if it has another plan."""
         self._path = path
         self._finished: dict[str, Shard] = {}  # by the tar's name
         for journal in sorted({path, *path.parent.glob("shards*.txt")}):
@@ -71,12 +71,12 @@ class ShardJournal:
         for line in lines:
             try:
                 shard = Shard(**json.loads(line))
-            except (ValueError, TypeError):  # cut by a kill: that shard is simply written again
+            except (ValueError, TypeError):  # truncated by a kill: that shard is written again
                 continue
             self._finished[shard.tar] = shard
 
     def good_shard(self, name: str, folder: Path) -> Shard | None:
-        """The shard of that name, if it is finished and on the disk as it was written."""
+        """Return the shard of that name if it is finished and unchanged on the disk."""
         shard = self._finished.get(f"{name}.tar")
         if shard is None or not ((folder / shard.tar).exists() and (folder / shard.index).exists()):
             return None
@@ -84,9 +84,9 @@ class ShardJournal:
         return shard if found == (shard.sha256, shard.index_sha256) else None
 
     def good_shards(self, split: str, folder: Path, *, workers: int) -> list[Shard]:
-        """The finished shards of a split, up to the first that is missing or not as it was written."""
-        num_noted = next(n for n in count() if f"{_name(split, n)}.tar" not in self._finished)
-        names = [_name(split, number) for number in range(num_noted)]
+        """Return the finished shards of a split, up to the first that is missing or changed."""
+        num_recorded = next(n for n in count() if f"{_name(split, n)}.tar" not in self._finished)
+        names = [_name(split, number) for number in range(num_recorded)]
         checked = in_order(lambda name: self.good_shard(name, folder), names, workers=workers)
         return [shard for shard in takewhile(lambda shard: shard is not None, checked) if shard is not None]
 
@@ -108,7 +108,7 @@ def write_split(
     workers: int,
     advance: Callable[[], None],
 ) -> tuple[Shard, ...]:
-    """Writes the samples of a split, loaded in parallel, into shards that end once they reach `max_bytes`."""
+    """Load the samples of a split in parallel and write them to shards. A shard ends when it reaches `max_bytes`."""
     shards = journal.good_shards(split, folder, workers=workers)
     number = sum(shard.num_samples for shard in shards)
     for _ in range(number):
@@ -123,8 +123,8 @@ def write_split(
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One shard to be written: samples begin .. end - 1 of a split, and the bytes its tar will have."""
+class PlannedShard:
+    """A shard to write: samples begin .. end - 1 of a split, and the number of bytes of its tar."""
 
     split: str
     number: int
@@ -137,29 +137,31 @@ class Piece:
         return _name(self.split, self.number)
 
 
-def cut(split: str, member_bytes: Sequence[int], *, max_bytes: int) -> list[Piece]:
-    """Where `write_split` ends its shards, known before anything is written.
+def plan_shards(split: str, member_bytes: Sequence[int], *, max_bytes: int) -> list[PlannedShard]:
+    """Return the shards that `write_split` would write, from the sizes alone.
 
     Args:
-        member_bytes: what each sample takes in a tar, see `tar_bytes`.
+        member_bytes: bytes of each sample in a tar, see `tar_bytes`.
     """
-    pieces: list[Piece] = []
+    planned: list[PlannedShard] = []
     begin = total = 0
     for end, size in enumerate(member_bytes, start=1):
         total += size
         if total >= max_bytes or end == len(member_bytes):
-            pieces.append(Piece(split, len(pieces), begin, end, _padded(total + 2 * _BLOCK, tarfile.RECORDSIZE)))
+            planned.append(
+                PlannedShard(split, len(planned), begin, end, _padded(total + 2 * _BLOCK, tarfile.RECORDSIZE))
+            )
             begin, total = end, 0
-    return pieces
+    return planned
 
 
 def tar_bytes(sample: Sample, image_bytes: int) -> int:
-    """What a sample with an image of that size takes in a tar: two headers and two padded members."""
+    """Return the bytes in a tar of a sample with an image of that size: two headers and two padded members."""
     return 2 * _BLOCK + _padded(image_bytes, _BLOCK) + _padded(len(sample.to_json()), _BLOCK)
 
 
-def write_piece(
-    piece: Piece,
+def write_planned_shard(
+    plan: PlannedShard,
     items: Sequence[int],
     load: Callable[[int], Sample],
     *,
@@ -169,23 +171,23 @@ def write_piece(
     workers: int,
     advance: Callable[[], None],
 ) -> None:
-    """Writes one shard of a split whose samples are `items`, unless the journal has it.
+    """Write one shard of a split whose samples are `items`, unless the journal has it.
 
     Raises:
-        ShardError: the shard did not end where it was cut: it would not be that of one machine.
+        ShardError: the shard did not end where it was planned, so it differs from the shard of a single machine.
     """
-    if journal.good_shard(piece.name, folder):
-        for _ in range(piece.begin, piece.end):
+    if journal.good_shard(plan.name, folder):
+        for _ in range(plan.begin, plan.end):
             advance()
         return
-    samples = in_order(load, items[piece.begin : piece.end], workers=workers)
-    shard = _write_shard(folder, piece.split, piece.number, samples, piece.begin, max_bytes=max_bytes, advance=advance)
-    if (shard.num_samples, shard.num_bytes) != (piece.end - piece.begin, piece.num_bytes):
+    samples = in_order(load, items[plan.begin : plan.end], workers=workers)
+    shard = _write_shard(folder, plan.split, plan.number, samples, plan.begin, max_bytes=max_bytes, advance=advance)
+    if (shard.num_samples, shard.num_bytes) != (plan.end - plan.begin, plan.num_bytes):
         raise ShardError(
-            f"{shard.tar} has {shard.num_samples} samples in {shard.num_bytes:,} bytes; foreseen were "
-            f"{piece.end - piece.begin} in {piece.num_bytes:,}",
-            "the parts of the set would overlap or leave gaps: an image was encoded otherwise than when it was read",
-            "use the same version of this program and its libraries on all machines, remove .sharding, start again",
+            f"{shard.tar} has {shard.num_samples} samples in {shard.num_bytes:,} bytes; planned were "
+            f"{plan.end - plan.begin} in {plan.num_bytes:,}",
+            "the shards would overlap or leave gaps, because an image was encoded differently than when it was read",
+            "use the same version of this program and its libraries on all machines, remove .sharding and start again",
         )
     journal.add(shard)
 
@@ -222,10 +224,11 @@ def _write_shard(
         with storage("writing a shard", folder), temporary.open("wb") as file:
             hashing = _HashingFile(file)
             writer = webdataset.TarWriter(hashing, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE)
-            writer.tarstream.format = tarfile.USTAR_FORMAT  # one block a header; TarWriter does not pass its default on
+            # Each header is one block. TarWriter does not pass this default of its own on to the stream.
+            writer.tarstream.format = tarfile.USTAR_FORMAT
             try:
                 for sample in samples:
-                    # The writer sorts members by name: jpg comes before json, right after its header of one block.
+                    # The writer sorts members by name: jpg comes before json, directly after its header of one block.
                     offset = writer.tarstream.offset + _BLOCK
                     key = f"{split}-{first_number + len(records):08d}"
                     writer.write({"__key__": key, "jpg": sample.image, "json": sample.to_json()})
@@ -240,7 +243,7 @@ def _write_shard(
             file.flush()
             os.fsync(file.fileno())
     except StorageError:
-        temporary.unlink(missing_ok=True)  # gives the space back; what is finished stays
+        temporary.unlink(missing_ok=True)  # free the space; finished shards are kept
         raise
     index = np.zeros(len(records), INDEX_DTYPE)
     for row, (offset, length, label, sha256) in zip(index, records, strict=True):
@@ -262,9 +265,9 @@ def _write_shard(
 
 
 class _HashingFile(io.RawIOBase):
-    """Passes bytes on and hashes them on the way, so that a shard need not be read again.
+    """Hashes the bytes that it writes, so that a shard need not be read again.
 
-    Once abandoned it drops them: a tar stream that dies writes what it still holds, when the file is long closed.
+    An abandoned file drops them: a tar stream writes its buffer when it is destroyed, after the file was closed.
     """
 
     def __init__(self, file: io.BufferedWriter) -> None:

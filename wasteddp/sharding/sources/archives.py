@@ -1,9 +1,10 @@
-"""Where images come from - a folder, zip, tar or list of paths - as one thing: files that can be listed and read.
+"""Sources of images: a folder, a zip, a tar or a list of paths. The files of each can be listed and read.
 
-A source knows names and bytes; what the names mean (class, split) is `layout`'s business. Members of an archive are
-read where they lie: nothing is ever extracted, so a member called `../../x` can go nowhere. Reading is thread-safe.
+A source knows names and bytes; `layout` reads classes and splits from the names. Members of an archive are read in
+place and never extracted, so a member called `../../x` cannot be written anywhere. Reading is thread-safe.
 
-How much an archive from elsewhere may make us read, unpack or keep in memory before it is refused.
+Archives may come from untrusted places: the limits here bound what they can make the program read, unpack or keep in
+memory.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any, Protocol, Self, TypeVar
 
 from wasteddp.errors import SourceError, storage
 
-MAX_MEMBERS = 10_000_000  # a member takes about a kilobyte of memory while an archive is listed
-MAX_HEADER_BYTES = 1 << 20  # of a long name or of PAX fields, which tarfile reads into memory whole
-MAX_EXPANSION = 100  # photographs hardly shrink: a tar that unpacks to more than this many times its size is a bomb
+MAX_MEMBERS = 10_000_000  # while an archive is listed, each member takes about a kilobyte of memory
+MAX_HEADER_BYTES = 1 << 20  # of a long name or of PAX fields; tarfile reads all of it into memory
+MAX_EXPANSION = 100  # photographs hardly compress: a tar that expands more than this is a decompression bomb
 
 _HEADER_TYPES = (
     tarfile.XHDTYPE,
@@ -43,7 +44,7 @@ _UNPACKERS: dict[bytes, Callable[..., Any]] = {
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """For `tarfile.open(..., tarinfo=BoundedTarInfo)`: refuses headers that claim to be huge, before they are read."""
+    """Refuses headers that claim to be huge, before they are read. Use: `tarfile.open(..., tarinfo=BoundedTarInfo)`."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -55,9 +56,9 @@ class BoundedTarInfo(tarfile.TarInfo):
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file of a source. `stamp` changes when its content does: size with time, or an archive's own checksum."""
+    """One file of a source. `stamp` changes with the content: size and time, or the checksum of an archive."""
 
-    path: str  # relative to the source, parts divided by "/"
+    path: str  # relative to the source, components separated by "/"
     size_bytes: int
     stamp: str
 
@@ -65,18 +66,22 @@ class File:
 class Source(Protocol):
     @property
     def files(self) -> Sequence[File]:
-        """All files, sorted by path; hidden ones and what macOS adds to archives are not there."""
+        """All files, sorted by path, without hidden files and those that macOS adds to archives."""
 
     @property
     def folders(self) -> Sequence[str]:
-        """All folders that the source names, so that an empty one can be noticed."""
+        """All folders that the source names, so that empty ones are detected."""
 
     def read(self, path: str) -> bytes:
-        """The bytes of one file; `OSError` where they cannot be had. Called from many threads at once."""
+        """Return the bytes of one file. Safe to call from several threads.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
 
 
 class FolderSource:
-    """A folder and all below it; symbolic links are followed, once each."""
+    """A folder and all its subfolders. Symbolic links are followed, each once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -98,7 +103,7 @@ class FolderSource:
 
 
 class PathsSource:
-    """The files that a table names, relative to `root`; one that is missing fails when it is read, not here."""
+    """The files that a table names, relative to `root`. A missing file raises an error when it is read, not here."""
 
     folders: Sequence[str] = ()
 
@@ -139,10 +144,10 @@ class ZipSource:
 
 
 class TarSource:
-    """An uncompressed tar, read by offset, which threads can do side by side."""
+    """An uncompressed tar, read by offset, so that threads can read in parallel."""
 
     def __init__(self, path: Path, stamp_of: Path) -> None:
-        """`stamp_of` is the file whose time stands for the content: the archive or, if unpacked, the original."""
+        """Args: stamp_of: the file whose time identifies the content: the archive or, if unpacked, the original."""
         try:
             with tarfile.open(path, "r:", tarinfo=BoundedTarInfo) as archive:
                 members = [member for member in _bounded(path, archive) if not _is_hidden(member.name)]
@@ -170,12 +175,12 @@ class TarSource:
 
 
 def open_source(path: Path, *, work_folder: Path) -> Source:
-    """A folder, zip or tar as a source.
+    """Open a folder, zip or tar as a source.
 
-    A compressed tar has no random access: it is unpacked once, to a plain tar in `work_folder`.
+    A compressed tar has no random access: it is unpacked once, to an uncompressed tar in `work_folder`.
 
     Raises:
-        SourceError: no such file or folder, or no archive that is known.
+        SourceError: the file or folder does not exist, or is not an archive of a known kind.
     """
     if path.is_dir():
         return FolderSource(path)
@@ -191,11 +196,11 @@ def open_source(path: Path, *, work_folder: Path) -> Source:
         if zipfile.is_zipfile(path):
             return ZipSource(path)
         if start[:2] in _UNPACKERS:
-            return TarSource(_unpacked(path, work_folder, start[:2]), stamp_of=path)
+            return TarSource(_unpack(path, work_folder, start[:2]), stamp_of=path)
         if _is_tar(path):
             return TarSource(path, stamp_of=path)
     raise SourceError(
-        f"{path} is no zip and no tar (it starts with {start!r})",
+        f"{path} is neither a zip nor a tar (it starts with {start!r})",
         "its images cannot be read",
         "give a folder of class folders, a zip or tar of one, a CSV (path,label), or a recipe (.yaml)",
     )
@@ -207,18 +212,18 @@ def is_compressed_tar(path: Path) -> bool:
 
 
 def _is_tar(path: Path) -> bool:
-    """By the first header alone: `tarfile.is_tarfile` reads whatever length a header claims."""
+    """Check the first header only: `tarfile.is_tarfile` reads any length that a header claims."""
     with path.open("rb") as file:
         block = file.read(tarfile.BLOCKSIZE)
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return block == bytes(tarfile.BLOCKSIZE)  # an empty tar has only its end
+        return block == bytes(tarfile.BLOCKSIZE)  # an empty tar consists of its end blocks
     return True
 
 
-def _unpacked(path: Path, work_folder: Path, magic: bytes) -> Path:
-    """The plain tar inside a compressed one, whole or not at all: a kill leaves only the temporary name."""
+def _unpack(path: Path, work_folder: Path, magic: bytes) -> Path:
+    """Unpack a compressed tar completely or not at all: a kill leaves only the temporary file."""
     status = path.stat()
     plain = work_folder / f"source-{status.st_size}-{status.st_mtime_ns}.tar"
     if not plain.exists():
@@ -240,7 +245,7 @@ def _unpacked(path: Path, work_folder: Path, magic: bytes) -> Path:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """`root` and its folders, each once even where links make a circle."""
+    """Yield `root` and its folders, each once even if links form a cycle."""
     seen: set[tuple[int, int]] = set()
     waiting = [root]
     while waiting:
@@ -256,15 +261,13 @@ def _walk(root: Path) -> Iterator[Path]:
 def _stat(file: Path, path: str) -> File:
     try:
         status = file.stat()
-    except (
-        OSError
-    ):  # a dangling link or a missing file: reading will say so, and the image is left out with that reason
+    except OSError:  # a dangling link or a missing file: reading it fails, and the image is left out with that reason
         return File(path, 0, "missing")
     return File(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
 
 
 def _plain(name: str) -> str:
-    """A member's name as a path below the source: what would lead above it is dropped."""
+    """Return a member's name as a path below the source. Components that would lead above it are dropped."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
 
 
@@ -274,7 +277,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _last_of_each(files: list[File]) -> list[File]:
-    """Files by path; of several members with one name the last counts, as unpacking would have it."""
+    """Return the files by path. Of several members with one name the last counts, as when unpacking."""
     return sorted({file.path: file for file in files}.values(), key=lambda file: file.path)
 
 
@@ -288,8 +291,8 @@ def _bounded(path: Path, members: Iterable[Member]) -> Iterator[Member]:
 def _too_much(path: Path, what: str) -> SourceError:
     return SourceError(
         f"the archive {path} {what}",
-        "no collection of photographs does that: it would fill the disk or the memory",
-        "do not trust it; if you do, unpack it yourself and give the folder",
+        "it would fill the disk or the memory; no collection of photographs does that",
+        "do not use it; if you trust it, unpack it yourself and give the folder",
     )
 
 

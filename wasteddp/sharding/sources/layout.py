@@ -1,8 +1,8 @@
-"""What the names of a source mean: which files are images, of which class and, if it was split before, which split.
+"""Read the names of a source: which files are images, their classes and, if the source is already split, their splits.
 
 glass/a.jpg  metal/b.jpg                    class folders
 train/glass/a.jpg  validation/metal/b.jpg   split folders of class folders
-anything/around/glass/a.jpg                 folders that wrap all the others are skipped
+anything/around/glass/a.jpg                 outer folders that hold everything are skipped
 a table with the columns path,label[,split] a CSV
 """
 
@@ -20,15 +20,15 @@ from wasteddp.sharding.sources.archives import File, PathsSource, Source
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
-# HEIC, HEIF and AVIF are images that may have no decoder here: they are then listed as unreadable, never passed over.
+# HEIC, HEIF and AVIF may have no decoder here. They are then left out as unreadable, not ignored.
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .mpo .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split()  # noqa: SIM905
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """An image file and what its place says of it; `split` is empty where the source is not split."""
+class SourceImage:
+    """An image file with the class and split from its path. `split` is empty if the source is not split."""
 
     file: File
     class_name: str
@@ -37,48 +37,53 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    pictures: tuple[Picture, ...]  # sorted by path
+    images: tuple[SourceImage, ...]  # sorted by path
     classes: tuple[str, ...]
-    ignored: tuple[str, ...] = ()  # files that are no images, or stand outside any class folder
+    ignored: tuple[str, ...] = ()  # files that are not images or are outside the class folders
 
     @property
     def is_split(self) -> bool:
-        return any(picture.split for picture in self.pictures)
+        return any(image.split for image in self.images)
 
 
 def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = ()) -> Layout:
-    """Classes and splits from the names of folders; `classes`, where given, fixes the order and must be the same names.
+    """Read classes and splits from folder names. `classes`, if given, fixes the order and must be the same names.
 
     Raises:
-        SourceError: no images, one class, an empty class folder, unknown split folders, other classes than `classes`.
+        SourceError: there are no images, only one class, an empty class folder, unknown split folders, or other classes
+            than `classes`.
     """
-    images = [file for file in source.files if is_image(file.path)]
-    if not images:
+    files = [file for file in source.files if is_image(file.path)]
+    if not files:
         raise SourceError(
             f"{where} holds no images ({len(source.files)} files, {len(source.folders)} folders)",
             "there is nothing to shard",
             "give a folder that holds one folder of images for each class",
         )
-    skip = _num_wrappers([file.path.split("/") for file in images])
-    inside = [file for file in images if file.path.count("/") > skip]
+    skip = _num_wrappers([file.path.split("/") for file in files])
+    inside = [file for file in files if file.path.count("/") > skip]
     is_split = _is_split(inside, skip, where)
-    pictures = tuple(_picture(file, skip, is_split) for file in inside)
-    found = {picture.class_name for picture in pictures}
+    images = tuple(_source_image(file, skip, is_split) for file in inside)
+    found = {image.class_name for image in images}
     depth = skip + (2 if is_split else 1)
     empty = {f.split("/")[depth - 1] for f in source.folders if f.count("/") == depth - 1} - found
     if empty:
         raise SourceError(
             f"{len(empty)} class folder(s) of {where} hold no image: {', '.join(sorted(empty))}",
-            "a class without images cannot be learned, and would take a place in the network's answer",
-            "put images there, or remove the empty folder(s)",
+            "the model cannot learn a class without images, but would have an output for it",
+            "add images, or remove the empty folder(s)",
         )
-    used = {picture.file.path for picture in pictures}
+    used = {image.file.path for image in images}
     ignored = tuple(file.path for file in source.files if file.path not in used)
-    return Layout(pictures, check_classes(found, classes, where), ignored)
+    return Layout(images, check_classes(found, classes, where), ignored)
 
 
 def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource, Layout]:
-    """Source and layout from a CSV with the columns path,label[,split]; paths are relative to the CSV's folder."""
+    """Read a CSV with the columns path,label[,split]. Paths are relative to the CSV's folder.
+
+    Raises:
+        SourceError: the file is not a CSV with these columns, or a row is incomplete or repeats an image.
+    """
     with storage("reading the table", path), path.open(newline="", encoding="utf-8-sig") as file:
         try:
             table = csv.DictReader(file, strict=True)
@@ -86,23 +91,23 @@ def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource,
             rows = list(table)
         except (csv.Error, UnicodeDecodeError) as error:
             raise SourceError(
-                f"{path} is no CSV in UTF-8: {error}", "its images are unknown", "save it again"
+                f"{path} is not a CSV file in UTF-8: {error}", "its images are not known", "save it as CSV in UTF-8"
             ) from error
     if not {"path", "label"} <= set(columns) or not rows:
         raise SourceError(
             f"{path} has {len(rows)} rows and the columns {', '.join(columns) or 'none'}",
-            "which image is of which class cannot be told",
-            "give it a first line `path,label` or `path,label,split` and a line for each image",
+            "the class of each image is not known",
+            "add a first line `path,label` or `path,label,split`, and a line for each image",
         )
     labels: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows, start=2):
         name, label = (row["path"] or "").strip(), (row["label"] or "").strip()
         word = (row.get("split") or "").strip().lower()
         if not name or not label or name in labels or (word and word not in SPLIT_WORDS):
-            problem = "stands there twice" if name in labels else "lacks a path or a label, or has an unknown split"
+            problem = "is listed twice" if name in labels else "has no path, no label or an unknown split"
             raise SourceError(
                 f"{path}, line {number}: {name!r},{label!r},{word!r} {problem}",
-                "the image could not be given one class and one split",
+                "the image would not have exactly one class and one split",
                 f"fix the line; splits are {', '.join(SPLIT_WORDS)}",
             )
         labels[name] = label, SPLIT_WORDS.get(word, "")
@@ -110,32 +115,32 @@ def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource,
     if 0 < without < len(labels):
         raise SourceError(
             f"{path}: {without} of {len(labels)} rows have no split",
-            "images of a split set would be put anywhere",
+            "these images would belong to no split",
             "fill in the column `split` in every row, or in none",
         )
     source = PathsSource(path.parent, list(labels))
-    pictures = tuple(Picture(file, *labels[file.path]) for file in source.files)
-    return source, Layout(pictures, check_classes({p.class_name for p in pictures}, classes, path))
+    images = tuple(SourceImage(file, *labels[file.path]) for file in source.files)
+    return source, Layout(images, check_classes({p.class_name for p in images}, classes, path))
 
 
 def check_classes(found: set[str], wanted: Sequence[str], where: str | Path) -> tuple[str, ...]:
-    """The classes in their order: `wanted` where given, else sorted.
+    """Return the classes in order: `wanted` if given, otherwise sorted.
 
     Raises:
-        SourceError: fewer than two, or not the same names.
+        SourceError: there are fewer than two, or the names differ from `wanted`.
     """
     if len(found) < 2:
         raise SourceError(
             f"{where} has {len(found)} class(es): {', '.join(sorted(found)) or 'none'}",
-            "there is nothing to tell apart",
+            "a classifier needs at least two classes",
             "give a folder that holds one folder of images for each class, at least two",
         )
     if wanted and set(wanted) != found:
         missing, unknown = sorted(set(wanted) - found), sorted(found - set(wanted))
         raise SourceError(
             f"{where} has no images of: {', '.join(missing) or '-'}; classes not expected: {', '.join(unknown) or '-'}",
-            f"the classes would not be those that were asked for: {', '.join(wanted)}",
-            "rename the folders, or name the classes that are there",
+            f"the set would not have the requested classes: {', '.join(wanted)}",
+            "rename the folders, or name the existing classes",
         )
     return tuple(wanted) or tuple(sorted(found))
 
@@ -145,7 +150,7 @@ def is_image(path: str) -> bool:
 
 
 def _num_wrappers(paths: list[list[str]]) -> int:
-    """How many outer folders wrap everything: `data/trashnet/glass/a.jpg` has 2. A lone split folder is no wrapper."""
+    """Return how many outer folders hold everything: 2 for `data/trashnet/glass/a.jpg`. A split folder is never one."""
     skip = 0
     while True:
         deep = [parts for parts in paths if len(parts) > skip + 2]
@@ -156,10 +161,10 @@ def _num_wrappers(paths: list[list[str]]) -> int:
 
 
 def _is_split(files: list[File], skip: int, where: str | Path) -> bool:
-    """Whether the outermost folders are splits.
+    """Return whether the outermost folders are splits.
 
     Raises:
-        SourceError: some are and some are not, so that images would be lost or a split become a class.
+        SourceError: only some of them are, so that images would be lost or a split would become a class.
     """
     counts = Counter(file.path.split("/")[skip] for file in files)
     words = {word for word in counts if word.lower() in SPLIT_WORDS}
@@ -170,13 +175,13 @@ def _is_split(files: list[File], skip: int, where: str | Path) -> bool:
     if others or flat:
         listed = ", ".join(f"{name} ({count} images)" for name, count in sorted(counts.items()))
         raise SourceError(
-            f"{where} mixes split folders and others: {listed}; {flat} images are in no class folder",
+            f"{where} mixes split folders and other folders: {listed}; {flat} images are in no class folder",
             "a split would be taken for a class, or a class for a split",
             f"name all outer folders as splits ({', '.join(SPLIT_WORDS)}) with class folders in each, or none of them",
         )
     return True
 
 
-def _picture(file: File, skip: int, is_split: bool) -> Picture:
+def _source_image(file: File, skip: int, is_split: bool) -> SourceImage:
     parts = file.path.split("/")[skip:]
-    return Picture(file, parts[1], SPLIT_WORDS[parts[0].lower()]) if is_split else Picture(file, parts[0])
+    return SourceImage(file, parts[1], SPLIT_WORDS[parts[0].lower()]) if is_split else SourceImage(file, parts[0])
