@@ -107,7 +107,7 @@ def test_communication_is_read_from_the_profilers_verdict() -> None:
         for talk in (0.25, 0.05)
     ]
     verdict = profiler.verdict(shares, step_ms=10.0, steps=4)
-    assert bench_scaling.talk_of(verdict) == (0.05, 0.25)
+    assert bench_scaling.communication_of(verdict) == (0.05, 0.25)
 
 
 def test_the_headline_names_hardware_and_versions() -> None:
