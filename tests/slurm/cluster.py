@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
-LIMIT_S = float(os.environ.get("SLURM_TESTS_LIMIT_S", "600"))  # far above the usual time: only an event that never happens fails
+LIMIT_S = float(os.environ.get("SLURM_TESTS_LIMIT_S", "600"))  # far above the usual time of any event
 
 Found = TypeVar("Found")
 

@@ -1,7 +1,7 @@
 """Jobs of slurm/train.sh and slurm/evaluate.sh on a real Slurm, with the real training program on real shards.
 
-The scenes of all tests run concurrently, each on its own nodes, because Slurm waits most of the time; each test examines
-its scenes. Each test names the line that it guards, and how the test fails when the line is broken.
+The scenes of all tests run concurrently, each on its own nodes, because Slurm waits most of the time; each test
+examines its scenes. Each test names the line that it guards, and how the test fails when the line is broken.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def warned(scene: Scene) -> Ran:
 
 
 def limited(scene: Scene) -> Ran:
-    """Slurm itself warns, 55 to 85 s after the start: it checks every 30 s, and looks 30 s ahead. Until then the training
-    is stopped, or it would finish. A limit of one minute, the smallest, is too short for a start on a busy machine."""
+    """Slurm itself warns, 55 to 85 s after the start: it checks every 30 s, and looks 30 s ahead. Until then the
+    training is stopped, or it would finish. A limit of one minute, the smallest, is too short on a busy machine."""
     job = scene.train("--nodelist=n9", "--time=2", SBATCH_SIGNAL="B:USR1@35")
     job.seen("step 2/20|the time limit is near")
     held = scene.processes("train.py")
@@ -245,7 +245,7 @@ def test_two_nodes_train_as_one(outcome: Callable[[str], Ran]) -> None:
 
 @pytest.mark.scenario("alone", "undisturbed")
 def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Callable[[str], Ran]) -> None:
-    """Guards rank=world.rank of dataloaders.py: with rank 0 everywhere both nodes read the same, and the losses differ."""
+    """Guards rank=world.rank of dataloaders.py: with rank 0 both nodes read the same, and the losses differ."""
     one, two = outcome("alone"), outcome("undisturbed")
     assert [row["step"] for row in rows(one.run)] == [row["step"] for row in rows(two.run)] == list(range(1, 21))
     for ours, theirs in zip(rows(two.run), rows(one.run), strict=True):
@@ -262,8 +262,8 @@ def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Call
 
 @pytest.mark.scenario("warned", "undisturbed")
 def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> None:
-    """Guards `trap "" USR1` of common.sh and `warn` of train.sh: without the first the warning kills the launchers and
-    the other processes have KillWait to save; if `warn` does not wait, nothing receives it, and the job is not requeued.
+    """Guards `trap "" USR1` of common.sh and `warn` of train.sh: without the first the warning kills the launchers,
+    and the other processes have KillWait to save; if `warn` does not wait, nothing receives it, and there is no requeue.
     """
     ran = outcome("warned")
     assert ran.state == "COMPLETED"
@@ -379,7 +379,7 @@ def test_a_number_of_nodes_that_does_not_divide_the_batch_is_refused_and_not_req
 
 @pytest.mark.scenario("misspelt")
 def test_a_mistake_in_the_settings_ends_before_anything_is_launched(outcome: Callable[[str], Ran]) -> None:
-    """Guards the check of the settings in train.sh: without it every node starts a launcher before the mistake is found."""
+    """Guards the check of the settings in train.sh: without it every node starts a launcher first."""
     ran = outcome("misspelt")
     assert ran.state == "FAILED"
     assert "did you mean 'train.epochs'?" in ran.text
@@ -390,7 +390,7 @@ def test_a_mistake_in_the_settings_ends_before_anything_is_launched(outcome: Cal
 
 @pytest.mark.scenario("apart")
 def test_nodes_that_do_not_know_of_each_other_are_refused(outcome: Callable[[str], Ran]) -> None:
-    """Guards refuse_other_world of slurm.py: without it each node silently trains its own model."""
+    """Guards refuse_other_world of slurm.py: without it each node trains its own model."""
     ran = outcome("apart")
     assert ran.state == "FAILED"
     assert "Slurm started this step on 2 nodes; the launcher knows of 1 process(es)" in ran.text

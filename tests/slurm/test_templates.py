@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"
 
-# Each stand-in records its arguments, one per line. srun then runs the command after its options as the last node would,
-# with Pyxis in the image. As documented, the image has its own PATH and only the mounted folders, and starts in `/`.
+# Each stand-in records its arguments, one per line. srun then runs the command after its options as the last node
+# would, with Pyxis in the image. As documented, the image has its own PATH and only the mounted folders, and starts
+# in `/`.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >>"$NOTES/srun"; echo >>"$NOTES/srun"
 path=$NOTES/bin:$PATH image='' mounts='' workdir=/
@@ -174,8 +175,8 @@ def test_the_python_of_the_checkout_goes_before_every_other(template: Template, 
 def test_every_step_runs_in_the_container_of_the_sites_example(
     template: Template, tmp_path: Path, container: str, image: str
 ) -> None:
-    """Apptainer and Pyxis as documented: with the lines of site.example.sh the image's own Python runs the program in the
-    checkout, and receives signals as outside: the warning kills no process between it and Slurm."""
+    """Apptainer and Pyxis as documented: with the lines of site.example.sh the image's own Python runs the program in
+    the checkout, and receives signals as outside: the warning kills no process between it and Slurm."""
     example = (ROOT / "slurm" / "site.example.sh").read_text()
     site = example.replace(f"# {container}=", f"{container}=").replace("/images/wasteddp.", "/i/w.")
     done = template("--config", CONFIG, site=site, ENDS='kill -USR1 $$; pwd >"$NOTES/where"')
@@ -219,8 +220,8 @@ NOT_REQUEUED = ": that makes 1, MAX_CRASHES is 0: not requeued"
 def test_what_follows_is_decided_by_what_this_attempt_left(
     template: Template, tmp_path: Path, ends: str, said: str, code: int
 ) -> None:
-    """The marks of earlier attempts are removed: with an old RESUMABLE, a crash would count as saved. An attempt without
-    a step counts as a crash: with too short a time limit, the job would be requeued forever."""
+    """The marks of earlier attempts are removed: with an old RESUMABLE, a crash would count as saved. An attempt
+    without a step counts as a crash: with too short a time limit, the job would be requeued forever."""
     (tmp_path / "run" / "checkpoints" / "step-00000008").mkdir(parents=True)
     for mark in ("RESUMABLE", "MISTAKE"):
         (tmp_path / "run" / mark).touch()
@@ -244,7 +245,7 @@ pathlib.Path(os.environ["NOTES"], "heard").write_text("\\n".join(map(str, heard)
 
 
 def test_a_warning_reaches_the_program_once_when_it_has_started(template: Template, tmp_path: Path) -> None:
-    """Before its start the program has no handler. A second signal would kill the report writer or the exiting program."""
+    """Before its start the program has no handler. A second signal would kill the report writer or the program."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "environment.json").touch()  # of an earlier attempt
     template("--config", CONFIG, ENDS='exec python -c "$PROGRAM"', PROGRAM=PROGRAM)
