@@ -1,5 +1,5 @@
-"""How a run starts: scripts, launch configurations, benchmarks."""
+"""Scripts, launch configurations and benchmarks."""
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout: what is started here starts there
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout, the working directory of all started programs

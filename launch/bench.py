@@ -1,17 +1,17 @@
-"""Benchmarks that anybody can run. Each compares in one run, interleaved, and prints medians.
+"""Benchmarks. Each interleaves its sides in one run and prints medians.
 
-    python -m launch.bench step          the model's step alone, on images in memory, and timm's and torchvision's loops
-    python -m launch.bench train         the program from shards, the step alone, and timm's and torchvision's training
+    python -m launch.bench step          the step alone, on images in memory, and the loops of timm and torchvision
+    python -m launch.bench train         training from shards, the step alone, and the training of timm and torchvision
     python -m launch.bench loader        images/s of the loader, torchvision's, webdataset's and decoding alone
-    python -m launch.bench workers       decoding threads and processes: what they leave to the launching thread
-    python -m launch.bench checks        what all checks of a training cost, as a share of a step
+    python -m launch.bench workers       decoding threads and processes: how much they slow down the launching thread
+    python -m launch.bench checks        the cost of all checks of a training, as a share of a step
     python -m launch.bench checkpoint    the loop's wait for a save, and torch.save; --starts 3: resumed starts
-    python -m launch.bench scaling       images/s with ranks through the launcher, and the share of communication
-    python -m launch.bench tracking      what tracking costs, compared with a step; Linux
-    python -m launch.bench network       two nodes on a slow link, and what helps; Linux, as root
+    python -m launch.bench scaling       images/s at several numbers of ranks, and the share of communication
+    python -m launch.bench tracking      the cost of tracking per step; Linux
+    python -m launch.bench network       two nodes with a slow link, and settings that help; Linux, as root
 
-The first line says on what they ran. Read the ratio; the figures themselves are the machine's. Leave the machine alone
-meanwhile: a second busy process on two cores can cost either side most of its speed.
+The first line of the output names the hardware and the versions. Compare the ratios; the figures depend on the machine.
+Run nothing else meanwhile: a second busy process on two cores can take most of the speed of either side.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv beside the README with the tested versions; where it is already there, returns at once.
+# Creates .venv in the checkout with the tested versions. Does nothing if it is up to date.
 #
-#   bash launch/install.sh                           what training needs
-#   bash launch/install.sh dev                       and what the tests need
+#   bash launch/install.sh                           the packages for training
+#   bash launch/install.sh dev                       and the packages for the tests
 #   PYTHON=python3.12 bash launch/install.sh         another interpreter, 3.11 or newer
 #   TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash launch/install.sh
 #                                                    PyTorch's own wheels (cpu, cu126, rocm6.4, ...) instead of PyPI's
@@ -17,11 +17,11 @@ wanted=$(cat launch/constraints.txt pyproject.toml <(echo "${TORCH_INDEX_URL:-}"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-  fail "$python is $("$python" --version 2>&1 || true), wanted is Python 3.11 or newer" \
-    "the package cannot be installed" "install one and name it: PYTHON=python3.12 bash launch/install.sh"
+  fail "$python is $("$python" --version 2>&1 || true), but Python 3.11 or newer is needed" \
+    "the package cannot be installed" "install a newer Python and name it: PYTHON=python3.12 bash launch/install.sh"
 [ -x .venv/bin/pip ] || { rm -rf .venv; "$python" -m venv .venv; } ||
-  fail "$python cannot make a virtual environment" "there is nowhere to install to" \
-    "on Debian and Ubuntu: apt-get install python3-venv, then the same command again"
+  fail "$python cannot create a virtual environment" "the packages cannot be installed" \
+    "on Debian and Ubuntu run: apt-get install python3-venv, then the same command again"
 
 echo "installing into .venv (several minutes on a slow network; PyTorch with CUDA takes 6 GB of disk)"
 if [ -n "${TORCH_INDEX_URL:-}" ]; then

@@ -1,11 +1,11 @@
-"""What plain webdataset and accelerate make of uneven shards at two ranks, beside this program: shown, not told.
+"""Uneven shards at two ranks: plain webdataset and accelerate, compared with this program.
 
     python -m launch.peers
 
-Draws 22 images into two shards of 15 and 7, then starts two real processes on the CPU with `accelerate launch`. In
-each, every way reads one epoch in batches of 2 and, as a training would, takes part in one all-reduce a step; each rank
-notes which samples it saw. A rank that waits longer than the time limit for the other one counts as hung: a training
-would wait until its own time limit, by default for 10 minutes or more, and die.
+Draws 22 images into two shards of 15 and 7, then starts two real processes on the CPU with `accelerate launch`. Each
+method reads one epoch in batches of 2 and does one all-reduce per step, as a training does; each rank records the
+samples that it saw. A rank that waits for the other longer than the time limit counts as hung: a training would wait
+for its own time limit, by default 10 minutes or more, and fail.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def compare() -> str:
-    """Starts the two ranks and returns the table."""
+    """Start the two ranks and return the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_shards(folder)
@@ -55,8 +55,8 @@ def compare() -> str:
             raise SystemExit(f"the two processes ended with {done.returncode}:\n{done.stderr[-3000:]}")
         ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     lines = [
-        f"{sum(SHARDS)} samples in shards of {' and '.join(map(str, SHARDS))}, two ranks, batches of {BATCH} a rank\n",
-        "| way | steps of the ranks | seen | lost | seen twice or more | ended |",
+        f"{sum(SHARDS)} samples in shards of {' and '.join(map(str, SHARDS))}, 2 ranks, batches of {BATCH} per rank\n",
+        "| method | steps of the ranks | seen | lost | seen twice or more | ended |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for way in WAYS:
@@ -69,7 +69,7 @@ def compare() -> str:
 
 
 def write_shards(folder: Path) -> None:
-    """Two tars of drawn images, labelled by number, and our index beside them."""
+    """Write two tars of drawn images, labelled by number, with the index of wasteddp."""
     import webdataset
     from PIL import Image
 
@@ -91,7 +91,7 @@ def write_shards(folder: Path) -> None:
 
 
 def run_rank(folder: Path) -> None:
-    """All ways one after the other; what this rank saw goes to `rank-<n>.json`."""
+    """Run all methods one after the other. Write the samples that this rank saw to `rank-<n>.json`."""
     import torch
     import torch.distributed as dist
     from accelerate import Accelerator
@@ -100,7 +100,7 @@ def run_rank(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     noted: dict[str, dict[str, Any]] = {}
     for way, batches_of in WAYS.items():
-        # its own group: one in which a rank has waited in vain cannot be used again
+        # its own group: after a timeout a group cannot be used again
         group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=TIME_LIMIT_S))
         note: dict[str, Any] = {"samples": [], "steps": 0, "ended": TOGETHER}
         noted[way] = note
@@ -137,21 +137,21 @@ def _numbers(loader: Any) -> Iterator[list[int]]:
 
 
 def split_by_node(folder: Path, accelerator: Any) -> Iterator[list[int]]:
-    """webdataset's own split of the shards, no `prepare`."""
+    """webdataset's own split of the shards, without `prepare`."""
     import webdataset
 
     return _numbers(_loaded(_webdataset(folder, nodesplitter=webdataset.split_by_node)))
 
 
 def split_and_prepared(folder: Path, accelerator: Any) -> Iterator[list[int]]:
-    """The same, through `accelerator.prepare` as its examples do: rank 0 reads and hands out."""
+    """The same with `accelerator.prepare`, as in its examples: rank 0 reads and sends to all."""
     import webdataset
 
     return _numbers(accelerator.prepare(_loaded(_webdataset(folder, nodesplitter=webdataset.split_by_node))))
 
 
 def split_and_not_dispatched(folder: Path, accelerator: Any) -> Iterator[list[int]]:
-    """The same with `dispatch_batches=False`: it splits what is split already."""
+    """The same with `dispatch_batches=False`: it splits the split shards again."""
     import webdataset
     from accelerate.data_loader import prepare_data_loader
 
@@ -160,7 +160,7 @@ def split_and_not_dispatched(folder: Path, accelerator: Any) -> Iterator[list[in
 
 
 def unsplit_and_prepared(folder: Path, accelerator: Any) -> Iterator[list[int]]:
-    """No split by webdataset, all of it by accelerate: rank 0 reads and decodes everything for all."""
+    """Without webdataset's split, only accelerate's: rank 0 reads and decodes everything for all ranks."""
     return _numbers(accelerator.prepare(_loaded(_webdataset(folder, nodesplitter=None))))
 
 
@@ -206,5 +206,5 @@ WAYS: dict[str, Callable[[Path, Any], Iterator[list[int]]]] = {
 
 if __name__ == "__main__":
     if __package__ in (None, ""):
-        sys.path[0] = str(ROOT)  # run as a file by the launcher: the checkout, not this folder
+        sys.path[0] = str(ROOT)  # the launcher runs this file: use the checkout, not this folder
     main()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a model that classifies images: installs, shards, trains, evaluates, predicts. A second run reuses it all.
+# Installs, shards, trains, evaluates and classifies images. A second run reuses all results.
 #
 #   bash launch/quickstart.sh                        on a small set of drawn, synthetic images; no network needed for it
-#   IMAGES=/my/folder bash launch/quickstart.sh      on your own: a folder of class folders, a zip or tar of one, or a CSV
+#   IMAGES=/my/folder bash launch/quickstart.sh      on your images: a folder of class folders, a zip or tar of one, or a CSV
 #   OUT=/scratch/me bash launch/quickstart.sh        shards and run go there instead of shards/ and runs/
 #   bash launch/quickstart.sh --set train.epochs=5   arguments go to the training
 #   TORCH_INDEX_URL, PYTHON                          see launch/install.sh
@@ -30,7 +30,7 @@ say "training"
 accelerate launch --quiet wasteddp/train.py --config configs/quickstart.yaml \
   --set data.shards="$shards" --set run.out="$run" "$@"
 
-say "evaluating on images that training never saw"
+say "evaluating on the test split"
 wasteddp evaluate "$run" --split test --shards "$shards"
 
 say "classifying a few images"
@@ -38,7 +38,7 @@ if [ -z "${IMAGES:-}" ]; then
   [ -d "$run/new-images" ] || wasteddp draw "$run/new-images" --images-per-class 2 --seed 2026
   wasteddp predict "$run" "$run/new-images" --csv "$run/predictions.csv"
 elif [ -d "$images" ]; then
-  # some of the test split's: `source` of each row is the path inside the folder
+  # some images of the test split: `source` of each row is the path inside the folder
   mapfile -t some < <(python -c '
 import csv, sys
 for row in list(csv.DictReader(open(sys.argv[1])))[:6]: print(sys.argv[2] + "/" + row["source"])
@@ -48,7 +48,7 @@ fi
 
 cat <<END
 
-=== where everything lies
+=== the files of this run
 shards        $shards
 model         $run/model
 log, metrics  $run/log.txt, $run/metrics.jsonl
@@ -57,5 +57,5 @@ report        $run/report.html (open it in a browser)
 checkpoints   $run/checkpoints
 
 classify more:  .venv/bin/wasteddp predict $run PHOTO.jpg MORE/*.jpg
-your own set:   IMAGES=/my/folder bash launch/quickstart.sh
+your images:    IMAGES=/my/folder bash launch/quickstart.sh
 END

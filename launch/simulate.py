@@ -1,13 +1,13 @@
-"""What the order of samples does at sizes that nobody has at hand: arithmetic alone, on one machine.
+"""The order of samples at the scale of large clusters: arithmetic only, on one machine.
 
-    python -m launch.simulate order          every rank of a large cluster: coverage, balance, shards and bytes a node
+    python -m launch.simulate order          every rank of a large cluster: coverage, balance, shards and bytes per node
     python -m launch.simulate rank           time and memory of the plan of one rank
-    python -m launch.simulate seek           time to find a step in the middle of a training
+    python -m launch.simulate seek           time to compute a step in the middle of a training
     python -m launch.simulate first-batch    time from opening a large set to its first batch of decoded images
 
-`order` computes each sample of each rank, as the ranks would, and hashes them: for a billion that takes one core half
-a minute to three minutes an order; `--samples` and `--ranks` make it smaller. Each command says what it measured here,
-this time.
+`order` computes each sample of each rank, as the ranks would, and hashes them. For a billion samples this takes one
+core half a minute to three minutes per order; `--samples` and `--ranks` make it smaller. Each command prints its
+measurements.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from wasteddp.order.plan import TrainPlan
 
 RANKS_PER_NODE = 8
 COLUMNS = (
-    "block / window / lanes of a rank",
+    "block / window / lanes per rank",
     "each sample once",
-    "samples a rank",
-    "shards a node",
-    "bytes a node, of its share",
-    "shards a node reads within 10 steps",
+    "samples per rank",
+    "shards per node",
+    "bytes per node, relative to its share",
+    "shards that a node reads within 10 steps",
     "worst-case worth of a batch, of 10",
     "seconds of one core, peak memory of a process",
 )
@@ -48,12 +48,12 @@ def main() -> None:
         command.add_argument("--samples", type=int, default=10**6 if name in ("seek", "first-batch") else 10**9)
         if name in ("order", "rank"):
             command.add_argument("--ranks", type=int, default=4096)
-            command.add_argument("--batch", type=int, default=64, help="samples that a rank takes in a step")
-            command.add_argument("--shard", type=int, default=10_000, help="samples in a shard")
+            command.add_argument("--batch", type=int, default=64, help="samples per rank and step")
+            command.add_argument("--shard", type=int, default=10_000, help="samples per shard")
     commands.choices["order"].add_argument(
         "--orders",
         default="1,1000,10000,100000",
-        help="block sizes; block/window/lanes of a rank in full, such as 10000/100000/4",
+        help="block sizes, or block/window/lanes per rank, such as 10000/100000/4",
     )
     arguments = parser.parse_args()
     if arguments.command == "order":
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def plan_of(order: str, *, samples: int, ranks: int, batch: int, shard: int) -> TrainPlan:
-    """A plan by "block" or "block/window/lanes of a rank"; shards of one size, the last one smaller."""
+    """Return the plan of "block" or "block/window/lanes per rank". All shards have one size, except the last."""
     block, window, lanes = (int(part) for part in (order.split("/") + ["0", str(batch)][order.count("/") :])[:3])
     full, rest = divmod(samples, shard)
     return TrainPlan(samples, ranks * batch, 0, ranks * lanes, block, window, (shard,) * full + (rest,) * (rest > 0))
@@ -78,16 +78,16 @@ def plan_of(order: str, *, samples: int, ranks: int, batch: int, shard: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What some ranks saw in an epoch; parts add up."""
+    """The samples of some ranks in an epoch, as sums."""
 
     samples: int
     digest: int
-    least: int  # samples of the rank that has the fewest
+    least: int  # samples of the rank with the fewest
     most: int
 
 
 def walk(plan: TrainPlan, ranks: range, world_size: int, epoch: int = 0) -> Part:
-    """Every sample of some ranks, computed as each rank computes its own."""
+    """Compute every sample of some ranks, as each rank computes its own."""
     counts, total = [], 0
     for rank in ranks:
         samples = plan.rank_samples(epoch, rank=rank, world_size=world_size)
@@ -97,7 +97,7 @@ def walk(plan: TrainPlan, ranks: range, world_size: int, epoch: int = 0) -> Part
 
 
 def covers(plan: TrainPlan, parts: list[Part], epoch: int = 0) -> bool:
-    """Whether count and hash are those of all samples but the ones that the epoch leaves out."""
+    """Return whether count and hash are those of all samples except the ones that the epoch leaves out."""
     expected = digest_of_range(plan.seed, 0, plan.num_samples) - digest(plan.seed, plan.left_out_samples(epoch))
     seen = signed(sum(part.digest for part in parts))
     return (sum(part.samples for part in parts), seen) == (
@@ -140,7 +140,7 @@ def print_orders(arguments: argparse.Namespace) -> None:
 
 
 def _core_seconds() -> float:
-    """Of this process and its children that have ended: on a shared machine the clock would count the others' work."""
+    """Return the CPU seconds of this process and its ended children, without the work of other programs."""
     return sum(os.times()[:4])
 
 
@@ -152,7 +152,7 @@ def _walk_order(order: str, sizes: dict[str, int], ranks: range) -> Part:
 
 
 def print_rank(arguments: argparse.Namespace) -> None:
-    """All steps of one rank in an epoch, some at a time, as the loader asks for them."""
+    """Time all steps of one rank in an epoch, in groups, as the loader requests them."""
     sizes = {name: getattr(arguments, name) for name in ("samples", "ranks", "batch", "shard")}
     for order in ("1", f"{arguments.shard}", f"{arguments.shard}/{10 * arguments.shard}/1"):
         began = time.perf_counter()
@@ -165,13 +165,13 @@ def print_rank(arguments: argparse.Namespace) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
             f"block {plan.block}, window {plan.window}: rank {rank} of {arguments.ranks}, {arguments.samples:,} "
-            f"samples: the {count:,} of its epoch 50 in {plan.steps_per_epoch:,} steps: {seconds:.2f} s, "
+            f"samples: its {count:,} of epoch 50 in {plan.steps_per_epoch:,} steps: {seconds:.2f} s, "
             f"peak memory of the process {peak:.0f} MB"
         )
 
 
 def print_seek(samples: int) -> None:
-    """A step in the middle of epoch 50, with nothing computed before."""
+    """Time a step in the middle of epoch 50, without earlier steps."""
     for order in ("1", "1000"):
         times_ms = []
         for seed in range(5):
@@ -180,7 +180,7 @@ def print_seek(samples: int) -> None:
             plan.step_samples(50 + seed, plan.steps_per_epoch // 2)
             times_ms.append(1000 * (time.perf_counter() - began))
         print(
-            f"block {order}: into epoch 50 of {samples:,} samples, a step of 256: {statistics.median(times_ms):.2f} ms "
+            f"block {order}: a step of 256 in epoch 50 of {samples:,} samples: {statistics.median(times_ms):.2f} ms "
             f"(median of 5; the slowest {max(times_ms):.2f})"
         )
 
@@ -189,7 +189,7 @@ def print_seek(samples: int) -> None:
 
 
 def print_first_batch(samples: int) -> None:
-    """The times of a loader's start, on a set of real tars that is as large as its index says."""
+    """Time the start of a loader, on a set whose index is large and refers to small real tars."""
     import torch
 
     from launch.benchmarks.datasets import synthetic_set
@@ -199,7 +199,7 @@ def print_first_batch(samples: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         shards = synthetic_set(Path(folder), samples).folder
-        torch.zeros(1)  # a training has started it long before its loader
+        torch.zeros(1)  # a training has initialised torch long before its loader starts
         for number in range(3):
             began = time.perf_counter()
             manifest = Manifest.load(shards)

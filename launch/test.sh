@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs what the tests need, then checks style and types and runs the tests.
+# Installs the packages for the tests, checks style and types, and runs the tests.
 #
 #   bash launch/test.sh              all of them
-#   bash launch/test.sh unit         in seconds: what needs no torch and starts no process
-#   bash launch/test.sh process      all that needs one process, without the slow ones
+#   bash launch/test.sh unit         the fast tests, which need no torch and start no process
+#   bash launch/test.sh process      the tests of one process, without the slow ones
 #   bash launch/test.sh -k plan      arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -10,9 +10,9 @@
 #SBATCH --output=%x-%A_%a.out
 # bash slurm/shard.sh PARTS SOURCE --out shards/NAME [options of `wasteddp shard`]      options of sbatch: SBATCH="--time=8:00:00"
 #
-# Submits three jobs that wait for each other: an array that reads, an array that writes, and a last step that makes the
-# manifest. The set is that of one machine, bit for bit. If an element fails, the same line again repeats it alone:
-# elements that are done are not submitted.
+# Submits three jobs that run one after the other: an array that reads, an array that writes, and a last step that writes
+# the manifest. The set is bit for bit the one that one machine writes. If an element fails, run the same command again:
+# it submits only the elements that are not done.
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   set -eu
   parts=${1:-} out=''
@@ -23,7 +23,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   done
   [ -n "$out" ] || { echo "error: --out is missing: bash slurm/shard.sh 8 SOURCE --out shards/NAME" >&2; exit 2; }
   export SHARD_PARTS=$parts SHARD_DONE
-  SHARD_DONE=$out/.sharding/done-$(printf '%s\0' "$@" | sha256sum | cut -c 1-8)    # other options are another set
+  SHARD_DONE=$out/.sharding/done-$(printf '%s\0' "$@" | sha256sum | cut -c 1-8)    # other options create another set
   after=''
   for stage in read write; do
     waiting=()
@@ -46,7 +46,7 @@ fi
 source slurm/common.sh || exit 2       # submit it from the checkout, or with --chdir=CHECKOUT
 step='' warned=''
 trap 'warned=1' USR1
-heard() { if [ -n "$warned" ]; then kill -TERM "$step"; fi; }  # what is done is noted: the next attempt goes on there
+heard() { if [ -n "$warned" ]; then kill -TERM "$step"; fi; }  # finished work is recorded: the next attempt continues there
 part=()
 if [ "$STAGE" != merge ]; then part=(--part "$SLURM_ARRAY_TASK_ID/$SHARD_PARTS" --stage "$STAGE"); fi
 say "$STAGE ${part[*]} on $SLURM_JOB_NODELIST"
@@ -55,5 +55,5 @@ if [ "$code" = 0 ] && [ "$STAGE" != merge ]; then
   touch "$SHARD_DONE-$STAGE-$SLURM_ARRAY_TASK_ID-of-$SHARD_PARTS"
 fi
 if [ "$code" != 0 ] && [ -n "$warned" ] && is_running; then requeue "the time limit is near"; fi
-say "ends with exit code $code"
+say "ended with exit code $code"
 exit "$code"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# stage.sh SHARDS COPY: copies a shard set to this node's own disk and re-reads every byte of the copy. train.sh runs it on
-# each node. A copy that is there is only re-read; jobs that want the same one take turns.
+# stage.sh SHARDS COPY: copies a shard set to this node's local disk and re-reads every byte of the copy. train.sh runs it
+# on each node. An existing copy is only re-read; jobs that need the same copy take turns.
 set -eu
 mkdir -p "$(dirname "$2")"
 exec 9>"$2.lock"

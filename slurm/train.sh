@@ -1,7 +1,7 @@
 #!/bin/bash
 #SBATCH --job-name=wasteddp
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1            # one launcher a node; it starts one process a GPU
+#SBATCH --ntasks-per-node=1            # one launcher per node; it starts one process per GPU
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
@@ -10,11 +10,11 @@
 #SBATCH --signal=B:USR1@300            # to this shell, 300 s before the time limit
 #SBATCH --output=%x-%j.out
 # sbatch [--nodes=N --gpus-per-node=M ...] slurm/train.sh --config configs/resnet50.yaml [--set key=value ...]
-# sbatch --gpus-per-node=0 slurm/train.sh ...        nodes without GPUs: one process a node, or PROCESSES_PER_NODE=n
+# sbatch --gpus-per-node=0 slurm/train.sh ...        nodes without GPUs: one process per node, or PROCESSES_PER_NODE=n
 # sbatch --array=0-4 slurm/train.sh ...              five seeds: run.seed is the element's number
-# SWEEP=FILE sbatch --array=1-3 slurm/train.sh ...   line n of FILE are more arguments of element n
+# SWEEP=FILE sbatch --array=1-3 slurm/train.sh ...   line n of FILE has additional arguments for element n
 #
-# The run's folder is run.out as set, or RUN_OUT, or runs/<job name>-<job id>; an element's is a folder in it.
+# The run's folder is run.out as set, or RUN_OUT, or runs/<job name>-<job id>; an element uses a subfolder.
 source slurm/common.sh || exit 2       # submit it from the checkout, or with --chdir=CHECKOUT
 
 # --- the run: its arguments, its settings, its folder -----------------------------------------------------------------
@@ -24,7 +24,7 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   if [ -n "${SWEEP:-}" ]; then
     line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP")
     [ -n "$line" ] || { say "error: $SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
-    eval "arguments+=($line)"          # a line is written as on a command line, quotes and all
+    eval "arguments+=($line)"          # a line is parsed like a command line, with quotes
   else
     arguments+=(--set "run.seed=$SLURM_ARRAY_TASK_ID")
   fi
@@ -40,20 +40,20 @@ RUN_OUT=${given:-${RUN_OUT:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JO
 RUN_OUT=$RUN_OUT${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}
 arguments+=(--set "run.out=$RUN_OUT")
 
-# --- the world: from Slurm alone --------------------------------------------------------------------------------------
+# --- nodes and processes, from Slurm ----------------------------------------------------------------------------------
 GPUS=${SLURM_GPUS_ON_NODE:-0}
 EACH=$((GPUS > 0 ? GPUS : ${PROCESSES_PER_NODE:-1}))
 RANKS=$((SLURM_JOB_NUM_NODES * EACH))
-if [ "$RANKS" -gt 1 ]; then LAUNCH=launch/accelerate/nodes.yaml     # a file, or the user's own default would be taken
+if [ "$RANKS" -gt 1 ]; then LAUNCH=launch/accelerate/nodes.yaml     # without a file accelerate uses the user's default
 elif [ "$GPUS" -gt 0 ]; then LAUNCH=launch/accelerate/gpu.yaml
 else LAUNCH=launch/accelerate/cpu.yaml; fi
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))   # below the ephemeral ports
 export RANKS LAUNCH MASTER_ADDR MASTER_PORT
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600       # the launcher would kill a rank that saves after 30 s
-unset "${!PET_@}" 2>/dev/null                   # torchrun would take its options from these
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600       # the launcher would kill a saving rank after 30 s
+unset "${!PET_@}" 2>/dev/null                   # torchrun would read options from these
 
-# How long before the limit the warning comes. Slurm tells no job: from SBATCH_SIGNAL, else from the line above.
+# How long before the limit Slurm warns. Slurm does not pass it to the job: from SBATCH_SIGNAL, else from the line above.
 signal=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=\([^ ]*\).*/\1/p' "$0")}
 case $signal in *@*) WASTEDDP_WARNING_S=${signal##*@} ;; *) WASTEDDP_WARNING_S=60 ;; esac     # 60: Slurm's own default
 export WASTEDDP_WARNING_S
@@ -61,12 +61,12 @@ say "$SLURM_JOB_NUM_NODES node(s) x $EACH process(es), $GPUS GPU(s) each, on $SL
 
 step='' warned='' heard='' ended='' started='' code=0
 trap 'warned=1' USR1
-trap 'ended=1' TERM                             # preempted, cancelled, time up: Slurm decides what follows
+trap 'ended=1' TERM                             # preempted, cancelled or out of time: Slurm decides what follows
 limit() { squeue -h -j "$SELF" -o %e; }
 newest() { find "$RUN_OUT/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1; }
 
-# Passes the warning on to every process of a step, once: before it has written its environment.json the program may not
-# hear, and after a save or the last step what writes the report, and the program while it exits, would die of another.
+# Passes the warning to every process of a step, once. Before the program has written its environment.json it may have
+# no handler. After a save or the last step, a second signal would kill the program that writes the report or exits.
 warn() {
   until [ "$RUN_OUT/environment.json" -nt "$RUN_OUT/.launched" ]; do
     sleep 1
@@ -81,7 +81,7 @@ heard() {
   warn "$step" 2>/dev/null &
 }
 
-# Notes an attempt that ended without a word or a step, and puts the job back, MAX_CRASHES times in all.
+# Records an attempt that crashed or finished no step, and requeues the job, MAX_CRASHES times in total.
 try_again() {
   echo "$(date '+%F %T') attempt $ATTEMPT on $SLURM_JOB_NODELIST: $*" >>"$RUN_OUT/crashes.txt"
   local crashes
@@ -89,21 +89,21 @@ try_again() {
   if [ "$crashes" -le "$MAX_CRASHES" ]; then
     requeue "$* ($crashes of at most $MAX_CRASHES)"
   else
-    say "$*: that makes $crashes, MAX_CRASHES is $MAX_CRASHES: not requeued. $RUN_OUT/crashes.txt says when and where"
+    say "$*: that makes $crashes, MAX_CRASHES is $MAX_CRASHES: not requeued. $RUN_OUT/crashes.txt lists when and where"
   fi
 }
 
-# --- checked before the nodes are busied: a mistake in the settings ends here -----------------------------------------
+# --- check the settings before all nodes are used ---------------------------------------------------------------------
 mkdir -p "$RUN_OUT" && rm -f "$RUN_OUT/RESUMABLE" "$RUN_OUT/MISTAKE"
 before=$(newest)
 settings=$( (on_nodes --nodes=1 python -m wasteddp.cli settings "$config" ${sets[@]+"${sets[@]}"}) )
 code=$?
 if [ "$code" = 2 ]; then
-  say "the settings are to be fixed; not requeued"
+  say "the settings have an error; not requeued"
   exit 2
 fi
 
-# --- the shards to each node's own disk, if the site names one --------------------------------------------------------
+# --- copy the shards to each node's disk, if the site names one -------------------------------------------------------
 shards=$(sed -n "/^data:/,/^[a-z]/s/^  shards: '\\?\\([^']*\\)'\\?\$/\\1/p" <<<"$settings")
 if [ "$code" = 0 ] && [ -n "$LOCAL_DISK" ] && [ -f "$shards/manifest.json" ]; then
   copy=$LOCAL_DISK/$(basename "$shards")-$(sha256sum "$shards/manifest.json" | cut -c 1-12)
@@ -111,12 +111,12 @@ if [ "$code" = 0 ] && [ -n "$LOCAL_DISK" ] && [ -f "$shards/manifest.json" ]; th
   if [ "$code" = 0 ]; then
     arguments+=(--set "data.staged=$copy")
   else
-    say "staging failed: the shards are read where they are, $shards"
+    say "staging failed: the shards are read from $shards"
     code=0
   fi
 fi
 
-# --- train. $SLURM_NODEID is each node's own, so the inner text must be expanded there --------------------------------
+# --- train. $SLURM_NODEID differs between nodes, so the inner text is expanded on each --------------------------------
 if [ "$code" = 0 ] && [ -z "$warned$ended" ]; then
   started=1
   touch "$RUN_OUT/.launched"
@@ -126,11 +126,11 @@ if [ "$code" = 0 ] && [ -z "$warned$ended" ]; then
       --main_process_port "$MASTER_PORT" wasteddp/train.py "$@"' launch "${arguments[@]}"
 fi
 
-# --- what follows. Where Slurm ends the job, nothing: one that its owner cancelled would come back --------------------
-# A step learns of a node's death before its job does: a moment for Slurm to say that it is ending it.
+# --- what follows. If Slurm ends the job, nothing: a cancelled job must not be requeued -------------------------------
+# A step ends at a node's death before Slurm detects it: wait until squeue reports that Slurm is ending the job.
 if [ "$code" != 0 ] && [ -z "$ended" ] && [ ! -e "$RUN_OUT/RESUMABLE" ] && [ ! -e "$RUN_OUT/MISTAKE" ]; then sleep 5; fi
 if [ -n "$ended" ] || ! is_running; then
-  say "ended by Slurm; if it was preempted or its node failed, it comes back by itself"
+  say "ended by Slurm; if it was preempted or its node failed, Slurm requeues it"
 elif [ -n "$warned" ] && { [ -e "$RUN_OUT/RESUMABLE" ] || [ -z "$started" ]; }; then
   if [ "$(newest)" = "$before" ]; then
     try_again "warned before the first step: --time must leave more than the start takes and $WASTEDDP_WARNING_S s of warning"
@@ -140,9 +140,9 @@ elif [ -n "$warned" ] && { [ -e "$RUN_OUT/RESUMABLE" ] || [ -z "$started" ]; }; 
 elif [ "$code" = 0 ]; then
   say "finished"
 elif [ -e "$RUN_OUT/RESUMABLE" ]; then
-  say "stopped by a signal and saved; not requeued. RUN_OUT=$RUN_OUT and the same command go on"
+  say "stopped by a signal and saved; not requeued. RUN_OUT=$RUN_OUT and the same command resume it"
 elif [ -e "$RUN_OUT/MISTAKE" ]; then
-  say "something is to be fixed, the message is above; not requeued"
+  say "there is an error to fix, its message is above; not requeued"
   code=2
 else
   try_again "crashed, exit code $code"

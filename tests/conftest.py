@@ -1,4 +1,4 @@
-"""Small real files that several tests need."""
+"""Fixtures of several tests: small real files, and short trainings."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import narrow
 import pytest
 from pictures import jpeg
 
-_real: dict[str, Any] = {}  # what `_small_trainings` puts aside
+_real: dict[str, Any] = {}  # the originals that `_small_trainings` replaces
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 
 
 def pytest_configure() -> None:
-    """A shell that runs the tests in the background ignores SIGINT, and so would all that they start."""
+    """Restore the SIGINT handler: a shell ignores SIGINT in background jobs, and programs inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, with the precision of its first use."""
+    """Accelerate has one state per process, with the precision of its first use."""
     yield
     if accelerate := sys.modules.get("accelerate.state"):
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
@@ -32,8 +32,8 @@ def _fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_trainings() -> Iterator[None]:
-    """Trainings of this process have a narrow network, and write no report.html: that takes 2 s of a new process."""
-    if "torch" not in sys.modules:  # no test that was chosen trains: the fast ones start without it
+    """Trainings of this process use a narrow network, and write no report.html, which would take 2 s each."""
+    if "torch" not in sys.modules:  # no selected test trains; the fast tests start without torch
         yield
         return
     from wasteddp.report import background
@@ -47,7 +47,7 @@ def _small_trainings() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def full_width() -> Iterator[None]:
-    """The networks as torchvision builds them; a module that needs them asks for it in its `pytestmark`."""
+    """The networks of torchvision at full width; a module requests them in its `pytestmark`."""
     from torchvision.models import resnet
 
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +57,7 @@ def full_width() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reports() -> Iterator[None]:
-    """Trainings of this module write their report."""
+    """Trainings of this module write their reports."""
     from wasteddp.report import background
 
     with pytest.MonkeyPatch.context() as patch:
@@ -69,13 +69,13 @@ def reports() -> Iterator[None]:
 def trashnet_zip() -> Path:
     path = TRASHNET / "trashnet.zip"
     if not path.exists():
-        pytest.skip("the real TrashNet images are not on this machine")
+        pytest.skip("the TrashNet images are not on this machine")
     return path
 
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes `tmp_path/images/CLASS/CLASS<n>.jpg`, so many of each class; every image is another."""
+    """Write `tmp_path/images/CLASS/CLASS<n>.jpg`, a given number of each class; all images differ."""
 
     def make(counts: Mapping[str, int] | None = None, name: str = "images") -> Path:
         seed = 0

@@ -1,4 +1,4 @@
-"""The benchmarks' sides take steps, and their tables say what was measured."""
+"""The sides of the benchmarks take steps, and their tables show the measurements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from wasteddp.training.tracking import profiler
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """A step of one micro-batch of 6, of what would be 4 of them."""
+    """Settings with a step of one micro-batch of 6 instead of 4 of them."""
     text = "precision: fp32\nrun: {threads: 1}\ndata: {image_size: 32}\nmodel: {arch: resnet18}"
     asked = settings_file.parse(text, ["train.batch_size=24", "train.max_micro_batch=6", "data.workers=1"])
     return bench_step.one_micro_batch(asked, tmp_path_factory.mktemp("bench"))
@@ -107,7 +107,7 @@ def test_communication_is_read_from_the_profilers_verdict() -> None:
         for talk in (0.25, 0.05)
     ]
     verdict = profiler.verdict(shares, step_ms=10.0, steps=4)
-    assert bench_scaling.talk_of(verdict) == (0.05, 0.25)
+    assert bench_scaling.communication_of(verdict) == (0.05, 0.25)
 
 
 def test_the_headline_names_hardware_and_versions() -> None:

@@ -1,4 +1,4 @@
-"""What the documentation points at is there."""
+"""The links and paths of the documentation exist."""
 
 from __future__ import annotations
 

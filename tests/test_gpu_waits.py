@@ -1,4 +1,4 @@
-"""The switch of the tests that need a GPU: it is off after each, whatever happens."""
+"""The wait check of the GPU tests is off after each test, whatever happens."""
 
 from __future__ import annotations
 

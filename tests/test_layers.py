@@ -1,4 +1,4 @@
-"""The rooms of the package: imports point down, and what must start fast does not load torch."""
+"""The layers of the package: imports point down, and modules that must start fast do not load torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "wasteddp"
-# From the bottom; a room may import those before it, and itself. A module belongs to the longest name that it begins
-# with, so a room stands after what it is made of.
-ROOMS = [
+# From the bottom: a layer may import itself and the layers before it. A module belongs to the longest name that it
+# starts with, so a layer comes after the sublayers that it imports.
+LAYERS = [
     "errors",
     "redaction",
     "environment",
@@ -23,7 +23,7 @@ ROOMS = [
     "order",
     "data.decoding",
     "data.augmentation",
-    "data",  # and data.remote: a dataset is opened where it lies
+    "data",  # with data.remote: a dataset may be remote
     "sharding.sources",
     "sharding",
     "model",
@@ -48,15 +48,15 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-MOST_MODULES = 16  # in a folder
+MOST_MODULES = 16  # per folder
 
 
-def _room(module: str) -> str:
-    """Of `wasteddp.a.b`; '' for the package itself."""
+def _layer(module: str) -> str:
+    """Return the layer of `wasteddp.a.b`; '' for the package itself."""
     name = module.removeprefix("wasteddp").removeprefix(".")
-    rooms = [room for room in ROOMS if f"{name}.".startswith(f"{room}.")]
-    assert rooms or name in ("", "__version__"), f"{module} is in no room"
-    return max(rooms, key=len, default="")
+    layers = [layer for layer in LAYERS if f"{name}.".startswith(f"{layer}.")]
+    assert layers or name in ("", "__version__"), f"{module} is not in a layer of LAYERS"
+    return max(layers, key=len, default="")
 
 
 def _imported(path: Path) -> Iterator[str]:
@@ -74,10 +74,10 @@ def _imported(path: Path) -> Iterator[str]:
 def test_imports_point_down(path: Path) -> None:
     if path.name == "__init__.py" and path.parent == PACKAGE:
         return
-    room = _room(".".join(("wasteddp", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"))
+    layer = _layer(".".join(("wasteddp", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"))
     for name in _imported(path):
-        if imported := _room(name):
-            assert ROOMS.index(imported) <= ROOMS.index(room), f"{path} imports {name}"
+        if imported := _layer(name):
+            assert LAYERS.index(imported) <= LAYERS.index(layer), f"{path} imports {name}"
 
 
 def test_no_folder_is_too_full_to_find_anything_in() -> None:

@@ -1,4 +1,4 @@
-"""The README's first command, as a user runs it. The environment it would install is there already."""
+"""The README's first command, as a user runs it, in an environment that is already installed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Pa
     metrics = json.loads((run / "evaluations" / "test" / "metrics.json").read_text())
     assert metrics["num_samples"] > 100
     assert 0 < metrics["accuracy"] <= 1
-    assert "where everything lies" in first
+    assert "the files of this run" in first
     assert len((run / "predictions.csv").read_text().splitlines()) == 13  # two new images of each of six classes
     weights = [path.name for path in (run / "model").glob("*.safetensors")]
     second = quickstart(tmp_path)

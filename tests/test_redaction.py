@@ -1,4 +1,4 @@
-"""Secrets are found where they are planted, and words are left alone."""
+"""Secrets are redacted, and other words are unchanged."""
 
 from __future__ import annotations
 

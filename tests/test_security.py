@@ -1,4 +1,4 @@
-"""Nothing that is read can run code, leave its folder or eat the machine; and no token is written anywhere."""
+"""Files that are read cannot run code, leave their folder or exhaust the machine, and no token is written."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TOKENS = {
 
 
 class Bomb:
-    """What a pickle may do: here it only leaves a file."""
+    """A pickle that runs code; here it only writes a file."""
 
     def __init__(self, mark: Path) -> None:
         self._mark = mark
@@ -63,7 +63,7 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
-    """A run with tokens in its environment, mirrored by W&B offline."""
+    """A run with tokens in its environment, and with W&B offline."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         for name, token in TOKENS.items():
@@ -77,7 +77,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Pa
 def test_every_file_of_a_run_is_read_by_safe_readers_alone(finished: Path) -> None:
     kinds = set()
     for path in sorted(finished.rglob("*")):
-        if not path.is_file() or "wandb" in path.relative_to(finished).parts[0]:  # W&B's own files; we never read them
+        if (
+            not path.is_file() or "wandb" in path.relative_to(finished).parts[0]
+        ):  # W&B's files, which wasteddp never reads
             continue
         kinds.add(path.suffix)
         content = path.read_bytes()
@@ -164,7 +166,7 @@ def test_weights_of_other_shapes_are_named(tmp_path: Path) -> None:
 
 
 def forged(finished: Path, out: Path, name: str, content: bytes) -> Path:
-    """The newest checkpoint with one file replaced, and the hashes made to fit."""
+    """Replace one file of the newest checkpoint, and adapt the hashes."""
     import hashlib
 
     shutil.copytree(sorted((finished / "checkpoints").glob("step-*"))[-1], out)
@@ -269,7 +271,7 @@ def test_a_tar_whose_headers_are_bombs_is_refused_unread(kind: bytes, tmp_path: 
     path = tmp_path / "train-000000.tar"
     with path.open("wb") as file:
         file.write(raw_header(b"bomb", kind, size))
-        file.truncate(size + 4096)  # a hole: it takes no room on the disk, and would take 4 GB of memory
+        file.truncate(size + 4096)  # a sparse file: no space on the disk, but 4 GB of memory
     said = r"a header claims 4,294,967,296 bytes, the limit is 1,048,576"
     with pytest.raises(SourceError, match=said):
         archives.open_source(path, work_folder=tmp_path)
@@ -376,7 +378,7 @@ def test_cut_images_and_wild_exif_are_refused_or_read_but_never_crash() -> None:
     for length in (0, 2, 20, len(whole) // 2, len(whole) - 10):
         with pytest.raises(UndecodableError):
             decode_rgb(whole[:length])
-    # an EXIF block that points into itself, claims four billion entries, or is noise
+    # an EXIF block that points to itself, claims four billion entries, or is noise
     bodies = [
         b"MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 60,
         b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\xff\xff\xff\xff",

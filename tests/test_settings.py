@@ -1,4 +1,4 @@
-"""Settings: what is refused, and how it is said."""
+"""Settings: invalid values are refused with a helpful message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulation in small: it counts, it proves, and it would notice."""
+"""The simulation with few samples: it counts, proves, and detects errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_all_ranks_together_see_each_sample_once(order: str) -> None:
     assert {part.least for part in parts} == {part.most for part in parts} == {plan.steps_per_epoch * 4}
     assert simulate.covers(plan, parts)
     assert not simulate.covers(plan, parts[1:])
-    assert not simulate.covers(plan, [*parts[1:], parts[1]])  # as many, one part twice
+    assert not simulate.covers(plan, [*parts[1:], parts[1]])  # the same number of samples, with one part twice
 
 
 def test_an_order_is_its_block_window_and_lanes() -> None:

@@ -1,7 +1,7 @@
 """The command `wasteddp`.
 
-The commands are in `commands`, each a parser and a function; the function imports what it needs, so that help is
-instant and torch-free.
+The commands are in `commands`, each with a parser and a function. The function imports what it needs, so that `--help`
+is fast and does not import torch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="wasteddp", description="Sharding, training and deciding: images of waste.")
     top.add_argument("--version", action="version", version=f"wasteddp {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for room in (shard, shard_sets, preparing, train, models, watching):
-        room.add(commands)
+    for module in (shard, shard_sets, preparing, train, models, watching):
+        module.add(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; a `WastedError` becomes its message and exit code 2."""
+    """Run one command and return its exit code. A `WastedError` is printed, with exit code 2."""
     top = parser()
     _suggest(top, sys.argv[1:] if argv is None else argv)
     arguments = top.parse_args(argv)
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments) or EXIT_FINISHED
     except WastedError as error:
         exit_with(error)
-    except BrokenPipeError:  # `wasteddp ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its exit
-        return 141  # 128 + SIGPIPE, what a shell expects
+    except BrokenPipeError:  # `wasteddp ... | head`: the reader has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python prints another error at exit
+        return 141  # 128 + SIGPIPE, as a shell expects
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""python -m launch.bench checkpoint: what a checkpoint costs the loop, and what a resume costs at the start."""
+"""python -m launch.bench checkpoint: the loop's wait for a checkpoint, and the time of a resumed start."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from wasteddp.settings import Settings
 
 
 def add(commands: Any) -> None:
-    """The subcommand of `launch.bench`."""
-    command = commands.add_parser("checkpoint", help="stall of the loop by a save; start of a resumed run")
+    """Add the subcommand to `launch.bench`."""
+    command = commands.add_parser("checkpoint", help="the loop's wait for a save; the start of a resumed run")
     command.set_defaults(run=compare)
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of the network")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Both comparisons, as asked for."""
+    """Run the comparisons that the arguments select."""
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_file.load(arguments.config, [*arguments.set, f"run.out={folder}/run", "model.weights=none"])
         compare_stall(settings, arguments.rounds)
@@ -36,8 +36,10 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def compare_stall(settings: Settings, rounds: int) -> None:
-    """Interleaves the loop's wait for a save with a plain copy of as many bytes and with `torch.save`, which timm's
-    and torchvision's scripts call in the loop, and prints the medians."""
+    """Time a save, a plain copy of as many bytes, and `torch.save` in turns, and print the medians.
+
+    timm's and torchvision's scripts call `torch.save` in the loop.
+    """
     import torch
 
     from wasteddp.training import build_model
@@ -52,7 +54,7 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     model, _ = build_model.make_network(settings, world, tuple("abcdef"))
     optimizer = optimizers.build(model, settings.optimizer)
     model(torch.randn(2, 3, 64, 64, device=world.device)).sum().backward()
-    optimizer.step()  # so that it has a state
+    optimizer.step()  # so that the optimizer has a state
     manager = CheckpointManager(settings, world, cast(Inputs, None), model, optimizer)
     states = [*model.state_dict().values(), *optimizers.state_tensors(optimizer, model).values()]
     num_bytes = sum(tensor.nbytes for tensor in states)
@@ -81,17 +83,17 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     print(
         f"{settings.model.arch}, {settings.optimizer.name}, {num_bytes / 1e6:.0f} MB, median of {rounds}: the loop "
         f"waits {stall:.1f} ms (the first time {stalls[0]:.1f}), a copy of as many bytes takes {copy:.1f} ms: "
-        f"{stall / copy:.2f} times; hashed and on the disk {statistics.median(writes[1:]):.0f} ms later"
+        f"{stall / copy:.2f} times; it is hashed and on the disk {statistics.median(writes[1:]):.0f} ms later"
     )
     other = statistics.median(others[1:])
     print(
         f"torch.save of the same, as timm's and torchvision's scripts call it in the loop, takes {other:.1f} ms, "
-        f"{other / stall:.2f} times as long, and the bytes are not on the disk then"
+        f"{other / stall:.2f} times as long, and the bytes are not yet on the disk"
     )
 
 
 def compare_starts(config: str, overrides: list[str], pairs: int) -> None:
-    """Alternates fresh and resumed starts of the real program; from the process's start to its first step."""
+    """Time fresh and resumed starts of the real program in turns, from the process's start to its first step."""
     fresh: list[float] = []
     resumed: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +114,7 @@ def compare_starts(config: str, overrides: list[str], pairs: int) -> None:
 
 
 def _start(config: str, overrides: list[str], out: Path, resume: str = "auto") -> float:
-    """Seconds until the first line of a step; the run is then asked to stop, and saves."""
+    """Return the seconds until the first line of a step. Then stop the run, which saves."""
     fixed = [f"run.out={out}", "track.wandb=disabled", "train.log_every_steps=1", "evaluate.every_steps=1000000"]
     command = [sys.executable, "wasteddp/train.py", "--config", config, "--resume", resume]
     command += [part for override in [*overrides, *fixed] for part in ("--set", override)]

@@ -1,6 +1,6 @@
-"""What the checks of a training cost beside its steps: each timed alone, on the real model, and added up.
+"""python -m launch.bench checks: the cost of all checks of a training, each timed alone on the real model.
 
-A difference of less than a percent cannot be seen between two timed trainings; the checks' own time can.
+Two timed trainings cannot show a difference below one percent; the time of the checks themselves can be measured.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Cost:
 
 
 def add(commands: Any) -> None:
-    """The subcommand of `launch.bench`."""
-    command = commands.add_parser("checks", help="what all checks of a training cost, as a share of a step")
+    """Add the subcommand to `launch.bench`."""
+    command = commands.add_parser("checks", help="the cost of all checks of a training, as a share of a step")
     command.set_defaults(run=measure)
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Prints a line a check, and all together as a share of a step."""
+    """Print a line for each check, and their sum as a share of a step."""
     config, overrides, rounds = arguments.config, arguments.set, arguments.rounds
     settings = settings_file.load(
         config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> None:
     print(f"a step of {settings.model.arch}, {settings.train.batch_size} images of {px} px: {1000 * step_s:.1f} ms")
     for cost in costs:
         print(
-            f"  {cost.name:44} {1e6 * cost.per_call_s:9.1f} us, {cost.calls_per_step:.3g} times a step: "
+            f"  {cost.name:44} {1e6 * cost.per_call_s:9.1f} us, {cost.calls_per_step:.3g} times per step: "
             f"{cost.per_step_s / step_s:.4%}"
         )
     print(f"all checks together: {1e6 * total:.0f} us, {total / step_s:.3%} of a step")
@@ -139,14 +139,14 @@ def _costs(
         Cost("heartbeat: marks", _median_s(marks, rounds), 1),
         Cost("heartbeat: the thread, with a real TCPStore", _median_s(beat, rounds), _BEATS_PER_S * step_s),
         Cost("coverage: hash and count of a batch", _median_s(count, rounds), 1),
-        Cost("losses added up where they are", _median_s(measure, rounds), 1),
-        Cost("finite loss, metrics, a row on the disk", _median_s(report, rounds), every_row),
+        Cost("sum of the losses, on the device", _median_s(measure, rounds), 1),
+        Cost("finite loss, metrics, writing a row", _median_s(report, rounds), every_row),
         Cost("norm of the gradient", _median_s(lambda: _norm(world, model), rounds), every_row),
     ]
 
 
 class _Nothing:
-    """An optimizer's step that takes no time: its own is in the step that all this is compared with."""
+    """An optimizer whose step takes no time: the timed step already includes it."""
 
     def step(self) -> None:
         pass

@@ -1,9 +1,4 @@
-"""A small drawn shard set, for benchmarks that need real batches and none images in particular.
-
-A split of a shard set as a folder of class folders, for those who read folders.
-
-A shard set as large as its index says, on a few small real tars: for what grows with the number of samples.
-"""
+"""Data sets of the benchmarks: a small drawn set, a split as a folder of class folders, and a large synthetic set."""
 
 from __future__ import annotations
 
@@ -25,7 +20,7 @@ SHARD = 10_000  # samples of each
 
 
 def drawn_set(folder: Path, *, num_images: int, size_px: int) -> Path:
-    """The folder of a set with at least `num_images` in its training split and a few in "val"."""
+    """Create a drawn set with at least `num_images` in its training split and a few in "val". Return its folder."""
     per_class = -(-num_images * 4 // (3 * NUM_CLASSES)) + 4
     draw_folder(folder / "images", kinds=KINDS, images_per_class=per_class, size_px=max(size_px, _LEAST_PX), seed=0)
     make_shards(Job(folder / "images", folder / "shards", Options(fractions=(0.8, 0.2, 0.0))), workers=1)
@@ -33,14 +28,14 @@ def drawn_set(folder: Path, *, num_images: int, size_px: int) -> Path:
 
 
 def unpack(shards: Path, out: Path, *, split: str) -> None:
-    """Writes the images of a split of the set in the folder `shards`.
+    """Write the images of a split of the set in `shards` to a folder of class folders.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: the set does not have the split.
     """
     tars = sorted(shards.glob(f"{split}-*.tar"))
     if not tars:
-        raise SystemExit(f"{shards} has no {split}-*.tar: all sides read these; make them with `wasteddp shard`")
+        raise SystemExit(f"{shards} has no {split}-*.tar, which all sides read; create it with `wasteddp shard`")
     for tar in tars:
         with tarfile.open(tar) as members:
             image, name = b"", ""
@@ -56,7 +51,7 @@ def unpack(shards: Path, out: Path, *, split: str) -> None:
 
 
 def synthetic_set(folder: Path, samples: int) -> Manifest:
-    """`samples` samples in shards of 10,000, each shard an index of its own and a hard link to one of the real tars."""
+    """Create a set of `samples` samples in shards of 10,000. Each has an index and a hard link to a small real tar."""
     draw_folder(folder / "images", kinds=KINDS, images_per_class=20, size_px=256, seed=0)
     options = Options(fractions=(1.0, 0.0, 0.0), shard_mb=0.2)
     real = make_shards(Job(folder / "images", folder / "real", options), workers=2)

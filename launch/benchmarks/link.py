@@ -1,11 +1,11 @@
-"""Two network namespaces joined by a link of so many Mbit/s and ms: a slow network between two nodes, on one machine.
+"""A slow network between two nodes on one machine: two network namespaces and a link with a given rate and delay.
 
-    python -m launch.benchmarks.link --mbit 1000 --delay-ms 1 COMMAND...    inside, `ip netns exec a|b` are the ends
+    python -m launch.benchmarks.link --mbit 1000 --delay-ms 1 COMMAND...    in COMMAND, `ip netns exec a|b` are the ends
 
-The rate is the kernel's (`tc`, a token bucket on each end). The delay is this program's: the ends are TUN devices whose
-packets it carries from one to the other, each held back for the time asked for. (The kernel's own `netem` would do
-both, but many a virtual machine has none.) Packets are large, so that carrying them does not become the bottleneck.
-Needs Linux, iproute2, /dev/net/tun, and root.
+The kernel limits the rate (`tc`, a token bucket on each end). This program adds the delay: the ends are TUN devices,
+and it forwards each packet from one to the other after the given time. (The kernel's `netem` would do both, but many
+virtual machines do not have it.) Packets are large, so that forwarding does not become the bottleneck. Needs Linux,
+iproute2, /dev/net/tun, and root.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def main() -> int:
 
 
 def join_namespaces(mbit: float) -> list[int]:
-    """Makes both ends. Returns the file descriptors of their devices."""
-    _run("mount", "-t", "tmpfs", "tmpfs", "/run")  # the names of namespaces are then ours alone
+    """Create both ends. Return the file descriptors of their devices."""
+    _run("mount", "-t", "tmpfs", "tmpfs", "/run")  # so that the names of the namespaces are private
     Path("/run/netns").mkdir()
     devices = []
     for end, address in zip(ENDS, ADDRESSES, strict=True):
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", f"tun{end}".encode(), _IFF_TUN | _IFF_NO_PI))
         _run("ip", "netns", "add", end)
-        _run("ip", "link", "set", f"tun{end}", "netns", end)  # the descriptor stays ours
+        _run("ip", "link", "set", f"tun{end}", "netns", end)  # this process keeps the descriptor
         _run("ip", "-n", end, "link", "set", f"tun{end}", "name", DEVICE)
         _run("ip", "-n", end, "link", "set", "lo", "up")
         _run("ip", "-n", end, "addr", "add", f"{address}/24", "dev", DEVICE)
@@ -65,7 +65,7 @@ def join_namespaces(mbit: float) -> list[int]:
 
 
 def carry(devices: list[int], delay_s: float) -> None:
-    """For ever: hands each packet to the other end, `delay_s` after it came."""
+    """Forward each packet to the other end, `delay_s` after it arrived. Never returns."""
     waiting: deque[tuple[float, int, bytes]] = deque()  # (due, device, packet); in order, since the delay is the same
     with selectors.DefaultSelector() as selector:
         for device, other in (devices, reversed(devices)):
@@ -83,7 +83,7 @@ def carry(devices: list[int], delay_s: float) -> None:
                 _, device, packet = waiting.popleft()
                 try:
                     os.write(device, packet)
-                except OSError:  # the end is not up, or its queue is full: a network loses packets
+                except OSError:  # the end is down or its queue is full; networks may drop packets
                     continue
 
 

@@ -1,14 +1,14 @@
-"""The loader beside what a user would otherwise install: images/s to shuffled, cropped 224 px batches on two workers.
+"""python -m launch.bench loader: images/s of the loader and of other loaders, two workers, shuffled crops of 224 px.
 
-Called by `python -m launch.bench loader`. Every side runs in a process of its own, in turns, and is timed for some
-seconds after its first batches. All do RandomResizedCrop (8 to 100 % of the area) with antialiasing on the same JPEGs:
+Each side runs in its own process, in turns, and is timed for some seconds after its first batches. All sides do
+RandomResizedCrop (8 to 100 % of the area) with antialiasing on the same JPEGs:
 
-    wasteddp        shards -> uint8 batches; flips happen on the device, with the rest of the augmentation
+    wasteddp        shards -> uint8 batches; the device flips, with the rest of the augmentation
     v2 tensors      torchvision: decode_image, transforms.v2 crop and flip on uint8 tensors, DataLoader
     ImageFolder     torchvision: Pillow, transforms crop and flip, ToTensor, DataLoader
     webdataset      the same transforms after webdataset.WebDataset on the same tars, DataLoader
-    decode alone    libjpeg-turbo on bytes in memory, two processes; whole images, no crop, no batch. A loader
-                    that decodes large photos at a fraction of their size can be faster
+    decode alone    libjpeg-turbo on bytes in memory, two processes; whole images, no crop, no batch. A loader that
+                    decodes large photographs at a fraction of their size can be faster
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ NUM_PHOTOS, PHOTO_SIZE_PX = 40, (3000, 4000)  # H, W: 12 megapixels
 
 
 def add(commands: Any) -> None:
-    """The subcommand of `launch.bench`."""
-    command = commands.add_parser("loader", help="the loader and others on the same JPEGs")
+    """Add the subcommand to `launch.bench`."""
+    command = commands.add_parser("loader", help="the loader and other loaders on the same JPEGs")
     command.set_defaults(run=compare)
     command.add_argument("--shards", default="shards/trashnet", help="set whose training images all sides read")
     command.add_argument("--rounds", type=int, default=3)
@@ -45,14 +45,14 @@ def add(commands: Any) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Prints a line a side: the median of its rounds, and what ours is of it."""
+    """Print a line for each side: the median of its rounds, and wasteddp relative to it."""
     shards, rounds, seconds = arguments.shards, arguments.rounds, arguments.seconds
     with tempfile.TemporaryDirectory() as folder:
         own, photos = Path(folder, "own"), Path(folder, "photos")
         unpack(Path(shards), own / "images", split="train")
         _draw_photos(photos / "images")
         for root, name, batch in ((own, f"the training images of {shards}", 64), (photos, "12-megapixel photos", 16)):
-            # several tars: webdataset needs one a worker at least
+            # several tars: webdataset needs at least one per worker
             size_mb = sum(path.stat().st_size for path in root.rglob("*.jpg")) / 1e6 / 8
             made = ["shard", str(root / "images"), "--out", str(root / "shards"), "--fractions", "1,0,0"]
             _run("wasteddp.cli", *made, "--shard-mb", f"{size_mb:.3f}")
@@ -74,7 +74,7 @@ def _run(module: str, *arguments: str) -> str:
 
 
 def _draw_photos(out: Path) -> None:
-    """JPEGs of 3.5 MB: soft colours with the grain of a sensor, so that decoding costs what a photo's does."""
+    """Draw JPEGs of 3.5 MB: soft colours with sensor noise, so that they take as long to decode as photographs."""
     import simplejpeg
 
     generator = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def _draw_photos(out: Path) -> None:
         path.write_bytes(simplejpeg.encode_jpeg(pixels, quality=90, colorsubsampling="420"))
 
 
-# --- the sides: endless iterators over the number of images of each batch
+# --- the sides: infinite iterators over the number of images of each batch
 
 
 def _wasteddp(root: Path, batch: int) -> Iterator[int]:
@@ -170,7 +170,7 @@ SIDES: dict[str, Callable[[Path, int], Iterator[int]] | None] = {
 
 
 def _rate(side: str, root: Path, batch: int, seconds: float) -> float:
-    """images/s of one side."""
+    """Return the images/s of one side."""
     make = SIDES[side]
     if make is None:
         with ProcessPoolExecutor(WORKERS) as pool:

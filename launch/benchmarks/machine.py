@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in a line to stand above its figures."""
+"""The headline of a benchmark: hardware and versions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from wasteddp import environment
 from wasteddp.parallel import num_usable_cores
 
 _PACKAGES = ("torch", "torchvision", "accelerate")
-_PEERS = ("timm", "webdataset")  # named where they are installed
+_PEERS = ("timm", "webdataset")  # named if they are installed
 
 
 def headline() -> str:
-    """Processor, cores, GPUs, versions, commit, and how busy others keep the machine."""
+    """Return one line with processor, cores, GPUs, versions, commit, and the load of the machine."""
     facts = environment.describe()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     versions = [f"{name} {found}" for name in (*_PACKAGES, *_PEERS) if (found := _version(name))]
@@ -24,7 +24,7 @@ def headline() -> str:
         f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "no GPU",
         f"python {facts['python']}, {', '.join(versions)}",
         f"wasteddp {facts['commit']}",
-        f"load {os.getloadavg()[0]:.1f} before it began",
+        f"load {os.getloadavg()[0]:.1f} before the start",
     ]
     return "; ".join(parts)
 

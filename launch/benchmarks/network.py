@@ -1,10 +1,10 @@
-"""What a slow network costs, and what helps: the real training program on one node and on two with a shaped link.
+"""The cost of a slow network, and settings that help: the training program on one node and on two with a slow link.
 
     python -m launch.bench network [--mbit 1000] [--delay-ms 1] [--set key=value ...]      Linux, as root
 
-Two nodes are two processes of one CPU thread each in network namespaces of their own (`launch.benchmarks.link`), so
-that computing costs the same on one node and on two, given two free cores. Each line is a run of its own; the mean of
-the steps after the first few counts. Gradients are those of a ResNet18: 11.2 million, 45 MB in fp32.
+Two nodes are two processes of one CPU thread each in their own network namespaces (`launch.benchmarks.link`), so that
+the computation takes the same time on one node and on two, given two free cores. Each line is one run, and its value is
+the mean of the steps after the first few. The gradients are those of a ResNet18: 11.2 million, 45 MB in fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch import ROOT
 from launch.benchmarks.link import ADDRESSES, DEVICE, ENDS
 
 WARM_STEPS, TIMED_STEPS, ROW_STEPS = 4, 12, 2
-IMAGES_A_NODE = 16  # of one micro-batch
+IMAGES_PER_NODE = 16  # in a micro-batch
 CONFIG = """
 precision: fp32
 run: {threads: 1}
@@ -44,12 +44,12 @@ class Way(NamedTuple):
 
     @property
     def images(self) -> int:
-        return IMAGES_A_NODE * self.nodes * self.accumulation
+        return IMAGES_PER_NODE * self.nodes * self.accumulation
 
 
 WAYS = (
     Way("one node", 1),
-    Way("two nodes, no slow link between them", 2, is_shaped=False),
+    Way("two nodes without a slow link", 2, is_shaped=False),
     Way("two nodes", 2),
     Way("two nodes, ddp.bucket_mb=1", 2, ("ddp.bucket_mb=1",)),
     Way("two nodes, ddp.bucket_mb=100", 2, ("ddp.bucket_mb=100",)),
@@ -60,24 +60,24 @@ WAYS = (
 
 
 def add(commands: Any) -> None:
-    """The subcommand of `launch.bench`."""
-    command = commands.add_parser("network", help="two nodes on a slow link, and what helps; Linux, as root")
+    """Add the subcommand to `launch.bench`."""
+    command = commands.add_parser("network", help="two nodes with a slow link, and settings that help; Linux, as root")
     command.set_defaults(run=compare)
     command.add_argument("--mbit", type=float, default=1000)
     command.add_argument("--delay-ms", type=float, default=1.0)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    command.add_argument("--rounds", type=int, default=1, help="of all ways; the medians are printed")
+    command.add_argument("--rounds", type=int, default=1, help="runs of each way; the medians are printed")
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Prints a table: images a step, ms a step and images/s of each way."""
+    """Print a table: images per step, ms per step and images/s of each way."""
     if os.environ.get("LINK_INSIDE") != "1":
         link = ["launch.benchmarks.link", "--mbit", str(arguments.mbit), "--delay-ms", str(arguments.delay_ms)]
         own = [sys.executable, "-m", "launch.bench", *sys.argv[1:]]
         raise SystemExit(subprocess.run([sys.executable, "-m", *link, *own], cwd=ROOT, check=False).returncode)
     rate_mbit, round_trip_ms = measure_link()
-    print(f"the link as measured: {rate_mbit:.0f} Mbit/s, {round_trip_ms:.2f} ms there and back\n", flush=True)
-    print("| | images a step | step | images/s |\n| --- | --- | --- | --- |", flush=True)
+    print(f"the link as measured: {rate_mbit:.0f} Mbit/s, {round_trip_ms:.2f} ms round trip\n", flush=True)
+    print("| | images per step | step | images/s |\n| --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         shards = _shards(Path(folder))
         found: dict[Way, list[float]] = {way: [] for way in WAYS}
@@ -91,7 +91,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def measure_link(num_bytes: int = 100_000_000) -> tuple[float, float]:
-    """Mbit/s of one TCP connection, and the ms of a byte there and back."""
+    """Return the Mbit/s of one TCP connection, and the round trip of a byte in ms."""
     server, client = (
         subprocess.Popen(
             ["ip", "netns", "exec", end, sys.executable, "-c", code, str(num_bytes)], stdout=subprocess.PIPE, text=True
@@ -138,7 +138,7 @@ def _shards(folder: Path) -> Path:
 
 
 def _step_ms(way: Way, shards: Path, folder: Path, overrides: list[str]) -> float:
-    """Mean ms of a step of one run, stopped by a signal when enough of them are done."""
+    """Return the mean ms of a step of one run. A signal stops the run after enough steps."""
     run = Path(tempfile.mkdtemp(dir=folder))
     (run / "config.yaml").write_text(CONFIG)
     fixed = [f"data.shards={shards}", f"run.out={run}", f"train.batch_size={way.images}"]
@@ -163,7 +163,7 @@ def _launch(way: Way, rank: int, program: list[str]) -> subprocess.Popen[str]:
     launcher += ["--machine_rank", str(rank), "--main_process_ip", address]
     where = ["ip", "netns", "exec", ENDS[rank] if way.is_shaped else ENDS[0]]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": DEVICE if way.is_shaped else "lo"}
-    environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the ends have no names to be looked up
+    environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the ends have no host names, about which torch would warn
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", *launcher, *program]
     if way.nodes == 1:  # accelerate's launcher of one process does not pass signals on
         command = [sys.executable, *program]

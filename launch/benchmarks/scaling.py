@@ -1,13 +1,12 @@
-"""python -m launch.bench scaling: images/s of the training program at several numbers of ranks, and what talk costs.
+"""python -m launch.bench scaling: images/s at several numbers of ranks, and the share of communication.
 
-The same settings at each number, as a user would run them: the global batch stays, so each rank has less to do between
-two exchanges of gradients the more there are; `--weak` keeps what a rank does and lets the batch grow. Micro-batches
-are of one size throughout, and a rank has as many CPU threads: one rank alone uses 2 of 8 cores where 4 ranks are the
-most that is asked for.
+The settings are the same at each number. The global batch is constant, so with more ranks each computes less between
+two exchanges of gradients; with `--weak` the work of a rank is constant and the batch grows. The size of the
+micro-batches and the CPU threads per rank are constant too: if 4 ranks are the most, one rank uses 2 of 8 cores.
 
-Each run goes through the real launcher on drawn images. Some steps warm up, the next ones are timed by the program's
-own rows, and the last ones are profiled: communication is the part of a step in which ranks talked and nothing was
-computed, of the rank that had least of it (the pace of all) and of the one that had most (it also waited for others).
+Each run uses the real launcher on drawn images. Some steps warm up, the program's own rows time the next steps, and the
+profiler records the last ones. Communication is the part of a step in which ranks communicated and computed nothing:
+of the rank with the least (the speed of all ranks) and of the rank with the most (which also waited for other ranks).
 """
 
 from __future__ import annotations
@@ -38,26 +37,26 @@ WARM_STEPS, PROFILED_STEPS, ROW_STEPS = 4, 4, 4
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Of one run: talk is the least and the most communication of its ranks, as parts of a step."""
+    """The result of one run. `communication`: the least and the most communication of its ranks, as parts of a step."""
 
     step_ms: float
-    talk: tuple[float, float]
+    communication: tuple[float, float]
 
 
 def add(commands: Any) -> None:
-    """The subcommand of `launch.bench`."""
-    command = commands.add_parser("scaling", help="images/s with ranks, and the share of communication")
+    """Add the subcommand to `launch.bench`."""
+    command = commands.add_parser("scaling", help="images/s by number of ranks, and the share of communication")
     command.set_defaults(run=compare)
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all runs")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    command.add_argument("--ranks", default="1,2", metavar="1,2,...", help="processes of this machine")
+    command.add_argument("--ranks", default="1,2", metavar="1,2,...", help="numbers of processes on this machine")
     command.add_argument("--weak", action="store_true", help="train.batch_size is that of one rank")
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--steps", type=int, default=12, help="timed steps of each run")
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Takes the numbers of ranks in turns, and prints a line for each: medians of the rounds."""
+    """Run the numbers of ranks in turns, and print a line for each: the medians of the rounds."""
     numbers = sorted({int(number) for number in arguments.ranks.split(",")})
     steps = -(-arguments.steps // ROW_STEPS) * ROW_STEPS
     with tempfile.TemporaryDirectory() as name:
@@ -79,22 +78,22 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def table(found: dict[int, list[Found]], images: dict[int, int]) -> str:
-    """Markdown by number of ranks; the efficiency is that of a rank, beside a rank of the smallest number.
+    """Return a Markdown table by number of ranks. The efficiency of a rank is relative to the smallest number.
 
     Args:
-        images: of a step.
+        images: images per step, by number of ranks.
     """
     rates = {ranks: [1000 * images[ranks] / one.step_ms for one in runs] for ranks, runs in found.items()}
     least = min(found)
     lines = [
-        "| ranks | images a step | ms a step | images/s | efficiency | communication |",
+        "| ranks | images per step | ms per step | images/s | efficiency | communication |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for ranks, runs in found.items():
         efficiency = statistics.median(
             (own / ranks) / (alone / least) for own, alone in zip(rates[ranks], rates[least], strict=True)
         )
-        low, high = (statistics.median(one.talk[end] for one in runs) for end in (0, 1))
+        low, high = (statistics.median(one.communication[end] for one in runs) for end in (0, 1))
         lines.append(
             f"| {ranks} | {images[ranks]} | {statistics.median(one.step_ms for one in runs):.1f} | "
             f"{statistics.median(rates[ranks]):.1f} | {efficiency:.1%} | {low:.1%} to {high:.1%} |"
@@ -102,14 +101,14 @@ def table(found: dict[int, list[Found]], images: dict[int, int]) -> str:
     return "\n".join(lines)
 
 
-def talk_of(verdict: str) -> tuple[float, float]:
-    """The least and the most communication of the ranks in the words of the profiler's verdict."""
+def communication_of(verdict: str) -> tuple[float, float]:
+    """Return the least and the most communication of the ranks, read from the profiler's verdict."""
     shares = [float(percent) / 100 for percent in re.findall(r"rank \d+: .*?communication ([\d.]+)%", verdict)]
     return min(shares), max(shares)
 
 
 def _settings(arguments: argparse.Namespace, ranks: int, most: int, steps: int) -> Settings:
-    """Of the run with so many ranks."""
+    """Return the settings of the run with `ranks` ranks."""
     asked = settings_file.load(arguments.config, arguments.set)
     batch = asked.train.batch_size * (ranks if arguments.weak else 1)
     of_a_rank = max(1, asked.train.batch_size // (1 if arguments.weak else most))
@@ -133,7 +132,7 @@ def _settings(arguments: argparse.Namespace, ranks: int, most: int, steps: int) 
 
 
 def _run(settings: Settings, ranks: int, shards: Path, folder: Path) -> Found:
-    """One training through the launcher."""
+    """Run one training with the launcher."""
     out, config = folder / "run", folder / "settings.yaml"
     config.write_text(settings.to_yaml())
     program = [
@@ -157,11 +156,11 @@ def _run(settings: Settings, ranks: int, shards: Path, folder: Path) -> Found:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = settings.profile.skip
     timed = [row["train/step_ms"] for row in rows if WARM_STEPS < row["step"] <= last and "train/step_ms" in row]
-    return Found(statistics.mean(timed), talk_of((out / "profile" / "verdict.txt").read_text()))
+    return Found(statistics.mean(timed), communication_of((out / "profile" / "verdict.txt").read_text()))
 
 
 def _free_port() -> int:
-    """Another run of this machine may have the one of the launcher's file."""
+    """Return a free port: another run on this machine may use the port of the launcher's file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

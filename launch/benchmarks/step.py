@@ -1,16 +1,16 @@
-"""python -m launch.bench step: the model's step alone, on a batch in memory, beside the same work in others' loops.
+"""python -m launch.bench step: the step alone, on a batch in memory, compared with the loops of other programs.
 
-Each side runs in a process of its own, in turns, on as many images, threads and bits, after some steps that are not
-timed. The loops are written after the scripts that they are named for, with their models, losses and optimizers, but
-without loader, log and schedule:
+Each side runs in its own process, in turns, with the same images, threads and precision, after some steps that are not
+timed. The loops follow the scripts that they are named after, with their models, losses and optimizers, but without
+loader, log and schedule:
 
     wasteddp        the update of train.py on one uint8 batch: augmentation, forward, backward, step, sums
-    deterministic   the same with run.deterministic; "wasteddp is" then says how many times as fast it is without
-    bare loop       our network and optimizer under Accelerate on ready float images, and nothing else
+    deterministic   the same with run.deterministic; "wasteddp is" is then the speed without it relative to this
+    bare loop       wasteddp's network and optimizer under Accelerate on prepared float images, nothing else
     timm            train_one_epoch of timm's train.py with --channels-last --amp: its ResNet, optimizer and loss
     torchvision     train_one_epoch of references/classification/train.py: an unfused optimizer, the accuracies that it
-                    reads back in each step, and plain memory layout, since that script offers no other; with
-                    channels_last: the same, as if it did
+                    reads back in each step, and the contiguous memory layout, the only one of that script; with
+                    channels_last: the same in channels-last
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ from wasteddp.training.optimization import optimizers
 OURS, BARE, DETERMINISTIC, TIMM = "wasteddp", "bare loop", "deterministic", "timm"
 
 Step = Callable[[], object]
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # normalised images and labels, anywhere
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # normalised images and labels, on any device
 
 
 def add(commands: Any) -> None:
-    """The subcommand of `launch.bench`."""
-    command = commands.add_parser("step", help="the model's step alone beside timm's and torchvision's loops")
+    """Add the subcommand to `launch.bench`."""
+    command = commands.add_parser("step", help="the step alone, compared with timm's and torchvision's loops")
     command.set_defaults(run=compare)
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all sides")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--steps", type=int, default=10, help="timed steps of each side in each round")
-    command.add_argument("--warm", type=int, default=5, help="steps before them")
-    command.add_argument("--side", action="append", default=[], choices=list(SIDES), help=f"besides {OURS}; all")
+    command.add_argument("--warm", type=int, default=5, help="steps before the timed ones")
+    command.add_argument("--side", action="append", default=[], choices=list(SIDES), help=f"in addition to {OURS}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Prints a line a side: the median of its rounds, and the median of what ours was of it in the same round."""
+    """Print a line for each side: its median, and the median over the rounds of wasteddp relative to it."""
     asked = [OURS, *arguments.side] if arguments.side else list(SIDES)
     sides = [side for side in SIDES if side in asked and (side != TIMM or find_spec("timm"))]
     found: dict[str, list[float]] = {side: [] for side in sides}
@@ -85,8 +85,8 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def table(found: dict[str, list[float]], images: int) -> str:
-    """Markdown of images/s by side and round, all sides in the same rounds."""
-    lines = ["| side | images/s | ms a step | wasteddp is |", "| --- | --- | --- | --- |"]
+    """Return a Markdown table of images/s, by side and round; all sides have the same rounds."""
+    lines = ["| side | images/s | ms per step | wasteddp is |", "| --- | --- | --- | --- |"]
     for side, rates in found.items():
         rate = statistics.median(rates)
         ratio = statistics.median(ours / theirs for ours, theirs in zip(found[OURS], rates, strict=True))
@@ -95,7 +95,7 @@ def table(found: dict[str, list[float]], images: int) -> str:
 
 
 def one_micro_batch(settings: Settings, folder: Path) -> Settings:
-    """The settings with a step of one micro-batch on one process, and a set drawn for it in `folder`."""
+    """Return the settings with a step of one micro-batch on one process, and with a set drawn for it in `folder`."""
     images = min(settings.train.max_micro_batch or settings.train.batch_size, settings.train.batch_size)
     shards = drawn_set(folder, num_images=images, size_px=settings.data.image_size)
     changes = [f"train.batch_size={images}", f"train.max_micro_batch={images}", "data.lanes=0", "model.weights=none"]
@@ -105,14 +105,14 @@ def one_micro_batch(settings: Settings, folder: Path) -> Settings:
 
 
 def rate(side: str, settings: Settings, *, steps: int, warm: int) -> float:
-    """images/s of one side in this process."""
+    """Return the images/s of one side in this process."""
     torch.set_num_threads(settings.run.threads or num_usable_cores())
     with ExitStack() as stack:
-        return settings.train.batch_size / seconds_a_step(SIDES[side](settings, stack), steps=steps, warm=warm)
+        return settings.train.batch_size / seconds_per_step(SIDES[side](settings, stack), steps=steps, warm=warm)
 
 
-def seconds_a_step(step: Step, *, steps: int, warm: int) -> float:
-    """The mean of `steps` after `warm` others."""
+def seconds_per_step(step: Step, *, steps: int, warm: int) -> float:
+    """Return the mean seconds of `steps` steps after `warm` untimed ones."""
     for number in range(warm + steps):
         if number == warm:
             if _has_gpu():
@@ -124,7 +124,7 @@ def seconds_a_step(step: Step, *, steps: int, warm: int) -> float:
     return (time.perf_counter() - began) / steps
 
 
-# --- the sides: each makes a step from the settings -------------------------------------------------------------------
+# --- the sides: each returns a step for the settings ------------------------------------------------------------------
 
 
 def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
@@ -187,7 +187,7 @@ def _bare(settings: Settings, stack: ExitStack) -> Step:
 
 
 def timm_step(settings: Settings, stack: ExitStack, batches: Batches | None = None) -> Step:
-    """On those batches; without them on one in memory."""
+    """Return a step on the given batches; by default on one batch in memory."""
     import timm
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
@@ -219,7 +219,7 @@ def timm_step(settings: Settings, stack: ExitStack, batches: Batches | None = No
 def torchvision_step(
     settings: Settings, stack: ExitStack, batches: Batches | None = None, *, channels_last: bool = False
 ) -> Step:
-    """On those batches; without them on one in memory."""
+    """Return a step on the given batches; by default on one batch in memory."""
     torch.backends.cudnn.benchmark = True  # as its script does
     import torchvision
 
@@ -231,7 +231,7 @@ def torchvision_step(
     optimizer: torch.optim.Optimizer
     if asked.name == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=asked.lr, weight_decay=asked.weight_decay)
-    else:  # the script's other choices are no more ours
+    else:  # the script's other optimizers do not match these settings either
         optimizer = torch.optim.SGD(
             model.parameters(), lr=asked.lr, momentum=asked.momentum, weight_decay=asked.weight_decay
         )
@@ -278,7 +278,7 @@ def _device() -> torch.device:
 
 
 def _batch(settings: Settings, *, channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random images, normalised as it were, and labels, on the device."""
+    """Return random images, distributed like normalised ones, and labels, on the device."""
     size, px = settings.train.batch_size, settings.data.image_size
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(size, 3, px, px, device=_device()).contiguous(memory_format=layout)
@@ -286,7 +286,7 @@ def _batch(settings: Settings, *, channels_last: bool) -> tuple[torch.Tensor, to
 
 
 def _precision(settings: Settings) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    """The contexts of the scripts for the same precision as ours; they do nothing where it needs none."""
+    """Return the scripts' autocast and scaler for the precision; they do nothing if it needs none."""
     dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
     kind = _device().type
     return (

@@ -1,12 +1,12 @@
-"""What tracking costs beside a ResNet50 step: the loop's own time in it, and the processor time of all of it.
+"""The cost of tracking relative to a ResNet50 step: the time in the loop, and the processor time of all of it.
 
-    python -m launch.bench tracking                        W&B as the environment has it: offline without a key
-    WANDB_MODE=disabled python -m launch.bench tracking    metrics.jsonl, log and terminal alone
+    python -m launch.bench tracking                        W&B as the environment sets it: offline without a key
+    WANDB_MODE=disabled python -m launch.bench tracking    only metrics.jsonl, log and terminal
 
-First the step of a bare ResNet50 is measured on this machine, then a loop that sleeps for as long as each step takes
-and does all that training does for tracking: a row every `log_every_steps`, and one evaluation with its pictures.
-Asleep, because 1 % of a step is less than what two runs of the same step differ by: here nothing else is in it.
-Tracking's processor time is counted in this process (its threads too) and in wandb's own.
+It measures the step of a bare ResNet50 on this machine, and then a loop that sleeps for the time of each step and does
+the tracking of a training: a row every `log_every_steps`, and one evaluation with its images. The loop sleeps because
+two runs of the same step differ by more than 1 %. The processor time of tracking is counted in this process with its
+threads, and in wandb's process.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from wasteddp.training.tracking.pictures import Gallery, Picture
 from wasteddp.training.tracking.run_id import Label
 from wasteddp.training.tracking.tracker import RunTracker
 
-_LONGEST_SLEEP_S = 0.5  # of a slow machine's step: more rows a second than there would be, so that it ends in time
+_LONGEST_SLEEP_S = 0.5  # a limit for slow machines, so that the benchmark ends in time
 _CLASSES = ("glass", "paper", "cardboard", "plastic", "metal", "trash")
 
 
 def add(commands: Any) -> None:
-    """The subcommand of `launch.bench`."""
-    command = commands.add_parser("tracking", help="what tracking costs, compared with a step")
+    """Add the subcommand to `launch.bench`."""
+    command = commands.add_parser("tracking", help="the cost of tracking per step")
     command.set_defaults(run=measure_all)
     command.add_argument(
-        "--config", default="configs/trashnet-scratch-resnet50.yaml", help="its batch, image size and rows"
+        "--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings: batch, image size and rows"
     )
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--steps", type=int, default=60)
 
 
 def measure_all(arguments: argparse.Namespace) -> None:
-    """Prints the time of a bare step, and what tracking takes of the loop and of the processors."""
+    """Print the time of a bare step, and the time of tracking in the loop and on the processors."""
     if not sys.platform.startswith("linux"):
-        raise SystemExit("error: it reads processor times from /proc, which only Linux has")
+        raise SystemExit("error: this benchmark reads processor times from /proc, which only Linux has")
     settings = settings_file.load(arguments.config, arguments.set)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.yaml"
@@ -67,13 +67,13 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 
 def measure(settings: settings_file.Settings, folder: Path, step_s: float, steps: int) -> None:
-    """Prints the costs of `steps` steps of tracking in `folder`."""
+    """Print the cost of tracking `steps` steps in `folder`."""
     world = runtime.start(settings)
     began = time.perf_counter()
     label = Label("bench", "bench", "wasteddp-bench", "", "", "bench", (), settings.model_dump(mode="json"), _dataset())
     tracker = RunTracker(folder, label, track=settings.track, total_steps=steps, resumed_step=0)
     print(f"start: {1000 * (time.perf_counter() - began):.0f} ms of the loop", flush=True)
-    time.sleep(10)  # W&B starts meanwhile, in its thread; what that costs is not a cost of steps
+    time.sleep(10)  # W&B starts in its thread meanwhile, which does not count as a cost of steps
     meter, in_loop_s = Meter(world.device), 0.0
     evaluated_at = steps // 2 // settings.train.log_every_steps * settings.train.log_every_steps
     loss = torch.ones((), device=world.device)
@@ -97,9 +97,9 @@ def measure(settings: settings_file.Settings, folder: Path, step_s: float, steps
     tracker.close(0)
     print(f"end: {time.perf_counter() - began:.2f} s")
     print(
-        f"the loop's own time in tracking: {1000 * in_loop_s / steps:.2f} ms a step, {in_loop_s / steps / step_s:.3%}\n"
-        f"processor time of all tracking: {1000 * used_s / steps:.2f} ms a step, "
-        f"{used_s / steps / step_s / num_usable_cores():.3%} of what {num_usable_cores()} cores have in a step"
+        f"time of tracking in the loop: {1000 * in_loop_s / steps:.2f} ms per step, {in_loop_s / steps / step_s:.3%}\n"
+        f"processor time of all tracking: {1000 * used_s / steps:.2f} ms per step, "
+        f"{used_s / steps / step_s / num_usable_cores():.3%} of the time of {num_usable_cores()} cores"
     )
 
 
@@ -108,7 +108,7 @@ def _dataset() -> dict[str, object]:
 
 
 def _gallery(side_px: int, count: int) -> Gallery:
-    """As many pictures as an evaluation keeps, encoded here as there."""
+    """Return as many encoded images as an evaluation keeps."""
     pixels = np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
     facts = {"source": "a.jpg", "true": "glass", "predicted": "metal", "probability": 0.9}
     pictures = [Picture(encode_jpeg(pixels, quality=88), facts) for _ in range(count)]
@@ -116,7 +116,7 @@ def _gallery(side_px: int, count: int) -> Gallery:
 
 
 def _processor_s() -> float:
-    """Processor time so far of this process and of those that it started and that still run."""
+    """Return the processor time of this process and of its running descendants."""
     return sum(_seconds_of(pid) for pid in _family(os.getpid()))
 
 

@@ -1,17 +1,17 @@
-"""python -m launch.bench train: images/s of the program from shards, beside the step alone and others' training.
+"""python -m launch.bench train: images/s from shards, compared with the step alone and the training of other programs.
 
-Each side runs in a process of its own, in turns, on the same images, threads, bits, batch and decoding workers, after
+Each side runs in its own process, in turns, with the same images, threads, precision, batch and decoding workers, after
 some steps that are not timed:
 
-    wasteddp        the real program, with all that it does beside: proofs, metrics, heartbeat
-    bare loop       our network and optimizer under Accelerate on one batch in memory: what the program could reach
-    timm            timm's dataset, loader and step on a folder of the same JPEGs, as its train.py makes them with
-                    --channels-last --amp; crop, flips, colour and erasing of the settings, as far as it knows them
+    wasteddp        the real program, with its proofs, metrics and heartbeat
+    bare loop       wasteddp's network and optimizer under Accelerate on one batch in memory: the upper bound
+    timm            timm's dataset, loader and step on a folder of the same JPEGs, as in its train.py with
+                    --channels-last --amp; crop, flips, colour and erasing of the settings, as far as timm has them
     torchvision     ImageFolder, the transforms of references/classification/presets.py (crop and flip, no colour) and
-                    its step, in channels-last, which the script itself does not offer and which is faster
+                    its step, in channels-last, which is faster but not an option of the script
 
-A step of the others is that of `launch.bench step`. None of the sides meets the end of an epoch in the timed steps,
-unless the set has fewer.
+The steps of timm and torchvision are those of `launch.bench step`. The timed steps do not include the end of an epoch,
+unless an epoch of the set has fewer steps.
 """
 
 from __future__ import annotations
@@ -44,32 +44,32 @@ from wasteddp.settings import Settings
 from wasteddp.training.distributed import precision
 from wasteddp.training.distributed.runtime import MOST_UNTRIED
 
-_WARM = _ROW = 10  # steps before those that are timed, and between two of the program's rows
+_WARM = _ROW = 10  # steps before the timed ones, and between two rows of the program
 OURS = "wasteddp"
 
 
 def add(commands: Any) -> None:
-    """The subcommand of `launch.bench`."""
-    command = commands.add_parser("train", help="the training program beside the step alone, timm's and torchvision's")
+    """Add the subcommand to `launch.bench`."""
+    command = commands.add_parser("train", help="training, the step alone, and timm's and torchvision's training")
     command.set_defaults(run=compare)
     command.add_argument("--config", default="configs/trashnet-scratch-resnet50.yaml", help="settings of all sides")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--rounds", type=int, default=3)
-    command.add_argument("--steps", type=int, default=30, help="timed steps a round, after 10 that are not")
-    command.add_argument("--sides", default="", help="of wasteddp, bare loop, timm, torchvision; by commas; all")
+    command.add_argument("--steps", type=int, default=30, help="timed steps per round, after 10 untimed ones")
+    command.add_argument("--sides", default="", help="some of wasteddp, bare loop, timm, torchvision, with commas")
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Prints a line a round, then a line a side: medians of its rounds, and of what ours was of it in each."""
+    """Print a line for each round, then for each side its median and the median of wasteddp relative to it."""
     settings = settings_file.load(arguments.config, arguments.set)
-    # of all sides: auto would be measured for ours alone
+    # for all sides: auto would be measured for wasteddp only
     overrides = [*arguments.set, f"precision={precision.without_measuring(settings.precision)}"]
     overrides += ["model.compile=false"] if settings.model.compile == "auto" else []
     if arguments.steps % _ROW or arguments.steps < _ROW:
-        raise SystemExit(f"--steps {arguments.steps}: the program is timed by its rows, take a multiple of {_ROW}")
+        raise SystemExit(f"--steps {arguments.steps}: the rows of the program time its steps: use a multiple of {_ROW}")
     there = [OURS, BARE, *(side for side in OTHERS if side != TIMM or find_spec("timm"))]
     if unknown := {*filter(None, arguments.sides.split(","))} - {OURS, BARE, *OTHERS}:
-        raise SystemExit(f"--sides {arguments.sides}: no side is called {', '.join(sorted(unknown))}; see --help")
+        raise SystemExit(f"--sides {arguments.sides}: unknown side {', '.join(sorted(unknown))}; see --help")
     sides = [side for side in there if not arguments.sides or side in (OURS, *arguments.sides.split(","))]
     found: dict[str, list[float]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:
@@ -93,7 +93,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def _program(config: str, overrides: list[str], steps: int, folder: Path) -> float:
-    """The real program, stopped by a signal once the steps are done; the mean of its rows, without the first."""
+    """Run the real program and stop it by a signal after the steps. Return its images/s without the first row."""
     fixed = [f"run.out={folder / 'run'}", "track.wandb=disabled", f"train.log_every_steps={_ROW}"]
     fixed += [f"evaluate.every_steps={steps + 20}"]  # no evaluation and no checkpoint inside the timed steps
     command = [sys.executable, "wasteddp/train.py", "--config", config]
@@ -104,11 +104,11 @@ def _program(config: str, overrides: list[str], steps: int, folder: Path) -> flo
             if line.startswith(f"step {steps + _WARM}/"):
                 process.terminate()
     if process.returncode not in (EXIT_FINISHED, EXIT_RESUMABLE):
-        raise SystemExit(process.returncode)  # it has said why
+        raise SystemExit(process.returncode)  # the program has printed the reason
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     for path in sorted((folder / "run").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    # ms a step, not images/s of the first rows: the first ten steps allocate and tune
+    # not the first row: the first ten steps allocate and tune
     steps_ms = [row["train/step_ms"] for row in rows if _WARM < row["step"] <= steps + _WARM]
     return float(settings_file.load(config, overrides).train.batch_size / (statistics.mean(steps_ms) / 1000))
 
@@ -122,16 +122,16 @@ def _other(side: str, config: str, overrides: list[str], steps: int, folder: Pat
 
 
 def rate(side: str, settings: Settings, images: Path, *, steps: int) -> float:
-    """images/s of one of the others in this process. `images`: a folder of class folders."""
+    """Return the images/s of another side in this process. `images`: a folder of class folders."""
     size = settings.train.max_micro_batch or MOST_UNTRIED
     alone = settings_file.parse(settings.to_yaml(), [f"train.batch_size={size}", "data.lanes=0", "model.weights=none"])
     torch.set_num_threads(settings.run.threads or num_usable_cores())
     with ExitStack() as stack:
         step = OTHERS[side](alone, stack, images) if side in OTHERS else bench_step.SIDES[side](alone, stack)
-        return size / bench_step.seconds_a_step(step, steps=steps, warm=_WARM)
+        return size / bench_step.seconds_per_step(step, steps=steps, warm=_WARM)
 
 
-# --- the others: their loaders, and the steps of bench_step -----------------------------------------------------------
+# --- other programs: their loaders, and the steps of bench_step -------------------------------------------------------
 
 
 def _timm(settings: Settings, stack: ExitStack, images: Path) -> bench_step.Step:
@@ -153,7 +153,7 @@ def _timm(settings: Settings, stack: ExitStack, images: Path) -> bench_step.Step
         num_workers=_workers(settings),
         pin_memory=has_gpu,
         device=torch.device("cuda" if has_gpu else "cpu"),
-        use_prefetcher=has_gpu,  # its script does without where there is no CUDA device
+        use_prefetcher=has_gpu,  # as in its script, which uses it only on a CUDA device
     )
     return bench_step.timm_step(settings, stack, _endless(loader))
 
@@ -181,7 +181,7 @@ def _torchvision(settings: Settings, stack: ExitStack, images: Path) -> bench_st
 
 
 def _workers(settings: Settings) -> int:
-    """As many processes as our program has workers that decode."""
+    """Return the number of decoding workers of wasteddp, the number of processes for the other sides."""
     processes, cores = settings.data.uses_processes(device_type()), num_usable_cores()
     return settings.data.num_workers or default_workers(
         cores if processes else settings.run.threads or cores, processes=processes
@@ -202,6 +202,6 @@ OTHERS: dict[str, Callable[[Settings, ExitStack, Path], bench_step.Step]] = {TIM
 
 if __name__ == "__main__":
     side, path, images, steps = sys.argv[1:]
-    # a worker that is still decoding must not be waited for
+    # do not wait for a worker that is still decoding
     print(json.dumps(rate(side, settings_file.load(path), Path(images), steps=int(steps))), flush=True)
     os._exit(0)

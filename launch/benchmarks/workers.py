@@ -1,12 +1,12 @@
-"""What decoding costs the thread that launches kernels: threads in its process beside processes of their own.
+"""python -m launch.bench workers: how much decoding slows down the thread that launches kernels, by kind of worker.
 
-Called by `python -m launch.bench workers`. Needs no GPU: a loop of small tensor operations stands for a step that
-launches kernels. It runs in turns while a loader decodes at full speed on the other cores and while the loader rests.
-A loader in a program that has nothing to do with the loop shows what the machine itself takes from it, by its caches,
-its memory and its other users: what the loader costs is the distance from there. How much of the time the loop's thread
-was on a core tells waiting, for the GIL or for a core, from computing more slowly.
+Needs no GPU: a loop of small tensor operations stands for a step that launches kernels. It runs in turns while a loader
+decodes at full speed on the other cores, and while the loader is idle. A loader in another program shows how much the
+machine itself slows the loop down, by its caches, its memory and its other users: the cost of the loader is the
+difference. The share of the time that the loop's thread was on a core separates waiting, for the GIL or for a core,
+from slower computation.
 
-Also printed: images/s of the loader alone, the time to its first batch, and its processes' memory.
+Also printed: images/s of the loader alone, the time to its first batch, and the memory of its processes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("workers", help="decoding threads and decoding processes")
     parser.set_defaults(run=compare)
     parser.add_argument("--shards", default="shards/trashnet")
-    parser.add_argument("--workers", default="", help="of the loader, such as 1,2,4 (default: 1 and all cores)")
+    parser.add_argument("--workers", default="", help="numbers of workers, such as 1,2,4 (default: 1 and all cores)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="timed of each side in each round")
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Prints medians: what each kind leaves to a loop of its pace, and what it decodes alone."""
+    """Print medians: the speed of the loop with each kind of worker, and the speed of the loader alone."""
     cores = num_usable_cores()
     beside = max(1, cores - 1)  # one core is the launching thread's
     counts = [int(word) for word in arguments.workers.split(",") if word] or sorted({1, cores})
@@ -63,11 +63,11 @@ def compare(arguments: argparse.Namespace) -> None:
     def median(side: tuple[str, str, int], what: str) -> float:
         return statistics.median(found_one[what] for found_one in found[side])
 
-    print(f"a loop of small tensor operations while {beside} decode, as part of its pace while the loader rests:")
+    print(f"a loop of small tensor operations while {beside} decode, relative to its speed while the loader is idle:")
     for side in sides[: len(KINDS) + 1]:
         name = side[1] if side[1] in KINDS else "in another program"
         print(
-            f"  {name:18s} {median(side, 'kept'):5.2f} of {median(side, 'operations_per_s'):,.0f} a second, on a core "
+            f"  {name:18s} {median(side, 'kept'):5.2f} of {median(side, 'operations_per_s'):,.0f} per s, on a core "
             f"{median(side, 'on_a_core'):4.0%} of the time; {median(side, 'images_per_s'):8.1f} images/s meanwhile"
         )
     print(f"the loader alone, batches of {BATCH} x {IMAGE_SIZE_PX} px:")
@@ -78,7 +78,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 f"  {count} {kind:10s} {median(side, 'images_per_s'):8.1f} images/s   first batch "
                 f"{median(side, 'first_batch_s'):5.2f} s"
                 + (
-                    f"   memory {median(side, 'processes_mb'):5.0f} MB of its processes, of which each worker's own "
+                    f"   memory {median(side, 'processes_mb'):5.0f} MB of its processes, of which each worker has "
                     f"{median(side, 'worker_mb'):5.1f}; {median(side, 'shared_mb'):5.1f} MB of batches"
                     if kind == "processes"
                     else ""
@@ -132,15 +132,15 @@ def _loader_alone(kind: str, workers: int, shards: str, seconds: float) -> dict[
 
 
 def _memory_mb(pid: int, *kinds: str) -> float:
-    """What the kernel counts for a process. Private_: nobody else has it; Pss_: a page of n processes counts 1/n."""
+    """Return the kernel's count for a process. Private_: not shared; Pss_: a page of n processes counts 1/n."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(kinds)) / 1024
 
 
 def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, float]:
-    """Small operations a second in the main thread, in turns while a loader decodes at full speed and while it rests.
+    """Measure small operations per second in the main thread, in turns while a loader decodes and while it is idle.
 
-    Both in the same process: from process to process the same loop's pace varies by a third.
+    Both are in the same process: from process to process the speed of the same loop varies by a third.
     """
     import torch
 
@@ -148,7 +148,7 @@ def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, flo
     x = torch.zeros(64)
 
     def loop() -> tuple[float, float]:
-        """Operations a second, and the part of the time that the thread was on a core."""
+        """Return the operations per second, and the share of the time that the thread was on a core."""
         nonlocal x
         began, cpu_began, operations = time.perf_counter(), time.thread_time(), 0
         while time.perf_counter() - began < seconds / _TURNS:
@@ -175,7 +175,7 @@ def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, flo
 
 @contextmanager
 def _taking(kind: str, workers: int, shards: str) -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
-    """Start and rest, which returns the images so far; a thread of this process takes batches between them."""
+    """Yield `start` and `rest`. Between them a thread takes batches; `rest` returns the images so far."""
     images, takes, ends = 0, threading.Event(), threading.Event()
 
     def take(batches: Iterator[Any]) -> None:
@@ -204,12 +204,12 @@ def _taking(kind: str, workers: int, shards: str) -> Iterator[tuple[Callable[[],
 
 @contextmanager
 def _another_program(kind: str, workers: int, shards: str) -> Iterator[tuple[Callable[[], None], Callable[[], int]]]:
-    """As `_taking`; the loader is in a program that has nothing to do with this one, stopped and continued."""
+    """As `_taking`, with the loader in another program, which is stopped and continued by signals."""
     command = [sys.executable, "-m", "launch.benchmarks.workers", "decode", "threads", str(workers), shards, "0"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin
         assert other.stdout
-        other.stdout.readline()  # its first batch is there
+        other.stdout.readline()  # its first batch is ready
 
         def rest() -> int:
             print(file=other.stdin, flush=True)
@@ -228,7 +228,7 @@ def _another_program(kind: str, workers: int, shards: str) -> Iterator[tuple[Cal
 
 
 def _decode(kind: str, workers: int, shards: str) -> None:
-    """Decodes until it is killed; prints how many images so far, for each line of its input."""
+    """Decode until killed. For each line of the input, print the number of images so far."""
     images = 0
 
     def answer() -> None:

@@ -1,1 +1,1 @@
-"""Kills trainings and breaks their disks, again and again, and checks that nothing is lost: see README.md here."""
+"""Kills trainings and breaks their disks repeatedly, and checks that nothing is lost: see README.md."""

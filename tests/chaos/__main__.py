@@ -1,7 +1,7 @@
-"""Disturbs trainings so often, and prints what happened as a table.
+"""Disturb trainings a given number of times, and print the results as a table.
 
-python -m tests.chaos --kills 200 --seed 0       processes that are forked from here
-python -m tests.chaos --launchers 20 --seed 0    through accelerate launch and torchrun
+python -m tests.chaos --kills 200 --seed 0       forked processes
+python -m tests.chaos --launchers 20 --seed 0    processes of accelerate launch and torchrun
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"  # before numpy and torch: no threads before the forks
+    os.environ[_name] = "1"  # before the import of numpy and torch: no threads may exist before the forks
 
 import argparse
 import json
@@ -29,12 +29,14 @@ from .harness import Record, disturb_many
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, help="events, faults included (default: 200, or none with --launchers)")
+    parser.add_argument("--kills", type=int, help="events, with faults (default: 200, or 0 with --launchers)")
     parser.add_argument("--launchers", type=int, default=0, help="signals to real launchers and their ranks")
-    parser.add_argument("--only", default="", choices=KINDS, help="of --kills: events of this kind")
+    parser.add_argument("--only", default="", choices=KINDS, help="kind of the events of --kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new event after these (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder that stays; results are added to its results.jsonl")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="start no event after this time (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="folder to keep; results are appended to its results.jsonl")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         out = arguments.out or Path(temporary)
@@ -50,27 +52,27 @@ def main() -> None:
             trainings = disturb_many(out, shards, events=kills, only=arguments.only, **how)
             records = [record for training in trainings for record in training.records]
             results = [(one.event.name, one.ended, one.steps_lost, one.outcome.had_to_kill) for one in records]
-            _tell(out, table(records), results, len(trainings), began)
+            _report(out, table(records), results, len(trainings), began)
         if arguments.launchers:
             began_launching = time.monotonic()
             shots = launchers.disturb_launched(out, shards, events=arguments.launchers, **how)
             results = [(f"{one.shot.signal}: {one.shot.name}", one.outcome, one.steps_lost, 0) for one in shots]
-            _tell(out, launchers.table(shots), results, len({one.training for one in shots}), began_launching)
+            _report(out, launchers.table(shots), results, len({one.training for one in shots}), began_launching)
 
 
-def _tell(out: Path, lines: str, results: list[tuple[str, str, int, int]], trainings: int, began: float) -> None:
+def _report(out: Path, lines: str, results: list[tuple[str, str, int, int]], trainings: int, began: float) -> None:
     with (out / "results.jsonl").open("a") as file:
         file.write("".join(f"{json.dumps(result)}\n" for result in results))
     print(lines)
     print(
         f"{len(results)} events in {trainings} trainings, {time.monotonic() - began:.0f} s: "
-        "every training ended as the undisturbed one; ranks left behind that had to be killed: "
+        "every training ended as the undisturbed one; remaining ranks that had to be killed: "
         f"{sum(had_to_kill for *_, had_to_kill in results)}"
     )
 
 
 def make_small_shards(out: Path) -> Path:
-    """100 training images in 3 classes, drawn: 8 steps an epoch and 4 images that each epoch leaves out."""
+    """Draw 100 training images in 3 classes: 8 steps per epoch, and 4 images that each epoch leaves out."""
     if not (out / "shards" / "manifest.json").exists():
         kinds = synthetic.KINDS[:3]
         for split, count, seed in (("train", 34, 1), ("val", 5, 2)):
@@ -82,12 +84,12 @@ def make_small_shards(out: Path) -> Path:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown: a row a kind of event."""
+    """Return a Markdown table with a row for each kind of event."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record.event.name].append(record)
     lines = [
-        "| what was done | processes | times | how the attempt ended | steps to do again: median, most |",
+        "| event | processes | times | how the attempt ended | repeated steps: median, most |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, group in sorted(groups.items()):

@@ -1,7 +1,7 @@
-"""Attempts of a training as processes that can be killed: forked from here, where torch is loaded already.
+"""Attempts of a training as processes that can be killed: forked from this process, which has imported torch.
 
-A start costs a tenth of what it costs from nothing. No thread and no process group is there before the fork; each
-child opens its own. The harness is the launcher: a rank that ends in a bad way ends the others, as torchrun does.
+A start takes a tenth of the time of a new process. Before the fork there is no thread and no process group; each child
+creates its own. The harness acts as the launcher: if a rank fails, it ends the other ranks, as torchrun does.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from wasteddp.training.watchdog import signals
 from . import inside
 from .events import Event
 
-LIMIT_S = 90.0  # for an attempt; longer is a hang, which is a failure
-_GRACE_S = 15.0  # for the ranks that are left, before they are killed
+LIMIT_S = 90.0  # for an attempt; longer counts as a hang, which is a failure
+_GRACE_S = 15.0  # until the remaining ranks are killed
 _POLL_S = 0.002
 
 
@@ -33,11 +33,11 @@ class HangError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Exit codes by rank (minus the signal where one killed it), and how long it took."""
+    """Exit codes by rank (the negative signal of a killed rank), and the duration."""
 
     codes: tuple[int, ...]
     seconds: float
-    had_to_kill: int  # ranks that were left and did not end by themselves
+    had_to_kill: int  # remaining ranks that did not end by themselves
 
     @property
     def finished(self) -> bool:
@@ -49,14 +49,14 @@ class Outcome:
 
 
 def attempt(arguments: list[str], run: Path, event: Event | None, processes: int) -> Outcome:
-    """Starts the ranks, does what the event says, and waits for their end.
+    """Start the ranks, apply the event, and wait for their end.
 
     Raises:
-        HangError: some rank did not end within LIMIT_S.
+        HangError: a rank did not end within LIMIT_S.
     """
     began, port = time.monotonic(), free_port()
     pids: list[int] = []
-    # until a rank has its handlers, a signal waits
+    # signals are blocked until a rank has its handlers
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
     for rank in range(processes):
         pid = os.fork()
@@ -106,7 +106,7 @@ def _send(pids: list[int], codes: dict[int, int], number: int) -> None:
 def _be_rank(
     arguments: list[str], run: Path, event: Event | None, rank: int, processes: int, port: int, group: int
 ) -> None:
-    """In the child: never returns."""
+    """Run a rank in the child process. Never returns."""
     code = 1
     try:
         os.setpgid(0, group)

@@ -1,4 +1,4 @@
-"""What is done to an attempt of a training: drawn from a seed, so that any of it can be done again."""
+"""Events of an attempt of a training, drawn from a seed, so that each can be repeated."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ WRITES = ("write", "fsync", "rename")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One attempt and what happens to it.
+    """The event of one attempt.
 
-    kind: signal   `signal` from outside, `delay_s` after all ranks are up, to `target`
-          save     rank 0 kills itself, or all, at the `nth` operation on the disk while it keeps a checkpoint or model
-          epoch    a rank sends `signal` to itself, or all do, as the `nth` evaluation begins
-          fault    `nth` write, fsync or rename of rank 0 fails with `error`, or writes half of it first ("short")
-          read     reading the newest checkpoint fails with `error`, or gives bytes with one bit changed
+    kind: signal   `signal` from outside to `target`, `delay_s` after all ranks have started
+          save     rank 0 kills itself, or all, at the `nth` operation on the disk while it saves a checkpoint or model
+          epoch    a rank sends `signal` to itself, or all do, at the start of the `nth` evaluation
+          fault    `nth` write, fsync or rename of rank 0 fails with `error`, after half of the bytes if "short"
+          read     reading the newest checkpoint fails with `error`, or returns bytes with one changed bit
           flip     a bit of the newest checkpoint is changed on the disk before the attempt, which then gets `signal`
     """
 
@@ -36,7 +36,7 @@ class Event:
 
     @property
     def name(self) -> str:
-        """The row of the table that it belongs to."""
+        """The row of the event in the table."""
         if self.kind == "signal":
             ranks = {"all": "all ranks", "one": "the last rank", "first": "rank 0"}[self.target]
             return f"{self.signal} to {ranks if self.processes > 1 else 'the only rank'}"
@@ -52,19 +52,19 @@ class Event:
         return "a bit of the newest checkpoint changed on the disk"
 
 
-KINDS = {"signal": 45, "save": 22, "epoch": 10, "fault": 14, "read": 5, "flip": 4}  # of a hundred
+KINDS = {"signal": 45, "save": 22, "epoch": 10, "fault": 14, "read": 5, "flip": 4}  # per hundred
 
 
 def draw(draws: random.Random, number: int, processes: int, only: str = "") -> Event:
-    """One event; about seven of ten are kills. `only`: of that kind."""
+    """Draw one event; about seven of ten are signals or kills. `only`: its kind."""
     kind = draws.choices(list(KINDS), weights=list(KINDS.values()))[0]
     kind = only or kind
     event = {"number": number, "kind": kind, "processes": processes, "target": draws.choice(["all", "one", "first"])}
     if kind in ("signal", "flip"):
-        # the longest is about a third of an undisturbed training: some come before the first step, some in saves
+        # at most about a third of an undisturbed training: some are before the first step, some in saves
         event |= {"signal": draws.choice(SIGNALS), "delay_s": round(draws.uniform(0.0, 1.2) ** 2, 4)}
     elif kind == "save":
-        event |= {"nth": draws.randint(1, 60)}  # a save is 16 operations, with a new best model 22
+        event |= {"nth": draws.randint(1, 60)}  # a save has 16 operations, with a new best model 22
     elif kind == "epoch":
         event |= {"nth": draws.randint(1, 2), "signal": draws.choice(SIGNALS)}
     elif kind == "fault":

@@ -1,4 +1,4 @@
-"""Trainings that are disturbed until they end, and what must hold after every disturbance."""
+"""Trainings that are disturbed until they end, and the checks after every disturbance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wasteddp.training.checkpoint import reader as checkpoints
 from .attempts import HangError, Outcome, attempt
 from .events import Event, draw
 
-# 100 images, 8 steps an epoch: a training of 6 epochs takes about a second once it is up
+# 100 images, 8 steps per epoch: after its start, a training of 6 epochs takes about a second
 STEPS_PER_EPOCH, EPOCHS, EVERY_STEPS = 8, 6, 3
 SETTINGS = f"""
 precision: fp32
@@ -31,21 +31,21 @@ checkpoint: {{every_steps: {EVERY_STEPS}}}
 track: {{wandb: disabled}}
 """
 STEPS = STEPS_PER_EPOCH * EPOCHS
-_MAX_EVENTS_A_TRAINING = 30
+_MAX_EVENTS_PER_TRAINING = 30
 
 
 class LostError(Exception):
-    """Something that was promised did not hold."""
+    """A guarantee did not hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An event and what came of it."""
+    """An event and its result."""
 
     event: Event
     outcome: Outcome
     steps_before: int  # recorded when the attempt ended
-    steps_kept: int  # of the newest whole checkpoint after it
+    steps_kept: int  # step of the newest whole checkpoint afterwards
 
     @property
     def steps_lost(self) -> int:
@@ -53,7 +53,7 @@ class Record:
 
     @property
     def ended(self) -> str:
-        """In words, for the table."""
+        """The result in words, for the table."""
         codes = set(self.outcome.codes)
         if self.outcome.finished:
             return "finished all the same"
@@ -66,11 +66,11 @@ class Record:
 
 @dataclass(slots=True)
 class Training:
-    """One disturbed training and its ledger."""
+    """One disturbed training and its state."""
 
     run: Path
     arguments: list[str]
-    newest: int = 0  # step of the newest checkpoint that was seen whole
+    newest: int = 0  # step of the newest checkpoint that was found whole
     had_model: bool = False
     records: list[Record] = field(default_factory=list)
 
@@ -79,10 +79,10 @@ class Training:
         return len(steps_of(self.run))
 
     def disturb(self, event: Event) -> Record:
-        """One attempt with its event, and the checks.
+        """Run one attempt with its event, and check the result.
 
         Raises:
-            LostError, HangError: with the event that shows it.
+            LostError, HangError: with the event.
         """
         allowed = self.newest
         if event.kind == "flip":
@@ -105,13 +105,13 @@ class Training:
         return record
 
     def finish(self, processes: int) -> None:
-        """The last attempt, undisturbed."""
+        """Run the last attempt, undisturbed."""
         outcome = attempt(self.arguments, self.run, None, processes)
         if not outcome.finished:
             raise LostError(f"the undisturbed attempt at the end did not finish: {outcome}")
 
     def _flip_a_bit(self, event: Event) -> int:
-        """Changes the newest checkpoint on the disk; returns the step that must be kept nevertheless."""
+        """Change a bit of the newest checkpoint on the disk. Return the step that must still be kept."""
         there = checkpoints.listed(self.run / "checkpoints")
         if len(there) < 2 or checkpoints.step_of(there[-1]) != self.newest:
             return self.newest
@@ -122,7 +122,7 @@ class Training:
         return self.newest_whole()
 
     def newest_whole(self) -> int:
-        """Step of the newest checkpoint that proves its bytes; 0 where there is none."""
+        """Return the step of the newest checkpoint with correct hashes; 0 without one."""
         folder = self.run / "checkpoints"
         if not checkpoints.listed(folder):
             return 0
@@ -130,7 +130,7 @@ class Training:
         return found.progress.step if found else 0
 
     def check_model(self) -> None:
-        """Raises if the model that was there is not whole, or gone."""
+        """Raise if the model is damaged or has disappeared."""
         if (self.run / "model" / "model.json").exists():
             load_bundle(self.run)
             self.had_model = True
@@ -144,7 +144,7 @@ def steps_of(run: Path) -> list[dict[str, str]]:
 
 
 def final_state(run: Path) -> dict[str, str]:
-    """sha256 of each tensor file of the last checkpoint, and of the best model's weights."""
+    """Return the sha256 of each tensor file of the last checkpoint, and of the best model's weights."""
     last = checkpoints.listed(run / "checkpoints")[-1]
     sha256: dict[str, str] = json.loads((last / "complete.json").read_text())["sha256"]
     files = {name: value for name, value in sha256.items() if name.endswith(".safetensors")}
@@ -152,7 +152,7 @@ def final_state(run: Path) -> dict[str, str]:
 
 
 def compare(run: Path, undisturbed: Path, *, same_processes: bool) -> None:
-    """Raises a LostError if a disturbed run is not the undisturbed one."""
+    """Raise a LostError if a disturbed run differs from the undisturbed one."""
     ours, theirs = steps_of(run), steps_of(undisturbed)
     if [row["step"] for row in ours] != list(range(1, STEPS + 1)):
         raise LostError(f"{run} recorded the steps {[row['step'] for row in ours]}")
@@ -173,7 +173,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 
 
 def training_in(run: Path, shards: Path) -> Training:
-    """One that has not begun."""
+    """Return a training that has not started."""
     config = run.with_name("config.yaml")
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(SETTINGS)
@@ -181,7 +181,7 @@ def training_in(run: Path, shards: Path) -> Training:
 
 
 def undisturbed(out: Path, shards: Path, processes: int) -> Path:
-    """The run to compare with; it is made once."""
+    """Return the run to compare with, which is trained once."""
     training = training_in(out / f"undisturbed-{processes}", shards)
     if not training.run.exists():
         training.finish(processes)
@@ -198,19 +198,19 @@ def disturb_many(
     until: Callable[[], bool],
     only: str = "",
 ) -> list[Training]:
-    """Trainings at one process, at two, and at one or two in turn, until all events have been, or `until` says so.
+    """Disturb trainings at one process, at two, and at one or two in turn, until all events are done or `until()`.
 
-    `only`: events of that kind.
+    `only`: kind of the events.
 
     Raises:
         LostError, HangError: at the first thing that does not hold; what it left stays in `out`.
     """
     draws, done, trainings = random.Random(seed), 0, []
     while done < events and not until():
-        mode = (1, 2, 0)[len(trainings) % 3]  # 0: another number at each start
+        mode = (1, 2, 0)[len(trainings) % 3]  # 0: one or two at each start
         training = training_in(out / f"disturbed-{seed}-{len(trainings)}", shards)
         trainings.append(training)
-        while training.steps_done < STEPS and done < events and len(training.records) < _MAX_EVENTS_A_TRAINING:
+        while training.steps_done < STEPS and done < events and len(training.records) < _MAX_EVENTS_PER_TRAINING:
             event = draw(draws, done, mode or draws.choice([1, 2]), only)
             try:
                 record = training.disturb(event)

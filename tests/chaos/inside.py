@@ -1,7 +1,7 @@
-"""What runs inside a rank: the tiny network, and the faults that only the process itself can make.
+"""Code that runs inside a rank: the tiny network, and the faults that only the process itself can cause.
 
-Python's own calls are replaced (os.fsync, os.rename, os.replace, io.open, Path.read_bytes), for paths of the run's
-checkpoints and model only: everything above them is the program as it is.
+It replaces Python's own calls (os.fsync, os.rename, os.replace, io.open, Path.read_bytes), only for paths of the run's
+checkpoints and model. The rest of the program is unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .events import Event
 
 
 class Tiny(nn.Module):
-    """A network of 10,000 numbers instead of 11 million, with BatchNorm: a save is milliseconds, as is a step."""
+    """A network of 10,000 parameters instead of 11 million, with BatchNorm: a save or a step takes milliseconds."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Tiny(nn.Module):
 
 
 def prepare(event: Event | None, run: Path, rank: int) -> None:
-    """Before `train.main`: puts the tiny network in, and the event's fault."""
+    """Install the tiny network and the event's fault, before `train.main`."""
     resnet.build = lambda arch, num_classes, **_: Tiny(num_classes)  # type: ignore[assignment, return-value]
     if event is None:
         return
@@ -58,8 +58,8 @@ def prepare(event: Event | None, run: Path, rank: int) -> None:
 
 def _die(event: Event) -> None:
     if event.target == "all" and event.signal == "SIGKILL":
-        os.killpg(0, signal.SIGKILL)  # the ranks of an attempt are a group
-    os.kill(os.getpid(), signal.Signals[event.signal])  # else each rank comes here, and a second SIGINT would kill it
+        os.killpg(0, signal.SIGKILL)  # the ranks of an attempt are a process group
+    os.kill(os.getpid(), signal.Signals[event.signal])  # one signal per rank: a second SIGINT would kill it
 
 
 def _fail(event: Event, file: Any, content: bytes) -> None:
@@ -70,7 +70,7 @@ def _fail(event: Event, file: Any, content: bytes) -> None:
 
 
 def _at_writes(run: Path, nth: int, only: str, act: Callable[[Any, bytes], None]) -> None:
-    """Calls `act` instead of the nth operation, counted over all kinds or over `only`."""
+    """Call `act` instead of the nth operation, counted over all kinds or over `only`."""
     done = 0
 
     def happens(kind: str, path: str) -> bool:
@@ -136,7 +136,7 @@ def _at_evaluation(event: Event) -> None:
 
 
 def _at_reads(run: Path, event: Event) -> None:
-    """The first read of weights in the newest checkpoint goes wrong: what lies on the disk is whole."""
+    """Make the first read of weights in the newest checkpoint fail; the files on the disk are whole."""
     real, done = Path.read_bytes, False
 
     def read_bytes(self: Path) -> bytes:

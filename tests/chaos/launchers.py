@@ -1,6 +1,6 @@
-"""Attempts through the launchers that users have: a signal to the launcher, to its ranks, to all of them.
+"""Attempts with the launchers of users: a signal to the launcher, to its ranks, or to all of them.
 
-As slow as real starts are. What the launcher and the ranks are is seen from outside only, in /proc.
+As slow as real starts. The launcher and the ranks are found from outside only, in /proc.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .harness import EVERY_STEPS, STEPS, LostError, Training, compare, training_
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("program.py")
-LIMIT_S = 180.0  # for an attempt, and for what it leaves behind: two cores may be busy with other things
+LIMIT_S = 180.0  # for an attempt and its remaining processes; two cores may be busy
 _POLL_S = 0.01
 
 LAUNCHERS = {"accelerate, one process": 1, "accelerate, two": 2, "torchrun, two": 2}
@@ -37,10 +37,10 @@ TARGETS = ("the launcher", "its process group, as Ctrl-C", "all ranks", "rank 0"
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """One attempt through a launcher, and the signal that ends it.
+    """One attempt with a launcher, and the signal that ends it.
 
-    after_steps: of this attempt, before it is sent; 0: as soon as there is whom to send it to, among the imports
-    delay_s: after that
+    after_steps: steps of this attempt before the signal; 0: as soon as the processes exist, during the imports
+    delay_s: delay after that
     """
 
     number: int
@@ -56,13 +56,13 @@ class Shot:
 
     @property
     def name(self) -> str:
-        """The row of the table that it belongs to."""
+        """The row of the shot in the table."""
         return f"{self.launcher}: {self.target}"
 
     @property
     def asks(self) -> bool:
-        """Whether the run must save: it is asked, or told by the kernel that its launcher is gone. Before the first
-        step nobody may listen yet, and a SIGINT that comes a second time, from the launcher, is one to leave at once.
+        """Whether the run must save: it receives a signal, or the kernel reports the end of its launcher. Before the
+        first step it may have no handler yet, and a second SIGINT, from the launcher, makes it exit immediately.
         """
         if self.after_steps == 0 or (self.signal == "SIGINT" and self.target == "launcher and ranks"):
             return False
@@ -73,23 +73,23 @@ class Shot:
 class Ended:
     """How an attempt ended."""
 
-    stopped: bool  # with the mark that it saved and can go on
-    seconds: float  # from the signal until the launcher and all ranks were gone; 0 where none was sent
+    stopped: bool  # with the mark that it saved and can resume
+    seconds: float  # from the signal until the launcher and all ranks had ended; 0 if no signal was sent
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A shot and what came of it."""
+    """A shot and its result."""
 
     shot: Shot
     ended: Ended
-    training: int  # its number
+    training: int  # number of the training
     steps_lost: int
     finished: bool
 
     @property
     def outcome(self) -> str:
-        """In words, for the table."""
+        """The result in words, for the table."""
         if self.finished:
             return "finished all the same"
         if self.ended.stopped:
@@ -98,7 +98,7 @@ class Record:
 
 
 def deck(draws: random.Random) -> Iterator[tuple[str, str]]:
-    """(target, signal), each pair as often as another."""
+    """Yield (target, signal); all pairs are equally frequent."""
     while True:
         pairs = list(product(TARGETS, SIGNALS))
         draws.shuffle(pairs)
@@ -106,17 +106,17 @@ def deck(draws: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def draw(draws: random.Random, number: int, launcher: str, pair: tuple[str, str], *, steps_left: int) -> Shot:
-    """One in six comes among the imports, the others within the next twelve steps: a quarter of a training."""
+    """Draw a shot: one in six during the imports, the others within the next twelve steps, a quarter of a training."""
     after = 0 if draws.random() < 1 / 6 else draws.randint(1, max(1, min(12, steps_left)))
     delay_s = draws.uniform(0, 3) if after == 0 else draws.uniform(0, 0.1)
     return Shot(number, launcher, *pair, after, round(delay_s, 4))
 
 
 def launched(shot: Shot, arguments: list[str], run: Path) -> Ended:
-    """Starts the program, sends the signal, and waits until nobody of it is left.
+    """Start the program, send the signal, and wait until all its processes have ended.
 
     Raises:
-        HangError: somebody still is after LIMIT_S.
+        HangError: a process still runs after LIMIT_S.
     """
     mark = run / "RESUMABLE"
     mark.unlink(missing_ok=True)
@@ -131,12 +131,12 @@ def launched(shot: Shot, arguments: list[str], run: Path) -> Ended:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a process group of its own, as a shell gives it
+            start_new_session=True,  # its own process group, as in a shell
         ) as process,
     ):
         began = time.monotonic()
         while process.poll() is None or _ranks(run):
-            if not sent_at and process.poll() is None and _steps_said(log, said_before) >= shot.after_steps:
+            if not sent_at and process.poll() is None and _num_steps_logged(log, said_before) >= shot.after_steps:
                 sent_at = _send(shot, process.pid, run)
             if time.monotonic() - began > LIMIT_S:
                 for pid in (*_ranks(run).values(), *([] if process.poll() is not None else [process.pid])):
@@ -157,7 +157,7 @@ def _command(launcher: str) -> list[str]:
 
 
 def _send(shot: Shot, launcher: int, run: Path) -> float:
-    """Sends the signal, once those are there whom it is for; returns when, or 0 where they are not yet."""
+    """Send the signal if all ranks exist. Return the time, or 0 if a rank is missing."""
     ranks, number = _ranks(run), signal.Signals[shot.signal]
     if len(ranks) < shot.processes:
         return 0.0
@@ -185,8 +185,8 @@ def _kill(pid: int, number: int) -> None:
 
 
 def _ranks(run: Path) -> dict[int, int]:
-    """rank -> pid of the program's processes that train in `run`; not of their launcher, which has the same arguments
-    after its own."""
+    """Return rank -> pid of the processes that train in `run`, without their launcher, whose arguments end with
+    theirs."""
     found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -200,8 +200,8 @@ def _ranks(run: Path) -> dict[int, int]:
     return found
 
 
-def _steps_said(log: Path, after: int) -> int:
-    """Lines with a step since the attempt began: its log has those of all attempts."""
+def _num_steps_logged(log: Path, after: int) -> int:
+    """Count the lines with a step since the start of the attempt: the log has the lines of all attempts."""
     with log.open("rb") as file:
         file.seek(after)
         return sum(line.startswith(b"step ") for line in file)
@@ -210,12 +210,13 @@ def _steps_said(log: Path, after: int) -> int:
 def disturb_launched(
     out: Path, shards: Path, *, events: int, seed: int, say: Callable[[str], None], until: Callable[[], bool]
 ) -> list[Record]:
-    """Trainings through `accelerate launch` with one process, through it and torchrun with two, and through any of
-    them, until all events have been, or `until` says so. What is left of each is done without a launcher, and it is
+    """Disturb trainings of `accelerate launch` with one process, of it and torchrun with two, and of any of them.
+
+    Ends when all events are done or `until()`. The rest of each training runs without a launcher, and the training is
     compared with an undisturbed one.
 
     Raises:
-        LostError, HangError: at the first thing that does not hold; what it left stays in `out`.
+        LostError, HangError: at the first failed check; its files stay in `out`.
     """
     draws, records, trainings = random.Random(seed), list[Record](), 0
     one, accelerate, torchrun = LAUNCHERS
@@ -241,7 +242,7 @@ def disturb_launched(
 
 
 def _shoot(training: Training, shot: Shot, number: int) -> Record:
-    """One attempt with its signal, and the checks."""
+    """Run one attempt with its signal, and check the result."""
     ended = launched(shot, training.arguments, training.run)
     kept, done = training.newest_whole(), training.steps_done
     record = Record(shot, ended, number, max(0, done - kept), finished=kept == STEPS and not ended.stopped)
@@ -259,12 +260,12 @@ def _shoot(training: Training, shot: Shot, number: int) -> Record:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown: a row for each launcher and target."""
+    """Return a Markdown table with a row for each launcher and target."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record.shot.name].append(record)
     lines = [
-        "| signal to | which | how the attempt ended | steps to do again: most | s until all were gone: median, most |",
+        "| signal to | signals | how the attempt ended | repeated steps: most | s until all had ended: median, most |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, group in sorted(groups.items()):
@@ -273,6 +274,6 @@ def table(records: list[Record]) -> str:
             for words in ([record.shot.signal for record in group], [record.outcome for record in group])
         )
         seconds = [record.ended.seconds for record in group if record.ended.seconds]
-        waits = f"{statistics.median(seconds):.1f}, {max(seconds):.1f}" if seconds else "none was sent"
+        waits = f"{statistics.median(seconds):.1f}, {max(seconds):.1f}" if seconds else "not sent"
         lines.append(f"| {name} | {signals} | {outcomes} | {max(r.steps_lost for r in group)} | {waits} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""wasteddp/train.py with the tiny network, for the launchers that users have; only `python -m tests.chaos` runs it."""
+"""wasteddp/train.py with the tiny network, for real launchers; only `python -m tests.chaos` runs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from wasteddp.training.watchdog import signals
 
 if __name__ == "__main__":
-    signals.install()  # where train.py does it: before torch is imported
+    signals.install()  # as in train.py, before torch is imported
 
 from tests.chaos import inside
 from wasteddp import train

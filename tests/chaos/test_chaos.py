@@ -1,4 +1,4 @@
-"""The short form: twenty disturbances, forked, and one through torchrun; the long ones are `python -m tests.chaos`."""
+"""The short form: twenty disturbances of forked ranks, one of torchrun. `python -m tests.chaos` is the long form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def chaos(folder: Path, *arguments: str) -> str:
-    # a process of its own, since it forks: here pytest may have threads
+    # in its own process, since it forks: pytest may have threads
     command = [sys.executable, "-m", "tests.chaos", *arguments, "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     logs = "".join(path.read_text()[-2000:] for path in folder.glob("*-*.log"))

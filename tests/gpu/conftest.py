@@ -1,8 +1,8 @@
-"""What the tests of this folder share: memory that one leaves to the next, and a report of what they measured.
+"""Fixtures of the GPU tests: they free the memory of each test, and report measurements.
 
     python -m pytest -m gpu
 
-Each module marks its tests with `pytestmark = ON_A_GPU`, so that they are skipped where there is no GPU.
+Each module marks its tests with `pytestmark = ON_A_GPU`, so that they are skipped without a GPU.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _full_width(full_width: None) -> None:
-    """What is measured here is a user's network."""
+    """Measure the networks of users, not narrow ones."""
 
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Takes a line with a number and its unit; printed at the end of the run."""
+    """A function that takes a line with a number and its unit; the line is printed at the end of the run."""
     return request.config.stash.setdefault(_MEASURED, []).append
 
 
@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(autouse=True)
 def _memory_is_given_back() -> Iterator[None]:
-    """What a test leaves in torch's cache is memory that the next one would not find."""
+    """Empty torch's cache: the next test could not use its memory."""
     yield
     if torch.cuda.is_available():
         gc.collect()

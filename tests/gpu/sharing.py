@@ -1,4 +1,4 @@
-"""The training program with ranks that share one GPU, over gloo, since NCCL refuses that. Only tests run it."""
+"""The training program with ranks that share one GPU, over gloo, since NCCL refuses it. Only tests run it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ from wasteddp.training.watchdog.hard_exit import leave
 if __name__ == "__main__":
     signals.install()  # as train.py does when it is the program
     os.environ["LOCAL_RANK"] = "0"  # Accelerate takes the device from it, and DDP its number
-    assert runtime.PartialState is PartialState  # what joins the ranks, and is replaced here
+    assert runtime.PartialState is PartialState  # joins the ranks; it is replaced here
     runtime.PartialState = partial(PartialState, backend="gloo")  # type: ignore[assignment,misc]
     leave(main())

@@ -1,4 +1,4 @@
-"""`evaluate` and `predict` on a GPU: by processes, as is the default there, the answers of threads."""
+"""`evaluate` and `predict` on a GPU: processes, the default there, give the answers of threads."""
 
 from __future__ import annotations
 

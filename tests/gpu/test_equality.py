@@ -1,4 +1,4 @@
-"""A GPU gives what a CPU gives."""
+"""A GPU gives the results of a CPU."""
 
 from __future__ import annotations
 

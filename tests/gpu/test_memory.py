@@ -1,4 +1,4 @@
-"""How many images at once fit on a GPU."""
+"""The largest micro-batch that fits on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings on one GPU: the same bits with run.deterministic, killed or not; without it nearly the same."""
+"""Trainings on one GPU: the same bits with run.deterministic, killed or not; nearly the same without it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainings import ROOT, config_of, final_weights, kill_all, launch, launch_c
 pytestmark = [*ON_A_GPU, pytest.mark.slow]
 
 DEVICE = "cuda"
-# bf16 takes other kernels than fp32, channels_last others than plain memory
+# bf16 uses other kernels than fp32, and channels_last others than contiguous memory
 WAYS = [
     {"precision": "fp32"},
     {"precision": "bf16"},
@@ -30,7 +30,7 @@ WAYS = [
 
 
 def plain(folder: Path, shards: Path, *overrides: str) -> list[str]:
-    """Arguments of a training of twelve steps in `folder / run`, without run.deterministic."""
+    """Return the arguments of a training of twelve steps in `folder / run`, without run.deterministic."""
     folder.mkdir()
     overrides = ("run.record_steps=true", "train.epochs=3", *overrides)
     return config_of(folder, shards) + [part for override in overrides for part in ("--set", override)]
@@ -44,7 +44,7 @@ def train(arguments: list[str]) -> str:
 
 
 def train_and_kill(arguments: list[str], run: Path) -> None:
-    """kill -9 after the third of the twelve steps, then the same command again."""
+    """Send SIGKILL after the third of the twelve steps, then run the same command again."""
     with subprocess.Popen(launch_command(arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -56,7 +56,7 @@ def train_and_kill(arguments: list[str], run: Path) -> None:
 
 
 def steps(run: Path) -> dict[int, dict[str, Any]]:
-    """By step: hashes of the samples, the images and the weights; of a step that was done twice, the later ones."""
+    """Return the hashes of samples, images and weights by step; for a repeated step, the later ones."""
     lines = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     return {line["step"]: line for line in lines}
 
@@ -66,8 +66,8 @@ def inputs(run: Path) -> list[tuple[Any, Any]]:
 
 
 def flat(weights: bytes) -> torch.Tensor:
-    """All weights in the order of their names; BatchNorm's statistics are left out."""
-    named = sorted(load(weights).items())  # safetensors gives them in any order
+    """Return all weights in the order of their names, without BatchNorm's statistics."""
+    named = sorted(load(weights).items())  # safetensors does not define an order
     return torch.cat([t.reshape(-1).float() for name, t in named if "running" not in name and "num_b" not in name])
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a state on a GPU: the bytes of the save's step, and a loop that does not wait for them."""
+"""Checkpoints of a state on a GPU: they hold the bytes of their step, and the loop does not wait for them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Full(Gpu):
 
 
 def on_gpu(value: int) -> dict[str, State]:
-    """The state of test_state_copy, but for the optimizer's step on the GPU."""
+    """Return the state of test_state_copy on the GPU, except for the optimizer's step."""
     return {
         name: {key: tensor if key == "step" else tensor.detach().cuda() for key, tensor in state.items()}
         for name, state in states(value).items()
@@ -50,7 +50,7 @@ def test_the_saved_bytes_are_those_of_the_step_although_training_goes_on(tmp_pat
         for step in (1, 2, 3):
             given = make(step)
             if name == "gpu":
-                torch.cuda._sleep(BUSY_CYCLES)  # what is launched next comes later
+                torch.cuda._sleep(BUSY_CYCLES)  # delays the kernels that are launched next
             writer.save(Progress(LINEAGE, step=step), given, "a: 1\n")
             change(given)
         writer.close()
@@ -70,7 +70,7 @@ def test_the_loop_does_not_wait_for_the_gpu(measured: Callable[[str], None]) -> 
         given = {"model": model.state_dict(), "optimizer": momenta}
         torch.cuda.synchronize()
         began = time.perf_counter()
-        if number == 0:  # memory is allocated
+        if number == 0:  # the first save allocates memory
             fetch = copy.begin(given)
             waits.append(1000 * (time.perf_counter() - began))
         else:

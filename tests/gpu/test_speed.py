@@ -1,4 +1,4 @@
-"""What a start decides on a GPU by its speed: the precision, and whether the network is compiled."""
+"""Decisions of a start by the measured speed of the GPU: the precision, and whether to compile the network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_auto_takes_one_precision_and_leaves_no_trace(measured: Callable[[str], 
     assert world.images_per_s > 0
     assert (world.accelerator.scaler is not None) == (world.precision == "fp16")
     assert torch.equal(torch.cuda.get_rng_state(), random)
-    assert torch.cuda.memory_allocated() - taken < 100e6  # cuBLAS keeps a workspace; the weights alone are 100 MB
+    assert torch.cuda.memory_allocated() - taken < 100e6  # cuBLAS keeps a workspace; the weights take 100 MB
 
 
 def arguments_of(folder: Path, shards: Path, *overrides: str) -> list[str]:
@@ -121,7 +121,7 @@ def test_a_compiled_network_learns_nearly_the_same_weights(
 
 
 def run(program: str) -> list[str]:
-    """The words that it prints last, in a process of its own: torch warns there, and keeps what it compiled."""
+    """Run a program in its own process: torch warns, and keeps compiled code. Return the words of its last line."""
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT, timeout=400
     )

@@ -1,4 +1,4 @@
-"""Two ranks that share one GPU over gloo: the samples of one rank, nearly its weights, and a resume at one and two."""
+"""Two ranks that share one GPU over gloo: the samples and nearly the weights of one rank, and resumes."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def launch(ranks: int, arguments: list[str]) -> str:
 
 
 def steps(run: Path) -> list[tuple[Any, Any]]:
-    """Which samples each step took, and the bits of their images."""
+    """Return the hashes of the samples and of the images of each step."""
     lines = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     return [(line["samples"], line["images"]) for line in lines]
 
 
 def assert_near(run: Path, other: Path) -> None:
-    """The last weights: cuDNN adds in another order each time, and so do two ranks."""
+    """Compare the last weights: cuDNN, and two ranks, add in another order each time."""
     weights, others = load(final_weights(run)), load(final_weights(other))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        if "running" not in name and "num_batches" not in name:  # each rank's own, reconciled as a mean
+        if "running" not in name and "num_batches" not in name:  # each rank has its own; the checkpoint has the mean
             assert torch.allclose(tensor, others[name], atol=5e-3), name
 
 

@@ -1,4 +1,4 @@
-"""What the host launches on a GPU without waiting for it."""
+"""Operations that the host launches on a GPU without waiting for it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_step_for_large_batches(name: str, may_skip: bool) -> None:
     values = gradients(model, 0)
     for key, parameter in model.named_parameters():
         parameter.grad = torch.from_numpy(values[key]).float().cuda()
-    optimizer.step()  # makes the state
+    optimizer.step()  # creates the state
     with no_wait_for_the_gpu():
         optimizer.step()
 

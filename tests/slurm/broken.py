@@ -1,8 +1,8 @@
 """python -m tests.slurm.broken [WORD ...]: shows that the tests of this folder can fail.
 
-Each line that they guard is broken in a copy of the checkout, one at a time; the test that must notice runs there,
-alone, and must fail with the words that belong to that line. Before that, all of them pass on the copy as it is. WORDs
-choose: parts of a test's name, or of a file's. Prints a table; the exit code is 1 if something was not noticed.
+It breaks each guarded line in a copy of the checkout, one at a time. The test of that line runs there alone and must
+fail with the words that belong to the line. Before that, all tests must pass on the unchanged copy. WORDs select lines
+by a part of the test's or the file's name. Prints a table; the exit code is 1 if a broken line was not noticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 SLURM = "wasteddp/training/watchdog/slurm.py"
 FOLDER = "tests/slurm"
-LIMIT_S = 200  # for what never comes any more: a scene alone takes 60 s
+LIMIT_S = 200  # for an event that never happens; a scene alone takes 60 s
 TRAIN, COMMON, SHARD, SITE, STAGE = (
     f"slurm/{name}.sh" for name in ("train", "common", "shard", "site.example", "stage")
 )
@@ -30,9 +30,9 @@ TRAIN, COMMON, SHARD, SITE, STAGE = (
 class Line(NamedTuple):
     test: str  # FILE::NAME
     file: str
-    text: str  # is once in the file
+    text: str  # occurs once in the file
     broken: str
-    seen: str  # a regular expression of what pytest says, in the lines that it begins with E
+    seen: str  # a regular expression for pytest's output, in the lines that start with E
 
 
 class Verdict(NamedTuple):
@@ -70,7 +70,7 @@ def job(test: str, *lines: tuple[str, str, str, str]) -> Iterable[Line]:
     return guarded(f"test_jobs.py::test_{test}", *lines)
 
 
-# What stands in a line of Python or bash is quoted as it is there.
+# Lines of Python and bash are quoted verbatim.
 LINES = (
     # --- without a cluster --------------------------------------------------------------------------------------------
     *world(
@@ -237,12 +237,12 @@ LINES = (
             SLURM,
             "(out / MISTAKE_MARK).touch()",
             "pass",
-            "== 1|something is to be fixed",
+            "== 1|there is an error to fix",
         ),
     ),
     *job(
         "a_mistake_in_the_settings_ends_before_anything_is_launched",
-        (TRAIN, '\ncode=$?\nif [ "$code" = 2 ]', '\ncode=0\nif [ "$code" = 2 ]', "the settings are to be fixed"),
+        (TRAIN, '\ncode=$?\nif [ "$code" = 2 ]', '\ncode=0\nif [ "$code" = 2 ]', "the settings have an error"),
     ),
     *job(
         "nodes_that_do_not_know_of_each_other_are_refused",
@@ -295,7 +295,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def copied(to: Path) -> Path:
-    """The files of the checkout that git knows or would take."""
+    """Copy the files of the checkout that git tracks or would add."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
@@ -317,10 +317,10 @@ def broken(line: Line, checkout: Path) -> Verdict:
 
 
 def run(tests: Sequence[str], checkout: Path, **environment: str) -> tuple[bool, str, float]:
-    """Whether they passed, what pytest says of why not, and how long it took."""
+    """Run the tests. Return whether they passed, pytest's error lines, and the seconds that they took."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{FOLDER}/{test}" for test in tests)]
     if all(test.startswith("test_templates.py") for test in tests):
-        command.append(f"--confcutdir={FOLDER}")  # they need nothing of tests/conftest.py, which imports torch
+        command.append(f"--confcutdir={FOLDER}")  # they do not need tests/conftest.py, which imports torch
     began = time.monotonic()
     environment = {**os.environ, **environment}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A real Slurm for the tests: `cluster.sh` brings it up, and what is run here runs on its login node."""
+"""A real Slurm for the tests: `cluster.sh` starts it, and `Cluster.run` runs commands on its login node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
-LIMIT_S = float(os.environ.get("SLURM_TESTS_LIMIT_S", "600"))  # many times what it takes: only what never comes fails
+LIMIT_S = float(os.environ.get("SLURM_TESTS_LIMIT_S", "600"))  # far above the usual time of any event
 
 Found = TypeVar("Found")
 
@@ -46,7 +46,7 @@ class Cluster:
     pid: int  # of a process inside
 
     def run(self, *command: str, environment: Mapping[str, str] | None = None) -> str:
-        """On the login node, in the checkout. Returns what it prints."""
+        """Run a command on the login node, in the checkout. Return its output."""
         user = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
         enter = ["nsenter", f"--target={self.pid}", *user, "--net", "--mount", "--uts", "--ipc", "--pid"]
         inside = Path(f"/proc/{self.pid}/environ").read_text().split("\0")
@@ -62,7 +62,7 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, log: Path, *command: str, environment: Mapping[str, str] | None = None) -> Job:
-        """`sbatch` with that log; the job sees two CPUs a node, no GPU, and no more than ten minutes."""
+        """Submit a job with this log, two CPUs per node, no GPU, and a limit of ten minutes."""
         usual = ["--parsable", f"--output={log}", "--gpus-per-node=0", "--cpus-per-task=2", "--time=10"]
         return Job(self, self.run("sbatch", *usual, *command, environment=environment), log)
 
@@ -80,7 +80,7 @@ class Job:
         return self.log.read_text() if self.log.exists() else ""
 
     def seen(self, pattern: str) -> re.Match[str]:
-        """Waits until the log has it."""
+        """Wait until the log matches the pattern."""
 
         def look() -> re.Match[str] | None:
             found = re.search(pattern, self.text())
@@ -95,7 +95,7 @@ class Job:
         return self.cluster.run("squeue", "-h", "-t", "all", "-j", self.id + element, "-o", "%T").splitlines()[0]
 
     def end(self, element: str = "") -> str:
-        """Waits until it has ended permanently; its last state."""
+        """Wait until the job has ended permanently. Return its last state."""
         try:
             until(lambda: self.state(element) in ENDED, f"waiting for the end of job {self.id}{element} of {self.log}")
         except AssertionError as error:
@@ -103,7 +103,7 @@ class Job:
         return self.state(element)
 
     def warn(self, element: str = "") -> None:
-        """What --signal=B:USR1@300 does 300 s before the limit."""
+        """Send the signal that --signal=B:USR1@300 sends 300 s before the limit."""
         self.cluster.run("scancel", "--signal=USR1", "--batch", self.id + element)
 
 
@@ -121,16 +121,16 @@ def cluster_of(num_nodes: int) -> Iterator[Cluster]:
             if line == "ready\n":
                 break
         assert lines[-1:] == ["ready\n"], "the cluster did not come up:\n" + "".join(lines)
-        # the process that was started is `unshare`; its child is the first inside
+        # the started process is `unshare`; its child is the first process inside
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         cat = Path(f"/proc/{children[0]}/task/{children[0]}/children").read_text().split()[-1]
         try:
             yield Cluster(int(cat))
         finally:
-            process.stdin.close()  # `cat` ends, and with it everything
+            process.stdin.close()  # `cat` ends, and with it the cluster
 
 
 def _clean_environment() -> dict[str, str]:
-    """This checkout and no leftovers of a job that these tests may themselves run in."""
+    """The environment with this checkout, without variables of a job that runs these tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "PYTEST"))}
     return {**kept, "PATH": SYSTEM_PATH, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

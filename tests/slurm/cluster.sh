@@ -1,8 +1,8 @@
 #!/bin/bash
-# cluster.sh N COMMAND...: runs COMMAND on the login node of a throw-away Slurm cluster of N nodes, n1..nN: one real
-# slurmctld, one real slurmd a node, each node with a network, hostname and address of its own. Everything lives in the
-# namespaces of this one process tree: when COMMAND ends, all of it is gone. As root, or where users may have namespaces.
-# Needs slurmctld, slurmd, slurm-client, munge and iproute2. Exit code 70: the cluster did not come up; its logs are shown.
+# cluster.sh N COMMAND...: runs COMMAND on the login node of a temporary Slurm cluster of N nodes, n1..nN: one real
+# slurmctld, one real slurmd per node, each node with its own network, hostname and address. The cluster runs in the
+# namespaces of this process tree and ends with COMMAND. Needs root or user namespaces, and slurmctld, slurmd,
+# slurm-client, munge and iproute2. Exit code 70: the cluster did not start; its logs are printed.
 set -eu
 if [ -z "${CLUSTER_INSIDE:-}" ]; then
   [ "$(id -u)" = 0 ] && user=() || user=(--user --map-current-user --keep-caps)
@@ -19,11 +19,11 @@ mkdir "$dir/ctld" "$dir/dev"
 export CLUSTER_DIR=$dir SLURM_CONF=$dir/slurm.conf
 
 mount -t tmpfs tmpfs /run
-mkdir /run/netns                          # the names that `ip netns` gives are then ours alone
+mkdir /run/netns                          # so that the names of `ip netns` are private
 {
   echo 127.0.0.1 localhost
   echo $net.254 head
-  # the mapped address too: torch listens on both families and warns of each connection it cannot name
+  # the mapped address too: torch listens on both families and warns about each connection without a name
   for i in $(seq "$num_nodes"); do echo "$net.$i n$i"; echo "::ffff:$net.$i n$i"; done
 } >"$dir/hosts"
 mount --bind "$dir/hosts" /etc/hosts
@@ -33,7 +33,7 @@ ip link add br0 type bridge
 ip addr add $net.254/24 dev br0
 ip link set br0 up
 
-for i in {0..7}; do ln -s /dev/null "$dir/dev/nvidia$i"; done     # gres.conf wants files
+for i in {0..7}; do ln -s /dev/null "$dir/dev/nvidia$i"; done     # gres.conf needs files
 sed "s#@DIR@#$dir#g; s#@N@#$num_nodes#g; s#@USER@#$(id -un)#g" "$here/slurm.conf" >"$SLURM_CONF"
 echo "NodeName=n[1-$num_nodes] Name=gpu File=$dir/dev/nvidia[0-7]" >"$dir/gres.conf"
 (umask 077; head -c 128 /dev/urandom >"$dir/munge.key")

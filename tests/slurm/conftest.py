@@ -9,7 +9,7 @@ from cluster import Cluster, cluster_of, why_not
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Where Slurm cannot run, skipped with the reason; failed if WASTEDDP_REQUIRE_SLURM is set, as .ci/run does."""
+    """A cluster. If Slurm cannot run, skip with the reason, or fail if WASTEDDP_REQUIRE_SLURM is set, as in .ci/run."""
     if reason := why_not():
         if os.environ.get("WASTEDDP_REQUIRE_SLURM"):
             pytest.fail(f"Slurm is required here: {reason}")

@@ -1,6 +1,6 @@
 #!/bin/bash
-# node.sh start|kill nX, inside cluster.sh. kill: every process of the node dies at once, as at a power failure; start it
-# again only when sinfo shows it down.
+# node.sh start|kill nX, inside cluster.sh. kill: every process of the node is killed, as by a power failure; start it
+# again only when sinfo shows it as down.
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 node=$2 i=${2#n}

@@ -1,7 +1,7 @@
-"""Jobs of slurm/train.sh and slurm/evaluate.sh on a real Slurm, with the real trainer on real shards.
+"""Jobs of slurm/train.sh and slurm/evaluate.sh on a real Slurm, with the real training program on real shards.
 
-What must happen to a job is started for all at once, each on nodes of its own, and looked at test by test: most of the
-time is Slurm's waiting. Each test names the line that it guards, and how to break it to see the test fail.
+The scenes of all tests run concurrently, each on its own nodes, because Slurm waits most of the time; each test
+examines its scenes. Each test names the line that it guards, and how the test fails when the line is broken.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster import ROOT, Cluster, Job, until
 from safetensors.torch import load
 from trainings import final_weights, rows
 
-# 20 steps, of which each is noted and saved. A small rate: rounding errors of another order of sums must not grow.
+# 20 steps; each is logged and saved. The rate is small, so that rounding errors of another order of sums do not grow.
 CONFIG = """
 precision: fp32
 run: {threads: 1}
@@ -35,7 +35,7 @@ checkpoint: {every_steps: 1}
 track: {wandb: disabled}
 """
 LAST = "step 20/20"
-# A site whose trainer is killed by the machine, as by its out-of-memory killer, before it can say anything.
+# A site that kills the training program before it prints anything, as the kernel's out-of-memory killer would.
 CRASHING_SITE = """
 MAX_CRASHES=1
 INSIDE=(bash -c 'case "$*" in *train.py*) kill -9 $$ ;; esac; exec "$@"' inside)
@@ -62,7 +62,7 @@ class Scene(NamedTuple):
         )
 
     def processes(self, program: str) -> list[int]:
-        """Those of this scene's run that are there. `/proc` of this machine has the nodes' processes too."""
+        """The running processes of this scene's run. `/proc` of this machine lists the nodes' processes too."""
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):  # it ended meanwhile
@@ -81,7 +81,7 @@ def undisturbed(scene: Scene) -> Ran:
 
 
 def alone(scene: Scene) -> Ran:
-    """One process; by the site's file in a partition that is not the default, reading from the node's own disk."""
+    """One process. The site's file selects a partition that is not the default, and the node's local disk."""
     site = scene.folder.with_suffix(".site.sh")
     site.write_text(f"export SBATCH_PARTITION=high\nLOCAL_DISK={scene.folder}/disk\n")
     options = "--parsable --gpus-per-node=0 --cpus-per-task=2 --time=10 --nodelist=n1"
@@ -95,7 +95,7 @@ def alone(scene: Scene) -> Ran:
 
 
 def warned(scene: Scene) -> Ran:
-    """While the launcher starts: nothing of the program is there yet to hear it."""
+    """Warns while the launcher starts, before the program can receive it."""
     job = scene.train("--nodes=2", "--nodelist=n3,n4")
     until(lambda: scene.processes("accelerate"), "waiting for the launcher")
     job.warn()
@@ -103,8 +103,8 @@ def warned(scene: Scene) -> Ran:
 
 
 def limited(scene: Scene) -> Ran:
-    """Slurm itself warns, 55 to 85 s from the start: it looks every 30 s, and so long ahead. Until then the training is
-    held, or it would have finished. A limit of one minute, the least, is too short for a busy machine to start in."""
+    """Slurm itself warns, 55 to 85 s after the start: it checks every 30 s, and looks 30 s ahead. Until then the
+    training is stopped, or it would finish. A limit of one minute, the smallest, is too short on a busy machine."""
     job = scene.train("--nodelist=n9", "--time=2", SBATCH_SIGNAL="B:USR1@35")
     job.seen("step 2/20|the time limit is near")
     held = scene.processes("train.py")
@@ -126,7 +126,7 @@ def preempted(scene: Scene) -> Ran:
 def node_killed(scene: Scene) -> Ran:
     job = scene.train("--nodes=2", "--exclude=n1,n2,n3,n4,n7,n9")
     job.seen("step 2/20")
-    scene.cluster.node("kill", "n6")  # n5 and n8 are left
+    scene.cluster.node("kill", "n6")  # n5 and n8 remain
     return scene.ended(job)
 
 
@@ -148,7 +148,7 @@ def cancelled(scene: Scene) -> Ran:
 
 
 def sweep(scene: Scene) -> Ran:
-    """Three seeds; element 1 alone is warned."""
+    """Two seeds; only element 1 is warned."""
     scene.folder.mkdir()
     log = scene.folder / "%a.txt"
     job = scene.train("--array=1-2", "--nodelist=n1", f"--output={log}")
@@ -174,7 +174,7 @@ def misspelt(scene: Scene) -> Ran:
 
 
 def apart(scene: Scene) -> Ran:
-    """Two nodes without the template: a launcher on each that knows nothing of the other."""
+    """Two nodes without train.sh: each has a launcher that does not know the other node."""
     scene.folder.mkdir()
     launch = "accelerate launch --quiet --config_file launch/accelerate/cpu.yaml wasteddp/train.py"
     step = f"srun {launch} --config {scene.config} --set run.out={scene.folder / 'run'}"
@@ -197,9 +197,9 @@ def outcomes(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Iterator[Mapping[str, Future[Ran]]]:
-    """Plays all that the chosen tests want to see, three at a time: on two cores more of them would start too slowly.
+    """Runs the scenes of the selected tests, three at a time: on two cores, more of them would start too slowly.
 
-    `limited` comes first and alone, since its time limit is real: it must start in less than a minute.
+    `limited` runs first and alone, since its time limit is real: it must start in less than a minute.
     """
     folder = tmp_path_factory.mktemp("jobs")
     config = folder / "config.yaml"
@@ -233,7 +233,7 @@ def outcome(outcomes: Mapping[str, Future[Ran]]) -> Callable[[str], Ran]:
 
 @pytest.mark.scenario("undisturbed")
 def test_two_nodes_train_as_one(outcome: Callable[[str], Ran]) -> None:
-    """Guards RANKS of train.sh: without the number of nodes it is 1, and the nodes refuse to train apart."""
+    """Guards RANKS of train.sh: without the number of nodes it is 1, and the nodes refuse to train separately."""
     two = outcome("undisturbed")
     assert two.state == "COMPLETED"
     assert "2 node(s) x 1 process(es), 0 GPU(s) each, on n[1-2]" in two.text
@@ -245,15 +245,15 @@ def test_two_nodes_train_as_one(outcome: Callable[[str], Ran]) -> None:
 
 @pytest.mark.scenario("alone", "undisturbed")
 def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Callable[[str], Ran]) -> None:
-    """Guards rank=world.rank of inputs.py: with rank 0 everywhere both nodes read the same, and the losses differ."""
+    """Guards rank=world.rank of dataloaders.py: with rank 0 both nodes read the same, and the losses differ."""
     one, two = outcome("alone"), outcome("undisturbed")
     assert [row["step"] for row in rows(one.run)] == [row["step"] for row in rows(two.run)] == list(range(1, 21))
     for ours, theirs in zip(rows(two.run), rows(one.run), strict=True):
-        # the loss of 12 images says which 12 they were, and how each was cropped and flipped
+        # the loss of 12 images depends on which images they are, and on their crops and flips
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
         assert ours.get("val/samples") == theirs.get("val/samples")
     weights_one, weights_two = load(final_weights(one.run)), load(final_weights(two.run))
-    # BatchNorm's statistics are no weights: each rank has its own, and what is saved is their mean
+    # without BatchNorm's statistics: each rank has its own, and their mean is saved
     learned = [name for name in weights_one if not re.search("running_|num_batches", name)]
     assert len(learned) == 62  # 20 convolutions, 20 norms of 2, the last layer's 2
     apart = {name: (weights_one[name] - weights_two[name]).abs().max().item() for name in learned}
@@ -262,14 +262,14 @@ def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Call
 
 @pytest.mark.scenario("warned", "undisturbed")
 def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> None:
-    """Guards `trap "" USR1` of common.sh and `warn` of train.sh: without the first the launchers die of the warning and
-    what is left has KillWait to save; if it is passed on at once nobody hears it, and the job is not requeued.
+    """Guards `trap "" USR1` of common.sh and `warn` of train.sh: without the first the warning kills the launchers,
+    and the other processes have KillWait to save; if `warn` does not wait, nothing receives it, and there is no requeue.
     """
     ran = outcome("warned")
     assert ran.state == "COMPLETED"
     step = re.search(r"stopped by SIGUSR1 at step (\d+) and saved", ran.text)
     assert step
-    assert "User defined signal" not in ran.text  # srun says so of a launcher that died of it
+    assert "User defined signal" not in ran.text  # srun prints it for a launcher that the signal killed
     assert "attempt 1: saved before the time limit; back into the queue" in ran.text
     assert f"step-{int(step[1]):08d}, attempt 2" in ran.text
     assert final_weights(ran.run) == final_weights(outcome("undisturbed").run)
@@ -285,7 +285,7 @@ def test_slurms_own_warning_before_a_real_limit_saves_requeues_and_goes_on(outco
     assert found
     began, warned, limit = (datetime.fromisoformat(time) for time in found.groups())
     assert began < warned < limit
-    assert timedelta(seconds=90) < limit - began <= timedelta(seconds=120)  # `began` is said when it has
+    assert timedelta(seconds=90) < limit - began <= timedelta(seconds=120)  # `began` is printed after the start
     assert limit - warned >= timedelta(seconds=30)
     assert "the batch system warns 35 s before its limit" in ran.text
     assert re.search(r"stopped by SIGUSR1 at step \d+ and saved", ran.text)
@@ -299,7 +299,7 @@ def test_slurms_own_warning_before_a_real_limit_saves_requeues_and_goes_on(outco
     "what", [pytest.param(name, marks=pytest.mark.scenario(name, "alone")) for name in ("preempted", "maintained")]
 )
 def test_a_job_that_slurm_takes_off_its_nodes_goes_on_by_itself(outcome: Callable[[str], Ran], what: str) -> None:
-    """Guards `trap 'ended=1' TERM` of train.sh: without it the batch shell dies, and cannot say how it ended.
+    """Guards `trap 'ended=1' TERM` of train.sh: without it the batch shell dies, and cannot report how the job ended.
 
     And #SBATCH --requeue: with --no-requeue the state is PREEMPTED.
     """
@@ -315,14 +315,14 @@ def test_a_job_that_slurm_takes_off_its_nodes_goes_on_by_itself(outcome: Callabl
 
 @pytest.mark.scenario("node_killed", "undisturbed")
 def test_a_job_whose_node_died_goes_on_by_itself(outcome: Callable[[str], Ran]) -> None:
-    """Guards #SBATCH --requeue: with --no-requeue it ends as NODE_FAIL. And the moment that train.sh waits before it
-    takes an end for a crash: the ranks that are left notice a death before Slurm does, and their step ends first."""
+    """Guards #SBATCH --requeue: with --no-requeue it ends as NODE_FAIL. And the wait of train.sh before it counts an
+    end as a crash: the remaining ranks detect a dead node before Slurm does, and their step ends first."""
     ran = outcome("node_killed")
     assert ran.state == "COMPLETED"
     assert "on n[5-6]" in ran.text
     assert "on n[5,8]" in ran.text
     assert "rank 1 of 2 gives no sign of life any more" in ran.text
-    assert "attempt 1: ended by Slurm; if it was preempted or its node failed, it comes back by itself" in ran.text
+    assert "attempt 1: ended by Slurm; if it was preempted or its node failed, Slurm requeues it" in ran.text
     assert not (ran.run / "crashes.txt").exists()
     assert "attempt 2: finished" in ran.text
     assert final_weights(ran.run) == final_weights(outcome("undisturbed").run)
@@ -369,28 +369,28 @@ def test_a_crash_is_requeued_so_often_and_no_more(outcome: Callable[[str], Ran])
 def test_a_number_of_nodes_that_does_not_divide_the_batch_is_refused_and_not_requeued(
     outcome: Callable[[str], Ran],
 ) -> None:
-    """Guards mistake_marked of batch_job.py: without the mark it counts as a crash, and is requeued."""
+    """Guards MISTAKE_MARK of slurm.py: without the mark it counts as a crash, and is requeued."""
     ran = outcome("mistaken")
     assert ran.state == "FAILED"
     assert ran.text.count("error: train.batch_size is 13 and there are 2 processes") == 1
-    assert "attempt 1: something is to be fixed, the message is above; not requeued" in ran.text
+    assert "attempt 1: there is an error to fix, its message is above; not requeued" in ran.text
     assert "attempt 2" not in ran.text
 
 
 @pytest.mark.scenario("misspelt")
 def test_a_mistake_in_the_settings_ends_before_anything_is_launched(outcome: Callable[[str], Ran]) -> None:
-    """Guards the check of the settings in train.sh: without it every node starts a launcher to find the mistake."""
+    """Guards the check of the settings in train.sh: without it every node starts a launcher first."""
     ran = outcome("misspelt")
     assert ran.state == "FAILED"
     assert "did you mean 'train.epochs'?" in ran.text
-    assert "attempt 1: the settings are to be fixed; not requeued" in ran.text
+    assert "attempt 1: the settings have an error; not requeued" in ran.text
     assert "launch.py" not in ran.text
     assert not list(ran.run.iterdir())
 
 
 @pytest.mark.scenario("apart")
 def test_nodes_that_do_not_know_of_each_other_are_refused(outcome: Callable[[str], Ran]) -> None:
-    """Guards refuse_other_world of batch_job.py: without it each node trains a model of its own, and says nothing."""
+    """Guards refuse_other_world of slurm.py: without it each node trains its own model."""
     ran = outcome("apart")
     assert ran.state == "FAILED"
     assert "Slurm started this step on 2 nodes; the launcher knows of 1 process(es)" in ran.text
@@ -399,7 +399,7 @@ def test_nodes_that_do_not_know_of_each_other_are_refused(outcome: Callable[[str
 
 @pytest.mark.scenario("alone")
 def test_the_sites_file_chooses_the_partition_and_a_disk_for_the_shards(outcome: Callable[[str], Ran]) -> None:
-    """Guards `source "$SITE"` of common.sh (no copy is made) and SBATCH_PARTITION (the partition is the default)."""
+    """Guards `source "$SITE"` of common.sh (no copy is created) and SBATCH_PARTITION (the partition is the default)."""
     ran = outcome("alone")
     assert ran.state == "COMPLETED"
     assert ran.text.startswith("partition high\n")
@@ -410,9 +410,9 @@ def test_the_sites_file_chooses_the_partition_and_a_disk_for_the_shards(outcome:
 
 @pytest.mark.scenario("undisturbed")
 def test_a_run_is_evaluated_by_a_job(cluster: Cluster, outcome: Callable[[str], Ran], tmp_path: Path) -> None:
-    """Guards evaluate.sh: without "$@" the split asked for is not the one measured."""
+    """Guards evaluate.sh: without "$@" another split than the requested one is measured."""
     run, script = outcome("undisturbed").run, f"{ROOT}/slurm/evaluate.sh"
     job = cluster.submit(tmp_path / "log.txt", "--nodelist=n1", script, str(run), "--split", "train")
     assert job.end() == "COMPLETED", job.text()
-    # `val` is there of the training, `test` is the default
+    # the training writes `val`, and `test` is the default
     assert (run / "evaluations" / "train" / "metrics.json").exists()

@@ -1,4 +1,4 @@
-"""slurm/shard.sh on a real Slurm: an array makes the set of one machine."""
+"""slurm/shard.sh on a real Slurm: an array writes the same set as one machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from small_run import write_images
 from wasteddp.sharding.build import Job as Sharding
 from wasteddp.sharding.build import Options, make_shards
 
-# A site on which the second element of the array that reads finds no image of its container, until it is repaired.
+# A site on which the second element of the reading array finds no container image, until it is repaired.
 SITE = """
 INSIDE=(bash -c 'if [ "$STAGE$SLURM_ARRAY_TASK_ID" = read2 ] && [ ! -e {repaired} ]; then exit 9; fi; exec "$@"' inside)
 """
@@ -26,7 +26,7 @@ def test_an_array_makes_the_set_of_one_machine_and_a_failed_element_is_repeated_
 ) -> None:
     """Guards --part of shard.sh: with 1/N for every element, the others' images are not read and the stage fails.
 
-    And the done-marks: without them the line submits all three elements again.
+    And the done-marks: without them the command submits all three elements again.
     """
     images = write_images(tmp_path / "images", {"train": (9, 8, 7), "test": (3, 2, 2)})
     make_shards(Sharding(images, tmp_path / "one" / "set", Options(shard_mb=0.02)), workers=1)

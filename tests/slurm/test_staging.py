@@ -1,4 +1,4 @@
-"""slurm/stage.sh: shards on a node's own disk."""
+"""slurm/stage.sh: shards on a node's local disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_staged_copy_is_made_once_verified_each_time_and_removed_if_it_is_dama
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     assert stage().returncode == 0
-    made = copy.stat().st_ctime_ns  # no inode: its number is taken again at once
+    made = copy.stat().st_ctime_ns  # not the inode: its number is reused immediately
     assert stage().returncode == 0
     assert copy.stat().st_ctime_ns == made
     tar = min(copy.glob("*.tar"))

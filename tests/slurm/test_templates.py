@@ -1,4 +1,4 @@
-"""What the templates make of what Slurm says, without a Slurm: `srun` and its kin are stand-ins that take notes."""
+"""The scripts without a Slurm: `srun` and the other programs are stand-ins that record their arguments."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"
 
-# Each notes its arguments, one a line. srun then runs the command after its options as the last node would, with Pyxis
-# in the image: as documented, that has its own PATH, nothing of the host but what is mounted, and begins in `/`.
+# Each stand-in records its arguments, one per line. srun then runs the command after its options as the last node
+# would, with Pyxis in the image. As documented, the image has its own PATH and only the mounted folders, and starts
+# in `/`.
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >>"$NOTES/srun"; echo >>"$NOTES/srun"
 path=$NOTES/bin:$PATH image='' mounts='' workdir=/
@@ -35,7 +36,7 @@ if [ -n "$image" ]; then
 fi
 PATH=$path SLURM_NODEID=$((nodes - 1)) exec "$@"
 """
-# The same of Apptainer, which begins where it is started.
+# The same for Apptainer, which starts in the current folder.
 APPTAINER = """#!/bin/bash
 printf '%s\\n' "$@" >>"$NOTES/apptainer"; echo >>"$NOTES/apptainer"
 [ "$1 $2 $3 $4" = "exec --nv --bind $PWD" ] || exit 1
@@ -70,14 +71,14 @@ Template = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def template(tmp_path: Path) -> Template:
-    """Runs a template, train.sh if none is named, as a job's batch script; `tmp_path` has the notes."""
+    """Run a script, by default train.sh, as the batch script of a job; `tmp_path` has the records."""
     for name, text in STAND_INS.items():
         write_program(tmp_path / name, text)
 
     def run(
         *arguments: str, site: str = "", cwd: Path = ROOT, nodes: int = 1, script: str = "train.sh", **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        (tmp_path / "site.sh").write_text(f"MAX_CRASHES=0  # a crash ends it, with its exit code\n{site}")
+        (tmp_path / "site.sh").write_text(f"MAX_CRASHES=0  # a crash ends the job, with its exit code\n{site}")
         given = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
         given |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **JOB}
         given |= {"NOTES": str(tmp_path), "SITE": str(tmp_path / "site.sh"), "RUN_OUT": str(tmp_path / "run")}
@@ -146,7 +147,7 @@ def test_nodes_without_gpus_may_have_several_processes(template: Template, tmp_p
 def test_the_launcher_takes_no_option_of_the_users_environment_and_has_time_for_a_save(
     template: Template, tmp_path: Path
 ) -> None:
-    """torchrun takes PET_MAX_RESTARTS for --max_restarts, and kills after 30 s what it has told to end."""
+    """torchrun reads --max_restarts from PET_MAX_RESTARTS, and kills ranks 30 s after it asked them to end."""
     template("--config", CONFIG, PET_MAX_RESTARTS="9")
     environment = environment_of(tmp_path)
     assert "PET_MAX_RESTARTS" not in environment
@@ -174,8 +175,8 @@ def test_the_python_of_the_checkout_goes_before_every_other(template: Template, 
 def test_every_step_runs_in_the_container_of_the_sites_example(
     template: Template, tmp_path: Path, container: str, image: str
 ) -> None:
-    """Apptainer and Pyxis as documented: with the lines of site.example.sh the image's own Python runs the program, in
-    the checkout, and takes signals like one that runs outside: nothing between it and Slurm dies of the warning."""
+    """Apptainer and Pyxis as documented: with the lines of site.example.sh the image's own Python runs the program in
+    the checkout, and receives signals as outside: the warning kills no process between it and Slurm."""
     example = (ROOT / "slurm" / "site.example.sh").read_text()
     site = example.replace(f"# {container}=", f"{container}=").replace("/images/wasteddp.", "/i/w.")
     done = template("--config", CONFIG, site=site, ENDS='kill -USR1 $$; pwd >"$NOTES/where"')
@@ -190,12 +191,12 @@ def test_every_step_runs_in_the_container_of_the_sites_example(
 def test_the_example_of_a_sites_file_can_be_used_as_it_is(template: Template, tmp_path: Path) -> None:
     example = (ROOT / "slurm" / "site.example.sh").read_text()
     assert template("--config", CONFIG, site=example).returncode == 0
-    sourced = ["bash", "-euc", f"source {tmp_path / 'site.sh'}; env"]  # what sbatch would see
+    sourced = ["bash", "-euc", f"source {tmp_path / 'site.sh'}; env"]  # as sbatch would
     seen = subprocess.run(sourced, capture_output=True, text=True, check=True).stdout.splitlines()
     assert {"SBATCH_ACCOUNT=my-project", "SBATCH_PARTITION=gpu"} <= set(seen)
 
 
-WARNED = 'touch "$RUN_OUT/RESUMABLE"; kill -USR1 $PPID; exit 1'  # the batch shell is its parent
+WARNED = 'touch "$RUN_OUT/RESUMABLE"; kill -USR1 $PPID; exit 1'  # the batch shell is the parent
 NOT_REQUEUED = ": that makes 1, MAX_CRASHES is 0: not requeued"
 
 
@@ -210,7 +211,7 @@ NOT_REQUEUED = ": that makes 1, MAX_CRASHES is 0: not requeued"
             0,
         ),
         (WARNED, "warned before the first step: --time must leave more than the start takes and 300 s of warning", 1),
-        ('touch "$RUN_OUT/MISTAKE"; exit 1', "something is to be fixed, the message is above; not requeued", 2),
+        ('touch "$RUN_OUT/MISTAKE"; exit 1', "there is an error to fix, its message is above; not requeued", 2),
         ("exit 1", f"crashed, exit code 1{NOT_REQUEUED}", 1),
         ("kill -9 $$", f"crashed, exit code 137{NOT_REQUEUED}", 137),
     ],
@@ -219,8 +220,8 @@ NOT_REQUEUED = ": that makes 1, MAX_CRASHES is 0: not requeued"
 def test_what_follows_is_decided_by_what_this_attempt_left(
     template: Template, tmp_path: Path, ends: str, said: str, code: int
 ) -> None:
-    """The marks of an attempt before are removed: with RESUMABLE left from there, a crash would count as saved. And an
-    attempt without a step is as good as a crash: with too short a time limit, the job would come back for ever."""
+    """The marks of earlier attempts are removed: with an old RESUMABLE, a crash would count as saved. An attempt
+    without a step counts as a crash: with too short a time limit, the job would be requeued forever."""
     (tmp_path / "run" / "checkpoints" / "step-00000008").mkdir(parents=True)
     for mark in ("RESUMABLE", "MISTAKE"):
         (tmp_path / "run" / mark).touch()
@@ -244,9 +245,9 @@ pathlib.Path(os.environ["NOTES"], "heard").write_text("\\n".join(map(str, heard)
 
 
 def test_a_warning_reaches_the_program_once_when_it_has_started(template: Template, tmp_path: Path) -> None:
-    """Before, it may have no handler yet; another would kill what writes the report, or the program while it exits."""
+    """Before its start the program has no handler. A second signal would kill the report writer or the program."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "environment.json").touch()  # of an attempt before
+    (tmp_path / "run" / "environment.json").touch()  # of an earlier attempt
     template("--config", CONFIG, ENDS='exec python -c "$PROGRAM"', PROGRAM=PROGRAM)
     assert noted(tmp_path, "heard") == ["1"]
 

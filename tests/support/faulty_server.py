@@ -1,4 +1,4 @@
-"""A threaded HTTP server on loopback that serves a folder and fails as it is told to."""
+"""A threaded HTTP server on loopback that serves a folder and injects faults."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from urllib.parse import unquote
 import pytest
 
 Fault = str  # "500", "404", ..., "cut", "reset", "stall", "flip", "short"
-Faults = Callable[[str, int], Fault | None]  # file name, how often it was asked for before -> what goes wrong
+Faults = Callable[[str, int], Fault | None]  # file name, number of earlier requests -> fault
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent in the place of a file."""
+    """A response that is sent instead of a file."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Route = Callable[[str, Message], "str | Answer"]  # what is asked for, and its headers -> the file's name, or an answer
+Route = Callable[[str, Message], "str | Answer"]  # request path and headers -> the file's name, or an answer
 
 
 def plain(asked: str, headers: Message) -> str:
-    """A web server: the path is the name."""
+    """The route of a plain web server: the path is the name."""
     return unquote(asked.partition("?")[0].lstrip("/"))
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
-    """Counts what is asked of it.
+    """Serves a folder and counts the requests.
 
     Args:
-        folder: served.
-        ranges: whether `Range` is understood; `python -m http.server` does not.
-        route: how files are named in what is asked.
+        folder: the served folder.
+        ranges: whether `Range` is supported; `python -m http.server` does not support it.
+        route: maps a request to a file.
     """
 
     daemon_threads = True
@@ -63,11 +63,11 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def fetches(self, suffix: str = ".tar") -> dict[str, int]:
-        """How often each file was asked for from its first byte."""
+        """Return how often each file was requested from its first byte."""
         return {name: count for name, count in sorted(self.asked.items()) if name.endswith(suffix)}
 
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # a client that went away is what some tests are about
+        pass  # some tests disconnect clients
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -115,7 +115,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault in ("cut", "reset", "stall"):
             body = body[: len(body) // 2]
         with self.server.lock:
-            self.server.bytes_sent[self.path] += len(body)  # before the last byte: the client may look once it has it
+            self.server.bytes_sent[self.path] += len(
+                body
+            )  # before the last byte: after it, the client may read the count
         self.wfile.write(body)
         if fault == "cut":
             self.close_connection = True
@@ -140,7 +142,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path, *, ranges: bool = True, route: Route = plain) -> Iterator[FaultyServer]:
-    """A server of the folder, in threads of this process."""
+    """Serve the folder in threads of this process."""
     pytest.importorskip("aiohttp", reason="fsspec's driver for http comes with the extra remote")
     with FaultyServer(folder, ranges=ranges, route=route) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -154,8 +156,8 @@ def serving(folder: Path, *, ranges: bool = True, route: Route = plain) -> Itera
 
 
 def until(condition: Callable[[], object], *, limit_s: float = 30.0) -> None:
-    """Waits for something that another thread does."""
+    """Wait until the condition is true."""
     end = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, f"the condition was still false after {limit_s:g} s"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What a host does not wait for: for the tests of what runs on a GPU, with one and without."""
+"""Checks that the host does not wait for the GPU, for tests with and without a GPU."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _READS = torch.ops.aten._local_scalar_dense.default
 
 @contextmanager
 def no_wait_for_the_gpu() -> Iterator[None]:
-    """An operation of the block for which the host waits for the GPU is an error; later operations are not looked at.
+    """Raise if an operation of the block makes the host wait for the GPU.
 
-    To switch it on warns, and warnings are errors: without the filter it would stay on for all tests that follow.
+    Enabling the check warns, and warnings are errors: without the filter it would stay enabled for all later tests.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
@@ -31,7 +31,7 @@ def no_wait_for_the_gpu() -> Iterator[None]:
 
 
 class Reads(TorchDispatchMode):
-    """Counts the numbers that the host reads from tensors in the block, on any device: on a GPU it waits for each."""
+    """Counts the numbers that the host reads from tensors, on any device: on a GPU it waits for each."""
 
     count = 0
 

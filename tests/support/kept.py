@@ -1,4 +1,4 @@
-"""Checkpoints of a few numbers, for the tests of what writes, reads and keeps them."""
+"""Checkpoints of a few numbers, for the tests of their writer, reader and manager."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def save(
     states: States | None = None,
     after: Callable[[], object] | None = None,
 ) -> None:
-    """Saves a checkpoint of each step, in this order."""
+    """Save a checkpoint of each step, in this order."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = CheckpointWriter(folder, keep_last=keep_last, keep_every=keep_every)
     for step in steps:

@@ -1,4 +1,4 @@
-"""A view for the tests of decoding processes: it kills the process that decodes certain images."""
+"""A view for the tests of decoding processes, which kills the process that decodes certain images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wasteddp.order.keyed_random import I64
 
 @dataclass(frozen=True)
 class KillingView:
-    """As `view`, but the process that meets one of `deadly` (sha256) dies; once each, if there is a folder `once`."""
+    """As `view`, but kills the process that decodes an image of `deadly` (sha256); once each with a folder `once`."""
 
     view: TrainingView
     deadly: frozenset[str]

@@ -1,7 +1,7 @@
-"""ResNets of an eighth of the width, for tests of what does not depend on it: 0.2 million weights instead of 11.
+"""ResNets of an eighth of the width, for tests that do not depend on the width: 0.2 million weights instead of 11.
 
 A step of 6 small images takes 30 ms instead of 300, and a checkpoint 2 MB instead of 90. All names, stages and blocks
-are those of torchvision's networks. As a program, with such a network:
+are those of torchvision's networks. As a program, it runs another program with such a network:
 
     narrow.py --config ...               wasteddp/train.py
     narrow.py -m wasteddp.cli predict    another module
@@ -19,7 +19,7 @@ _DIVISOR = 8
 
 
 def install() -> Any:
-    """Makes them what torchvision builds in this process; returns the class that it built before."""
+    """Make torchvision build them in this process. Return the original class, for `restore`."""
     from torch import nn
     from torchvision.models import resnet
 

@@ -1,4 +1,4 @@
-"""Small JPEGs as bytes, each seed another picture."""
+"""Small JPEGs as bytes, a different image for each seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def jpeg(seed: int, *, size: tuple[int, int] = (48, 40), mode: str = "RGB", **save: object) -> bytes:
-    """A JPEG of soft random patches: every seed another picture, width x height as `size`."""
+    """Return a JPEG of soft random patches; `size` is width x height, and each seed gives a different image."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode)
     buffer = io.BytesIO()

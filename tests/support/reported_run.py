@@ -1,4 +1,4 @@
-"""A run with everything that a report shows, in miniature, and how to read the figures back out of a page."""
+"""A small run with everything that a report shows, and functions that read the figures of a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS_PER_EPOCH = 20
 
 
 def metric_rows(num_rows: int) -> Iterable[dict[str, float]]:
-    """Rows as training logs them: a noisy loss, an evaluation every 20 steps, a second start in the middle."""
+    """Yield rows like those of a training: a noisy loss, an evaluation every 20 steps, a second start in the middle."""
     for step in range(1, num_rows + 1):
         row = {
             "step": step,
@@ -48,7 +48,7 @@ def write_metrics(run: Path, rows: Iterable[dict[str, float]]) -> None:
 
 
 def write_reported_run(folder: Path, num_rows: int = 100) -> Path:
-    """`folder/run`: a model, 100 rows, an evaluation of 10 images of which some are wrong."""
+    """Write `folder/run`: a model, 100 rows, and an evaluation of 10 images with some mistakes."""
     run = write_run(folder)
     write_metrics(run, metric_rows(num_rows))
     (run / "environment.json").write_text(json.dumps({"commit": "abc", "cores": 2, "packages": {"torch": "2.14.1"}}))
@@ -57,7 +57,7 @@ def write_reported_run(folder: Path, num_rows: int = 100) -> Path:
 
 
 def charts_of(page: str) -> dict[str, dict[str, Any]]:
-    """The data of each chart by its title."""
+    """Return the data of each chart, by its title."""
     charts = {}
     for figure in page.split("<figure")[1:]:
         data = re.search(r'<script type="application/json">(.*?)</script>', figure, re.DOTALL)

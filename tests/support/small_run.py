@@ -1,4 +1,4 @@
-"""A finished run in miniature, for the tests of what comes after training: 3 classes, tiny JPEGs, a random ResNet18."""
+"""A small finished run, for the tests of commands after training: 3 classes, tiny JPEGs, a random ResNet18."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wasteddp.sharding.build import Job, Options, make_shards
 
 CLASSES = ("glass", "metal", "paper")
 BINS = {"glass": "green bin", "metal": "yellow bin", "paper": "blue bin"}
-TEST_IMAGES = (5, 3, 2)  # of each class: 10, so that the batches of 8 are a full one and a padded one
+TEST_IMAGES = (5, 3, 2)  # per class; 10 in total, so that one batch of 8 is full and one is padded
 
 CARD = BundleCard(
     arch="resnet18",
@@ -31,7 +31,7 @@ CARD = BundleCard(
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (48, 40)) -> Path:
-    """A picture of coloured patches, different for each seed; the suffix chooses the format."""
+    """Write an image of coloured patches, different for each seed, in the format of the suffix."""
     patches = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(patches).resize(size, Image.Resampling.BILINEAR).save(path)
@@ -39,7 +39,7 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (48, 40)) -> Path
 
 
 def write_images(folder: Path, counts: Mapping[str, tuple[int, ...]], classes: tuple[str, ...] = CLASSES) -> Path:
-    """`folder/<split>/<class>/<number>.jpg`, as many as `counts[split]` says for each class."""
+    """Write `folder/<split>/<class>/<number>.jpg`, `counts[split]` images of each class."""
     seed = 0
     for split, numbers in counts.items():
         for name, count in zip(classes, numbers, strict=True):
@@ -50,21 +50,21 @@ def write_images(folder: Path, counts: Mapping[str, tuple[int, ...]], classes: t
 
 
 def write_shards(out: Path, source: Path, bins: Mapping[str, str]) -> Manifest:
-    """A shard set with two shards or more in its test split."""
+    """Write a shard set with at least two shards in its test split."""
     manifest = make_shards(Job(source, out, Options(shard_mb=0.008), bins=bins), workers=1)
     assert len(manifest.split("test").shards) >= 2
     return manifest
 
 
 def random_weights(seed: int = 0, num_classes: int = len(CLASSES)) -> dict[str, torch.Tensor]:
-    """A ResNet18 that answers differently to different images: a fresh head says nearly the same to all."""
+    """Return a ResNet18 whose answers differ between images; those of a new head are nearly the same."""
     torch.manual_seed(seed)
     state = build("resnet18", num_classes).state_dict()
     return {**state, "fc.weight": state["fc.weight"] * 30}
 
 
 def write_run(folder: Path, test_images: tuple[int, ...] = TEST_IMAGES) -> Path:
-    """`folder/images`, `folder/shards` and `folder/run` with a model; returns the run's folder."""
+    """Write `folder/images`, `folder/shards` and `folder/run` with a model. Return the run's folder."""
     source = write_images(folder / "images", {"train": (1, 1, 1), "test": test_images})
     manifest = write_shards(folder / "shards", source, BINS)
     run = folder / "run"

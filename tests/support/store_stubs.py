@@ -1,6 +1,6 @@
-"""What Google Cloud Storage and the Hugging Face hub answer to the few calls that reading a folder takes.
+"""The answers of Google Cloud Storage and the Hugging Face hub to the calls that read a folder.
 
-Each is a route of `faulty_server`: files come from its folder, with its faults, and stand at gs://waste/set and
+Each is a route of `faulty_server`, which serves the files of its folder, with its faults, as gs://waste/set and
 hf://datasets/owner/waste/set.
 """
 
@@ -41,10 +41,10 @@ def _object(path: Path) -> dict[str, str]:
 
 
 def hub(folder: Path, logins: list[tuple[str, str]], *, revision: str = "main") -> Route:
-    """The hub, which sends tars from another host (as it does with large files): the same server by another name.
+    """The hub, which sends tars from another host (as for large files): the same server under another name.
 
     Args:
-        logins: takes (what was asked for, the login that came with it).
+        logins: receives (requested path, login of the request).
 
     Source: https://huggingface.co/docs/hub/api, and what huggingface_hub 2.4 asks for.
     """

@@ -1,4 +1,4 @@
-"""A run that only tracks: rows without a training, in this process or, to be killed, in one of its own.
+"""A run that only tracks: rows without a training, in this process or, to be killed, in its own process.
 
 python tracked.py FOLDER FIRST LAST RESUMED_STEP END
 END: "finish"; "wait": rows, then a wait for the kill
@@ -33,7 +33,7 @@ def tracker_of(folder: Path, *, resumed_step: int = 0, wandb: str = "auto", **tr
 
 
 def log(tracker: RunTracker, first: int, last: int) -> None:
-    """Rows of the steps `first` .. `last`; every fifth is an evaluation."""
+    """Log rows of the steps `first` .. `last`; every fifth has an evaluation."""
     for step in range(first, last + 1):
         scores = {"val/accuracy": step / 100, "val/loss": 1 / step} if step % 5 == 0 else {}
         tracker.log(step, {"train/loss": 1 / step, **scores})
@@ -46,5 +46,5 @@ if __name__ == "__main__":
     print("logged", flush=True)
     if end == "wait":
         time.sleep(600)
-    sys.stdin.readline()  # the test says when to end
+    sys.stdin.readline()  # until the test ends it
     tracker.close(0)

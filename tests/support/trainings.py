@@ -1,4 +1,4 @@
-"""Short real trainings for the tests, through the launcher that users have."""
+"""Short real trainings for the tests, with the launcher of users."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ track: {wandb: disabled}
 
 
 def config_of(folder: Path, shards: Path) -> list[str]:
-    """Arguments of a training in `folder / run`."""
+    """Return the arguments of a training in `folder / run`."""
     path = folder / "config.yaml"
     path.write_text(CONFIG)
     return ["--config", str(path), "--set", f"data.shards={shards}", "--set", f"run.out={folder / 'run'}"]
 
 
 def launch_command(arguments: list[str], *launcher: str, program: Path = PROGRAM) -> list[str]:
-    """`accelerate launch`, of the interpreter that runs the tests."""
+    """Return the command of `accelerate launch` with the interpreter of the tests."""
     start = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
     return [*start, str(program), *arguments]
 
@@ -59,7 +59,7 @@ def final_weights(run: Path) -> bytes:
 
 
 def kill_all(arguments: list[str]) -> None:
-    """kill -9 for every process of a training: torchrun gives each rank a session of its own."""
+    """Send SIGKILL to every process of a training: torchrun gives each rank its own session."""
     config = arguments[arguments.index("--config") + 1].encode()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():

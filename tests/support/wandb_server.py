@@ -1,14 +1,14 @@
-"""A W&B server for tests: what the real client (wandb 0.31) asks of one, answered from memory, on this machine.
+"""A W&B server for tests: answers the requests of the real client (wandb 0.31) from memory, on this machine.
 
-It stands for the service where that cannot be reached. Its answers are a reading of the client's side of the protocol
-(GraphQL, file stream, uploads), not of the service's source: it proves what the client sends and when, not that the
-service would keep it so. What it does not know is answered with nothing and listed in `unknown`, which tests look at.
+It replaces the service, which tests cannot reach. Its answers follow the client's side of the protocol (GraphQL, file
+stream, uploads), not the service's source: it shows what the client sends and when, not what the service stores.
+Unknown requests get an empty answer and are listed in `unknown`, which tests check.
 
     with WandbServer() as server:
         subprocess.run(..., env={**os.environ, **server.environment})
         server.runs["abc"].rows()
 
-Trouble on demand: `refuse` closes every connection without an answer, `hang_s` waits before each answer.
+Faults: `refuse` closes every connection without an answer, `hang_s` delays each answer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HISTORY = "wandb-history.jsonl"
 
 @dataclass
 class ServedRun:
-    """A run as a dashboard would show it. `stream` has the lines of each file by their offset."""
+    """A run as a dashboard would show it. `stream` has the lines of each file, by offset."""
 
     id: str
     project: str
@@ -78,7 +78,7 @@ class ServedArtifact:
 
 
 class WandbServer:
-    """`runs` and `artifacts` by id; `traffic` has every request as bytes, without the header that carries the key."""
+    """`runs` and `artifacts` are by id; `traffic` has every request as bytes, without the header with the key."""
 
     def __init__(self) -> None:
         self.runs: dict[str, ServedRun] = {}
@@ -96,7 +96,7 @@ class WandbServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes a client use this server, and send every second instead of every 15."""
+        """The environment of a client that uses this server, and sends every second instead of every 15."""
         return {
             "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": KEY,
@@ -115,14 +115,14 @@ class WandbServer:
         self._http.server_close()
 
     def artifact(self, kind: str) -> ServedArtifact:
-        """The one committed artifact of a type."""
+        """Return the only committed artifact of a type."""
         (found,) = (one for one in self.artifacts.values() if one.type == kind and one.committed)
         return found
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------
 
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, Any] | None:
-        """(status, JSON) of a request; None: no answer at all."""
+        """Return (status, JSON) for a request; None: close the connection without an answer."""
         secret = headers.pop("Authorization", "")
         self.traffic.append(f"{method} {path} {headers}\n".encode() + body)
         until = time.monotonic() + self.hang_s
@@ -163,7 +163,7 @@ class WandbServer:
             run.state = "finished" if request.get("exitcode", 0) == 0 else failed
         return {"limits": {}}
 
-    # --- GraphQL: one method an operation -----------------------------------------------------------------------------
+    # --- GraphQL: one method per operation ---------------------------------------------------------------------------
 
     def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
         variables = request.get("variables") or {}
@@ -210,7 +210,7 @@ class WandbServer:
                 setattr(run, attribute, asked[key])
         if asked.get("config"):
             run.config = json.loads(asked["config"])
-        if asked.get("host"):  # the first of a process
+        if asked.get("host"):  # the first request of a process
             run.state = "running"
             run.starts += 1
         return {"upsertBucket": {"bucket": self._bucket(run), "inserted": inserted}}
@@ -313,7 +313,7 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
                 body = gzip.decompress(body)
             try:
                 answer = server.answer(self.command, self.path, dict(self.headers.items()), body)
-            except Exception as error:  # a 5xx would be tried again for minutes
+            except Exception as error:  # the client would retry a 5xx for minutes
                 server.unknown.append(f"{self.path}: {error!r}")
                 answer = 400, {"errors": [{"message": repr(error)}]}
             if answer is None:

@@ -1,4 +1,4 @@
-"""The mean of a run's checkpoints: equal to a plain sum, with statistics of its own, a model beside the run's."""
+"""The mean of a run's checkpoints: equal to a plain sum, with its own statistics, in a separate model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGES = 20  # for the statistics: two batches of 8 and a remainder
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
-    """A run of 4 steps, all of whose checkpoints are there, that evaluates at another size than it trains at."""
+    """A run of 4 steps with all its checkpoints. It evaluates at another size than it trains at."""
     folder = tmp_path_factory.mktemp("finished")
     more = ("train.epochs=1", "checkpoint.keep_last=9", "data.eval_size=40")
     assert train.main([*config_of(folder, small_shards), *(part for o in more for part in ("--set", o))]) == 0

@@ -1,4 +1,4 @@
-"""The dashboard shows what runs have, and what it shows is what the file says."""
+"""The dashboard shows only metrics that runs have, and has the panels of its file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_dashboard_of_the_project_shows_only_what_runs_have() -> None:
         ("{title: a}", "'a' has none of lines, each"),
         ("{title: a, lines: [lr], table: val/mistakes}", "has lines and table of"),
         ("{title: a, lines: [lr], logy: true}", "logy"),
-        ("{title: [}", "no dashboard can be made of it"),
+        ("{title: [}", "the dashboard cannot be built"),
     ],
 )
 def test_a_panel_that_would_stay_empty_is_refused(panel: str, expected: str, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_checking_needs_no_account(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["dashboard"]) == 0
     said = capsys.readouterr().out
     assert "Is it learning?" in said
-    assert "every metric in it is one that runs have" in said
+    assert "runs have every metric in it" in said
 
 
 def test_saving_without_a_key_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What is looked at before a run, and that each trouble is found, in its colour, with what to do."""
+"""The checks before a run: each problem is found, with its colour and what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wasteddp.tools.finding import Finding, print_table, worst
 from wasteddp.tools.machine_checks import Device
 from wasteddp.training.tracking import wandb_client
 
-pytestmark = pytest.mark.usefixtures("full_width")  # the size of a checkpoint is looked at
+pytestmark = pytest.mark.usefixtures("full_width")  # these tests check the size of a checkpoint
 
 
 def findings_of(said: str) -> dict[str, dict[str, Any]]:
@@ -101,7 +101,7 @@ def test_two_ranks_on_one_gpu_are_red_and_the_same_number_on_two_machines_is_not
     assert machine_checks.check_devices(apart) == Finding("devices", "green", "2 x H100 on 2 machine(s)")
     full = machine_checks.check_devices([device(0, identity="GPU-a", free=0.4)])
     assert full.colour == "yellow"
-    assert "others use 60% of the memory of rank 0's GPU" in full.found
+    assert "other programs use 60% of the memory of rank 0's GPU" in full.found
     crowded = machine_checks.check_devices([device(0, threads=4), device(1, threads=4)])
     assert crowded.colour == "yellow"
     assert "8 threads on the 4 cores of node1" in crowded.found
@@ -155,7 +155,7 @@ def test_the_table_can_be_read_without_colours() -> None:
     findings = [Finding("disk", "green", "2 TB free"), Finding("clock", "yellow", "5 s [apart]", "set the clocks")]
     file = io.StringIO()
     print_table(findings, file)
-    assert "yellow: it can start; read the yellow lines first" in file.getvalue()
+    assert "yellow: the run can start; read the yellow rows first" in file.getvalue()
     assert "5 s [apart]" in file.getvalue()
     assert worst(findings) == "yellow"
     assert worst([*findings, Finding("shards", "red", "none")]) == "red"

@@ -1,4 +1,4 @@
-"""`wasteddp plan`: what a training would do, said before it is started."""
+"""`wasteddp plan`: what a training would do."""
 
 from __future__ import annotations
 

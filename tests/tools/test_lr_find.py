@@ -1,4 +1,4 @@
-"""`wasteddp lr-find`: the curve is the program's, the suggestion follows from it, and the run is not touched."""
+"""`wasteddp lr-find`: the losses are those of a training, the suggestion follows from them, the run is unchanged."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_a_tenth_of_the_rate_at_the_lowest_loss_is_suggested() -> None:
     assert found.lowest_loss_at == pytest.approx(0.1)
     assert found.suggested == pytest.approx(0.01)
     assert found.steepest_at == pytest.approx(1e-3)  # where 1 / (1 + 10^2x) is steepest
-    assert found.why == "a tenth of 0.1, where the loss is lowest: after it, it rises"
+    assert found.why == "a tenth of 0.1, where the loss is lowest; above it, the loss rises"
 
 
 def test_a_fall_that_is_lost_in_the_scatter_of_the_steps_is_said_to_be() -> None:
     rates, smooth = curve()
     for scatter, is_clear in ((0.4, True), (0.6, False)):
         losses = [loss + scatter * (-1) ** step for step, loss in enumerate(smooth)]
-        said = f"the smoothed loss fell by 1 and that of single steps scatters by {scatter:.2g}"
+        said = f"the smoothed loss fell by 1, and the loss of single steps varies by {scatter:.2g}"
         assert (said not in judged(rates, losses, smooth, "").why) is is_clear
 
 
@@ -73,14 +73,14 @@ def test_a_loss_that_falls_to_the_end_or_never_says_what_to_do() -> None:
     rates, losses = curve(last=0.01)
     found = judged(rates, losses, losses, "")
     assert found.suggested == found.steepest_at == pytest.approx(1e-3, rel=0.1)
-    assert "still fell at the last rate; see more with --to" in found.why
+    assert "still fell at the last rate; extend the test with --to" in found.why
     found = judged(rates, losses[::-1], losses[::-1], "")
     assert (found.suggested, found.steepest_at, found.lowest_loss_at) == (None, None, rates[0])
     assert "the loss never fell" in found.why
 
 
 def lr_find(folder: Path, shards: Path, *more: str) -> Path:
-    """The test in `folder`; returns the folder of its result."""
+    """Run the test in `folder`. Return the folder of its result."""
     assert cli.main(["lr-find", *config_of(folder, shards), *more]) == 0
     return folder / "run.lr-find"
 

@@ -1,4 +1,4 @@
-"""`wasteddp verify-resume`: a proof that holds for the program, and does not hold where it must not."""
+"""`wasteddp verify-resume`: the proof holds for the program, and fails if runs differ."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KILL = Kill(1, 1, "SIGKILL", 2, 0.1, 2, (-9,))
 
 
 def write_run(run: Path, *, steps: int = 3, **other: str) -> Path:
-    """What is compared of a run; `other` replaces a hash in step 2."""
+    """Write the files of a run that are compared; `other` replaces a hash in step 2."""
     (run / "checkpoints" / "step-00000003").mkdir(parents=True)
     weights = other.get("final", "f" * 64)
     (run / "checkpoints" / "step-00000003" / "complete.json").write_text(

@@ -1,4 +1,4 @@
-"""What several commands take alike."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_workers(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=positive, metavar="N", help="threads (default: one a core)")
+    command.add_argument("--workers", type=positive, metavar="N", help="threads (default: one per core)")
 
 
 def add_decoders(command: argparse.ArgumentParser) -> None:
@@ -18,8 +18,8 @@ def add_decoders(command: argparse.ArgumentParser) -> None:
         type=_decoders,
         default=0,
         metavar="N",
-        help="what decodes images: '4 processes', '4 threads', or 4 of the kind that is right for the device: "
-        "processes on a GPU, threads on a CPU (default: as many as are right); no answer depends on it",
+        help="decoders of images: '4 processes', '4 threads', or 4 of the kind that suits the device: processes on a "
+        "GPU, threads on a CPU (default: chosen for the machine); the results do not depend on it",
     )
 
 
@@ -57,8 +57,8 @@ def add_compute(command: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive,
         metavar="N",
-        help="images computed at once (default: 8 on a CPU, 64 on a GPU; another number may change the last digits "
-        "of a probability)",
+        help="images per batch (default: 8 on a CPU, 64 on a GPU; another number may change the last digits of a "
+        "probability)",
     )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
 
@@ -70,6 +70,6 @@ def add_tta(command: argparse.ArgumentParser) -> None:
         "--tta",
         choices=tuple(VIEWS),
         default="none",
-        help="test-time augmentation: the mean over the image and its mirror image (flip, twice the time) or all four "
-        "flips (flips, four times)",
+        help="test-time augmentation: the mean over the image and its mirror image (flip, twice the time) or over all "
+        "four flips (flips, four times the time)",
     )

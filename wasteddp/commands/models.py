@@ -1,4 +1,4 @@
-"""What is done with trained models: evaluate, predict, average."""
+"""The commands for trained models: evaluate, predict, average."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def _add_evaluate(commands: Commands) -> None:
     command = commands.add_parser(
         "evaluate",
         help="measure a run's model on a split of its shards",
-        description="Accuracy with its 95 % interval, per-class figures and the confusion matrix; all of it is also "
-        "saved in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
+        description="Prints accuracy with its 95 % interval, per-class figures and the confusion matrix, and saves "
+        "them in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
     )
     command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
-    command.add_argument("--split", default="test", help="split to measure on (default: %(default)s)")
+    command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
     command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
     add_compute(command)
     add_decoders(command)
@@ -50,11 +50,11 @@ def _add_predict(commands: Commands) -> None:
     command = commands.add_parser(
         "predict",
         help="classify images with a trained model",
-        description="Classifies images; files that cannot be read are listed at the end. The exit code is 0 if at "
-        "least one image was classified, 2 if none.",
+        description="Classifies images and lists unreadable files at the end. The exit code is 0 if at least one image "
+        "was classified, otherwise 2.",
     )
     command.add_argument("model", metavar="MODEL", type=Path, help="folder of a run or of its model")
-    command.add_argument("paths", metavar="PATH", nargs="+", help="image files, folders, or globs in quotes (** too)")
+    command.add_argument("paths", metavar="PATH", nargs="+", help="image files, folders, or quoted globs (also **)")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write the probabilities of all classes as CSV")
     command.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON")
     command.add_argument("--top", type=positive, default=3, metavar="N", help="classes to print (default: %(default)s)")
@@ -85,10 +85,10 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _add_average(commands: Commands) -> None:
     command = commands.add_parser(
         "average",
-        help="make a model of the mean of a run's newest checkpoints",
-        description="Averages the weights of the newest checkpoints, takes BatchNorm's statistics again from training "
-        "images, measures the result beside the run's model on data.eval_split, and writes it to RUN/average/, which "
-        "`evaluate` and `predict` take like a run.",
+        help="average a run's newest checkpoints into a model",
+        description="Averages the weights of the newest checkpoints, recomputes BatchNorm's statistics on training "
+        "images, compares the result with the run's model on data.eval_split, and writes it to RUN/average/, which "
+        "`evaluate` and `predict` accept like a run.",
     )
     command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
     command.add_argument(
@@ -96,14 +96,14 @@ def _add_average(commands: Commands) -> None:
         type=positive,
         default=5,
         metavar="N",
-        help="checkpoints, or as many as there are, 2 at least: see checkpoint.keep_last (default: %(default)s)",
+        help="checkpoints to average, or as many as the run has, at least 2 (default: %(default)s)",
     )
     command.add_argument(
-        "--images", type=positive, default=2048, metavar="N", help="for the statistics (default: %(default)s)"
+        "--images", type=positive, default=2048, metavar="N", help="images for the statistics (default: %(default)s)"
     )
     where = command.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/average")
-    where.add_argument("--replace", action="store_true", help="put it in the place of RUN/model")
+    where.add_argument("--replace", action="store_true", help="replace RUN/model")
     command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
     add_compute(command)
     command.set_defaults(run=_average)

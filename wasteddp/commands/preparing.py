@@ -1,4 +1,4 @@
-"""What is done before a run: settings, doctor, lr-find, verify-resume."""
+"""The commands before a run: settings, doctor, lr-find, verify-resume."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def add(commands: Commands) -> None:
 def _add_doctor(commands: Commands) -> None:
     command = commands.add_parser(
         "doctor",
-        help="look at machine, data and disk before a long run",
-        description="Green, yellow, red, and what to do. Exit codes: 0 all green, 1 something yellow, 2 something red. "
-        "Of several processes: accelerate launch ... -m wasteddp.tools.doctor",
+        help="check machine, data and disk before a long run",
+        description="Prints each check as green, yellow or red, with what to do. Exit codes: 0 all green, 1 yellow, 2 "
+        "red. For several processes: accelerate launch ... -m wasteddp.tools.doctor",
     )
     doctor.add_arguments(command)
     command.set_defaults(run=_doctor)
@@ -34,16 +34,18 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _add_lr_find(commands: Commands) -> None:
     command = commands.add_parser(
         "lr-find",
-        help="try growing learning rates and suggest one",
-        description="A range test: trains some steps of a configuration with a learning rate that grows until the loss "
-        "bursts, and suggests one to set. One process; run.out is not touched.",
+        help="try increasing learning rates and suggest one",
+        description="A range test: trains some steps of a configuration with an increasing learning rate until the "
+        "loss explodes, and suggests a rate. Uses one process; does not change run.out.",
     )
     command.add_argument("--config", required=True, metavar="YAML")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--steps", type=positive, default=100, metavar="N", help="default: %(default)s")
     command.add_argument("--from", dest="lowest", type=float, default=1e-6, metavar="LR", help="default: %(default)s")
     command.add_argument("--to", dest="highest", type=float, default=10.0, metavar="LR", help="default: %(default)s")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="of the result (default: run.out with .lr-find)")
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder of the result (default: run.out with .lr-find)"
+    )
     command.set_defaults(run=_lr_find)
 
 
@@ -59,22 +61,27 @@ def _lr_find(arguments: argparse.Namespace) -> None:
 def _add_verify_resume(commands: Commands) -> None:
     command = commands.add_parser(
         "verify-resume",
-        help="prove that a training that is killed ends like one that is not",
-        description="Trains some steps undisturbed, then again with SIGKILL and SIGTERM at random moments, and "
-        "prints both side by side. Exit code 0: the same samples, images and, at one number of processes, weights "
-        "bit for bit; 2: not. Removes the two runs if they are the same; the receipt stays. On a GPU both have "
-        "run.deterministic, if --set does not say otherwise.",
+        help="prove that a killed training ends like an undisturbed one",
+        description="Trains some steps undisturbed, then again with SIGKILL and SIGTERM at random moments, and prints "
+        "both runs step by step. Exit code 0: the same samples, images and, at one number of processes, weights, bit "
+        "for bit; otherwise 2. Removes both runs if they are equal, and keeps the receipt. On a GPU, sets "
+        "run.deterministic in both, unless --set sets it.",
     )
     command.add_argument("--config", required=True, metavar="YAML")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    command.add_argument("--steps", type=positive, default=20, metavar="N", help="to train (default: %(default)s)")
+    command.add_argument(
+        "--steps", type=positive, default=20, metavar="N", help="training steps (default: %(default)s)"
+    )
     command.add_argument("--kills", type=positive, default=3, metavar="N", help="default: %(default)s")
     command.add_argument(
-        "--processes", default="1", metavar="N,...", help="of the attempts in turn, such as 1,2 (default: %(default)s)"
+        "--processes",
+        default="1",
+        metavar="N,...",
+        help="processes of the attempts, in turn, such as 1,2 (default: %(default)s)",
     )
-    command.add_argument("--seed", type=int, metavar="S", help="of the moments and signals (default: a new one)")
+    command.add_argument("--seed", type=int, metavar="S", help="seed of the moments and signals (default: random)")
     command.add_argument(
-        "--out", type=Path, default=Path("runs/verify-resume"), metavar="FOLDER", help="of the receipt"
+        "--out", type=Path, default=Path("runs/verify-resume"), metavar="FOLDER", help="folder of the receipt"
     )
     command.set_defaults(run=_verify_resume)
 
@@ -103,7 +110,7 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
 
 def _add_settings(commands: Commands) -> None:
     add = commands.add_parser("settings", help="print all settings of a config, or their JSON Schema")
-    add.add_argument("config", nargs="?", metavar="YAML", help="defaults alone, if left out")
+    add.add_argument("config", nargs="?", metavar="YAML", help="default: only the defaults")
     add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     add.add_argument("--schema", action="store_true", help="print the JSON Schema, for editors")
     add.set_defaults(run=_settings)

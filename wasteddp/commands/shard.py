@@ -1,4 +1,4 @@
-"""The command `shard`: images to a shard set."""
+"""The command `shard`: write images to a shard set."""
 
 from __future__ import annotations
 
@@ -20,39 +20,49 @@ def add(commands: Commands) -> None:
 def _add_shard(commands: Commands) -> None:
     command = commands.add_parser(
         "shard",
-        help="turn images into a shard set",
-        description="Turns a folder of class folders, a zip or tar of it, a CSV (path,label[,split]) or a recipe "
-        "(.yaml) into WebDataset tars with a manifest. Stopped and started again, it goes on where it was.",
+        help="write images to a shard set",
+        description="Writes the images of a folder of class folders, a zip or tar of one, a CSV (path,label[,split]) "
+        "or a recipe (.yaml) to WebDataset tars with a manifest. After an interruption, the same command continues.",
     )
     command.add_argument("source", metavar="SOURCE", type=Path, help="folder, zip, tar, CSV or recipe")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="shard set to make (a recipe knows its own)")
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder of the new shard set (a recipe has its own)"
+    )
     command.add_argument(
         "--from", dest="local", type=Path, metavar="PATH", help="local copy of a recipe's images, instead of a download"
     )
     split = command.add_argument_group("splits")
     split.add_argument("--fractions", type=numbers, metavar="TRAIN,VAL,TEST", help="default: 0.7,0.15,0.15")
-    split.add_argument("--split-seed", type=int, default=0, metavar="S", help="another seed, another split")
+    split.add_argument(
+        "--split-seed", type=int, default=0, metavar="S", help="seed of the split (default: %(default)s)"
+    )
     split.add_argument(
         "--split-files", nargs="+", default=(), metavar="FILE", help="folder of list files, or train=F val=F test=F"
     )
     split.add_argument("--group-near-duplicates", action="store_true", help="keep near-duplicates in one split")
-    split.add_argument("--near-duplicate-distance", type=int, metavar="BITS", help="of 64 (default: 8; 0 to 11)")
-    split.add_argument("--keep-conflicts", action="store_true", help="keep one of equal images with different labels")
+    split.add_argument(
+        "--near-duplicate-distance", type=int, metavar="BITS", help="differing bits of 64 (default: 8; 0 to 11)"
+    )
+    split.add_argument(
+        "--keep-conflicts", action="store_true", help="keep one of identical images with different labels"
+    )
     images = command.add_argument_group("images")
-    images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side than this")
-    images.add_argument("--quality", type=int, metavar="Q", help="of JPEGs that must be written again (default: 95)")
-    images.add_argument("--shard-mb", type=float, metavar="MB", help="size at which a tar ends (default: 256)")
-    images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin each class goes into")
+    images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side")
+    images.add_argument("--quality", type=int, metavar="Q", help="quality of re-encoded JPEGs (default: 95)")
+    images.add_argument("--shard-mb", type=float, metavar="MB", help="size of a tar (default: 256)")
+    images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
     images.add_argument(
         "--max-left-out",
         type=float,
         metavar="LIMIT",
-        help="stop if more images cannot be used: a fraction below 1 or a number (default: a tenth, but at least 10)",
+        help="stop if more images are unusable: a fraction below 1 or a number (default: a tenth, but at least 10)",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace a set made of other images or options")
-    several = command.add_argument_group("several machines (slurm/shard.sh does it)")
-    several.add_argument("--part", metavar="I/N", help="do this part of the work; last, the same without it")
-    several.add_argument("--stage", choices=("read", "write"), help="of a part: write only when all parts have read")
+    command.add_argument("--overwrite", action="store_true", help="replace a set of other images or options")
+    several = command.add_argument_group("several machines (see slurm/shard.sh)")
+    several.add_argument("--part", metavar="I/N", help="process this part; at the end, run without it")
+    several.add_argument(
+        "--stage", choices=("read", "write"), help="stage of a part: write only after all parts have read"
+    )
     add_workers(command)
     command.set_defaults(run=_shard)
 
@@ -68,8 +78,8 @@ def _shard(arguments: argparse.Namespace) -> None:
         if not arguments.stage or arguments.overwrite:
             raise SourceError(
                 "--part was given without --stage, or with --overwrite",
-                "the parts would not be of one set",
-                "give --stage read, and when all parts have read --stage write; remove an old set yourself",
+                "the parts would not belong to one set",
+                "give --stage read, and after all parts have read, --stage write; remove an old set yourself",
             )
         make_part = {"read": array_job.read_part, "write": array_job.write_part}[arguments.stage]
         make_part(_shard_job(arguments), part, workers=workers)
@@ -104,7 +114,7 @@ def _shard_options(arguments: argparse.Namespace) -> Options:
 
 
 def _shard_job(arguments: argparse.Namespace) -> Job:
-    """What is to be sharded, where its images are at hand."""
+    """Return the sharding job of local images."""
     from wasteddp.sharding import build, recipe, splits
 
     options = _shard_options(arguments)
@@ -114,7 +124,7 @@ def _shard_job(arguments: argparse.Namespace) -> Job:
     if arguments.out is None or arguments.local is not None:
         raise SourceError(
             "--out is missing, or --from was given without a recipe",
-            "where the set goes is not known",
+            "the folder of the new set is unknown",
             f"wasteddp shard {arguments.source} --out shards/NAME",
         )
     return build.Job(
@@ -133,5 +143,7 @@ def _is_recipe(source: Path) -> bool:
 def _refuse_own_split(arguments: argparse.Namespace) -> None:
     if arguments.split_files or arguments.bins:
         raise SourceError(
-            "--split-files and --bins were given with a recipe", "it has its own", "change them in a copy of the recipe"
+            "--split-files or --bins was given with a recipe",
+            "the recipe has its own splits and bins",
+            "change them in a copy of the recipe",
         )

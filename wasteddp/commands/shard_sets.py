@@ -1,4 +1,4 @@
-"""What is done with shard sets: verify, index, draw, plan."""
+"""The commands for shard sets: verify, index, draw, plan."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def add(commands: Commands) -> None:
 def _add_verify(commands: Commands) -> None:
     command = commands.add_parser(
         "verify",
-        help="re-read a shard set and name what is damaged",
-        description="Re-reads every byte of a shard set against its manifest. Exit code 2 if anything is damaged.",
+        help="re-read a shard set and name all damage",
+        description="Re-reads every byte of a shard set and compares it with the manifest. Exit code 2: damaged.",
     )
     command.add_argument("set", metavar="FOLDER-OR-URL", help="a shard set")
     add_workers(command)
@@ -41,27 +41,27 @@ def _verify(arguments: argparse.Namespace) -> None:
     require_whole(where, verified)
     print(
         f"{where} is whole: {verified.num_samples:,} samples in {verified.num_shards} shard(s), "
-        f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes{counts} are the manifest's"
+        f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes{counts} match the manifest"
     )
 
 
 def _add_index(commands: Commands) -> None:
     command = commands.add_parser(
         "index",
-        help="make a manifest for tars that another tool wrote",
-        description="Reads WebDataset or img2dataset tars once and writes an index beside each, and a manifest. The "
-        "split is the start of a tar's name (train, val, test), otherwise train. Behind a URL each tar is fetched once "
-        "and not kept; indexes and manifest go to --out, to be copied beside the tars.",
+        help="write a manifest for tars of another tool",
+        description="Reads WebDataset or img2dataset tars once and writes an index for each, and a manifest. The split "
+        "is the start of a tar's name (train, val, test), otherwise train. From a URL, each tar is fetched once and "
+        "not kept; indexes and manifest are written to --out, to be copied to the folder of the tars.",
     )
-    command.add_argument("folder", metavar="FOLDER-OR-URL", help="where the .tar files are")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="where to write, if they are behind a URL")
+    command.add_argument("folder", metavar="FOLDER-OR-URL", help="folder of the .tar files")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="where to write, if the tars are at a URL")
     command.add_argument(
-        "--tars", default="", metavar="NAMES", help="train-{000..146}.tar: needed if a web server lists no folders"
+        "--tars", default="", metavar="NAMES", help="train-{000..146}.tar: needed if a web server does not list folders"
     )
     command.add_argument("--classes", type=words, default=(), metavar="A,B,C", help="class names in their order")
-    command.add_argument("--classes-from", type=Path, metavar="FILE", help="the same, one a line")
-    command.add_argument("--label-key", metavar="KEY", help="field of the .json that is the label")
-    command.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    command.add_argument("--classes-from", type=Path, metavar="FILE", help="the same, one per line")
+    command.add_argument("--label-key", metavar="KEY", help="label field of the .json")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     add_workers(command)
     command.set_defaults(run=_index)
 
@@ -82,7 +82,7 @@ def _index(arguments: argparse.Namespace) -> None:
     if remote != bool(arguments.out) or (arguments.tars and not remote):
         raise SourceError(
             f"{arguments.folder} is a {'URL, without --out' if remote else 'folder, and --out or --tars was given'}",
-            "tars in a folder have their indexes beside them; a store is only read, so its indexes need a place",
+            "indexes of a folder are written to that folder; a store is only read, so its indexes need a local folder",
             "wasteddp index FOLDER, or wasteddp index URL --out FOLDER",
         )
     index = (
@@ -105,7 +105,7 @@ def _add_draw(commands: Commands) -> None:
     command = commands.add_parser(
         "draw",
         help="draw synthetic waste into a folder of class folders",
-        description="Draws images such as those of shards/sample.yaml; another seed draws new ones.",
+        description="Draws images like those of shards/sample.yaml; another seed draws new images.",
     )
     command.add_argument("folder", metavar="FOLDER", type=Path)
     command.add_argument("--images-per-class", type=int, default=10, metavar="N", help="default: %(default)s")
@@ -130,12 +130,12 @@ def _draw(arguments: argparse.Namespace) -> None:
 def _add_plan(commands: Commands) -> None:
     command = commands.add_parser(
         "plan",
-        help="show the order of samples: steps, shuffle quality, shards each node reads",
-        description="Shows what a training would do with a shard set, without starting one: steps, samples left out, "
-        "how well the order is shuffled, and how much of the set each node would fetch if it were remote.",
+        help="print the order of samples: steps, shuffle quality, shards per node",
+        description="Prints what a training would do with a shard set, without starting it: steps, samples left out, "
+        "the quality of the shuffle, and how much of the set each node would fetch if the set were remote.",
     )
     command.add_argument("folder", metavar="FOLDER", type=Path, help="a shard set")
-    command.add_argument("--config", metavar="YAML", help="defaults, if left out")
+    command.add_argument("--config", metavar="YAML", help="default: the default settings")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument(
         "--nodes", type=integers, default=(1, 2, 4, 8), metavar="N,N", help="numbers of nodes (default: 1,2,4,8)"

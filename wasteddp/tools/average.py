@@ -1,13 +1,13 @@
-"""`wasteddp average`: the mean of a run's newest checkpoints, a model of its own beside the run's.
+"""`wasteddp average`: average a run's newest checkpoints into a separate model.
 
     runs/<name>/average/    model.json and weights as in runs/<name>/model/, settings.yaml, evaluations/<split>/
 
-so that `evaluate` and `predict` take the folder as they take a run's.
+`evaluate` and `predict` accept this folder like the folder of a run.
 
-Late in training the weights walk around on the rim of a wide valley of the loss; their mean lies inside.
+Late in training the weights move around the edge of a wide minimum of the loss; their mean is closer to its centre.
 Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", algorithm 1.
 
-BatchNorm's statistics of the mean are not the mean of the statistics: see `batchnorm`.
+The BatchNorm statistics of the mean are not the mean of the statistics: see `bn_statistics`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class AverageOptions:
-    """The command line of `wasteddp average`. None is the default that depends on the run or the device."""
+    """The arguments of `wasteddp average`. None: a default that depends on the run or the device."""
 
     run: Path
     last: int = 5
@@ -60,20 +60,20 @@ class AverageOptions:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """Of several checkpoints' weights; all else is of the newest."""
+    """The mean of several checkpoints' weights. The other fields are those of the newest checkpoint."""
 
     weights: State
-    steps: tuple[int, ...]  # the oldest first
-    moving: frozenset[str]  # the BatchNorms that saw images between the oldest and the newest; others are frozen
+    steps: tuple[int, ...]  # oldest first
+    moving: frozenset[str]  # BatchNorms that saw images between the oldest and the newest; others are frozen
     progress: Progress
     settings_yaml: str
 
 
 def run(options: AverageOptions) -> None:
-    """Averages, measures beside the run's model, prints, and saves.
+    """Average the checkpoints, compare the result with the run's model, print the comparison, and save the average.
 
     Raises:
-        CheckpointError: there are not two to average.
+        CheckpointError: the run has fewer than two whole checkpoints.
     """
     console = Console()
     out = _out(options)
@@ -94,18 +94,18 @@ def _average(options: AverageOptions, out: Path, console: Console, workers: Work
         beside = evaluate_split(best, shards, data.eval_split, console, workers)
     _say(f"mean of the checkpoints of steps {', '.join(map(str, mean.steps))}")
     of_images = f"of {num_images:,} training images, centre views of {data.eval_size_px} px"
-    _say(f"BatchNorm's statistics: {of_images if num_images else 'as they were, since it was frozen'}")
+    _say(f"BatchNorm's statistics: {of_images if num_images else 'unchanged, since BatchNorm was frozen'}")
     _print(console, settings.data.eval_split, found.seen.metrics, beside.seen.metrics, best.card.trained.step)
     _save(out, mean, weights, average, found, shards, options)
 
 
 def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
-    """The mean, computed in float64, of the weights of the newest whole checkpoints; two are in memory at once.
+    """Return the mean of the weights of the newest whole checkpoints, computed in float64 with two of them in memory.
 
     Args:
         folder: `runs/<name>/checkpoints`.
-        last: how many; fewer where there are fewer.
-        say: takes a line for each that is passed over.
+        last: number of checkpoints; fewer if the folder has fewer.
+        say: receives a line for each skipped checkpoint.
 
     Raises:
         CheckpointError: fewer than two are whole.
@@ -120,7 +120,7 @@ def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
         try:
             found = reader.read(path)
         except CheckpointError as error:
-            say(f"passed over {path}: {error.found}")
+            say(f"skipped {path}: {error.found}")
             continue
         newest, oldest = newest or found, found.states["model"]
         steps.append(found.progress.step)
@@ -130,8 +130,8 @@ def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
     if newest is None or len(steps) < 2:
         raise CheckpointError(
             f"{folder} holds {len(steps)} whole checkpoint{'' if len(steps) == 1 else 's'}",
-            "there is nothing to average",
-            "name a run that keeps more: checkpoint.keep_last: 5, or checkpoint.keep_every for some far apart",
+            "an average needs at least two",
+            "use a run that keeps more: checkpoint.keep_last: 5, or checkpoint.keep_every for a larger distance",
         )
     model = newest.states["model"]
     return Mean(
@@ -144,7 +144,7 @@ def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
 
 
 def _with_statistics(mean: Mean, settings: Settings, shards: ShardSet, options: AverageOptions) -> tuple[State, int]:
-    """The mean's state with statistics of its own, and the number of images that they are of."""
+    """Return the mean's state with its own statistics, and the number of images that they were computed on."""
     device = find_device(options.device)
     model = build(settings.model.arch, len(shards.manifest.classes))
     model.load_state_dict(mean.weights)
@@ -165,7 +165,7 @@ def _with_statistics(mean: Mean, settings: Settings, shards: ShardSet, options: 
 def _classifier(
     mean: Mean, weights: State, settings: Settings, shards: ShardSet, options: AverageOptions
 ) -> Classifier:
-    """The average at work; its card lacks the value that it is going to be measured at."""
+    """Return the average as a classifier. Its card does not have the measured value yet."""
     steps_per_epoch = shards.manifest.split(settings.data.train_split).num_samples // settings.train.batch_size
     card = card_of(
         settings,
@@ -180,13 +180,13 @@ def _classifier(
 
 
 def _out(options: AverageOptions) -> Path:
-    """Where the average goes: a folder that is no run's, unless it is to be the run's model."""
+    """Return the folder of the average. It must not be the folder of a run."""
     out = options.out or options.run / "average"
     if (out / "checkpoints").exists() or (out / "metrics.jsonl").exists():
         raise RunError(
             f"{out} is the folder of a run",
-            "its settings and the model that it is known by would be those of the average",
-            "name another folder with --out, or leave it out; --replace puts the average in the place of RUN/model",
+            "the average would replace the settings and the model of that run",
+            "name another folder with --out, or omit --out; --replace replaces only RUN/model",
         )
     return out
 
@@ -200,19 +200,21 @@ def _save(
     shards: ShardSet,
     options: AverageOptions,
 ) -> None:
-    """The bundle, then what it was measured at: a kill between the two leaves a whole model."""
+    """Write the bundle, then its evaluation: a kill between the two leaves a whole model."""
     trained = average.card.trained
     card = replace(average.card, trained=replace(trained, value=getattr(found.seen.metrics, trained.metric)))
     with ExitStack() as stack:
         if options.replace:
-            claim = RunLock(options.run / "checkpoints", _say, wait_s=0)  # a training would write its own
+            claim = RunLock(options.run / "checkpoints", _say, wait_s=0)  # a training would overwrite the model
             stack.callback(claim.release)
             home, folder = options.run, options.run / FOLDER_NAME
         else:
             home = folder = out
-            with storage("making the folder of the average", out):
+            with storage("creating the folder of the average", out):
                 out.mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "settings.yaml", mean.settings_yaml.encode())  # `evaluate` finds the shards by it
+            write_atomically(
+                out / "settings.yaml", mean.settings_yaml.encode()
+            )  # `evaluate` reads the shards' folder from it
         card = save_bundle(folder, card, weights)
         split = found.seen.split
         save_evaluation(

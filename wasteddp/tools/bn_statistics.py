@@ -1,12 +1,11 @@
-"""Computes BatchNorm's running statistics for weights that no training step produced, such as a mean of several.
+"""Compute BatchNorm's running statistics for weights that no training step produced, such as a mean of several.
 
 As in Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", section 3.2, training
-images go through the network again. Here these are centre views at the size of the evaluation, without
-augmentation: what the model will be used on looks so (Touvron et al. 2019, "Fixing the train-test resolution
-discrepancy", adapt the statistics to the size in use too), and neither the run's augmentation nor its schedule of sizes
-has to be gone through again.
+images pass through the network again. Here they are centre views at the size of the evaluation, without augmentation,
+because the model will be used on such images (Touvron et al. 2019, "Fixing the train-test resolution discrepancy", also
+adapt the statistics to the size in use). The run's augmentation and its schedule of sizes are not needed.
 
-Legend: B images in a batch, S their side.
+Legend: B images in a batch, S their side in pixels.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ _PREFETCH = 2
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, batches: Iterable[torch.Tensor], names: Collection[str]) -> None:
-    """BatchNorm's running statistics again, as the mean over the batches of what each batch has.
+    """Recompute BatchNorm's running statistics as the mean of the batches' statistics.
 
     Args:
-        model: left in eval mode.
-        batches: normalised images [B, 3, S, S], all of one B: each batch counts the same.
-        names: of the BatchNorms that get new ones; the others keep theirs.
+        model: set to eval mode.
+        batches: normalised images [B, 3, S, S], all of one size B: each batch has the same weight.
+        names: names of the BatchNorms to recompute; the others are unchanged.
     """
     model.eval()
     norms = [module for name, module in model.named_modules() if name in names and isinstance(module, _BatchNorm)]
@@ -52,13 +51,13 @@ def estimate_statistics(model: nn.Module, batches: Iterable[torch.Tensor], names
 def training_batches(
     settings: Settings, shards: ShardSet, num_images: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Normalised training images on the device, [B, 3, S, S], as an evaluation sees them.
+    """Yield normalised training images on the device, [B, 3, S, S], with the preprocessing of an evaluation.
 
-    They come in the order of the run's first epoch, in full batches of evaluate.batch_size, or one of all where there
-    are fewer.
+    They are in the order of the run's first epoch, in full batches of evaluate.batch_size, or in one smaller batch if
+    there are fewer.
 
     Args:
-        num_images: how many; a remainder that fills no batch is left out, and there are no more than in an epoch.
+        num_images: number of images, at most one epoch; a remainder that does not fill a batch is left out.
     """
     data, split = settings.data, shards.manifest.split(settings.data.train_split)
     with ExitStack() as stack:
@@ -77,7 +76,7 @@ def training_batches(
                 image_size_px=data.eval_size_px,
                 workers=num_usable_cores(),
                 prefetch=_PREFETCH,
-                replace=True,  # what cannot be decoded, as in training: one image of thousands
+                replace=True,  # replace undecodable images, as in training
             )
         )
         for batch in loader.batches((0, number, part) for number, part in enumerate(parts)):

@@ -1,6 +1,6 @@
-"""The W&B workspace as code: a YAML file, checked against the metrics that a run really has, and saved on request.
+"""The W&B workspace as code: a YAML file, checked against the metrics of runs, and saved on request.
 
-wandb-workspaces (the extra `dashboard`) builds it; checking needs neither that nor a network.
+wandb-workspaces (the extra `dashboard`) builds it; the check needs neither that package nor a network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Part(BaseModel):
 
 
 class Panel(_Part):
-    """One of `_KINDS` says what it shows; the rest is about curves."""
+    """A panel shows one of `_KINDS`; the other fields are options of curves."""
 
     title: str
     lines: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Panel(_Part):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All metrics and media that it shows."""
+        """All metrics and media of the panel."""
         single = tuple(name for name in (self.each, self.table, self.confusion) if name)
         return self.lines + self.images + single
 
@@ -70,30 +70,30 @@ class Dashboard(_Part):
 
 
 def load(path: Path) -> Dashboard:
-    """The dashboard of a YAML file.
+    """Read a dashboard from a YAML file.
 
     Raises:
-        SettingsError: not YAML, an unknown key, or a panel of something that no run has: it would stay empty.
+        SettingsError: not YAML, an unknown key, or a panel of a metric that runs do not have: it would stay empty.
     """
     with storage("reading the dashboard", path):
         text = path.read_text(encoding="utf-8")
     try:
         dashboard = Dashboard.model_validate(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
-        raise SettingsError(f"{path}: {error}", "no dashboard can be made of it", "fix what is named") from error
+        raise SettingsError(f"{path}: {error}", "the dashboard cannot be built", "fix the named lines") from error
     names = {name for section in dashboard.sections for panel in section.panels for name in panel.names}
-    unknown = sorted(name for name in names if not (_is_shown(name)))
+    unknown = sorted(name for name in names if not _is_shown(name))
     if unknown:
         raise SettingsError(
             f"{path} shows {', '.join(unknown)}, which no run has",
             "the panel would stay empty",
-            f"names there are: {', '.join([*METRICS, *MEDIA])}",
+            f"use one of these names: {', '.join([*METRICS, *MEDIA])}",
         )
     return dashboard
 
 
 def workspace(dashboard: Dashboard, *, entity: str, project: str) -> Any:
-    """The same as wandb-workspaces' object; nothing is sent.
+    """Convert the dashboard to an object of wandb-workspaces, without sending it.
 
     Raises:
         TrackingError: wandb-workspaces is not installed.
@@ -116,10 +116,10 @@ def workspace(dashboard: Dashboard, *, entity: str, project: str) -> Any:
 
 
 def save(dashboard: Dashboard, *, entity: str, project: str) -> str:
-    """Makes the workspace on W&B and returns its address. Each call makes a new one.
+    """Create the workspace on W&B and return its address. Each call creates a new one.
 
     Raises:
-        TrackingError: no key, no answer, or W&B refused.
+        TrackingError: there is no key, W&B does not answer, or it refuses.
     """
     mode = choose("online")
     if not mode.is_online:
@@ -127,13 +127,13 @@ def save(dashboard: Dashboard, *, entity: str, project: str) -> str:
     import wandb
 
     try:
-        made = workspace(dashboard, entity=entity or str(wandb.Api().default_entity), project=project)
-        made.save()
+        created = workspace(dashboard, entity=entity or str(wandb.Api().default_entity), project=project)
+        created.save()
     except TrackingError:
         raise
-    except Exception as error:  # whatever wandb raises
+    except Exception as error:  # wandb raises many kinds of errors
         raise _failed(reason_of(error)) from error
-    return str(made.url)
+    return str(created.url)
 
 
 def _panel(panel: Panel) -> Any:
@@ -144,7 +144,7 @@ def _panel(panel: Panel) -> Any:
     if panel.table:
         return wr.WeavePanelSummaryTable(table_name=panel.table)
     if panel.confusion:
-        # the client logs a chart's table under the chart's name and this ending
+        # W&B's client logs a chart's table under the chart's name with this suffix
         return wr.CustomChart(
             query={"summaryTable": {"tableKey": f"{panel.confusion}_table"}},
             chart_name="wandb/confusion_matrix/v1",
@@ -175,4 +175,6 @@ def _is_shown(name: str) -> bool:
 
 
 def _failed(reason: str) -> TrackingError:
-    return TrackingError(f"the dashboard was not saved: {reason}", "W&B shows its own panels", "fix it and try again")
+    return TrackingError(
+        f"the dashboard was not saved: {reason}", "W&B shows its default panels", "fix this and try again"
+    )

@@ -1,11 +1,11 @@
-"""Looks at machine, data and disk before a long run, and says what to do.
+"""Check machine, data and disk before a long run, and print what to do.
 
-    wasteddp doctor --config configs/resnet50.yaml                                              this process alone
+    wasteddp doctor --config configs/resnet50.yaml                                              one process
     accelerate launch --multi_gpu -m wasteddp.tools.doctor --config configs/resnet50.yaml             all GPUs of a node
     accelerate launch --config_file launch/accelerate/cpu2.yaml -m wasteddp.tools.doctor --config ... two CPU processes
 
-Launched as the run will be, it also tries how the processes work together. Exit codes: 0 all green, 1 something yellow,
-2 something red. Writes nothing but one file in run.out, which is removed again.
+If it is started with the run's launcher, it also tests the communication of the processes. Exit codes: 0 all green,
+1 yellow, 2 red. It writes only one file in run.out, and removes it.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from wasteddp.training.distributed.runtime import Runtime
     from wasteddp.training.watchdog.watchdog import Watchdog
 
-_LAUNCHER_LEAVES_S = 30.0  # between SIGTERM and SIGKILL, by torchrun and accelerate launch
+_LAUNCHER_LEAVES_S = 30.0  # torchrun and accelerate launch send SIGKILL this long after SIGTERM
 _SLURM_LEAVES_S = 300.0  # slurm/train.sh: --signal=B:USR1@300
 _ASSUMED_CLASSES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="settings of the run (default: the defaults)")
+    parser.add_argument("--config", metavar="YAML", help="settings of the run (default: the default settings)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
         "--signal-leaves-s", type=float, metavar="S",
-        help="seconds between a stop signal and the end (default: 300 in a Slurm job, else the launcher's 30)",
+        help="seconds between a stop signal and SIGKILL (default: 300 in a Slurm job, otherwise the launcher's 30)",
     )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """All ranks: examines, and rank 0 prints. Returns the exit code."""
+    """All ranks: run the checks. Rank 0 prints them. Return the exit code."""
     from wasteddp import settings as settings_file
     from wasteddp.tools import finding
     from wasteddp.training.watchdog.watchdog import Watchdog
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Finding]:
-    """All ranks: every check, in the order in which a run would meet what it looks for."""
+    """All ranks: run every check, in the order in which a run would meet the problems."""
     from wasteddp.tools import machine_checks
     from wasteddp.tools.finding import Finding
     from wasteddp.training.distributed import runtime
@@ -82,7 +82,7 @@ def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Findin
         world = runtime.start(settings, watch)
     except (LaunchError, SettingsError) as error:  # the same on every rank
         return [*findings, Finding("processes", "red", error.found, error.remedy)]
-    if settings.precision == "auto":  # measured meanwhile, on a GPU
+    if settings.precision == "auto":  # measured by `runtime.start`, on a GPU
         findings[-1] = replace(findings[-1], found=f"{world.precision}: {world.precision_reason}")
     with contextlib.closing(world):
         found = (
@@ -95,19 +95,19 @@ def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Findin
 
 
 def _examine_machines(world: Runtime) -> list[Finding]:
-    """All ranks."""
+    """All ranks: run the checks of the machines."""
     from wasteddp.tools import machine_checks
 
     devices = world.gather(machine_checks.device_of(world))
     gpus = sum(device.host == devices[world.rank].host and device.identity != "cpu" for device in devices)
     shared_memory = _worst_of_ranks(world, machine_checks.check_shared_memory(gpus))
-    world.totals(0)  # all ranks leave it at nearly the same moment
+    world.totals(0)  # all ranks return from it at nearly the same moment
     times = world.gather(time.time())
     return [machine_checks.check_devices(devices), shared_memory, machine_checks.check_clocks(times)]
 
 
 def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Finding]:
-    """All ranks: on rank 0 alone what only it does in a run."""
+    """All ranks: run the checks of the run; rank 0 alone checks the work of rank 0."""
     from wasteddp.tools import machine_checks, run_checks
     from wasteddp.training.checkpoint import state
 
@@ -115,7 +115,7 @@ def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Fi
     shards, num_classes = run_checks.check_shards(settings, world.rank)
     num_bytes = run_checks.model_bytes(settings, num_classes or _ASSUMED_CLASSES)
     findings = [_worst_of_ranks(world, shards), machine_checks.check_all_reduce(world, num_bytes)]
-    world.watch.at("trying the disk and the dashboard", slow=True)
+    world.watch.at("checking the disk and the dashboard", slow=True)
     out = Path(settings.run.out)
     if world.is_main:
         findings += [
@@ -127,7 +127,7 @@ def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Fi
 
 
 def _worst_of_ranks(world: Runtime, finding: Finding) -> Finding:
-    """All ranks: the worst of what they found; which rank it was, where they differ."""
+    """All ranks: return the worst of their findings, with its rank if they differ."""
     from wasteddp.tools.finding import worst
 
     findings: list[Finding] = world.gather(finding)

@@ -1,4 +1,4 @@
-"""What a check before a run found: a colour, a sentence, and what to do."""
+"""The findings of the checks before a run: a colour, a sentence, and what to do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Colour = Literal["green", "yellow", "red"]
 EXIT_CODES: dict[Colour, int] = {"green": 0, "yellow": 1, "red": 2}
 _VERDICTS: dict[Colour, str] = {
     "green": "ready to start",
-    "yellow": "it can start; read the yellow lines first",
-    "red": "do not start: a run would fail or be worth nothing until the red lines are fixed",
+    "yellow": "the run can start; read the yellow rows first",
+    "red": "do not start: fix the red rows first, or the run would fail or be useless",
 }
 _WIDTH = 130
 
@@ -34,7 +34,7 @@ def worst(findings: Sequence[Finding]) -> Colour:
 
 
 def print_table(findings: Sequence[Finding], file: TextIO | None = None) -> None:
-    """The findings for people, and the verdict. The colour is also written, for logs and for who does not see it."""
+    """Print the findings as a table, and the verdict. Each colour is also a word, for logs and colour-blind readers."""
     console = Console(file=file)
     if not console.is_terminal:
         console = Console(file=file, width=_WIDTH)

@@ -1,14 +1,14 @@
-"""`wasteddp lr-find`: which learning rate to begin with, by a range test on the pieces that train.
+"""`wasteddp lr-find`: suggest a learning rate, by a range test on the code of a training.
 
-The rate grows by the same factor from step to step while the configuration's network is trained on its own order of
-samples, in one process, from its own initial weights. At first it changes little, then the loss falls, then it bursts.
+The rate grows by the same factor from step to step while the network of the configuration trains on its own order of
+samples, in one process, from its own initial weights. At first the loss changes little, then it falls, then it
+explodes.
 
-Suggested is a tenth of the rate at the lowest loss. That rate itself is too high for more than a few steps, since the
-burst follows; but where the lowest loss is, is plain to see, while the steepest descent, which is told as well, hangs
-on single batches. Losses are smoothed by a moving average that begins without a bias and lags by a twentieth of the
-test.
+The suggestion is a tenth of the rate at the lowest loss. That rate itself is too high for more than a few steps, since
+the loss explodes next. The lowest loss is easy to locate; the steepest descent, which is reported too, depends on
+single batches. Losses are smoothed by a moving average without an initial bias, which lags by a twentieth of the test.
 
-Only the rate is not as the settings have it: loss, augmentation, clipping, order and sizes are those of a run.
+Only the rate differs from the settings: loss, augmentation, clipping, order and sizes are those of a run.
 
 Sources: Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3, for the range test, there with
 a rate that grows linearly. The growth by a factor, the smoothing, the stop at four times the best loss and the tenth of
@@ -42,8 +42,8 @@ from wasteddp.training.distributed import runtime
 from wasteddp.training.optimization import optimizers
 
 _EXPLODED = 4.0  # times the best smoothed loss
-_LAG = 1 / 20  # of the test, by which the smoothed loss lags
-_CLEAR = 2.0  # standard deviations of a step's loss from the smoothed one, which a fall that says something has
+_LAG = 1 / 20  # lag of the smoothed loss, as a part of the test
+_CLEAR = 2.0  # a significant fall, in standard deviations of a step's loss from the smoothed loss
 _FEWEST_STEPS = 10
 _TABLE_ROWS = 12
 
@@ -52,18 +52,22 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`steps` rates from `lowest` to `highest`."""
+    """The range of a test: `steps` rates from `lowest` to `highest`."""
 
     steps: int = 100
     lowest: float = 1e-6
     highest: float = 10.0
 
     def rates(self) -> list[float]:
-        """Raises: SettingsError: they make no range, or too few steps to see one."""
+        """Return the rates.
+
+        Raises:
+            SettingsError: the values are not a range, or there are too few steps.
+        """
         if not 0 < self.lowest < self.highest < float("inf") or self.steps < _FEWEST_STEPS:
             raise SettingsError(
                 f"--from {self.lowest:g} --to {self.highest:g} --steps {self.steps}",
-                "there would be no curve to judge by",
+                "the test would not give a curve",
                 f"give two positive rates, the smaller first, and at least {_FEWEST_STEPS} steps",
             )
         factor = self.highest / self.lowest
@@ -72,7 +76,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the test saw, and what follows. Rates are None where the curve does not show them."""
+    """The result of a test. A rate is None if the curve does not show it."""
 
     suggested: float | None
     why: str
@@ -85,9 +89,9 @@ class Found:
 
 
 def smoothed(losses: Sequence[float], lag_steps: float) -> list[float]:
-    """The exponential moving average after each loss, b = lag / (1 + lag), divided by 1 - b^n.
+    """Return the exponential moving average after each loss, b = lag / (1 + lag), divided by 1 - b^n.
 
-    Source: Kingma and Ba 2015 (Adam), section 3, for the division: without it the average begins at zero.
+    Source: Kingma and Ba 2015 (Adam), section 3, for the division: without it the average starts at zero.
     """
     decay, average, out = lag_steps / (1 + lag_steps), 0.0, []
     for number, loss in enumerate(losses, start=1):
@@ -101,39 +105,45 @@ def has_exploded(smooth: Sequence[float]) -> bool:
 
 
 def judged(rates: Sequence[float], losses: Sequence[float], smooth: Sequence[float], stopped: str) -> Found:
-    """What the curve suggests. `stopped`: why it ended before its last rate; '' if it did not."""
+    """Return the suggestion of a curve. `stopped`: why the test ended before its last rate; '' if it did not."""
     at = int(np.argmin(smooth))
     lowest, steepest = rates[at], None
     if at:
         slopes = np.gradient(np.array(smooth[: at + 1]), np.log10(rates[: at + 1]))
         steepest = rates[int(np.argmin(slopes))]
     if steepest is None:
-        suggested, why = None, "none: the loss never fell; begin lower with --from, or give it more --steps"
+        suggested, why = None, "none: the loss never fell; start lower with --from, or give more --steps"
     elif at == len(smooth) - 1:
-        suggested, why = steepest, "the steepest descent: the loss still fell at the last rate; see more with --to"
+        suggested, why = (
+            steepest,
+            "the steepest descent: the loss still fell at the last rate; extend the test with --to",
+        )
     else:
-        suggested, why = lowest / 10, f"a tenth of {lowest:.2g}, where the loss is lowest: after it, it rises"
+        suggested, why = lowest / 10, f"a tenth of {lowest:.2g}, where the loss is lowest; above it, the loss rises"
     fall, scatter = max(smooth[: at + 1]) - smooth[at], float(np.std(np.subtract(losses, smooth)[: at + 1]))
     if suggested and fall < _CLEAR * scatter:
         why += (
-            f". Not to be relied on: the smoothed loss fell by {fall:.2g} and that of single steps scatters by "
-            f"{scatter:.2g}; give it a larger train.batch_size or more --steps"
+            f". Not reliable: the smoothed loss fell by {fall:.2g}, and the loss of single steps varies by "
+            f"{scatter:.2g}; use a larger train.batch_size or more --steps"
         )
     return Found(suggested, why, lowest, steepest, stopped, tuple(rates), tuple(losses), tuple(smooth))
 
 
 def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Found:
-    """The test, its table, and lr-find.json and lr-find.png in `out`, or beside run.out, of which nothing is touched.
+    """Run the test, print its table, and write lr-find.json and lr-find.png.
+
+    Args:
+        out: folder of the files; by default run.out with the suffix .lr-find. run.out itself is unchanged.
 
     Raises:
-        LaunchError: several processes.
-        WastedError: what a training would raise at its start.
+        LaunchError: there are several processes.
+        WastedError: any error of a training at its start.
     """
     if (num := environment.launched("WORLD_SIZE", 1)) > 1:
         raise LaunchError(
             f"lr-find was started as {num} processes",
-            "each would do the same test and write the same files",
-            "start it without a launcher: the global batch is the one of the settings at any number of processes",
+            "each would run the same test and write the same files",
+            "start it without a launcher: the global batch is that of the settings at any number of processes",
         )
     rates, folder = options.rates(), out or Path(f"{settings.run.out.rstrip('/')}.lr-find")
     with closing(runtime.start(settings)) as world, dataloaders.open_inputs(settings, world) as data:
@@ -146,7 +156,7 @@ def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Fou
             "micro_batch": world.micro_batch,
             "code": environment.commit(),
         }
-    with storage("making the folder", folder):
+    with storage("creating the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "lr-find.json", (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(folder / "lr-find.png", _picture(found))
@@ -157,7 +167,7 @@ def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Fou
 def _measured(
     settings: Settings, world: runtime.Runtime, data: dataloaders.Inputs, rates: Sequence[float], say: Say
 ) -> Found:
-    """Trains with one rate after the other until the loss explodes. Waits for each loss, which a training does not."""
+    """Train with one rate after the other until the loss explodes. Waits for each loss, unlike a training."""
     built = build(settings, world, data)
     ddp, optimizer, stepper, recipe = built.ddp, built.optimizer, built.stepper, built.recipe
     progress = Progress(Lineage.of(settings, data.manifest))
@@ -185,7 +195,7 @@ def _measured(
             stepper.step()
             stepper.zero_grad()
             if not isfinite(found := float(total)):
-                stopped = f"step {step + 1} of {len(rates)}, with the rate {rate:.2g}: its loss is {found}"
+                stopped = f"step {step + 1} of {len(rates)}, with the rate {rate:.2g}: the loss is {found}"
                 break
             losses.append(found)
             smooth = smoothed(losses, _LAG * len(rates))
@@ -195,9 +205,9 @@ def _measured(
                 break
     if not losses:
         raise SettingsError(
-            f"the loss of the first step is no number, with the rate {rates[0]:g}",
-            "there is no curve to judge by",
-            "look at the images with --check, or set precision to fp32",
+            f"the loss of the first step is not a finite number, with the rate {rates[0]:g}",
+            "the test gives no curve",
+            "check the images with --check, or set precision to fp32",
         )
     return judged(rates[: len(losses)], losses, smooth, stopped)
 
@@ -210,7 +220,7 @@ def _table(found: Found) -> list[str]:
     return [
         "    rate      loss  smoothed",
         *lines,
-        f"stopped at {found.stopped}" if found.stopped else "went to the last rate",
+        f"stopped at {found.stopped}" if found.stopped else "reached the last rate",
         f"lowest smoothed loss at {found.lowest_loss_at:.2g}, steepest descent {steepest}",
         *([f"suggested: optimizer.lr={found.suggested:.2g}"] if found.suggested else []),
         f"  why: {found.why}",
@@ -227,7 +237,7 @@ def _picture(found: Found) -> bytes:
         if rate is not None:
             axes.axvline(rate, color=colour, linestyle="--", linewidth=1, label=f"{name}: {rate:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
-    # the burst itself would press the rest of the curve flat
+    # the exploding loss would compress the rest of the curve
     top = 1.3 * max(found.smoothed[: found.smoothed.index(min(found.smoothed)) + 1])
     axes.set_ylim(bottom=min(found.losses) - 0.05 * (top - min(found.losses)), top=top)
     axes.legend(fontsize=8)

@@ -1,6 +1,6 @@
-"""What a machine can do, before a run depends on it: versions, devices, precision, shared memory, clocks, all-reduce.
+"""Checks of a machine before a run: versions, devices, precision, shared memory, clocks, all-reduce.
 
-Each check returns findings and never raises for what it is there to find.
+Each check returns a finding, and does not raise for the problem that it looks for.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _CONSTRAINTS = Path(__file__).resolve().parents[2] / "launch" / "constraints.txt
 _DEVELOPMENT = ("hypothesis", "mypy", "pytest", "ruff")
 _LEAST_SHM_BYTES = 1 << 30
 _LEAST_FREE = 0.9  # of a GPU's memory
-_SLOW_ALL_REDUCE_S = 0.5  # on GPUs: a network that is not the one meant
+_SLOW_ALL_REDUCE_S = 0.5  # on GPUs: probably the wrong network
 _ROUNDS = 5
 _MOST_SKEW_S, _WRONG_SKEW_S = 1.0, 60.0
 
 
 def versions_tested(constraints: Path = _CONSTRAINTS) -> dict[str, str]:
-    """The versions that the tests ran with; none where there is no checkout."""
+    """Return the versions that the tests ran with; {} without a checkout."""
     if not constraints.exists():
         return {}
     found = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s#;]+)", constraints.read_text(), flags=re.MULTILINE)
@@ -44,9 +44,9 @@ def versions_tested(constraints: Path = _CONSTRAINTS) -> dict[str, str]:
 
 
 def check_versions(tested: Mapping[str, str]) -> Finding:
-    """Whether what is installed is what the tests ran with. A local part (+cpu, +cu126) is not compared."""
+    """Compare the installed versions with those of the tests, without local parts (+cpu, +cu126)."""
     if not tested:
-        return Finding("versions", "yellow", "the list of tested versions is not here", "run it from a checkout")
+        return Finding("versions", "yellow", "the list of tested versions is missing", "run doctor from a checkout")
     found = {name: _version(name) for name in tested}
     missing = [name for name, number in found.items() if not number]
     if missing:
@@ -62,8 +62,8 @@ def check_versions(tested: Mapping[str, str]) -> Finding:
         return Finding(
             "versions",
             "yellow",
-            f"{names}; other than tested: {', '.join(other)}",
-            "probably fine; to be sure: bash launch/test.sh, or install the tested ones: bash launch/install.sh",
+            f"{names}; not as tested: {', '.join(other)}",
+            "probably fine; to check: bash launch/test.sh, or install the tested versions: bash launch/install.sh",
         )
     return Finding("versions", "green", f"{names}; {len(found)} packages as tested")
 
@@ -77,19 +77,19 @@ def _version(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What one rank computes on."""
+    """The device of one rank."""
 
     rank: int
     host: str
     identity: str  # of the physical device; "cpu" for processors
     name: str
-    free: float  # part of the device's memory
+    free: float  # free part of the device's memory
     threads: int
     cores: frozenset[int]  # that the rank may run on
 
 
 def device_of(world: Runtime) -> Device:
-    """This rank's. A GPU is known by its UUID: two ranks can name one GPU by two numbers."""
+    """Return the device of this rank. A UUID identifies a GPU, since two ranks may number one GPU differently."""
     if world.device.type != "cuda":
         identity, name, free = world.device.type, platform.machine(), 1.0
     else:
@@ -100,7 +100,7 @@ def device_of(world: Runtime) -> Device:
 
 
 def check_devices(devices: list[Device]) -> Finding:
-    """Of all ranks: two on one GPU, more threads than cores, memory that others use, a GPU that is not used."""
+    """Check the devices of all ranks: shared GPUs, too many threads, GPU memory in use, an unused GPU."""
     hosts = Counter(device.host for device in devices)
     kinds = Counter(device.name if device.identity != "cpu" else f"{device.name} CPU" for device in devices)
     found = f"{', '.join(f'{count} x {name}' for name, count in kinds.items())} on {len(hosts)} machine(s)"
@@ -121,8 +121,9 @@ def check_devices(devices: list[Device]) -> Finding:
         return Finding(
             "devices",
             "yellow",
-            f"{found}; others use {1 - full[0].free:.0%} of the memory of rank {full[0].rank}'s GPU on {full[0].host}",
-            "end what runs there (nvidia-smi shows it), or lower train.max_micro_batch",
+            f"{found}; other programs use {1 - full[0].free:.0%} of the memory of rank {full[0].rank}'s GPU on "
+            f"{full[0].host}",
+            "end these programs (nvidia-smi lists them), or lower train.max_micro_batch",
         )
     for host in hosts:
         here = [device for device in devices if device.host == host and device.identity == "cpu"]
@@ -132,13 +133,13 @@ def check_devices(devices: list[Device]) -> Finding:
                 "devices",
                 "yellow",
                 f"{found}; {sum(d.threads for d in here)} threads on the {len(cores)} cores of {host}",
-                "set run.threads to 0 or lower: threads that wait for each other slow training many times over",
+                "set run.threads to 0, or lower it: threads that wait for each other slow training down severely",
             )
     if devices and devices[0].identity == "cpu" and Path("/dev/nvidia0").exists():
         return Finding(
             "devices",
             "red",
-            f"{found}; there is an NVIDIA GPU, and torch {torch.__version__} does not see it",
+            f"{found}; there is an NVIDIA GPU that torch {torch.__version__} does not detect",
             "install a torch for CUDA, or check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES",
         )
     return Finding("devices", "green", found)
@@ -147,7 +148,9 @@ def check_devices(devices: list[Device]) -> Finding:
 def check_precision(asked: str) -> Finding:
     has_gpu = torch.cuda.is_available()
     if has_gpu and asked == "auto":
-        return Finding("precision", "green", "auto: bf16 or fp16, by what is measured to be faster when a run begins")
+        return Finding(
+            "precision", "green", "auto: bf16 or fp16, whichever is measured to be faster at the start of a run"
+        )
     try:
         precision.refuse_impossible(asked, has_gpu=has_gpu)
     except LaunchError as error:
@@ -161,7 +164,7 @@ def check_precision(asked: str) -> Finding:
 
 
 def check_shared_memory(num_gpus: int, path: Path = Path("/dev/shm")) -> Finding:
-    """NCCL passes messages between the GPUs of a node through it. Our loaders are threads and need none."""
+    """NCCL uses /dev/shm for messages between the GPUs of a node. Decoding processes use a memfd instead."""
     if not path.exists():
         return Finding("/dev/shm", "green", f"no {path} on {sys.platform}; only NCCL needs it")
     free = shutil.disk_usage(path).free
@@ -172,20 +175,22 @@ def check_shared_memory(num_gpus: int, path: Path = Path("/dev/shm")) -> Finding
 
 
 def check_clocks(times: list[float]) -> Finding:
-    """Of all ranks, taken at one moment: log lines and dashboards of machines that disagree cannot be compared."""
+    """Compare the clocks of all ranks: with different clocks, log lines and dashboards cannot be compared."""
     skew = max(times) - min(times)
     found = f"{time.strftime('%F %T %Z', time.localtime(times[0]))}; {skew:.2f} s between the earliest and the latest"
     if skew > _WRONG_SKEW_S:
         return Finding("clock", "red", found, "set the clocks (chronyd, ntpd): downloads and W&B refuse wrong times")
     if skew > _MOST_SKEW_S:
-        return Finding("clock", "yellow", found, "set the clocks (chronyd, ntpd), or the machines' logs will not match")
+        return Finding(
+            "clock", "yellow", found, "set the clocks (chronyd, ntpd); otherwise the times in the logs do not match"
+        )
     return Finding("clock", "green", found if len(times) > 1 else found.partition(";")[0])
 
 
 def check_all_reduce(world: Runtime, num_bytes: int) -> Finding:
-    """All ranks: adds up tensors of the model's size, as each step does with the gradients, and looks at the sums."""
+    """All ranks: sum tensors of the model's size, as each step does with the gradients, and check the sums."""
     if world.world_size == 1:
-        return Finding("all-reduce", "green", "one process: nothing to add up")
+        return Finding("all-reduce", "green", "one process: nothing to sum")
     small = torch.arange(1000, dtype=torch.float32, device=world.device) + world.rank
     expected = torch.arange(1000, dtype=torch.float32) * world.world_size + sum(range(world.world_size))
     right = torch.equal(world.sum(small).cpu(), expected)
@@ -193,7 +198,7 @@ def check_all_reduce(world: Runtime, num_bytes: int) -> Finding:
     large = torch.ones(num_bytes // 4, device=world.device)
     seconds = []
     for _ in range(_ROUNDS):
-        world.totals(0)  # all start at once
+        world.totals(0)  # all ranks start at the same time
         began = time.perf_counter()
         float(world.sum(large)[0])  # reading it waits for the GPU
         seconds.append(time.perf_counter() - began)
@@ -204,7 +209,7 @@ def check_all_reduce(world: Runtime, num_bytes: int) -> Finding:
             "all-reduce",
             "red",
             f"wrong sums on {wrong} of {world.world_size} ranks",
-            "training would be wrong without a word: try NCCL_P2P_DISABLE=1 and update driver and NCCL",
+            "training would silently be wrong: try NCCL_P2P_DISABLE=1 and update driver and NCCL",
         )
     if world.device.type == "cuda" and median > _SLOW_ALL_REDUCE_S:
         return Finding(

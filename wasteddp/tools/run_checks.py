@@ -1,4 +1,4 @@
-"""What a run needs besides the machine, before it begins: its shards, room and time for checkpoints, W&B."""
+"""Checks of a run before it starts: its shards, space and time for checkpoints, W&B."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _CHUNK_BYTES = 1 << 24
 
 
 def model_bytes(settings: Settings, num_classes: int) -> int:
-    """Of the weights and statistics, without making them."""
+    """Return the bytes of the weights and statistics, without allocating them."""
     with torch.device("meta"):
         return sum(tensor.nbytes for tensor in resnet.build(settings.model.arch, num_classes).state_dict().values())
 
 
 def check_shards(settings: Settings, rank: int) -> tuple[Finding, int]:
-    """The manifest, every tar's size, and the hash and the decoding of a few images, others on each rank.
+    """Check the manifest, the size of every tar, and the hash and decoding of a few images that differ by rank.
 
     Returns:
-        What was found, and the number of classes; 0 where the manifest cannot be read.
+        The finding, and the number of classes; 0 if the manifest cannot be read.
     """
     began, read_bytes = time.perf_counter(), 0
     try:
@@ -61,47 +61,49 @@ def check_shards(settings: Settings, rank: int) -> tuple[Finding, int]:
 
 
 def _bad_shards(found: str, settings: Settings) -> Finding:
-    return Finding("shards", "red", found, f"find all that is damaged: wasteddp verify {settings.data.shards}")
+    return Finding("shards", "red", found, f"list all damage: wasteddp verify {settings.data.shards}")
 
 
 def check_disk(folder: Path, num_bytes: int) -> Finding:
-    """Room for the checkpoints and the model that a run keeps."""
+    """Check the space for the checkpoints and the model that a run keeps."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     found = f"{folder}: {free / 1e9:.1f} GB free; checkpoints and model take {num_bytes / 1e9:.2f} GB"
     if free < num_bytes:
         return Finding("disk", "red", found, "free space, set run.out to another disk, or lower checkpoint.keep_last")
     if free < 3 * num_bytes:
-        return Finding("disk", "yellow", found, "enough for this run alone; free some space before others fill it")
+        return Finding(
+            "disk", "yellow", found, "enough for this run only; free some space before other programs fill the disk"
+        )
     return Finding("disk", "green", found)
 
 
 def check_save(folder: Path, num_bytes: int, leaves_s: float) -> Finding:
-    """Writes and syncs as many bytes as a checkpoint has, where it will be, beside the time that a signal leaves."""
+    """Write and sync as many bytes as a checkpoint, and compare the time with the time after a stop signal."""
     try:
         seconds = _seconds_to_write(folder, num_bytes)
     except WastedError as error:
         return Finding("saving", "red", error.found, error.remedy)
-    # the save that a signal asks for may first wait for one that is being written
+    # the save after a signal may first wait for a save in progress
     needed_s = 2 * seconds
     found = (
         f"a checkpoint of {num_bytes / 1e6:.0f} MB takes {seconds:.1f} s ({num_bytes / seconds / 1e6:.0f} MB/s); "
         f"a signal leaves {leaves_s:.0f} s"
     )
     remedy = (
-        "give it longer (Slurm: #SBATCH --signal=B:USR1@SECONDS; else TORCH_ELASTIC_SHUTDOWN_TIMEOUT), or set run.out "
-        "to a faster disk"
+        "give it more time (Slurm: #SBATCH --signal=B:USR1@SECONDS; otherwise TORCH_ELASTIC_SHUTDOWN_TIMEOUT), or set "
+        "run.out to a faster disk"
     )
     if seconds > leaves_s:
         return Finding("saving", "red", f"{found}: the last state would be lost", remedy)
     if needed_s > leaves_s:
-        return Finding("saving", "yellow", f"{found}: too little if a save is under way", remedy)
+        return Finding("saving", "yellow", f"{found}: not enough during another save", remedy)
     return Finding("saving", "green", found)
 
 
 def _seconds_to_write(folder: Path, num_bytes: int) -> float:
-    chunk = os.urandom(_CHUNK_BYTES)  # zeros would be compressed away by some file systems
-    with storage("trying to write", folder):
+    chunk = os.urandom(_CHUNK_BYTES)  # some file systems would compress zeros
+    with storage("writing a test file", folder):
         existed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -118,12 +120,12 @@ def _seconds_to_write(folder: Path, num_bytes: int) -> float:
 
 
 def check_wandb(mode: str) -> Finding:
-    """What the run would do: never a prompt, and offline where online cannot be."""
+    """Check the W&B mode of the run: never a prompt, and offline if online is impossible."""
     asked = wandb_client.asked_mode(mode)
     if asked == "disabled":
         return Finding("W&B", "green", "disabled, as set")
     chosen = wandb_client.choose(asked)
     if chosen.name == "offline" and asked == "online":
-        remedy = "fix that, or send the run later as its log says"
+        remedy = "fix this, or send the run later as its log says"
         return Finding("W&B", "yellow", f"offline although track.wandb is online: {chosen.reason}", remedy)
     return Finding("W&B", "green", f"{chosen.name}: {chosen.reason}")

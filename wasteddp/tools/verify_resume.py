@@ -1,8 +1,6 @@
-"""`wasteddp verify-resume`: trains twice, once undisturbed and once killed again and again, and compares step by step.
+"""`wasteddp verify-resume`: train twice, once undisturbed and once with kills, and compare both runs step by step.
 
-The ranks are started without a launcher, which would clean up after a kill. No torch here.
-
-What `wasteddp verify-resume` prints: both runs side by side, the kills, and a verdict.
+The ranks are started without a launcher, which would clean up after a kill. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,45 +25,45 @@ from wasteddp.training.distributed.ranks import Ranks
 
 _POLL_S = 0.02
 _LONGEST_DELAY_S = 0.5
-_WIDTH = 110  # characters: where there is no terminal rich takes 80, and would cut the hashes
+_WIDTH = 110  # characters: without a terminal rich uses 80, and would cut the hashes
 _ADVICE = (
-    "; a GPU's kernels, and three processes or more, add in a fixed order only with run.deterministic: give the same "
+    "; a GPU's kernels, and three processes or more, add in a fixed order only with run.deterministic: run the same "
     "command with --set run.deterministic=true"
 )
-_DIGITS = 8  # of a hash, in the table; the receipt has more
+_DIGITS = 8  # of a hash, in the table; the receipt has all
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One interruption, as planned and as it came."""
+    """One interruption: the plan and the result."""
 
     attempt: int
     processes: int
     signal: str
-    at_step: int  # sent once this many steps were done and `delay_s` had passed
+    at_step: int  # sent after this many steps and `delay_s`
     delay_s: float
-    steps_done: int  # when it was sent; what is above the next start's checkpoint was done again
+    steps_done: int  # when it was sent; steps after the next start's checkpoint were repeated
     exit_codes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What `wasteddp verify-resume` found; `receipt.json` is this."""
+    """The result of `wasteddp verify-resume`, written to `receipt.json`."""
 
     seed: int
     processes: tuple[int, ...]
     precision: str
-    deterministic: bool  # run.deterministic, of both runs
+    deterministic: bool  # run.deterministic of both runs
     kills: tuple[Kill, ...]
-    rows: tuple[dict[str, Any], ...]  # a step each: both runs side by side
-    final_weights: tuple[str, str]  # of all tensors, running statistics too: undisturbed, interrupted
+    rows: tuple[dict[str, Any], ...]  # one per step, with both runs
+    final_weights: tuple[str, str]  # of all tensors, with running statistics: undisturbed, interrupted
     same_samples: bool
     same_weights: bool
     largest_loss_difference: float  # relative
 
     @property
     def holds(self) -> bool:
-        """Samples and images must be the same at any number of processes; weights at the same number."""
+        """Samples and images must be the same at any number of processes, weights only at one number."""
         return self.same_samples and (self.same_weights or len(set(self.processes)) > 1)
 
 
@@ -81,26 +79,26 @@ def prove(
     say: Callable[[str], None],
     deterministic: bool = False,
 ) -> Proof:
-    """Trains undisturbed at `processes[0]`, then with `kills` interruptions at each of `processes` in turn.
+    """Train undisturbed at `processes[0]`, then with `kills` interruptions at each of `processes` in turn.
 
     Args:
-        steps: of either training.
-        seed: of the moments and the signals.
+        steps: steps of each training.
+        seed: seed of the moments and the signals.
         out: folder for both runs and receipt.json; the runs are removed if the proof holds.
-        deterministic: run.deterministic of both, where the overrides leave it open.
+        deterministic: run.deterministic of both runs, unless the overrides set it.
 
     Raises:
-        SettingsError: a configuration that no run could have, or fewer steps than kills.
-        CheckpointError: a training ended in another way than it should.
+        SettingsError: the configuration is invalid, or there are as many kills as steps or more.
+        CheckpointError: a training ended with an unexpected exit code.
     """
     if kills >= steps:
         raise SettingsError(
-            f"{kills} kills and {steps} steps", "there is one kill at most after a step", "raise --steps"
+            f"{kills} kills and {steps} steps", "there can be only one kill per step", "raise --steps or lower --kills"
         )
     fixed = [*(["run.deterministic=true"] if deterministic else []), *overrides, *_fixed(steps)]
     settings = settings_file.load(config, fixed)
     shutil.rmtree(out, ignore_errors=True)
-    with storage("making the folder", out):
+    with storage("creating the folder", out):
         out.mkdir(parents=True)
     draws = random.Random(seed)
     moments = sorted(draws.sample(range(1, steps), kills))
@@ -134,7 +132,7 @@ def compare(
     processes: tuple[int, ...],
     kills: Sequence[Kill],
 ) -> Proof:
-    """Both runs' steps side by side."""
+    """Compare the steps of both runs."""
     ours, theirs = _steps(interrupted), _steps(undisturbed)
     rows = []
     for step in sorted(ours.keys() | theirs.keys()):
@@ -183,7 +181,7 @@ def _unexpected(ranks: Ranks, what: str, codes: tuple[int, ...]) -> CheckpointEr
     said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
     return CheckpointError(
         f"after {what} the training ended with exit codes {list(codes)}: {' / '.join(said)}",
-        "nothing can be said about its resuming",
+        "its resume cannot be judged",
         f"see {log}",
     )
 
@@ -215,7 +213,7 @@ def _steps(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may be written meanwhile."""
+    """Return the complete lines of a file that may still be written."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
@@ -228,10 +226,10 @@ def _final_weights(run: Path) -> str:
 
 
 def show(proof: Proof, out: Path) -> None:
-    """Prints the receipt."""
+    """Print the proof: the kills, both runs step by step, and a verdict."""
     console = Console()
     console = Console(width=max(console.width, _WIDTH))
-    kills = Table("attempt", "processes", "signal", "after step", "exit codes", title="killed")
+    kills = Table("attempt", "processes", "signal", "after step", "exit codes", title="kills")
     for kill in proof.kills:
         codes = " ".join(map(str, kill.exit_codes))
         kills.add_row(str(kill.attempt), str(kill.processes), kill.signal, str(kill.steps_done), codes)
@@ -258,7 +256,7 @@ def show(proof: Proof, out: Path) -> None:
 
 
 def refuse(proof: Proof, out: Path) -> None:
-    """Raises a CheckpointError that names the first difference, if the proof does not hold."""
+    """If the proof does not hold, raise a CheckpointError that names the first difference."""
     if proof.holds:
         return
     names = ("samples", "images") if not proof.same_samples else ("weights",)
@@ -266,8 +264,8 @@ def refuse(proof: Proof, out: Path) -> None:
     first = next(differing, None)
     where = f"in step {first}" if first else "in the statistics at the end"
     raise CheckpointError(
-        f"the interrupted run has other {' or '.join(names)} than the undisturbed one, first {where}",
-        "a run that is killed would not end like one that is not",
+        f"the {' or '.join(names)} of the interrupted and the undisturbed run differ, first {where}",
+        "a killed run would not end like an undisturbed one",
         f"compare {out / 'undisturbed'} with {out / 'interrupted'}"
         + ("" if proof.deterministic or not proof.same_samples else _ADVICE),
     )
