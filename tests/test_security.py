@@ -303,7 +303,6 @@ def test_a_zip_of_bombs_and_outside_names_harms_nothing(tmp_path: Path) -> None:
 
 def test_an_archive_of_too_many_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_MEMBERS", 10)
-    assert archives.MAX_MEMBERS > 10
     with pytest.raises(SourceError, match="has more than 10 members"):
         archives.open_source(write_tar(tmp_path / "many.tar", good_images()), work_folder=tmp_path)
 

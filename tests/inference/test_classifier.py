@@ -93,9 +93,7 @@ def test_with_all_flips_an_image_upside_down_gets_the_same_answer_to_the_last_bi
     views = random_views(BATCH_SIZE_CPU + 1)
     answers = classifier.probabilities(views)
     for axes in ((0,), (1,), (0, 1)):
-        flipped = [
-            np.ascontiguousarray(np.flip(view, axes)) for view in reversed(views)
-        ]  # also with other images in the batch
+        flipped = [np.ascontiguousarray(np.flip(view, axes)) for view in reversed(views)]  # in other batches, too
         assert classifier.probabilities(flipped)[::-1].tobytes() == answers.tobytes()
 
 

@@ -19,7 +19,7 @@ from wasteddp.report import background
 from wasteddp.report.page import write_report
 from wasteddp.report.run_record import bucket_means, kept_rows, log_ticks, ticks
 
-pytestmark = pytest.mark.usefixtures("reports")  # the reports fixture lets trainings write reports
+pytestmark = pytest.mark.usefixtures("reports")  # write reports in a real process
 
 
 @pytest.fixture(scope="module")

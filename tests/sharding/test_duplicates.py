@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
@@ -51,6 +51,7 @@ def test_equal_images_of_two_classes_are_all_left_out_unless_told_otherwise() ->
     assert [left.source for left in left_out] == ["a/2", "b/1"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2**64 - 1), max_size=12),
     st.lists(st.tuples(st.integers(0, 11), st.sets(st.integers(0, 63), max_size=12)), max_size=20),

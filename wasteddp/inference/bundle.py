@@ -85,7 +85,7 @@ class BundleCard:
     trained: Trained
     hashes: Hashes
     tool: str
-    bins: Mapping[str, str] = field(default_factory=dict)  # class -> bin that it belongs into; may be empty
+    bins: Mapping[str, str] = field(default_factory=dict)  # class -> bin that it belongs in; may be empty
     temperature: float = 1.0  # logits are divided by it; 1 if the model is not calibrated
     thresholds: Mapping[str, float] = field(default_factory=dict)  # empty if the model is not calibrated
     averaged: Averaged = Averaged()

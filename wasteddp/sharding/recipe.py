@@ -108,7 +108,7 @@ def load_bins(path: Path) -> dict[str, str]:
         return TypeAdapter(dict[str, str]).validate_python(plain_yaml(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise RecipeError(
-            f"{path} is not a YAML file of `class: bin`: {error}",
+            f"{path} is not YAML with lines `class: bin`: {error}",
             "the bins are not known",
             "write one line `class: bin` for each class",
         ) from error
