@@ -47,9 +47,9 @@ def add(commands: Any) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print medians: the speed of the loop with each kind of worker, and the speed of the loader alone."""
     cores = num_usable_cores()
-    beside = max(1, cores - 1)  # one core is the launching thread's
+    decoders = max(1, cores - 1)  # one core for the launching thread
     counts = [int(word) for word in arguments.workers.split(",") if word] or sorted({1, cores})
-    sides = [("pace", kind, beside) for kind in (*KINDS, ELSEWHERE)]
+    sides = [("pace", kind, decoders) for kind in (*KINDS, ELSEWHERE)]
     sides += [("loader", kind, count) for count in counts for kind in KINDS]
     found: dict[tuple[str, str, int], list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(arguments.rounds):
@@ -63,7 +63,7 @@ def compare(arguments: argparse.Namespace) -> None:
     def median(side: tuple[str, str, int], what: str) -> float:
         return statistics.median(found_one[what] for found_one in found[side])
 
-    print(f"a loop of small tensor operations while {beside} decode, relative to its speed while the loader is idle:")
+    print(f"a loop of small tensor operations while {decoders} decode, relative to its speed while the loader is idle:")
     for side in sides[: len(KINDS) + 1]:
         name = side[1] if side[1] in KINDS else "in another program"
         print(
@@ -159,16 +159,16 @@ def _pace(kind: str, workers: int, shards: str, seconds: float) -> dict[str, flo
         return operations / wall_s, cpu_s / wall_s
 
     with (_another_program if kind == ELSEWHERE else _taking)(kind, workers, shards) as (start, rest):
-        alone, beside, counts = [], [], [rest()]
+        alone, loaded, counts = [], [], [rest()]
         for _ in range(_TURNS):
             alone.append(loop())
             start()
-            beside.append(loop())
+            loaded.append(loop())
             counts.append(rest())
     return {
         "operations_per_s": statistics.median(pace for pace, _ in alone),
-        "kept": statistics.median(pace for pace, _ in beside) / statistics.median(pace for pace, _ in alone),
-        "on_a_core": statistics.median(on_a_core for _, on_a_core in beside),
+        "kept": statistics.median(pace for pace, _ in loaded) / statistics.median(pace for pace, _ in alone),
+        "on_a_core": statistics.median(on_a_core for _, on_a_core in loaded),
         "images_per_s": (counts[-1] - counts[0]) / seconds,
     }
 

@@ -263,7 +263,7 @@ def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Call
 @pytest.mark.scenario("warned", "undisturbed")
 def test_a_warning_saves_requeues_and_goes_on(outcome: Callable[[str], Ran]) -> None:
     """Guards `trap "" USR1` of common.sh and `warn` of train.sh: without the first the warning kills the launchers,
-    and the other processes have KillWait to save; if `warn` does not wait, nothing receives it, and there is no requeue.
+    and the other processes have KillWait to save; if `warn` does not wait, nothing receives it and nothing is requeued.
     """
     ran = outcome("warned")
     assert ran.state == "COMPLETED"

@@ -91,11 +91,11 @@ def _average(options: AverageOptions, out: Path, console: Console, workers: Work
         weights, num_images = _with_statistics(mean, settings, shards, options)
         average = _classifier(mean, weights, settings, shards, options)
         found = evaluate_split(average, shards, data.eval_split, console, workers)
-        beside = evaluate_split(best, shards, data.eval_split, console, workers)
+        reference = evaluate_split(best, shards, data.eval_split, console, workers)
     _say(f"mean of the checkpoints of steps {', '.join(map(str, mean.steps))}")
     of_images = f"of {num_images:,} training images, centre views of {data.eval_size_px} px"
     _say(f"BatchNorm's statistics: {of_images if num_images else 'unchanged, since BatchNorm was frozen'}")
-    _print(console, settings.data.eval_split, found.seen.metrics, beside.seen.metrics, best.card.trained.step)
+    _print(console, settings.data.eval_split, found.seen.metrics, reference.seen.metrics, best.card.trained.step)
     _save(out, mean, weights, average, found, shards, options)
 
 
