@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import narrow
 import pytest
 from pictures import jpeg
@@ -20,6 +21,8 @@ def pytest_configure() -> None:
     """Restore the SIGINT handler: a shell ignores SIGINT in background jobs, and programs inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    hypothesis.settings.register_profile("untimed", deadline=None)  # a loaded machine is not a fault
+    hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
