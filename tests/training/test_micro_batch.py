@@ -82,7 +82,7 @@ def test_on_a_gpu_the_largest_that_fits_is_taken_and_remembered(monkeypatch: pyt
     tried.clear()
     again, progress = settle(world, progress)
     assert (again.micro_batch, again.accumulation, progress.micro_batch, tried) == (32, 3, 32, [])
-    assert again.micro_batch_reason == "as when the run began"
+    assert again.micro_batch_reason == "as when the run started"
 
 
 def test_what_fits_is_what_fits_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,17 +94,17 @@ def test_what_fits_is_what_fits_on_every_rank(monkeypatch: pytest.MonkeyPatch) -
 
 def test_if_not_one_image_fits_all_ranks_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     world, _ = on_gpu(0, monkeypatch)
-    with pytest.raises(DeviceMemoryError, match=r"resnet18 does not take one image of 32 px on every GPU with 10%"):
+    with pytest.raises(DeviceMemoryError, match=r"train resnet18 on one image of 32 px with 10%"):
         settle(world)
 
 
 @pytest.mark.parametrize(
     ("world_size", "size", "accumulation", "reason"),
     [
-        (2, 16, 3, "as when the run began"),
-        (6, 16, 1, "as when the run began"),
-        (4, 12, 2, "the run began with 16, which does not divide 24: BatchNorm's groups are others now"),
-        (12, 8, 1, "the run began with 16, which does not divide 8: BatchNorm's groups are others now"),
+        (2, 16, 3, "as when the run started"),
+        (6, 16, 1, "as when the run started"),
+        (4, 12, 2, "the run started with 16, which does not divide 24: other BatchNorm groups from here on"),
+        (12, 8, 1, "the run started with 16, which does not divide 8: other BatchNorm groups from here on"),
     ],
 )
 def test_another_number_of_ranks_keeps_the_micro_batch_if_it_divides(
@@ -184,6 +184,6 @@ def test_a_resumed_run_takes_the_micro_batch_it_began_with_and_ends_the_same(
         assert train.main([*arguments, "--set", "train.stop_at_step=4"]) == 0
     whole, parted = tmp_path / "whole" / "run", tmp_path / "parted" / "run"
     assert "x 4 images x 3 accumulated (the largest part up to 4; what fits" in (whole / "log.txt").read_text()
-    assert "x 4 images x 3 accumulated (as when the run began)" in (parted / "log.txt").read_text()
+    assert "x 4 images x 3 accumulated (as when the run started)" in (parted / "log.txt").read_text()
     assert json.loads((parted / "checkpoints" / "step-00000004" / "progress.json").read_text())["micro_batch"] == 4
     assert final_weights(whole) == final_weights(parted)

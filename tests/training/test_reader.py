@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
     assert found is not None
     assert found.progress.step == 1
     assert len(said) == 1
-    assert f"passed over {newest}" in said[0]
+    assert f"skipped {newest}" in said[0]
     assert reason in said[0]
 
 
@@ -99,7 +99,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
     save(tmp_path, 1)
     poison = pickle.dumps(_Poison(str(tmp_path / "ran")))
     _rewrite(tmp_path / "step-00000001", "model.safetensors", poison)  # with its right hash
-    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="is not an intact checkpoint"):
         reader.read(tmp_path / "step-00000001")
     assert not (tmp_path / "ran").exists()
 
@@ -107,7 +107,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
 def test_no_whole_one_left_is_an_error_and_no_silent_start(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "complete.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is intact"):
         reader.newest(tmp_path, lambda line: None)
 
 
@@ -123,7 +123,7 @@ def test_never_does_not_overwrite_a_run(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="nowhere is not an intact checkpoint"):
         reader.starting_point(tmp_path, str(tmp_path / "nowhere"), print)
 
 
@@ -148,7 +148,7 @@ def test_the_same_command_goes_on_from_what_it_made_of_another_runs_checkpoint(t
     assert again is not None
     assert again.progress.step == 5
     assert said == [
-        f"{tmp_path / 'new'} has gone on from {start} already, so it goes on from its own newest checkpoint"
+        f"{tmp_path / 'new'} already continues {start}: resuming from its own newest checkpoint"
     ]
 
 

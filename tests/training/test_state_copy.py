@@ -137,7 +137,7 @@ def test_where_memory_is_lacking_the_loop_waits_and_that_is_said_once(free_mb: i
         assert_equal(fetch(), states(value))
     assert device.done == []
     assert said == [
-        f"the training waits for each checkpoint's copy to the host: {free_mb} MB are free, "
+        f"training waits for the copy of each checkpoint to the host: the GPU has {free_mb} MB free, "
         "and a second state takes 0 MB"
     ]
     device.free_mb = 51  # 5 % of 1000 MB stay free
