@@ -1,4 +1,4 @@
-"""What differs from a checkpoint is refused with its consequence, or accepted by name; nothing changes unsaid."""
+"""Differences from a checkpoint are refused with their consequence, or accepted by name, and always reported."""
 
 from __future__ import annotations
 

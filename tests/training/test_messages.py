@@ -1,4 +1,4 @@
-"""What a run says: a row in words, and at its end commands that can be copied."""
+"""The messages of a run: a row of metrics as a line, and commands to copy at the end."""
 
 from __future__ import annotations
 

@@ -62,16 +62,16 @@ def agreed(
     following = next(batches, None)
     if following is None:
         return
-    begun = begin(following, may_ask=True)
+    started = begin(following, may_ask=True)
 
     def agree_ahead(following: Batch | None) -> Agreement:
-        nonlocal begun
-        has_asked, total = begun
+        nonlocal started
+        has_asked, total = started
         agreement = read(total)
         # not after a stop: a rank without a following batch would not start that sum
         if following is not None and not agreement.stops:
             # a save requested with this batch happens after its step: do not request it twice
-            begun = begin(following, may_ask=not has_asked)
+            started = begin(following, may_ask=not has_asked)
         return agreement
 
     while following is not None:

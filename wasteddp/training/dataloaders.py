@@ -45,7 +45,7 @@ class Inputs:
     train_loader: AnyLoader
     val_loader: AnyLoader
     val_reader: SplitReader
-    foresight: CacheForecast
+    cache_forecast: CacheForecast
     train: Split
     val: Split
     train_labels: Labels
@@ -63,7 +63,7 @@ class Inputs:
         one. A wait for a store that a signal ended is not a failure: the loop sees the signal and all ranks save.
         """
         steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
-        self.foresight.train_reader.expect(self.foresight.others(first_step, last_step))
+        self.cache_forecast.train_reader.expect(self.cache_forecast.others(first_step, last_step))
         try:
             yield from copied_ahead(self.train_loader.batches(steps), world.device)
         except StoppedError as error:
@@ -96,7 +96,7 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
             train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
             val_reader = stack.enter_context(shards.reader(val.name, stopped=STOP.__bool__))
             plan = train_plan(train, settings, train_reader.labels)
-            foresight = CacheForecast(
+            cache_forecast = CacheForecast(
                 train_plan=plan,
                 train_reader=train_reader,
                 val_plan=EvaluationPlan(val.num_samples, settings.evaluate.batch_size),
@@ -107,7 +107,9 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
                 world_size=world.world_size,
             )
             num_steps, in_flight = plan.steps_per_epoch * settings.train.epochs, settings.data.prefetch + 1
-            shards.require_room(foresight.train_windows(num_steps, in_flight), foresight.val_windows(in_flight))
+            shards.require_room(
+                cache_forecast.train_windows(num_steps, in_flight), cache_forecast.val_windows(in_flight)
+            )
         refuse_different_sets(manifest, world)
         processes = settings.data.uses_processes(world.device.type)
         workers = settings.data.num_workers or default_workers(
@@ -151,7 +153,7 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
             train_loader=train_loader,
             val_loader=val_loader,
             val_reader=val_reader,
-            foresight=foresight,
+            cache_forecast=cache_forecast,
             train=train,
             val=val,
             train_labels=train_reader.labels,

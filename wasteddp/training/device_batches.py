@@ -15,7 +15,7 @@ from wasteddp.data import gpu_decoding
 from wasteddp.data.batch import Batch
 
 Item = TypeVar("Item")
-Begun = TypeVar("Begun")
+Started = TypeVar("Started")
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -35,17 +35,17 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
     with ThreadPoolExecutor(1, "wasteddp-nvjpeg") as decoder:
 
         def copy(source: Batch) -> tuple[Batch, torch.cuda.Event]:
-            begun = _copied(source, device, side)
-            being_copied.append((source, begun[1]))
-            return begun
+            started = _copied(source, device, side)
+            being_copied.append((source, started[1]))
+            return started
 
         def begin(source: Batch) -> Callable[[], tuple[Batch, torch.cuda.Event]]:
             while being_copied and being_copied[0][1].query():  # type: ignore[no-untyped-call]
                 being_copied.popleft()
             if any(source.encoded_B):
                 return decoder.submit(copy, source).result
-            begun = copy(source)
-            return lambda: begun
+            started = copy(source)
+            return lambda: started
 
         for finish in one_ahead(batches, begin):
             batch, copied = finish()
@@ -57,22 +57,22 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
             yield batch
 
 
-def one_ahead(items: Iterator[Item], begin: Callable[[Item], Begun]) -> Iterator[Begun]:
+def one_ahead(items: Iterator[Item], begin: Callable[[Item], Started]) -> Iterator[Started]:
     """Yield `begin(item)` of each item; each is called before the result of the previous item is yielded.
 
     An error is raised in the place of the item that failed, after all earlier items. If it were raised earlier, the
     item that is already started would be lost, and the other ranks would wait for it.
     """
-    begun: list[Begun] = []
+    started: list[Started] = []
     failure: Exception | None = None
     try:
         for item in items:
-            begun.append(begin(item))
-            if len(begun) > 1:
-                yield begun.pop(0)
+            started.append(begin(item))
+            if len(started) > 1:
+                yield started.pop(0)
     except Exception as error:
         failure = error
-    yield from begun
+    yield from started
     if failure:
         raise failure
 

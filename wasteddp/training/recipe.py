@@ -40,7 +40,7 @@ class Recipe:
         counts, shares = data.train.samples_per_class, data.share_of_classes
         loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
         self.teacher = losses.teacher_of(settings, world, data.manifest.classes)  # all ranks
-        self._loss = self.teacher.completed(loss)
+        self._loss = self.teacher.extend_loss(loss)
         depth = settings.model.stochastic_depth
         self._depth = StochasticDepth(model, depth, settings.run.seed) if depth else None
         self._frozen: str = settings.model.freeze  # in the current step
@@ -69,7 +69,7 @@ class Recipe:
             self._depth.draw(micro.samples, epoch, self._world.device)
         images_BCHW = self.augment(images_BCHW, micro.samples, epoch)
         images_BCHW, targets = self._mix(images_BCHW, labels_B, micro.samples, epoch)
-        return images_BCHW, self.teacher.asked(images_BCHW, targets)
+        return images_BCHW, self.teacher.add_logits(images_BCHW, targets)
 
     def loss(self, logits_BK: torch.Tensor, targets: Targets) -> torch.Tensor:
         """Return this micro-batch's part of the rank's mean loss, [].
