@@ -186,7 +186,7 @@ def test_a_forged_checkpoint_is_refused_and_runs_nothing(finished: Path, tmp_pat
     for name, contents in forgeries.items():
         for number, content in enumerate(contents):
             path = forged(finished, tmp_path / f"{number}-{name}" / "step-00000004", name, content)
-            with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+            with pytest.raises(CheckpointError, match="is not an intact checkpoint"):
                 reader.read(path)
     outside = forged(finished, tmp_path / "outside" / "step-00000004", "progress.json", b"{}")
     listing = json.loads((outside / "complete.json").read_text())

@@ -1,25 +1,26 @@
-"""Trains a ResNet on a shard set: the program, to be read from top to bottom.
+"""Train a ResNet on a shard set.
 
     wasteddp train --config configs/resnet50.yaml                                    the GPUs of a machine, or its CPU
     accelerate launch wasteddp/train.py --config configs/resnet50.yaml               a CPU or one GPU
     accelerate launch --multi_gpu wasteddp/train.py --config configs/resnet50.yaml   the GPUs of a machine
     sbatch slurm/train.sh --config configs/resnet50.yaml                             a cluster
 
-    --set section.key=value    any setting, as often as wanted
-    --resume auto|never|PATH   auto, the default: the newest whole checkpoint of run.out, else from the beginning
-    --accept-changes A,B       go on although these differ from the checkpoint's, such as seed or manifest
-    --check                    one step, evaluation and checkpoint, in a folder beside run.out that is removed
+    --set section.key=value    override a setting; may be repeated
+    --resume auto|never|PATH   auto (default): the newest intact checkpoint in run.out, or step 0 if there is none
+    --accept-changes A,B       resume although these differ from the checkpoint, such as seed or manifest
+    --check                    run one step, one evaluation and one checkpoint in a temporary folder next to run.out
 
-While it runs, `touch RUN/SAVE_NOW` asks for a checkpoint; the file goes when that is on the disk.
+`touch RUN/SAVE_NOW` requests a checkpoint during a run; the file is removed once the checkpoint is on disk.
 
-Written to run.out: settings.yaml, environment.json, tracking.json, metrics.jsonl, log.txt, checkpoints/, model/ (the
-bundle), evaluations/ (what it was measured at), report.html (all of it as one page), media/ (pictures for W&B),
-failures/ (stacks of a process that hung), profile/ (if asked for).
-Exit codes: 0 finished; 2 something to fix, the message says what; 75 stopped by a signal and saved: start it again;
-70 a rank failed, hung or vanished and all were stopped: start it again, from the newest checkpoint.
-A launcher may turn 75 into 1, so a run that can go on also has the file RESUMABLE in run.out.
+Files in run.out: settings.yaml, environment.json, tracking.json, metrics.jsonl, log.txt, checkpoints/, model/ (the
+bundle), evaluations/ (the best model's evaluation), report.html (a summary page), media/ (images for W&B), failures/
+(stack traces of a process that hung), profile/ (with profile.steps).
 
-"All ranks" marks what every rank must do in the same order; a rank that left it out would leave the others waiting.
+Exit codes: 0 finished; 2 an error that the user can fix, see the message; 75 stopped by a signal after saving, run the
+same command again; 70 a rank failed, hung or vanished and all ranks were stopped, run the same command again to resume
+from the newest checkpoint. A launcher may replace 75 by 1, so a resumable run also has the file RESUMABLE in run.out.
+
+A comment or docstring "all ranks" marks a collective: every rank must make these calls in the same order.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import sys
 from pathlib import Path
 
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Run as a file, Python looks for modules in this folder first: put the checkout in its place.
+    # Python puts the folder of a script first on the module path: replace it by the checkout.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from wasteddp.training import arguments as command_line
 from wasteddp.training.watchdog import signals
 
 if __name__ == "__main__":
-    signals.install()  # before torch is imported: that takes seconds in which a signal would kill
+    signals.install()  # before the import of torch, which takes seconds: a signal would kill the process
     command_line.parser(__doc__).parse_args()  # as well: a wrong argument is reported at once
 
 import contextlib
@@ -75,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = divergence.rolling_back(
                     lambda retreat: train(settings, world, data, start, retreat, max_steps=steps), settings, world
                 )
-                if arguments.check and code == EXIT_FINISHED:  # a signal may have ended it before
-                    world.say("checked: one step, one evaluation, one checkpoint; all of it removed again")
+                if arguments.check and code == EXIT_FINISHED:  # not after a signal
+                    world.say("checked: one step, one evaluation and one checkpoint succeeded; their files are removed")
                 return code
-    except StoppedError:  # all ranks, before the first step: after it, the loop saves
+    except StoppedError:  # all ranks, before the first step; later the loop handles a stop
         return run_folder.stopped_before_it_began(settings, is_check=arguments.check)
     except Exception as error:
         return watch.failed(error)
@@ -95,11 +96,11 @@ def train(
     *,
     max_steps: int | None = None,
 ) -> int:
-    """All ranks: the run, from where it stands to its end, or `max_steps` further. Returns the exit code.
+    """Train from the current step to the last one, or for `max_steps`, and return the exit code. All ranks.
 
     Args:
         start: --resume and --accept-changes.
-        retreat: the learning rate's factor and the number of retreats, after a divergence in this process.
+        retreat: the number of rollbacks in this process and the learning-rate factor that they led to.
     """
     built = build(settings, world, data)  # all ranks
     run, progress = session.begin(settings, built, data, start, retreat, max_steps=max_steps)  # all ranks
@@ -118,7 +119,7 @@ def train(
                     images_BCHW, targets = recipe.inputs(micro, batch.epoch)
                     loss = recipe.loss(ddp(images_BCHW), targets)
                 if number == 0:
-                    stepper.zero_grad()  # here rather than after the step: a sixth faster on a CPU (docs/notes.md)
+                    stepper.zero_grad()  # here instead of after the step: a sixth faster on a CPU (docs/notes.md)
                 world.accelerator.backward(loss)  # all ranks
                 meter.add(loss)
             norm = recipe.clip(is_asked=due.logs or run.guard.skips)  # all ranks

@@ -1,9 +1,9 @@
-"""The training program with one fault in it: faulty.py FAULT --config ...; only tests run it.
+"""The training program with one injected fault, for tests: faulty.py FAULT --config ...
 
-raise, sleep, stop, kill      rank 1 does so at the end of its second step
-reader                        rank 1's loader hangs at a sample of its third batch or later
-damage                        rank 1 meets samples that cannot be replaced
-poison                        the images of rank 1 are no numbers in its second step
+raise, sleep, stop, kill      rank 1 does this at the end of its second step
+reader                        the loader of rank 1 hangs at a sample of its third batch or later
+damage                        rank 1 reads damaged samples that cannot be replaced
+poison                        the images of rank 1 are NaN in its second step
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def at_second_step(fault: str) -> None:
                 raise ZeroDivisionError("injected")
             if fault == "sleep":
                 time.sleep(600)
-            time.sleep(2)  # the others have heard where it is
+            time.sleep(2)  # the other ranks have received its position
             os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault])
 
     Meter.step_done = step_done  # type: ignore[method-assign]
@@ -68,7 +68,7 @@ def poison() -> None:
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1] / "support"))
     importlib.import_module("narrow").install()
-    signals.install()  # as train.py does when it is the program
+    signals.install()  # as train.py does when it is run as a program
     name = sys.argv.pop(1)
     if os.environ["RANK"] == "1":
         if name == "poison":

@@ -1,4 +1,4 @@
-"""The moving average of the weights at two ranks, whose BatchNorms see other images."""
+"""The moving average of the weights with two ranks, whose BatchNorm layers see different images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchrun with a range of nodes: one of two dies, the other goes on alone from the last checkpoint."""
+"""torchrun with a range of nodes: one of two is killed, and the other resumes alone from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainings import PROGRAM, ROOT, config_of, rows
 
 
 def agent(log: Path, arguments: list[str], *, is_host: bool) -> subprocess.Popen[bytes]:
-    """One node: the line of launch/README.md, with shorter patience. The host holds the meeting point."""
+    """Start one node: the command of launch/README.md, with shorter timeouts. The host runs the rendezvous."""
     elastic = ["--nnodes=1:2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=elastic"]
     patience = f"is_host={is_host},last_call_timeout=5,keep_alive_interval=1"
     elastic += ["--rdzv_endpoint=127.0.0.1:29527", f"--rdzv_conf={patience}"]
@@ -24,7 +24,7 @@ def agent(log: Path, arguments: list[str], *, is_host: bool) -> subprocess.Popen
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """The agent and its rank at once, as when a node dies."""
+    """Kill the agent and its rank at the same time, as when a node fails."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)

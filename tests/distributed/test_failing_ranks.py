@@ -1,4 +1,4 @@
-"""One of two real processes raises, hangs, is stopped or killed: the other stops soon and says which one it was."""
+"""One of two real processes raises, hangs, is stopped or is killed: the other one stops soon and reports which."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FAULTY = Path(__file__).parent / "faulty.py"
             70,
             ["the others wait for rank 1 of 2", "rank 1: step 2, computing", "rank 0: step 2, waiting for"],
         ),
-        ("stop", 70, ["rank 1 of 2 gives no sign of life any more", "rank 1: step 2, computing"]),
-        ("kill", 70, ["rank 1 of 2 gives no sign of life any more", "rank 1: step 2, computing"]),
+        ("stop", 70, ["rank 1 of 2 does not respond any more", "rank 1: step 2, computing"]),
+        ("kill", 70, ["rank 1 of 2 does not respond any more", "rank 1: step 2, computing"]),
         ("reader", 70, ["the others wait for rank 1 of 2", "waiting for data", "(decode_0 has been at", "train-0000"]),
         ("damage", 2, ["train-000000.tar is full of holes", "do: copy it again", "at: rank 1, step"]),
     ],
@@ -31,7 +31,7 @@ FAULTY = Path(__file__).parent / "faulty.py"
 def test_a_rank_that_fails_stops_the_others_and_is_named(
     fault: str, code: int, said: list[str], small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "8")  # the launcher's patience with a rank that cannot answer
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "8")  # how long the launcher waits for a stopped rank
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     arguments = [fault, *config_of(tmp_path, small_shards), "--set", "run.timeout_s=5"]
     done = launch(arguments, "--config_file", str(CPU2), program=FAULTY)
@@ -42,7 +42,7 @@ def test_a_rank_that_fails_stops_the_others_and_is_named(
     assert f"exitcode  : {code}" in done.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-0000000*/complete.json"))
     assert said[0] in (tmp_path / "run" / "log.txt").read_text()
-    # the launcher may have killed rank 0 meanwhile; what writes the report goes on
+    # the launcher may have killed rank 0 by now; the process that writes the report continues
     until = time.monotonic() + 60
     while not (tmp_path / "run" / "report.html").exists():
         assert time.monotonic() < until, "no report"

@@ -1,4 +1,4 @@
-"""The settings of the gradients' way over the network, on two CPU processes."""
+"""The settings of the gradients' communication, on two CPU processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainings import CPU2, launch_command
 
-# What runs on each rank: a model whose gradients are 1/3 on rank 0 and 1 on rank 1.
+# The script of each rank: a model whose gradients are 1/3 on rank 0 and 1 on rank 1.
 PROGRAM = """
 import sys
 import torch
@@ -24,7 +24,7 @@ if world.is_main:
     (gradient,) = set(model.weight.grad.flatten().tolist())
     print("found", ddp.bucket_bytes_cap, gradient)
 world.close()
-leave(0)  # as train.py: without it a rank now and then aborts in the destructors of torch's threads
+leave(0)  # as in train.py: otherwise a rank sometimes aborts in the destructors of torch's threads
 """
 
 
@@ -46,4 +46,4 @@ def test_gradients_are_averaged_in_fp32_in_buckets_of_25_mib_by_default(tmp_path
 def test_compressed_gradients_are_rounded_to_bf16_and_buckets_have_the_size_set(tmp_path: Path) -> None:
     num_bytes, gradient = run(tmp_path, "ddp.compression=bf16", "ddp.bucket_mb=3")
     assert num_bytes == 3 * 2**20
-    assert gradient == 0.66796875  # 171 / 256: 2/3 in 8 bits
+    assert gradient == 0.66796875  # 171 / 256, which is 2/3 in 8 bits

@@ -1,4 +1,4 @@
-"""What a signal to the launcher does to the run, with the launchers that users have: it saves, and can go on."""
+"""A signal to the launcher, for each launcher that users have: the run saves and can be resumed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def command_of(launcher: str, arguments: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("launcher", "name"),
     [
-        ("accelerate", "SIGTERM"),  # ends the launcher alone: the kernel tells the training
+        ("accelerate", "SIGTERM"),  # ends only the launcher: the kernel signals the training
         ("accelerate", "SIGINT"),
-        ("accelerate 2", "SIGTERM"),  # passed on
+        ("accelerate 2", "SIGTERM"),  # the launcher passes it on
         ("accelerate 2", "SIGKILL"),
         ("torchrun 2", "SIGINT"),
-        ("torchrun 2", "SIGUSR1"),  # ends the launcher alone
+        ("torchrun 2", "SIGUSR1"),  # ends only the launcher
     ],
 )
 def test_a_signal_to_the_launcher_saves_the_run(launcher: str, name: str, small_shards: Path, tmp_path: Path) -> None:
-    # the only checkpoint before the end of the epoch, step 100, is that of the signal
+    # before the end of the epoch at step 100, only the signal causes a checkpoint
     arguments = [*config_of(tmp_path, small_shards), "--set", "checkpoint.every_steps=0", "--set", "train.epochs=500"]
     arguments += ["--set", "evaluate.every_steps=1000"]
     with subprocess.Popen(command_of(launcher, arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -57,7 +57,7 @@ def test_a_restart_waits_for_ranks_that_still_save(small_shards: Path, tmp_path:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step 2/"):
-                process.kill()  # the launcher: its rank saves meanwhile
+                process.kill()  # the launcher; its rank saves at this time
                 break
         done = launch(arguments, program=REAL_PROGRAM)
         process.stdout.read()

@@ -1,4 +1,4 @@
-"""With run.deterministic three ranks add their gradients in one order, wherever DDP puts them in its messages."""
+"""With run.deterministic three ranks add their gradients in a fixed order, whatever the order of DDP's buckets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# DDP lays its messages out again after the first step of a start, so the first and the third differ in nothing else.
+# DDP rebuilds its buckets after the first step of a start; apart from that the first and third step are equal.
 PROGRAM = """
 import os
 import sys

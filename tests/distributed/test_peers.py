@@ -1,4 +1,4 @@
-"""The comparison with plain webdataset and accelerate runs, and tells what the libraries do today."""
+"""The comparison with plain webdataset and accelerate runs, and shows what these libraries do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_ours_sees_each_sample_once_and_the_others_do_what_the_table_says() -> N
     rows = {
         line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in done.stdout.splitlines()[4:]
     }
-    # 22 samples, 5 steps of 4: the 2 that do not fill a batch are left out, others in each epoch
+    # 22 samples, 5 steps of 4: the 2 that do not fill a batch are left out, different ones in each epoch
     assert rows["wasteddp"] == ["5 and 5", "20", "2", "0", "both at the same step"]
     assert "hung" in rows["webdataset, split_by_node"][-1]
     for way in ("the same through accelerator.prepare", "the same, dispatch_batches=False"):

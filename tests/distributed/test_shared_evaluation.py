@@ -1,4 +1,4 @@
-"""`wasteddp evaluate` under a launcher: two processes share a split and find what one finds."""
+"""`wasteddp evaluate` under a launcher: two processes share a split and get the same result as one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TWO = ("--config_file", str(CPU2))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 test images: of steps of 64, rank 0 has the first and the rest, and rank 1 the second."""
+    """150 test images in batches of 64: rank 0 has the first batch and the rest, rank 1 the second."""
     return write_run(tmp_path_factory.mktemp("evaluated"), test_images=(60, 50, 40))
 
 
@@ -47,7 +47,7 @@ def test_a_damaged_sample_is_said_once_and_ends_both(run: Path, tmp_path: Path) 
     shutil.copytree(run.parent, tmp_path / "all", ignore=shutil.ignore_patterns("evaluations"))
     manifest = Manifest.load(tmp_path / "all" / "shards")
     with SplitReader(manifest, "test") as reader:
-        (shard,), (record,) = reader.records(np.array([100]))  # rank 1 has it
+        (shard,), (record,) = reader.records(np.array([100]))  # a sample of rank 1
     tar = tmp_path / "all" / "shards" / manifest.split("test").shards[int(shard)].tar
     content = bytearray(tar.read_bytes())
     content[int(record["offset"]) + int(record["length"]) // 2] ^= 0xFF

@@ -1,4 +1,4 @@
-"""A real training of two processes on W&B, through the real client: killed twice, one run, each row once, no secret."""
+"""A real training of two processes on W&B, with the real client, killed twice: one run, each row once, no secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 40
 
 
 class Story:
-    """The run's folder, the server after it, and what was said."""
+    """The run's folder, the server after the run, and the output."""
 
     def __init__(self, run: Path, server: WandbServer, said: str) -> None:
         self.run, self.server, self.said = run, server, said
@@ -35,7 +35,8 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Iterator[Story]:
-    """Killed with -9 when W&B has 6 rows, again when it has 16, then finished; where it starts has a planted remote."""
+    """Kill the run when W&B has 6 rows and again at 16, then finish it. The working folder has a git remote with a
+    token."""
     folder = tmp_path_factory.mktemp("tracked")
     remote = ["remote", "add", "origin", f"https://me:{PLANTED}@example.org/repo.git"]
     for command in (["init", "-q"], remote):
@@ -75,7 +76,7 @@ def test_each_row_is_there_once_with_its_numbers(story: Story) -> None:
     assert story.served.starts == 3
     assert story.said.count("W&B: online, run ") == 3
     for row, true in zip(there, truth, strict=True):
-        # what does not depend on the clock: a row that a kill undid is there as it was first, and comes out the same
+        # values that do not depend on the clock: a row that a kill undid stays as first sent, and is repeated equally
         for name in ("train/loss", "lr", "epoch", "train/grad_norm", "val/accuracy", "val/recall/glass", "best/value"):
             assert row.get(name) == true.get(name), (name, row["_step"])
         assert {name for name in row if not name.startswith("_")} >= true.keys() - {"step", "time_s"}

@@ -1,4 +1,4 @@
-"""Two CPU processes through the real launcher: the same samples and nearly the same weights as one."""
+"""Two CPU processes with the real launcher: the same samples and nearly the same weights as one process."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_two_processes_take_the_steps_of_one(two: Path, small_shards: Path, tmp_
     for theirs, ours in zip(rows(one), rows(two), strict=True):
         assert ours["step"] == theirs["step"]
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-3)
-    # the first step starts from the same weights: what differs there is only the order of a sum
+    # the first step starts from the same weights: only the order of a sum differs
     assert rows(two)[0]["train/loss"] == pytest.approx(rows(one)[0]["train/loss"], rel=1e-6)
     assert {row["val/samples"] for row in rows(two) if "val/samples" in row} == {13}
     weights_one, weights_two = (load(final_weights(run)) for run in (one, two))
     assert not [name for name in weights_two if name.startswith(("module.", "_orig_mod."))]
     for name, tensor in weights_one.items():
-        if "running" not in name and "num_batches" not in name:  # each rank's own, reconciled as a mean
+        if "running" not in name and "num_batches" not in name:  # different on each rank, saved as their mean
             assert torch.allclose(tensor, weights_two[name], atol=2e-3), name
 
 
@@ -51,7 +51,7 @@ def test_kill_9_of_two_processes_costs_nothing(two: Path, small_shards: Path, tm
     with subprocess.Popen(launch_command(arguments, *TWO), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 3/8"):  # said before its save, and after the one of step 1 is on the disk
+            if line.startswith("step 3/8"):  # printed before the save of step 3, and after that of step 1 is on disk
                 kill_all(arguments)
     assert rows(tmp_path / "run")[-1]["step"] < 8, "the run had ended before it was killed"
     assert launch(arguments, *TWO).returncode == 0
@@ -77,7 +77,7 @@ def test_a_launch_that_accelerate_cannot_join_is_one_message(small_shards: Path,
     script = command.index(str(PROGRAM))
     alone = subprocess.run(
         [command[0], *command[script:]],
-        env={**os.environ, "WORLD_SIZE": "2"},  # what a launcher sets, without the address that Accelerate joins by
+        env={**os.environ, "WORLD_SIZE": "2"},  # what a launcher sets, without the address at which Accelerate joins
         capture_output=True,
         text=True,
         check=False,
@@ -107,7 +107,7 @@ def test_what_one_rank_cannot_read_is_said_once_and_ends_every_rank(small_shards
         )
         split = Manifest.load(small_shards).split("train")
         plan = train_plan(split, load_settings(arguments[1], arguments[3::2]))
-        of_0, of_1 = (  # shards of the first epoch
+        of_0, of_1 = (  # shards that the ranks read in the first epoch
             {
                 n
                 for step in range(4)
@@ -115,7 +115,7 @@ def test_what_one_rank_cannot_read_is_said_once_and_ends_every_rank(small_shards
             }
             for rank in (0, 1)
         )
-        tar = split.shards[min(of_1 - of_0)].tar  # rank 0, which speaks for all, never asks for it
+        tar = split.shards[min(of_1 - of_0)].tar  # rank 0, which prints the errors, never reads it
         server.faults = lambda name, number: "403" if name == tar else None
         done = launch(arguments, *TWO)
     assert done.returncode != 0

@@ -58,7 +58,7 @@ def test_a_run_in_fp16_goes_on_in_fp16_with_its_loss_scale(small_shards: Path, t
     assert first.returncode == 0, first.stdout + first.stderr
     second = launch(arguments_of(tmp_path / "cut", small_shards, "precision=auto"))
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "fp16 (as in the checkpoint that it goes on from)" in second.stdout
+    assert "fp16 (as in the checkpoint)" in second.stdout
     assert "not compiled (" in second.stdout
     then, now = (last_progress(tmp_path / name / "run") for name in ("whole", "cut"))
     assert then["step"] == now["step"] == 8
@@ -71,7 +71,7 @@ def test_a_run_in_bf16_goes_on_in_bf16(small_shards: Path, tmp_path: Path) -> No
     assert first.returncode == 0, first.stdout + first.stderr
     second = launch(arguments_of(tmp_path, small_shards, "precision=auto"))
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "bf16 (as in the checkpoint that it goes on from)" in second.stdout
+    assert "bf16 (as in the checkpoint)" in second.stdout
     assert last_progress(tmp_path / "run")["scaler"] is None
 
 

@@ -256,7 +256,7 @@ def test_the_same_image_is_cropped_otherwise_each_time_that_an_epoch_draws_it(sm
 
 def test_the_shares_are_those_of_what_is_trained_on() -> None:
     nothing = dict.fromkeys(
-        ("manifest", "train_loader", "val_loader", "val_reader", "foresight", "val", "train_labels")
+        ("manifest", "train_loader", "val_loader", "val_reader", "cache_forecast", "val", "train_labels")
     )
     split = Split("train", (), (30, 9, 1))
     data = Inputs(plan=plan_of([30, 9, 1], 1.0, 10), train=split, **cast(Any, nothing))

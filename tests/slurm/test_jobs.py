@@ -321,7 +321,7 @@ def test_a_job_whose_node_died_goes_on_by_itself(outcome: Callable[[str], Ran]) 
     assert ran.state == "COMPLETED"
     assert "on n[5-6]" in ran.text
     assert "on n[5,8]" in ran.text
-    assert "rank 1 of 2 gives no sign of life any more" in ran.text
+    assert "rank 1 of 2 does not respond any more" in ran.text
     assert "attempt 1: ended by Slurm; if it was preempted or its node failed, Slurm requeues it" in ran.text
     assert not (ran.run / "crashes.txt").exists()
     assert "attempt 2: finished" in ran.text
@@ -393,7 +393,7 @@ def test_nodes_that_do_not_know_of_each_other_are_refused(outcome: Callable[[str
     """Guards refuse_other_world of slurm.py: without it each node trains its own model."""
     ran = outcome("apart")
     assert ran.state == "FAILED"
-    assert "Slurm started this step on 2 nodes; the launcher knows of 1 process(es)" in ran.text
+    assert "Slurm started this step on 2 nodes; the launcher has 1 process(es)" in ran.text
     assert "step 1/" not in ran.text
 
 

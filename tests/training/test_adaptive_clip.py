@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping against the loop that the paper's equation is."""
+"""Adaptive gradient clipping compared with a plain loop over the paper's equation."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def network(scale: float) -> nn.Module:
 def test_each_unit_is_clipped_by_the_equation_and_head_biases_and_norms_are_not(limit: float) -> None:
     model = network(0.02)
     with torch.no_grad():
-        model.conv1.weight[0] = 0  # its limit is that of a norm of 0.001
-        model.conv1.weight.grad[1] = 0  # nothing to clip, and nothing to divide by
+        model.conv1.weight[0] = 0  # clipped as if its norm were 0.001
+        model.conv1.weight.grad[1] = 0  # a zero gradient: nothing to clip, and no division by zero
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizers.clip_(model, limit)
     num_clipped = num_units = 0
@@ -60,7 +60,7 @@ def test_what_has_no_gradient_is_left_out_even_if_that_is_all_but_the_head() -> 
 
 
 class _HalfPrecision:
-    """What Accelerate is under fp16: it takes the loss scale off before it clips, and GradScaler lets it do so once."""
+    """Accelerate with fp16: it unscales the gradients before it clips, which GradScaler allows once per step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         self._optimizer, self._scaler = optimizer, scaler

@@ -1,4 +1,4 @@
-"""What the ranks tell each other is begun one batch ahead, and holds for the batch it was begun with."""
+"""The ranks' agreement is started one batch ahead, and applies to the batch that it was started with."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def batch(number: int) -> Batch:
 
 @dataclass
 class World:
-    """Two ranks, the other of which does what this one does; `events` is what happened, in order."""
+    """A world of two ranks, in which the other rank does the same as this one; `events` has the calls in order."""
 
     world_size: int = 2
-    other_ends_at: int = -1  # the batch that the other rank does not have
+    other_ends_at: int = -1  # the batch that the other rank lacks
     events: list[str] = field(default_factory=list)
     begun: int = 0
 
@@ -47,7 +47,7 @@ class World:
 
 
 def loop(world: World, batches: Iterator[Batch], asks: Callable[[], bool] = lambda: False) -> list[Any]:
-    """What was agreed on before each step."""
+    """Return the agreement before each step."""
     results = []
     for number, (_, agree) in enumerate(agreed(batches, world, seed=SEED, asks=asks)):  # type: ignore[arg-type]
         results.append(agree())
@@ -81,11 +81,11 @@ def test_a_rank_without_a_batch_stops_all_before_its_step_and_after_the_one_befo
     last = Batch.failed(ShardError("a.tar is gone", "no batch", "copy it again"))
     results = loop(world, iter([batch(0), batch(1), last]))
     assert [result.stops for result in results] == [False, False, True]
-    assert world.events.index("step 1") > world.events.index("begin 2")  # known to all before, and not too early
+    assert world.events.index("step 1") > world.events.index("begin 2")  # agreed before the step, but not too early
 
 
 def test_ranks_that_stop_have_begun_as_many_sums_each() -> None:
-    """One more on one of them would be taken for the next thing that they tell each other."""
+    """An additional sum on one rank would be matched with the next sum of the other."""
     last = Batch.failed(ShardError("a.tar is gone", "no batch", "copy it again"))
     failing, other = World(), World(other_ends_at=2)
     for world, batches in ((failing, iter([batch(0), batch(1), last])), (other, map(batch, range(9)))):
@@ -110,7 +110,7 @@ def test_a_signal_is_heard_at_the_next_step_or_with_several_ranks_at_the_one_aft
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_one_request_is_one_save(world_size: int) -> None:
-    """It stands until it is saved, which is after the step that all agreed on."""
+    """The request remains until the save, which follows the step that all ranks agreed on."""
     wants: list[int] = []
     saved = []
     steps = agreed(map(batch, range(8)), World(world_size), seed=SEED, asks=lambda: bool(wants))  # type: ignore[arg-type]

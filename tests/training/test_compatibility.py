@@ -1,4 +1,4 @@
-"""What differs from a checkpoint is refused with its consequence, or accepted by name; nothing changes unsaid."""
+"""Differences from a checkpoint are refused with their consequence, or accepted by name, and always reported."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_what_cannot_go_together_cannot_be_accepted(change: dict[str, object]) -
     with pytest.raises(CheckpointError) as caught:
         accepted_changes(LINEAGE, other, [], where="x")
     assert "--accept-changes" not in str(caught.value)
-    with pytest.raises(CheckpointError, match=f"--accept-changes {name}: no such change can be accepted"):
+    with pytest.raises(CheckpointError, match=f"--accept-changes {name}: this change cannot be accepted"):
         accepted_changes(LINEAGE, other, [name], where="x")
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="those that can be: manifest, seed"):
+    with pytest.raises(CheckpointError, match="name changes that can be accepted: manifest, seed"):
         accepted_changes(LINEAGE, LINEAGE, ["sed"], where="x")
 
 

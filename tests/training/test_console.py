@@ -1,4 +1,4 @@
-"""What a terminal shows while a run trains: two lines that fit, and whatever is said above them."""
+"""The progress display of a run: two lines that fit the terminal, with messages above them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each epoch proves that it saw every sample once; a run that did not is stopped, wherever it was resumed."""
+"""Each epoch proves that it used every sample once; otherwise the run stops, also if it was resumed in between."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_digest_notices_one_sample_in_the_place_of_another(samples: list[int],
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
-    """A whole run of two epochs that kept all its checkpoints."""
+    """A finished run of two epochs that kept all its checkpoints."""
     folder = tmp_path_factory.mktemp("finished")
     assert train.main([*config_of(folder, small_shards), "--set", "checkpoint.keep_last=9"]) == 0
     return folder / "run"
@@ -66,7 +66,7 @@ def _lost(samples: np.ndarray) -> np.ndarray:
 
 
 def _doubled(samples: np.ndarray) -> np.ndarray:
-    return np.concatenate([samples[1:2], samples[1:]])  # as many as before: only the hash can tell
+    return np.concatenate([samples[1:2], samples[1:]])  # as many as before: only the hash differs
 
 
 @pytest.mark.parametrize(("change", "num"), [(_lost, 47), (_doubled, 48)])
@@ -122,7 +122,7 @@ def _edit_progress(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -
 
 @pytest.fixture
 def at_step_6(finished: Path, small_shards: Path, tmp_path: Path) -> tuple[list[str], Path]:
-    """The finished run, its newest checkpoint in the middle of its second epoch."""
+    """A copy of the finished run with its newest checkpoint in the middle of the second epoch."""
     shutil.copytree(finished, tmp_path / "run")
     for step in (7, 8):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")

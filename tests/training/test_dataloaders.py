@@ -1,4 +1,4 @@
-"""What a run reads: refused where the ranks would not read the same."""
+"""The inputs of a run are refused if the ranks would read different data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wasteddp.training.dataloaders import refuse_different_sets
 
 
 class World:
-    """Three ranks; the last one reads another manifest."""
+    """A world of three ranks, of which the last reads another manifest."""
 
     def gather(self, value: Any) -> list[Any]:
         return [value, value, "f" * 64]

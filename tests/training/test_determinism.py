@@ -1,4 +1,4 @@
-"""`run.deterministic`: what it asks of torch, and two trainings on a CPU that end with the same bits."""
+"""`run.deterministic`: its settings of torch, and two trainings on a CPU that end with the same bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wasteddp.errors import SettingsError
 from wasteddp.training.distributed import determinism
 from wasteddp.training.watchdog.failures import explained
 
-# A step that uses all that draws or adds: each policy's operations, both kinds of mixing, an average of the weights.
+# A step with all random choices and sums: the operations of each policy, both kinds of mixing, and the moving average.
 EVERYTHING = {
     "run.deterministic": "true",
     "run.record_steps": "true",
@@ -35,7 +35,7 @@ EVERYTHING = {
 
 
 def everything(folder: Path, shards: Path, **other: str) -> list[str]:
-    """Arguments of a training in `folder / run`; `other` has __ for the dot."""
+    """Return the arguments of a training in `folder / run`; `other` has __ for the dot."""
     folder.mkdir()
     changes = EVERYTHING | {key.replace("__", "."): value for key, value in other.items()}
     return config_of(folder, shards) + [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
@@ -43,11 +43,11 @@ def everything(folder: Path, shards: Path, **other: str) -> list[str]:
 
 @pytest.fixture
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Torch's switches go back to where they were."""
+    """Restore torch's flags after the test."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE"):
-        monkeypatch.setenv(name, "")  # remembered, to be put back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     yield

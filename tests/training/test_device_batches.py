@@ -1,4 +1,4 @@
-"""Copies to the device: the same batches in the same order, one ahead on a GPU and not a copy on a CPU."""
+"""Copies to the device: the same batches in the same order, one ahead on a GPU, and no copy on a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from wasteddp.training.device_batches import copied_ahead, one_ahead
 
 
 class Event(str):
-    """Stands for an event that a stream has passed when `is_passed` says so."""
+    """A fake event, which is done when `is_passed` is set."""
 
     is_passed = True
 
@@ -123,7 +123,7 @@ def test_a_batch_that_was_copied_already_is_trained_on_when_the_next_cannot_be_r
             yield batch
 
     monkeypatch.setattr(Loader, "batches", third_fails)
-    if looks_ahead:  # as on a GPU, without one
+    if looks_ahead:  # simulates a GPU
         monkeypatch.setattr(
             dataloaders, "copied_ahead", lambda batches, device: one_ahead(batches, lambda batch: batch)
         )
@@ -134,7 +134,7 @@ def test_a_batch_that_was_copied_already_is_trained_on_when_the_next_cannot_be_r
 
 
 class Tape:
-    """Stands for a GPU's streams: what is asked of them, in its order."""
+    """Fake streams, which record the calls in order."""
 
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
@@ -148,7 +148,7 @@ class Tape:
 
 
 class Tensor:
-    """Stands for images or labels that know their batch's number."""
+    """Fake images or labels with the number of their batch."""
 
     def __init__(self, asked: list[str], number: int) -> None:
         self._asked, self._number = asked, number
@@ -183,7 +183,7 @@ def test_the_network_waits_for_the_copy_of_its_own_batch_only(monkeypatch: pytes
 
 @pytest.mark.parametrize("is_passed", [True, False])
 def test_a_batch_of_the_loader_is_kept_until_its_copy_is_done(monkeypatch: pytest.MonkeyPatch, is_passed: bool) -> None:
-    """Its memory is written again when it is gone."""
+    """A tensor whose memory is overwritten when it is freed."""
     monkeypatch.setattr(Event, "is_passed", is_passed)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Tape([""]))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -202,7 +202,7 @@ def test_a_batch_of_the_loader_is_kept_until_its_copy_is_done(monkeypatch: pytes
             del images
 
     for number, _ in enumerate(copied_ahead(sources(), torch.device("cuda"))):
-        if number == 3:  # number 4 is being copied
+        if number == 3:  # the copy of number 4 is running
             kept = [reference() is not None for reference in alive]
     assert kept[-1]
     assert kept[:3] == [not is_passed] * 3

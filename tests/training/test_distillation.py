@@ -1,4 +1,4 @@
-"""Distillation: the paper's formula, a teacher that sees what the student sees and never moves, and runs that go on."""
+"""Distillation: the paper's formula, a frozen teacher that sees the student's images, and resumed runs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_student_that_answers_like_its_teacher_learns_nothing_from_it() -> Non
 
 
 def recipe_of(teacher: Path, *overrides: str) -> Recipe:
-    """With a student, but without shards: six images of 24 px, mixed and erased."""
+    """A teacher and a student without shards: six images of 24 px, mixed and erased."""
     fixed = ["run.threads=1", "train.batch_size=6", "model.arch=resnet18", "augment.mixup=0.5", "augment.erase=0.5"]
     settings = settings_file.parse("", [*fixed, f"train.teacher={teacher}", *overrides])
     data: Any = SimpleNamespace(
@@ -102,7 +102,7 @@ def test_the_teacher_sees_what_the_student_sees_and_stays_as_it_is(teacher: Path
     assert isinstance(recipe.teacher, Teacher)
     images, taught = recipe.inputs(batch(), 0)
     assert isinstance(taught, Taught)
-    assert taught.targets.shape == (6, 3)  # mixed
+    assert taught.targets.shape == (6, 3)  # mixed targets
     network = resnet.build("resnet18", 3).eval()
     network.load_state_dict(random_weights())
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -143,7 +143,7 @@ def test_a_teacher_of_other_classes_or_colours_is_refused(teacher: Path) -> None
         losses.teacher_of(settings, world, ("metal", "glass", "paper"))
     other = replace(CARD, preprocessing=replace(CARD.preprocessing, std=(0.5, 0.5, 0.5)))
     save_bundle(teacher, other, random_weights())
-    with pytest.raises(BundleError, match=r"std \[0.5, 0.5, 0.5\], and the run's have"):
+    with pytest.raises(BundleError, match=r"std \[0.5, 0.5, 0.5\], and the run uses"):
         losses.teacher_of(settings, world, CLASSES)
 
 

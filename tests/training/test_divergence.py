@@ -1,4 +1,4 @@
-"""A loss that is no number or far too large: what is skipped, undone or said, and that a resumed run does the same."""
+"""A loss that is NaN or far too large: what is skipped, undone or reported, and that a resumed run does the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Poison = tuple[int, int, float]
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> list[Poison]:
-    """(epoch, sample, rate): the images with that sample are NaN in that epoch, at that learning rate or more."""
+    """(epoch, sample, rate): images of that sample are NaN in that epoch, from that learning rate on."""
     poisons: list[Poison] = []
     real, real_rate, rates = Augment.__call__, optimizers.set_learning_rate, [0.0]
 
@@ -52,7 +52,7 @@ def run(folder: Path, shards: Path, *settings: str) -> int:
 
 
 def continued(folder: Path, run_folder: Path, step: int) -> Path:
-    """A run as it was after `step`."""
+    """Return a copy of a run as it was after `step`."""
     (folder / "run" / "checkpoints").mkdir(parents=True)
     name = f"step-{step:08d}"
     shutil.copytree(run_folder / "checkpoints" / name, folder / "run" / "checkpoints" / name)
@@ -76,15 +76,15 @@ def test_a_poisoned_step_is_skipped_counted_and_leaves_no_trace(
     assert len(missing) == 1
     assert missing[0] <= 4
     assert found[-1]["train/skipped"] == 1
-    assert "none: all steps were skipped" in (tmp_path / "run" / "log.txt").read_text()
-    # the weights of before that step are those after it
+    assert "none (all steps were skipped)" in (tmp_path / "run" / "log.txt").read_text()
+    # the skipped step does not change the weights
     before, after = missing[0] - 1, missing[0]
     if before:
         then = [
             tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors" for step in (before, after)
         ]
         assert then[0].read_bytes() == then[1].read_bytes()
-    # a run that goes on from before the poisoned step meets it again and ends with the same weights
+    # a run resumed before the poisoned step skips it again and ends with the same weights
     (tmp_path / "again").mkdir()
     again = continued(tmp_path / "again", tmp_path / "run", max(1, before))
     assert run(tmp_path / "again", small_shards, *keeps) == 0
@@ -106,7 +106,7 @@ def test_a_diverging_run_goes_back_and_on_with_a_smaller_rate(
     poison.append((1, -1, 0.006))
     keeps = ("train.on_divergence=rollback", "checkpoint.keep_last=9", "schedule.name=constant")
     assert run(tmp_path, small_shards, *keeps) == 0
-    assert "going back to step 4 with 0.5 of the learning rate (1 of 3 times)" in capsys.readouterr().out
+    assert "rolling back to step 4 with 0.5 of the learning rate (rollback 1 of at most 3)" in capsys.readouterr().out
     found = rows(tmp_path / "run")
     assert [row["step"] for row in found] == list(range(1, 9))
     assert [row["lr"] for row in found] == [0.01] * 4 + [0.005] * 4
@@ -123,9 +123,9 @@ def test_a_run_that_always_diverges_stops_after_so_many_returns(
     poison.append((1, -1, 0.0))
     assert run(tmp_path, small_shards, "train.on_divergence=rollback", "train.max_rollbacks=2") == 2
     said = capsys.readouterr()
-    assert "the mean loss since the last row of metrics is nan, after going back 2 times" in said.err
-    assert "going back to step 4" in said.out
-    assert "going back to step 3" in said.out  # the checkpoint from which it diverged at once is given up
+    assert "the mean loss since the last row of metrics is nan, after 2 rollbacks" in said.err
+    assert "rolling back to step 4" in said.out
+    assert "rolling back to step 3" in said.out  # the checkpoint from which it diverged again is removed
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))[-1] == "step-00000004"
 
 
@@ -135,7 +135,7 @@ def test_a_loss_far_above_a_guess_has_exploded(
     assert run(tmp_path, small_shards, "train.exploding_loss=0.5") == 2
     said = capsys.readouterr().err
     assert "above 0.5493 (train.exploding_loss 0.5 x ln K)" in said
-    assert "rollback goes back by itself" in said
+    assert "or set train.on_divergence to rollback" in said
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
@@ -173,14 +173,14 @@ def test_weights_that_are_not_finite_are_never_saved() -> None:
     row = {"train/loss": 0.5, "train/grad_norm": 1.0}
     assert guard.judge(Progress(LINEAGE), dict(row), saves=True) == Progress(LINEAGE)
     with torch.no_grad():
-        model.weight[0, 0] = 1e30  # a number, and what the next step would make of it is none
+        model.weight[0, 0] = 1e30  # finite, but the next step would overflow
     with pytest.raises(RollBack, match="the weights are as large as 1e\\+30 after this step"):
         guard.judge(Progress(LINEAGE), dict(row), saves=True)
     with torch.no_grad():
         model.weight[0, 1] = float("nan")
     with pytest.raises(RollBack, match="the mean loss since the last row of metrics is nan"):
-        guard.judge(Progress(LINEAGE), row | {"train/loss": float("nan")}, saves=True)  # the cause comes first
-    with pytest.raises(RollBack, match="the weights are no finite numbers"):
+        guard.judge(Progress(LINEAGE), row | {"train/loss": float("nan")}, saves=True)  # the loss is reported first
+    with pytest.raises(RollBack, match="the weights are not finite"):
         guard.judge(Progress(LINEAGE), dict(row), saves=True)
-    with pytest.raises(DivergedError, match="after going back 1 times"):
+    with pytest.raises(DivergedError, match="after 1 rollbacks"):
         guard.judge(replace(Progress(LINEAGE), rollbacks=1), dict(row), saves=True)

@@ -1,4 +1,4 @@
-"""What a failure is called, and whom the others wait for."""
+"""The messages of failures, and which ranks the others wait for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import torch
 
 from wasteddp.errors import DamagedSampleError, DeviceMemoryError
 from wasteddp.settings import parse
-from wasteddp.training.watchdog.failures import accusation, comes_from_a_peer, explained, standstill, told
+from wasteddp.training.watchdog.failures import (
+    comes_from_a_peer,
+    describe_blocking_ranks,
+    describe_standstill,
+    explain,
+    failure_message,
+)
 from wasteddp.training.watchdog.heartbeat import Beat
 
 
@@ -15,59 +21,59 @@ def beat(count: int, marks: int, place: str = "computing", *, left: bool = False
 
 
 def test_a_rank_that_beats_no_more_is_the_silent_one() -> None:
-    said = accusation([beat(5, 90), beat(5, 88), None], [beat(8, 90), beat(5, 88), None])
-    assert said.startswith("ranks 1, 2 of 3 give no sign of life any more")
+    said = describe_blocking_ranks([beat(5, 90), beat(5, 88), None], [beat(8, 90), beat(5, 88), None])
+    assert said.startswith("ranks 1, 2 of 3 do not respond any more")
     assert "rank 1: step 7, computing for 12 s" in said
-    assert "rank 2: never came" in said
+    assert "rank 2: never connected" in said
 
 
 def test_a_rank_that_left_in_peace_is_not_silent() -> None:
     gone = beat(5, 99, left=True)
-    assert "no sign of life" not in accusation([gone, beat(3, 90)], [gone, beat(6, 90)])
+    assert "not respond" not in describe_blocking_ranks([gone, beat(3, 90)], [gone, beat(6, 90)])
 
 
 def test_the_others_wait_for_the_loop_that_came_least_far() -> None:
     before = [beat(5, 91, "waiting for the other ranks"), beat(5, 90, "waiting for data"), beat(5, 91)]
     stuck = beat(8, 90, "waiting for data", detail="decode_2 has been at train-000001.tar, sample 3 for 12 s")
-    said = accusation(before, [beat(8, 91, "waiting for the other ranks"), stuck, beat(8, 91)])
+    said = describe_blocking_ranks(before, [beat(8, 91, "waiting for the other ranks"), stuck, beat(8, 91)])
     assert said.startswith("the others wait for rank 1 of 3")
     assert f"rank 1: step 7, waiting for data for 12 s ({stuck.detail})" in said
     assert said.index("rank 1:") < said.index("rank 0:")
 
 
 def test_ranks_at_the_same_place_are_not_told_apart() -> None:
-    assert accusation([beat(1, 9), beat(1, 9)], [beat(4, 9), beat(4, 9)]).startswith("all 2 ranks stand still")
-    assert accusation([beat(1, 9), beat(1, 8)], [beat(4, 9), beat(4, 8)], only_silent=True) == ""
-    assert accusation([], []) == ""
+    assert describe_blocking_ranks([beat(1, 9), beat(1, 9)], [beat(4, 9), beat(4, 9)]).startswith("all 2 ranks hang")
+    assert describe_blocking_ranks([beat(1, 9), beat(1, 8)], [beat(4, 9), beat(4, 8)], only_silent=True) == ""
+    assert describe_blocking_ranks([], []) == ""
 
 
 def test_of_a_thousand_ranks_a_few_are_named() -> None:
     before = [beat(1, 9)] * 1000
     after = [beat(1 if rank % 2 else 4, 9) for rank in range(1000)]
-    said = accusation(before, after)
-    assert said.startswith("ranks 1, 3, 5, 7, 9, 11, 13, 15 and 492 more of 1000 give no sign of life")
+    said = describe_blocking_ranks(before, after)
+    assert said.startswith("ranks 1, 3, 5, 7, 9, 11, 13, 15 and 492 more of 1000 do not respond")
     assert len(said.splitlines()) < 20
 
 
 def test_out_of_gpu_memory_says_what_to_set() -> None:
     settings = parse("train: {max_micro_batch: 96}\nevaluate: {batch_size: 256}")
     raised = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-    error = explained(raised, settings, "computing")
+    error = explain(raised, settings, "computing")
     assert isinstance(error, DeviceMemoryError)
     assert "with train.max_micro_batch 96 at 224 px: CUDA out of memory. Tried to allocate 2.00 GiB." in error.found
-    assert "set train.max_micro_batch to 48 or less; the global batch, and so the result, stay the same" in error.remedy
-    assert "set evaluate.batch_size to 128 or less" in str(explained(raised, settings, "evaluating"))
+    assert "set train.max_micro_batch to 48 or less (the global batch stays the same" in error.remedy
+    assert "set evaluate.batch_size to 128 or less" in str(explain(raised, settings, "evaluating"))
     larger = parse("data: {eval_size: 288}\nevaluate: {batch_size: 1}")
-    assert "with evaluate.batch_size 1 at 288 px" in str(explained(raised, larger, "evaluating"))
-    assert "lower data.eval_size" in str(explained(raised, larger, "evaluating"))
-    assert "at 224 px" in str(explained(raised, larger, "computing"))
+    assert "with evaluate.batch_size 1 at 288 px" in str(explain(raised, larger, "evaluating"))
+    assert "lower data.eval_size" in str(explain(raised, larger, "evaluating"))
+    assert "at 224 px" in str(explain(raised, larger, "computing"))
     one = parse("train: {max_micro_batch: 1}")
-    assert "lower data.image_size" in str(explained(raised, one, "computing"))
+    assert "lower data.image_size" in str(explain(raised, one, "computing"))
 
 
 def test_other_errors_stay_themselves() -> None:
     error = ValueError("odd")
-    assert explained(error, parse(""), "computing") is error
+    assert explain(error, parse(""), "computing") is error
 
 
 def test_a_broken_collective_is_laid_to_a_peer_and_a_bug_is_not() -> None:
@@ -80,17 +86,19 @@ def test_a_broken_collective_is_laid_to_a_peer_and_a_bug_is_not() -> None:
 def test_a_bug_is_told_with_its_place_and_notes() -> None:
     error = MemoryError("no room")
     error.add_note("in the loader's thread decode_3, at train-000000.tar, sample 2 at byte 512")
-    said = told(error, "rank 1, step 3, waiting for data")
+    said = failure_message(error, "rank 1, step 3, waiting for data")
     assert said.startswith("rank 1, step 3, waiting for data: MemoryError: no room")
     assert "in the loader's thread decode_3, at train-000000.tar, sample 2" in said
     mistake = DamagedSampleError("found", "so", "do")
-    assert told(mistake, "").endswith("do: do")
-    assert told(mistake, "rank 0, step 4, computing").endswith("do: do\n  at: rank 0, step 4, computing")
+    assert failure_message(mistake, "").endswith("do: do")
+    assert failure_message(mistake, "rank 0, step 4, computing").endswith("do: do\n  at: rank 0, step 4, computing")
     mistake.add_note("rank 3, step 4, waiting for data")
-    assert told(mistake, "rank 0, step 4, computing").endswith("at: rank 3, step 4, waiting for data")
+    assert failure_message(mistake, "rank 0, step 4, computing").endswith("at: rank 3, step 4, waiting for data")
 
 
 def test_a_rank_alone_says_where_it_stands_still() -> None:
-    said = standstill(0, beat(9, 9, "evaluating", detail="decode_0 has been at val-000000.tar, sample 1 for 12 s"))
+    said = describe_standstill(
+        0, beat(9, 9, "evaluating", detail="decode_0 has been at val-000000.tar, sample 1 for 12 s")
+    )
     assert said.startswith("no progress: rank 0: step 7, evaluating for 12 s (decode_0 has been at val-000000.tar")
     assert "raise run.timeout_s" in said

@@ -1,4 +1,4 @@
-"""What a process that must leave while its loop hangs still does, and that nothing holds it for ever."""
+"""The exit of a process whose loop hangs: what it still does, and that nothing delays it forever."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from wasteddp.errors import EXIT_FAILED
 from wasteddp.report.background import write_at_the_end
 from wasteddp.training.watchdog import hard_exit
 
-# the loop hangs in the block, as in a collective; the watchdog's thread leaves
+# the loop hangs in the block, as in a collective; the watchdog's thread ends the process
 HANGING = """
 import sys, threading, time
 from pathlib import Path
 from wasteddp.report.background import write_at_the_end
-from wasteddp.training.watchdog import hard_exit as last_words
+from wasteddp.training.watchdog import hard_exit
 run, is_main = Path(sys.argv[1]), sys.argv[2] == "0"
-last_words._WORDS_S = float(sys.argv[3])
+hard_exit._LIMIT_S = float(sys.argv[3])
 with write_at_the_end(run, print, is_main=is_main):
-    threading.Thread(target=last_words.leave_with_words, args=(70, run, int(sys.argv[2]))).start()
+    threading.Thread(target=hard_exit.leave_with_stacks, args=(70, run, int(sys.argv[2]))).start()
     time.sleep(600)
 """
 
-# ... and so does the disk of the run: its log does not even open
+# the disk of the run hangs too: opening its log blocks
 STUCK_DISK = """
 import sys, time
 from wasteddp.settings import Settings
@@ -39,7 +39,7 @@ watch.at("computing")
 time.sleep(600)
 """
 
-# torch waits for the launcher's address, as it does when processes join each other
+# torch waits for the launcher's address, as when processes join
 JOINING = """
 import os, sys, time
 from wasteddp.settings import Settings
@@ -95,7 +95,7 @@ def test_a_report_that_takes_too_long_does_not_hold_the_process(run: Path) -> No
 
 
 def test_a_log_that_cannot_even_be_opened_does_not_hold_the_watchdog(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "log.txt")  # opening it waits for a reader, as a file on a server that is gone waits
+    os.mkfifo(tmp_path / "log.txt")  # opening it blocks, as with a file on a server that is down
     done = subprocess.run(
         [sys.executable, "-c", STUCK_DISK, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
     )
@@ -119,11 +119,11 @@ def test_behind_the_block_nothing_is_left_to_be_done(error: BaseException | None
 @pytest.mark.parametrize(
     ("asked", "launcher_keeps_it", "joined", "leaves"),
     [
-        ("SIGTERM", "True", "", True),  # what the kernel sends when the launcher has died
+        ("SIGTERM", "True", "", True),  # the kernel's signal when the launcher has ended
         ("SIGTERM", "", "", True),
-        ("", "True", "", True),  # it died before this process could ask the kernel for that
+        ("", "True", "", True),  # the launcher ended before this process had registered for that signal
         ("", "", "", False),  # rank 0 may be slow to start
-        ("SIGTERM", "True", "joined", False),  # the loop can do without a board: it saves
+        ("SIGTERM", "True", "joined", False),  # the loop does not need the store: it saves
     ],
 )
 def test_a_process_whose_launcher_is_gone_before_the_others_were_met_leaves(
@@ -134,7 +134,7 @@ def test_a_process_whose_launcher_is_gone_before_the_others_were_met_leaves(
     assert done.returncode == (EXIT_FAILED if leaves else 0), done.stderr
     assert ("stayed" in done.stdout) == (not leaves)
     assert ("error: nobody answers at 127.0.0.1:" in done.stderr) == leaves
-    assert ("and SIGTERM has asked to stop" in done.stderr) == (leaves and bool(asked))
+    assert ("and the process received SIGTERM" in done.stderr) == (leaves and bool(asked))
 
 
 @pytest.mark.parametrize(("code", "said"), [(0, "closed\n"), (75, "closed\n"), (70, "")])

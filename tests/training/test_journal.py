@@ -1,4 +1,4 @@
-"""Lines wait in memory while the disk is full, and none is lost, doubled or cut."""
+"""Lines wait in memory while the disk is full, and none is lost, repeated or cut off."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.M
     def write(descriptor: int, data: bytes) -> int:
         if not room[0]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = real(descriptor, data[: room[0]])  # the last of the room takes a part of a line, as a real disk does
+        taken = real(descriptor, data[: room[0]])  # fills the last free space with a part of a line, as a real disk
         room[0] -= taken
         return taken
 
@@ -33,13 +33,13 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.M
     journal.sync()
     assert (tmp_path / "log.txt").read_text() == "one\n"
     assert said == [
-        f"WARNING: {tmp_path / 'log.txt'} cannot be written: No space left on device; its lines wait in memory, "
-        "training goes on: free some space"
+        f"WARNING: {tmp_path / 'log.txt'} cannot be written: No space left on device; its lines wait in memory and "
+        "training continues: free some space"
     ]
     room[0] = 1000
     journal.append("four\n")
     assert (tmp_path / "log.txt").read_text() == "one\ntwo is cut\nthree\nfour\n"
-    assert said[1:] == [f"{tmp_path / 'log.txt'} can be written again; nothing of it is missing"]
+    assert said[1:] == [f"{tmp_path / 'log.txt'} can be written again; no line is missing"]
     room[0] = 0
     journal.append("five\n")
     journal.close()
@@ -59,7 +59,7 @@ def test_threads_append_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def slow(descriptor: int, data: bytes) -> int:
         written = real(descriptor, data)
-        pause.wait(0.001)  # the others get their turn between the write and what follows it
+        pause.wait(0.001)  # lets the other threads run between the write and the next call
         return written
 
     pause = threading.Event()
@@ -88,7 +88,7 @@ def test_a_line_after_the_end_goes_nowhere_else(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "log.txt", said.append)
     journal.append("one\n")
     journal.close()
-    other = os.open(tmp_path / "other.txt", os.O_RDWR | os.O_CREAT)  # takes the descriptor that became free
+    other = os.open(tmp_path / "other.txt", os.O_RDWR | os.O_CREAT)  # gets the descriptor that was closed
     journal.append("late\n")
     os.close(other)
     assert (tmp_path / "other.txt").read_text() == ""

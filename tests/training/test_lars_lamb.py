@@ -1,4 +1,4 @@
-"""LARS and LAMB against plain references, skipped steps, and states that come back exactly."""
+"""LARS and LAMB compared with plain references, skipped steps, and states that are restored exactly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DECAY = 0.2
 
 
 def model_of(seed: int = 0) -> nn.Sequential:
-    """A layer of zeros, whose norm can be no measure, and a BatchNorm, which is not adapted."""
+    """A layer of zeros, whose norm cannot scale a step, and a BatchNorm, which is not adapted."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1, bias=False))
     nn.init.zeros_(model[2].weight)  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def norm(values: Any) -> float:
 
 
 def reference(name: str, weights: Arrays, steps: list[Arrays], rates: list[float]) -> Arrays:
-    """The formulas of the docstrings, a parameter at a time, in float64; with zeros where a gradient is missing."""
+    """Compute the formulas of the docstrings for each parameter in float64; a missing gradient is zero."""
     weights = dict(weights)
     m, v, t = ({key: np.zeros_like(w) for key, w in weights.items()} for _ in range(3))
     for given, rate in zip(steps, rates, strict=True):
@@ -76,8 +76,8 @@ def test_steps_are_those_of_a_plain_loop(name: str) -> None:
     assert isinstance(optimizer, LARS if name == "lars" else LAMB)
     before = {key: p.detach().double().numpy().copy() for key, p in model.named_parameters()}
     steps = [gradients(model, step) for step in range(6)]
-    steps[2]["0.weight"][:] = 0  # no slope
-    del steps[3]["1.weight"], steps[4]["0.weight"]  # frozen then: neither moved nor counted
+    steps[2]["0.weight"][:] = 0  # a zero gradient
+    del steps[3]["1.weight"], steps[4]["0.weight"]  # frozen in these steps: neither updated nor counted
     rates = [0.1, 0.5, 0.3, 0.3, 0.2, 0.1]
     for rate, values in zip(rates, steps, strict=True):
         optim.set_learning_rate(optimizer, rate)
@@ -89,7 +89,7 @@ def test_steps_are_those_of_a_plain_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["lars", "lamb"])
 def test_a_step_of_a_layer_is_in_proportion_to_its_weights(name: str) -> None:
-    """Whatever the scale of the gradient: that is what they are for."""
+    """The step does not depend on the scale of the gradient."""
     moved = []
     for scale in (1.0, 1000.0):
         layer = nn.Linear(4, 3, bias=False)
@@ -124,7 +124,7 @@ def test_a_step_with_found_inf_changes_nothing(name: str, skipped_first: bool) -
 @pytest.mark.parametrize("name", ["lars", "lamb"])
 @pytest.mark.parametrize("unscaled_before", [False, True])
 def test_a_loss_scale_is_taken_off_and_infinite_gradients_are_skipped(name: str, unscaled_before: bool) -> None:
-    """torch's own GradScaler, on the CPU; clipping unscales before the step."""
+    """torch's GradScaler on the CPU; clipping unscales before the step."""
     plain, scaled = model_of(), model_of()
     optimizers = built(name, plain), built(name, scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -132,7 +132,7 @@ def test_a_loss_scale_is_taken_off_and_infinite_gradients_are_skipped(name: str,
         values = gradients(plain, step)
         stepped(plain, optimizers[0], values)
         for infinite in (False, True):
-            scaler.scale(torch.zeros(()))  # as for a loss: makes the scale
+            scaler.scale(torch.zeros(()))  # creates the scale, as scaling a loss does
             scale = scaler.get_scale()
             for key, parameter in scaled.named_parameters():
                 parameter.grad = torch.from_numpy(values[key]).float() * scale
@@ -148,7 +148,7 @@ def test_a_loss_scale_is_taken_off_and_infinite_gradients_are_skipped(name: str,
 
 
 def test_momentum_of_lars_keeps_its_place_when_the_rate_changes() -> None:
-    """The rate is outside of the momentum: with a rate of zero nothing moves, whatever went before."""
+    """The rate is outside the momentum: with a rate of zero no weight moves, whatever the momentum."""
     model = model_of()
     optimizer = built("lars", model)
     stepped(model, optimizer, gradients(model, 0))
@@ -161,7 +161,7 @@ def test_momentum_of_lars_keeps_its_place_when_the_rate_changes() -> None:
 @pytest.mark.parametrize("name", ["lars", "lamb"])
 @pytest.mark.parametrize("given", [(), ("found_inf",), ("found_inf", "grad_scale")])
 def test_a_step_reads_no_number_from_the_device(name: str, given: tuple[str, ...]) -> None:
-    """Seen on a CPU, where reading costs nothing: on a GPU the host would wait."""
+    """Counted on a CPU; on a GPU each read would block the host."""
     model = model_of()
     optimizer = built(name, model)
     for attribute in given:

@@ -1,4 +1,4 @@
-"""Losses beside their formulas in plain Python, slopes beside finite differences, parts beside the whole."""
+"""Losses compared with their formulas in plain Python, gradients with finite differences, parts with the whole."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def built(text: str) -> nn.Module:
 
 
 def reference(text: str, logits_BK: torch.Tensor, targets: torch.Tensor) -> float:
-    """The formulas, a term at a time, in Python's floats."""
+    """Compute the formulas term by term in Python's floats."""
     train = settings.parse(f"train: {{{text}}}").train
     weights = losses.class_weights(train.class_weighting, COUNTS)
     gamma = train.focal_gamma if train.loss == "focal" else 0.0
@@ -87,7 +87,7 @@ def test_focal_loss_of_a_certain_answer_has_a_slope(gamma: float) -> None:
     assert certain.grad is not None
     assert loss.isfinite()
     assert certain.grad.isfinite().all()
-    assert certain.grad[1].abs().sum() > 0.5  # the wrong one learns
+    assert certain.grad[1].abs().sum() > 0.5  # the wrong one still has a gradient
 
 
 def test_what_is_right_already_counts_less_the_larger_gamma_is() -> None:
@@ -101,11 +101,11 @@ def test_what_is_right_already_counts_less_the_larger_gamma_is() -> None:
 
 
 def test_adjusted_logits_bring_out_the_likelihoods_whatever_the_shares_are() -> None:
-    """Samples of one feature from two classes, nine to one: with tau 1 the raw logits of the best linear model say
-    which class explains it better, and say the same for shares of one to one."""
+    """Samples of one feature from two classes, nine to one. With tau 1 the raw logits of the best linear model predict
+    the class with the larger likelihood, as for classes of equal size."""
     drawn = np.random.default_rng(0)
     labels = torch.from_numpy((drawn.random(4000) < 0.1).astype(np.int64))
-    feature = torch.from_numpy(drawn.normal(0, 1, 4000)) + 2.0 * labels  # the border lies at 1
+    feature = torch.from_numpy(drawn.normal(0, 1, 4000)) + 2.0 * labels  # the boundary is at 1
     weights = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
     share = float((labels == 0).double().mean())
     train = settings.parse("train: {logit_adjustment: 1}").train

@@ -1,4 +1,4 @@
-"""Keeping a run: when it is saved, and that what comes back is exactly what was there, whatever the optimizer."""
+"""Saves of a run: when they happen, and that the state is restored exactly with each optimizer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def manager_of(
     clock: Callable[[], float] = lambda: 0.0,
 ) -> CheckpointManager:
     optimizer = optimizer or OPTIMIZERS["sgd"](model.parameters())
-    data = cast(Inputs, None)  # only a best model asks for it
+    data = cast(Inputs, None)  # used only for a best model
     return CheckpointManager(parsed(folder, text), world, data, model, optimizer, further=further, clock=clock)
 
 
@@ -97,7 +97,7 @@ def test_steps_after_a_restore_are_those_of_a_run_without_one(
         manager.save(Progress(LINEAGE, step=3), epoch=0, best=None)
         manager.close()
     model, used, optimizer = start(compiled=loaded_compiled)
-    take_steps(used, optimizer, 7, 8)  # what is there is replaced
+    take_steps(used, optimizer, 7, 8)  # a different state, which the checkpoint replaces
     with manager_of(tmp_path, world, used, optimizer) as manager:
         found = manager.starting_point("auto", [], lineage=LINEAGE)
         assert found is not None
@@ -178,12 +178,12 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
         assert 0.2 <= seconds < 10
         monkeypatch.setattr(CheckpointWriter, "_write", no_room)
         manager.save(Progress(LINEAGE, step=2), epoch=0, best=None)
-        manager.save(Progress(LINEAGE, step=3), epoch=0, best=None)  # tells of the one before
+        manager.save(Progress(LINEAGE, step=3), epoch=0, best=None)  # reports the previous failure
         assert manager.metrics["checkpoint/failed"] == 1
         assert manager.metrics["checkpoint/seconds"] == seconds
         assert manager.metrics["checkpoint/stall_ms"] > 0
         monkeypatch.setattr(CheckpointWriter, "_write", real)
-        manager.close()  # tries again
+        manager.close()  # retries
         assert manager.metrics["checkpoint/seconds"] < 0.2
     assert all(is_known(name) for name in manager.metrics)
 

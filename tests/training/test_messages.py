@@ -1,4 +1,4 @@
-"""What a run says: a row in words, and at its end commands that can be copied."""
+"""The messages of a run: a row of metrics as a line, and commands to copy at the end."""
 
 from __future__ import annotations
 
@@ -55,4 +55,4 @@ def test_the_commands_of_the_closing_words_can_be_copied_whatever_the_path(split
 
 def test_a_stopped_run_says_that_the_same_command_goes_on() -> None:
     said = closing(settings_file.parse(""), Progress(LINEAGE, step=7), 75, "SIGTERM", splits=("train", "val"))
-    assert said == "stopped by SIGTERM at step 7 and saved; the same command goes on from there (exit code 75)"
+    assert said == "stopped by SIGTERM at step 7 and saved; run the same command again to resume (exit code 75)"

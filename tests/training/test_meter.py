@@ -1,4 +1,4 @@
-"""What is measured between two rows: by each rank, without asking the device for anything before a row is due."""
+"""The measurements between two rows: on each rank, without a synchronization before a row is due."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wasteddp.training.metrics import Meter, starved_fraction
 
 
 class Waits(TorchDispatchMode):
-    """Where this thread read a number out of a tensor: there a host waits for its GPU."""
+    """The places where this thread read a number from a tensor, which synchronizes with a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def test_a_row_has_the_figures_of_each_rank(tmp_path: Path) -> None:
     assert alone["memory/peak_mb"] > 10
     assert not [name for name in alone if name.startswith("rank/")], "one rank needs no figures of its own"
 
-    class Two:  # what a second rank that waited twice as long would send
+    class Two:  # the values of a second rank that waited twice as long
         world_size, device = 2, world.device
 
         def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -121,10 +121,10 @@ def test_a_thread_that_waits_for_nothing_is_starved_where_it_is_on_no_core(
 def test_only_a_forward_pass_can_starve_and_a_row_begins_again() -> None:
     world = runtime.start(settings.parse("precision: fp32\nrun: {threads: 1}\ntrain: {batch_size: 8}"))
     meter = Meter(world.device)
-    time.sleep(0.1)  # outside: another's turn
+    time.sleep(0.1)  # outside the forward pass: not counted
     assert meter.read(world, 8)["train/starved_fraction"] == 0
     with meter.forward():
-        time.sleep(0.3)  # not on a core, as if others held them
+        time.sleep(0.3)  # not on a core, as if others used the cores
     assert meter.read(world, 8)["train/starved_fraction"] > 0.9
     with meter.forward():
         begun_s = time.thread_time()

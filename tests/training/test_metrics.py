@@ -1,4 +1,4 @@
-"""Metrics against plain loops and published numbers."""
+"""Metrics compared with plain loops and published numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ matrices = st.integers(1, 6).flatmap(lambda k: arrays(np.int64, (k, k), elements
 
 
 def slowly(labels: list[int], predictions: list[int], num_classes: int) -> dict[str, list[float]]:
-    """Precision, recall and F1 of each class by their definitions, one sample at a time."""
+    """Compute precision, recall and F1 of each class by their definitions, sample by sample."""
     figures: dict[str, list[float]] = {"precision": [], "recall": [], "f1": [], "support": []}
     for k in range(num_classes):
         pairs = list(zip(labels, predictions, strict=True))
@@ -107,7 +107,7 @@ def test_the_interval_lies_in_0_to_1_around_the_share_and_solves_wilsons_equatio
     low, high = wilson_interval(correct, total)
     assert 0 <= low <= share <= high <= 1
     for bound in (low, high):
-        # a bound is a true share from which what was seen is exactly z standard errors away
+        # a bound is a true fraction from which the observed one is exactly z standard errors away
         assert abs(share - bound) == pytest.approx(1.959964 * sqrt(bound * (1 - bound) / total), abs=1e-6)
 
 

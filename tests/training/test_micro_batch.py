@@ -1,4 +1,4 @@
-"""The micro-batch that fits: the largest on all ranks, found without a trace, and the same for the rest of the run."""
+"""The chosen micro-batch: the largest that fits on all ranks, without side effects, and kept for the whole run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_it_is_the_largest_divisor_that_fits_found_in_few_attempts(images: int, 
 
 
 def full_above(limit: int, tried: list[int]) -> Any:
-    """An attempt on a GPU that takes so many images."""
+    """Return an attempt on a GPU that has memory for a given number of images."""
 
     def attempted(size: int, *_: Any) -> None:
         tried.append(size)
@@ -63,7 +63,7 @@ def full_above(limit: int, tried: list[int]) -> Any:
 
 
 def on_gpu(limit: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Runtime, list[int]]:
-    """A runtime that says it is on a GPU, and what was tried there."""
+    """A runtime that reports a GPU, and the sizes that were tried on it."""
     tried: list[int] = []
     monkeypatch.setattr(micro_batch, "attempt", full_above(limit, tried))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
@@ -82,29 +82,29 @@ def test_on_a_gpu_the_largest_that_fits_is_taken_and_remembered(monkeypatch: pyt
     tried.clear()
     again, progress = settle(world, progress)
     assert (again.micro_batch, again.accumulation, progress.micro_batch, tried) == (32, 3, 32, [])
-    assert again.micro_batch_reason == "as when the run began"
+    assert again.micro_batch_reason == "as when the run started"
 
 
 def test_what_fits_is_what_fits_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     world, _ = on_gpu(96, monkeypatch)
-    monkeypatch.setattr(Runtime, "gather", lambda self, value: [value, 24, 48])  # others have less memory
+    monkeypatch.setattr(Runtime, "gather", lambda self, value: [value, 24, 48])  # another rank has less memory
     found, progress = settle(world)
     assert (found.micro_batch, found.accumulation, progress.micro_batch) == (24, 4, 24)
 
 
 def test_if_not_one_image_fits_all_ranks_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     world, _ = on_gpu(0, monkeypatch)
-    with pytest.raises(DeviceMemoryError, match=r"resnet18 does not take one image of 32 px on every GPU with 10%"):
+    with pytest.raises(DeviceMemoryError, match=r"train resnet18 on one image of 32 px with 10%"):
         settle(world)
 
 
 @pytest.mark.parametrize(
     ("world_size", "size", "accumulation", "reason"),
     [
-        (2, 16, 3, "as when the run began"),
-        (6, 16, 1, "as when the run began"),
-        (4, 12, 2, "the run began with 16, which does not divide 24: BatchNorm's groups are others now"),
-        (12, 8, 1, "the run began with 16, which does not divide 8: BatchNorm's groups are others now"),
+        (2, 16, 3, "as when the run started"),
+        (6, 16, 1, "as when the run started"),
+        (4, 12, 2, "the run started with 16, which does not divide 24: other BatchNorm groups from here on"),
+        (12, 8, 1, "the run started with 16, which does not divide 8: other BatchNorm groups from here on"),
     ],
 )
 def test_another_number_of_ranks_keeps_the_micro_batch_if_it_divides(
@@ -120,7 +120,7 @@ def test_another_number_of_ranks_keeps_the_micro_batch_if_it_divides(
 def test_on_a_cpu_it_is_a_bounded_choice_with_its_reason() -> None:
     found, progress = settle(runtime.start(AUTO))
     assert (found.micro_batch, found.accumulation, progress.micro_batch) == (48, 2, 48)
-    assert found.micro_batch_reason == "the largest part up to 64; what fits is tried on CUDA only"
+    assert found.micro_batch_reason == "the largest divisor up to 64; sizes are tried on CUDA only"
 
 
 def test_a_number_in_the_settings_is_left_alone() -> None:
@@ -167,7 +167,7 @@ def test_an_attempt_takes_all_images_forwards_and_backwards(monkeypatch: pytest.
 def test_memory_that_ends_later_says_which_number_to_lower() -> None:
     error = explained(torch.OutOfMemoryError("CUDA out of memory. Tried"), AUTO, "computing")
     assert isinstance(error, DeviceMemoryError)
-    assert "with the micro-batch of this run, which fitted when it began: CUDA out of memory" in error.found
+    assert "with the micro-batch that was chosen when this run started: CUDA out of memory" in error.found
     assert "set train.max_micro_batch to less than log.txt names" in error.remedy
 
 
@@ -175,15 +175,15 @@ def test_a_resumed_run_takes_the_micro_batch_it_began_with_and_ends_the_same(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, stops in (("whole", []), ("parted", [2])):
-        monkeypatch.setattr(runtime, "MOST_UNTRIED", 4)  # as if no more had fitted when it began
+        monkeypatch.setattr(runtime, "MOST_UNTRIED", 4)  # as if no more had fitted when the run started
         (tmp_path / name).mkdir()
         arguments = [*config_of(tmp_path / name, small_shards), "--set", "train.max_micro_batch=0"]
         for step in stops:
             assert train.main([*arguments, "--set", f"train.stop_at_step={step}"]) == 0
-            monkeypatch.setattr(runtime, "MOST_UNTRIED", 64)  # now all 12 would
+            monkeypatch.setattr(runtime, "MOST_UNTRIED", 64)  # now all 12 would fit
         assert train.main([*arguments, "--set", "train.stop_at_step=4"]) == 0
     whole, parted = tmp_path / "whole" / "run", tmp_path / "parted" / "run"
-    assert "x 4 images x 3 accumulated (the largest part up to 4; what fits" in (whole / "log.txt").read_text()
-    assert "x 4 images x 3 accumulated (as when the run began)" in (parted / "log.txt").read_text()
+    assert "x 4 images x 3 accumulated (the largest divisor up to 4; sizes are" in (whole / "log.txt").read_text()
+    assert "x 4 images x 3 accumulated (as when the run started)" in (parted / "log.txt").read_text()
     assert json.loads((parted / "checkpoints" / "step-00000004" / "progress.json").read_text())["micro_batch"] == 4
     assert final_weights(whole) == final_weights(parted)

@@ -1,4 +1,4 @@
-"""Learning rates, decay, and optimizer states that come back exactly."""
+"""Learning rates, decay, and optimizer states that are restored exactly."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_cosine_with_restarts_is_its_cycles_laid_end_to_end(factor: float, lengt
     assert found[:10] == pytest.approx([0.01 + 0.99 * step / 10 for step in range(10)])
     for step in range(90):
         begin = 0.0
-        for length in lengths:  # the slow way: walks through the cycles
+        for length in lengths:  # the slow method: a loop over the cycles
             if step < begin + length - 1e-9:
                 assert found[10 + step] == pytest.approx(0.2 + 0.8 * (1 + cos(pi * (step - begin) / length)) / 2)
                 break
@@ -60,7 +60,7 @@ def test_cosine_with_restarts_is_its_cycles_laid_end_to_end(factor: float, lengt
 
 @pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-15, 1.0 + 1e-9, 1.01, 2.0, 3.0, 7.5, 1e6])
 def test_restarts_come_at_their_steps_in_the_longest_run(factor: float) -> None:
-    """A million epochs of 1000 steps: each cycle begins at the peak, at the first step after the one before."""
+    """A million epochs of 1000 steps: each cycle starts at the peak, right after the previous cycle."""
     schedule = f"schedule: {{name: cosine_restarts, cycle_epochs: 1, cycle_factor: {factor!r}}}"
     parsed = settings.parse(f"train: {{epochs: 1000000}}\noptimizer: {{lr: 1.0}}\n{schedule}")
     begin, length = 0.0, 1000.0
@@ -94,7 +94,7 @@ def test_each_stage_has_its_part_of_the_rate_and_biases_and_norms_still_do_not_d
 
 
 def test_a_state_is_taken_over_by_other_groups() -> None:
-    """A run may go on with other rates for its stages: what is stored goes by the parameters' names."""
+    """A run may resume with other rates for its stages, because states are stored by parameter name."""
     model = resnet.build("resnet18", 3)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -136,7 +136,7 @@ def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_been(name: str)
     again = optimizers.build(resumed, parsed)
     tensors = {key: value.clone() for key, value in optimizers.state_tensors(optimizer, whole).items()}
     assert len(tensors) == 6 * (1 if name in ("sgd", "lars") else 3)
-    # the largest state: as many as the weights, and a number a parameter
+    # the largest state: as many numbers as the weights, and one per parameter
     room = room_for_checkpoint(
         settings.parse(f"optimizer: {{name: {name}}}"), sum(p.nbytes for p in whole.parameters())
     )
@@ -150,7 +150,7 @@ def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_been(name: str)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_state_takes_the_memory_format_of_its_weight(name: str) -> None:
-    """A fused step over a weight in channels-last and a momentum that is not would mix up their elements."""
+    """A fused step on a channels-last weight and a contiguous momentum would mix up their elements."""
     parsed = settings.parse(f"optimizer: {{name: {name}, lr: 0.01}}").optimizer
     whole, resumed = (nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last) for _ in range(2))  # type: ignore[call-overload]
     optimizer, again = optimizers.build(whole, parsed), optimizers.build(resumed, parsed)

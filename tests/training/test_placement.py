@@ -1,4 +1,4 @@
-"""What torch.compile, SyncBatchNorm and DDP's static graph do to a network, or cannot do."""
+"""What torch.compile, SyncBatchNorm and DDP's static graph do to a network, and what they do not support."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def network() -> nn.Module:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The real tracing and its guards, without the minutes of code generation: a number for each graph that is made."""
+    """Real tracing with guards, but without code generation, which takes minutes: a list of the graphs."""
     made: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
@@ -94,7 +94,7 @@ def test_batchnorm_over_ranks_without_a_gpu_is_refused_because_torch_does(tmp_pa
 def test_a_static_graph_with_accumulation_is_refused_with_the_size_that_fits() -> None:
     parsed = settings.parse("ddp: {static_graph: true}\ntrain: {batch_size: 256, max_micro_batch: 32}")
     refuse_impossible(parsed, 8, 1, has_gpu=True)
-    refuse_impossible(parsed, 1, 8, has_gpu=True)  # no DDP
+    refuse_impossible(parsed, 1, 8, has_gpu=True)  # without DDP
     with pytest.raises(
         SettingsError, match=r"a step has 4 micro-batches(.|\n)*set train.max_micro_batch to 128 or more"
     ):

@@ -1,4 +1,4 @@
-"""Which precision `auto` takes, and whether it compiles: from what was measured, or from the checkpoint."""
+"""The precision and compilation of `auto`, from a measurement or from the checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def choose(asked: str, speeds: dict[str, float], kept: Kept = NOTHING_KEPT, **fu
 def test_the_faster_one_is_taken_if_it_is_worth_a_loss_scale(card: pytest.MonkeyPatch, fp16: float, name: str) -> None:
     chosen = choose("auto", {"bf16": 4574.0, "fp16": fp16})
     assert chosen.name == name
-    assert chosen.reason == f"measured on a card, not compiled: bf16 4,574 images/s, fp16 {fp16:,.0f}"
+    assert chosen.reason == f"measured on a card without compilation: bf16 4,574 images/s, fp16 {fp16:,.0f}"
     assert chosen.images_per_s["bf16"] == 4574
 
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_measured_is_bf16_and_says_so(card: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("kept", ["bf16", "fp16", "fp32"])
 def test_a_run_that_goes_on_is_not_measured_again(card: pytest.MonkeyPatch, kept: str) -> None:
     chosen = precision.choose("auto", has_gpu=True, kept=Kept(kept), measure=lambda _: pytest.fail("measured"))
-    assert (chosen.name, chosen.reason) == (kept, "as in the checkpoint that it goes on from")
+    assert (chosen.name, chosen.reason) == (kept, "as in the checkpoint")
 
 
 def test_what_is_set_is_taken_and_measured_only_where_it_is_asked(card: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_older_cards(card: pytest.MonkeyPatch) -> None:
     card.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert choose("auto", {"fp16": 1.0}).name == "fp16"
     assert choose("auto", {"fp16": 1.0}, Kept("bf16")).name == "fp16"  # a run from a newer card
-    assert "emulates it, slower than fp16" in choose("bf16", {}).reason
+    assert "emulates bf16, which is slower than fp16" in choose("bf16", {}).reason
     card.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
     assert choose("auto", {"fp16": 1.0}).name == "fp32"
 
@@ -108,7 +108,7 @@ def checkpoint(run: Path, step: int, content: str) -> Path:
     [
         ({"precision": "fp16", "compiles": True}, Kept("fp16", True)),
         ({"precision": "bf16", "compiles": False}, Kept("bf16", False)),
-        ({"scaler": {"scale": 2.0}}, Kept("fp16")),  # written before it was written down
+        ({"scaler": {"scale": 2.0}}, Kept("fp16")),  # written before the precision was recorded
         ({}, Kept("bf16")),
     ],
 )
@@ -148,9 +148,9 @@ def decide(asked: bool | str = "auto", **changes: Any) -> compilation.Decision:
 def test_a_long_run_is_compiled_and_a_short_one_is_not() -> None:
     long, short = decide(), decide(num_images=10**6)
     assert long.compiles
-    assert long.reason == "estimated: 635 s saved of 2,222 s, 124 s of compiling 2 graphs"
-    assert not short.compiles  # 63 s saved
-    assert not decide(num_graphs=6).compiles  # as it would be with five sizes of images
+    assert long.reason == "estimate: saves 635 s of 2,222 s, costs 124 s to compile 2 graphs"
+    assert not short.compiles  # it would save 63 s
+    assert not decide(num_graphs=6).compiles  # as with five image sizes
 
 
 @pytest.mark.parametrize(

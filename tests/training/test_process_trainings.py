@@ -1,4 +1,4 @@
-"""Trainings that decode in processes, where life is harder: Ctrl-C, two on one machine, a container without memfd."""
+"""Trainings that decode in processes: Ctrl-C, two on one machine, a container without memfd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc, and seccomp is Linux's"),
 ]
 TWO = ["--set", "data.workers=2 processes"]
-# memfd_create fails as in a container whose profile does not list it; then the training program
+# the training program with a memfd_create that fails, as in a container whose profile does not allow it
 WITHOUT_MEMFD = f"""
 import ctypes, os, runpy, struct, sys
 number = {{"x86_64": 319, "aarch64": 279}}[os.uname().machine]
@@ -53,7 +53,7 @@ def command(arguments: list[str]) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Processes that name the folder, and those that decode for nobody."""
+    """Return the processes that have the folder in their arguments, and orphaned decoders."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
@@ -69,14 +69,14 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def quiet(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of a training that nothing happened to."""
+    """The weights of an undisturbed training."""
     folder = tmp_path_factory.mktemp("quiet")
     subprocess.run(command(arguments_of(folder, small_shards)), cwd=ROOT, check=True, capture_output=True, timeout=300)
     return final_weights(folder / "run")
 
 
 def test_ctrl_c_saves_leaves_no_process_and_the_run_goes_on(small_shards: Path, tmp_path: Path, quiet: bytes) -> None:
-    """A terminal sends it to the launcher, the training, the server and the workers alike."""
+    """A terminal sends SIGINT to the launcher, the training, the server and the workers."""
     arguments = arguments_of(tmp_path / "one", small_shards)
     launched = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *command(arguments)[1:]]
     with subprocess.Popen(
@@ -89,7 +89,7 @@ def test_ctrl_c_saves_leaves_no_process_and_the_run_goes_on(small_shards: Path, 
         _, errors = launcher.communicate(timeout=120)
     assert launcher.returncode != 0
     run = tmp_path / "one" / "run"
-    for _ in range(100):  # the launcher does not wait for what it started
+    for _ in range(100):  # the launcher does not wait for its processes
         if (run / "RESUMABLE").exists() and not leftovers(tmp_path):
             break
         time.sleep(0.1)
@@ -102,7 +102,7 @@ def test_ctrl_c_saves_leaves_no_process_and_the_run_goes_on(small_shards: Path, 
 
 
 def test_two_trainings_on_one_machine_do_not_meet(small_shards: Path, tmp_path: Path, quiet: bytes) -> None:
-    """One of them is killed in the middle, with its workers looking on."""
+    """One of them is killed in the middle, while its workers run."""
     folders = [tmp_path / "ended", tmp_path / "killed"]
     ended, killed = (
         subprocess.Popen(
@@ -130,7 +130,7 @@ def test_a_container_without_memfd_trains_the_same(small_shards: Path, tmp_path:
 
 
 def test_a_signal_to_the_training_alone_is_enough(small_shards: Path, tmp_path: Path) -> None:
-    """As Slurm and Kubernetes send it."""
+    """A signal as Slurm and Kubernetes send it."""
     arguments = arguments_of(tmp_path / "one", small_shards)
     with subprocess.Popen(
         command(arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

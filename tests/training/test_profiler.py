@@ -1,4 +1,4 @@
-"""A profile says what the steps waited for: each moment counted once, and the rank that sets the pace judged."""
+"""A profile reports what bounds the steps: each moment counts once, and the slowest rank decides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wasteddp.training.tracking.profiler import KINDS, exclusive_shares, shares_
 
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda p: (float(p[0]), float(p[0] + p[1]))))
 
-pytestmark = pytest.mark.usefixtures("full_width", "reports")  # what a step waits for depends on the network
+pytestmark = pytest.mark.usefixtures("full_width", "reports")  # what bounds a step depends on the network
 
 
 @given(st.fixed_dictionaries({"steps": spans, "device": spans, "communication": spans, "data": spans}))
@@ -58,7 +58,7 @@ def shares(device: float, communication: float, data: float, starved: float = 0.
         ([shares(0.3, 0.02, 0.08, starved=0.4)], "starvation"),
         ([shares(0.6, 0.0, 0.1, starved=0.3)], "device"),
         ([shares(0.3, 0.6, 0.05), shares(0.32, 0.61, 0.05)], "communication"),
-        # rank 0 waits for rank 1, and rank 1 for its loader: the loader is what bounds both
+        # rank 0 waits for rank 1, and rank 1 for its loader: the loader bounds both
         ([shares(0.2, 0.75, 0.01), shares(0.2, 0.05, 0.7)], "data"),
     ],
 )
@@ -86,8 +86,8 @@ def event(name: str, begin: int, end: int, *, on: str = "CPU") -> SimpleNamespac
 @pytest.mark.parametrize(
     ("cpu_us", "starved"),
     [
-        (55, 0.0),  # the kernels are small: the thread was busy wherever the device was not
-        (30, 0.0),  # as much as the time in which the device idled and no backward pass was being launched
+        (55, 0.0),  # small kernels: the thread was busy whenever the device was not
+        (30, 0.0),  # the time in which the device was idle and no backward pass was launched
         (10, 0.2),
         (0, 0.3),
     ],
@@ -97,7 +97,7 @@ def test_on_a_gpu_the_thread_that_launches_the_backward_pass_is_not_starvation(c
         event("wasteddp: step", 0, 100),
         event("wasteddp: step", 0, 100, on="CUDA"),
         event("wasteddp: waiting for data", 0, 5),
-        event("aten::conv2d", 5, 40),  # the host's side of a launch
+        event("aten::conv2d", 5, 40),  # the host's part of a launch
         event("kernel", 10, 45, on="CUDA"),
         event("autograd::engine::evaluate_function: ConvolutionBackward0", 40, 80),
         event("kernel", 60, 70, on="CUDA"),
@@ -108,7 +108,7 @@ def test_on_a_gpu_the_thread_that_launches_the_backward_pass_is_not_starvation(c
 
 
 def profiled(folder: Path, shards: Path, *more: str) -> tuple[str, Path]:
-    """The verdict of a short run, and its folder."""
+    """Return the verdict of a short run, and its folder."""
     overrides = ["profile.steps=2", "profile.skip=1", "train.epochs=1", *more]
     arguments = config_of(folder, shards) + [part for one in overrides for part in ("--set", one)]
     assert train.main(arguments) == 0
@@ -121,7 +121,7 @@ def test_a_slow_loader_is_found_out_and_the_trace_is_left(
     read = SplitReader.read
 
     def slowly(self: SplitReader, sample: int) -> bytes:
-        time.sleep(0.15)  # 12 images by one thread: 1.8 s a step, beside a tenth of computing, or a busy machine's 0.8
+        time.sleep(0.15)  # 12 images in one thread: 1.8 s a step; computing takes 0.1 s, or 0.8 s on a busy machine
         return read(self, sample)
 
     monkeypatch.setattr(SplitReader, "read", slowly)
@@ -144,4 +144,4 @@ def test_a_run_that_ends_before_says_so(small_shards: Path, tmp_path: Path) -> N
     arguments = [*config_of(tmp_path, small_shards), "--set", "train.epochs=1", "--set", "profile.steps=50"]
     assert train.main(arguments) == 0
     assert not (tmp_path / "run" / "profile").exists()
-    assert "profile: none, this start ended after its step 4" in (tmp_path / "run" / "log.txt").read_text()
+    assert "no profile: this start ended after 4 steps" in (tmp_path / "run" / "log.txt").read_text()

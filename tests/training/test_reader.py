@@ -1,4 +1,4 @@
-"""Reading checkpoints: proved by hash, never unpickled, never of another run, and the formats of before still read."""
+"""Reading checkpoints: verified by hash, never unpickled, never of another run; older formats can be read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("version", "size"), [(1, "64 px (resized to 73)"), (2, "224 px (resized to 256)")])
 def test_a_checkpoint_of_an_older_format_is_read(version: int, size: str) -> None:
     found = reader.read(STORED / f"checkpoint-format-{version}" / "step-00000007")
-    # what format 1 did not have in its lineage comes from the settings beside it; format 2 had no balance
+    # fields that the lineage of format 1 lacks come from the settings; format 2 has no balance
     wanted = replace(LINEAGE, block=4, window=8)
     measure = f"accuracy on val of manifest mmmmmmmmmmmm at {size}"
     assert found.progress == Progress(wanted, step=7, best_value=0.5, best_step=7, tracker_id="abc", best_in=measure)
@@ -92,15 +92,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
     assert found is not None
     assert found.progress.step == 1
     assert len(said) == 1
-    assert f"passed over {newest}" in said[0]
+    assert f"skipped {newest}" in said[0]
     assert reason in said[0]
 
 
 def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
     save(tmp_path, 1)
     poison = pickle.dumps(_Poison(str(tmp_path / "ran")))
-    _rewrite(tmp_path / "step-00000001", "model.safetensors", poison)  # with its right hash
-    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+    _rewrite(tmp_path / "step-00000001", "model.safetensors", poison)  # with the correct hash
+    with pytest.raises(CheckpointError, match="is not an intact checkpoint"):
         reader.read(tmp_path / "step-00000001")
     assert not (tmp_path / "ran").exists()
 
@@ -108,7 +108,7 @@ def test_a_pickle_in_a_checkpoint_is_never_opened(tmp_path: Path) -> None:
 def test_no_whole_one_left_is_an_error_and_no_silent_start(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "complete.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is intact"):
         reader.newest(tmp_path, lambda line: None)
 
 
@@ -124,7 +124,7 @@ def test_never_does_not_overwrite_a_run(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="nowhere is not an intact checkpoint"):
         reader.starting_point(tmp_path, str(tmp_path / "nowhere"), print)
 
 
@@ -148,9 +148,7 @@ def test_the_same_command_goes_on_from_what_it_made_of_another_runs_checkpoint(t
     again = reader.starting_point(tmp_path / "new" / "checkpoints", start, said.append)
     assert again is not None
     assert again.progress.step == 5
-    assert said == [
-        f"{tmp_path / 'new'} has gone on from {start} already, so it goes on from its own newest checkpoint"
-    ]
+    assert said == [f"{tmp_path / 'new'} already continues {start}: resuming from its own newest checkpoint"]
 
 
 def test_progress_knows_the_best_and_when_to_stop() -> None:
@@ -181,7 +179,7 @@ def test_progress_json_is_plain(tmp_path: Path) -> None:
 
 
 def _rewrite(folder: Path, name: str, content: bytes) -> None:
-    """Replaces a file of a checkpoint, and its hash."""
+    """Replace a file of a checkpoint and its hash."""
     import hashlib
 
     (folder / name).write_bytes(content)
@@ -191,7 +189,7 @@ def _rewrite(folder: Path, name: str, content: bytes) -> None:
 
 
 class _Poison:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Training, evaluation and foreign tars from URLs: the same weights as from a folder, or one message."""
+"""Training, evaluation and foreign tars from URLs: the same weights as from a folder, or a single message."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arguments_of(folder: Path, location: str | Path, *overrides: str) -> list[str]:
-    """A short training from a folder or URL, in blocks, with little patience."""
+    """Return the arguments of a short training from a folder or URL, in blocks, with short timeouts."""
     folder.mkdir(exist_ok=True)
     settings = ["data.block=10", "data.lanes=2", f"data.cache={folder / 'cache'}", "data.read_timeout_s=2", *overrides]
     return [*config_of(folder, location), *(part for setting in settings for part in ("--set", setting))]  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def arguments_of(folder: Path, location: str | Path, *overrides: str) -> list[st
 
 @pytest.fixture(scope="module")
 def local(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of a run that read from the folder."""
+    """The weights of a run that reads from the folder."""
     folder = tmp_path_factory.mktemp("local")
     assert train.main(arguments_of(folder, small_shards)) == 0
     assert not (folder / "cache").exists()
@@ -64,12 +64,12 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
 
 @pytest.fixture(params=["threads", "processes"])
 def decoding(request: pytest.FixtureRequest) -> str:
-    """Who decodes, as a setting: the same is asked of both."""
+    """The setting of the decoders; each test runs with both."""
     return f"data.workers=2 {request.param}"
 
 
 def last_needed(shards: Path, arguments: list[str]) -> tuple[str, int]:
-    """The training tar that the first epoch needs last, and the step that needs it first."""
+    """Return the training tar that the first epoch needs last, and the first step that needs it."""
     _, config, *overrides = arguments
     split = Manifest.load(shards).split("train")
     plan = train_plan(split, load(config, overrides[1::2]))
@@ -108,7 +108,7 @@ def test_a_store_that_fails_now_and_then_changes_nothing(
         def now_and_then(name: str, number: int) -> Fault | None:
             nonlocal requests
             requests += 1
-            # only what has a hash can be told from what was sent wrongly
+            # damaged data can be detected only with a hash
             fault = faults[requests % len(faults)]
             return None if name == "manifest.json" and fault == "flip" else fault
 
@@ -121,20 +121,20 @@ def test_a_store_that_goes_away_ends_the_run_saved_and_it_goes_on_later(
     small_shards: Path, local: bytes, tmp_path: Path, refused: Callable[[list[str]], str]
 ) -> None:
     little_patience = ("data.read_attempts=2", "data.ahead_steps=1", "data.fetchers=1", "checkpoint.every_steps=0")
-    last = Manifest.load(small_shards).split("val").shards[-1].tar  # needed only after the fourth step
+    last = Manifest.load(small_shards).split("val").shards[-1].tar  # first needed after the fourth step
     with serving(small_shards) as server:
 
         def go_away(name: str, number: int) -> Fault | None:
             if name != last:
                 return None
-            threading.Thread(target=server.shutdown).start()  # from now on connections are made and never answered
+            threading.Thread(target=server.shutdown).start()  # from now on connections are accepted and never answered
             return "reset"
 
         server.faults = go_away
         said = refused(arguments_of(tmp_path, server.url, *little_patience))
         assert f"{server.url}/{last} cannot be read at byte 0 of " in said
         assert "(attempt 2 of 2): " in said
-    with serving(small_shards) as server:  # at another address: the manifest says that it is the same set
+    with serving(small_shards) as server:  # at another address: the manifest identifies the set
         assert train.main(arguments_of(tmp_path, server.url, *little_patience)) == 0
     assert final_weights(tmp_path / "run") == local
 
@@ -177,7 +177,7 @@ def test_a_signal_ends_the_wait_for_a_store_and_the_run_saves_and_goes_on_later(
         asked_at, metrics = [0.0], tmp_path / "run" / "metrics.jsonl"
 
         def ask_to_stop() -> None:
-            # a start of seconds must be over: before the first step there is nothing to save
+            # wait for the start, which takes seconds: before the first step there is nothing to save
             until(lambda: metrics.exists() and metrics.read_text(), limit_s=120)
             time.sleep(1.0)
             asked_at[0] = time.monotonic()
@@ -241,7 +241,7 @@ def test_two_processes_of_which_one_waits_for_a_store_leave_together(
         ranks = Ranks.started(arguments_of(tmp_path, server.url, *settings), 2, tmp_path / "run")
         try:
             until(lambda: server.asked[late] or not ranks.are_running, limit_s=120)
-            # several ranks begin a step when they have the batch of the next one too
+            # with several ranks, a step starts when the batch of the next step is loaded
             last = 1 if split == "train" else 2
             until(lambda: any(tmp_path.glob(f"run/checkpoints/step-{last:08d}/complete.json")), limit_s=60)
             began = time.monotonic()
@@ -297,7 +297,7 @@ def test_tars_of_other_tools_train_over_http_once_they_are_indexed(maker: str, t
     folder.mkdir()
     for split, count in (("train", 14), ("val", 6)):
         samples = [(f"{number:09d}", jpeg(number + 100 * (split == "val")), number % 2) for number in range(count)]
-        if maker == "img2dataset":  # 00000.tar with 9-digit keys, and a caption and the fields of the table beside each
+        if maker == "img2dataset":  # 00000.tar with 9-digit keys, and for each a caption and the fields of the table
             members = {}
             for key, image, label in samples:
                 fields = {

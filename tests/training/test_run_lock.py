@@ -1,4 +1,4 @@
-"""One training at a time in a run's folder, and no lock that outlives its holder."""
+"""A run's folder is locked by one training at a time, and the lock ends with its process."""
 
 from __future__ import annotations
 

@@ -17,9 +17,14 @@ from wasteddp.training.distributed.precision import NOTHING_KEPT, choose, refuse
 @pytest.mark.parametrize(
     ("asked", "has_bf16", "precision", "reason"),
     [
-        ("auto", True, "bf16", "this CPU, with AVX512-BF16 or AMX, computes it"),
-        ("auto", False, "fp32", "this CPU, without AVX512-BF16 and AMX, does not compute bf16"),
-        ("bf16", False, "bf16", "as set; this CPU, without AVX512-BF16 and AMX, emulates it, slower than fp32"),
+        ("auto", True, "bf16", "this CPU, with AVX512-BF16 or AMX, supports it"),
+        ("auto", False, "fp32", "this CPU, without AVX512-BF16 and AMX, does not support bf16"),
+        (
+            "bf16",
+            False,
+            "bf16",
+            "as set; this CPU, without AVX512-BF16 and AMX, emulates it, which is slower than fp32",
+        ),
         ("fp32", True, "fp32", "as set"),
     ],
 )
@@ -50,8 +55,8 @@ def test_fp16_without_a_gpu_is_refused() -> None:
     [
         ([], 8),
         ([("here", range(8)), ("here", range(8))], 2),
-        ([("there", range(8))], 8),  # another machine's
-        ([("here", range(8, 16)), ("here", range(16, 24))], 8),  # pinned to cores of their own
+        ([("there", range(8))], 8),  # of another machine
+        ([("here", range(8, 16)), ("here", range(16, 24))], 8),  # pinned to their own cores
         ([("here", range(4))], 4),
         ([("here", range(8))] * 20, 1),
     ],
@@ -65,7 +70,7 @@ def test_ranks_share_the_cores_that_several_may_use(
     monkeypatch.setattr(runtime, "num_usable_cores", lambda: 8)
     monkeypatch.setattr(runtime.socket, "gethostname", lambda: "here")
     try:
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as accelerate launch sets it
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as set by accelerate launch
         assert runtime._use_cores(0, world) == (torch.get_num_threads(), threads) == (threads, threads)  # type: ignore[arg-type]
         assert runtime._use_cores(5, world) == (torch.get_num_threads(), threads) == (5, threads)  # type: ignore[arg-type]
     finally:
@@ -79,7 +84,7 @@ def test_ranks_share_the_cores_that_several_may_use(
         ({"cpu.max": "max 100000\n"}, 8),
         ({"cpu.max": "400000 100000\n"}, 4),
         ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "6400000 100000\n"}, 8),  # more time than the cores have
+        ({"cpu.max": "6400000 100000\n"}, 8),  # a quota above the number of cores
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
         ({"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
     ],

@@ -1,4 +1,4 @@
-"""Progressive sizes: a function of the epoch, the same crops at each size, and a resume that knows nothing of them."""
+"""Progressive sizes: a function of the epoch, with the same crops at each size, also after a resume."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_side_begins_small_never_shrinks_and_ends_at_the_full_size(
     for epoch, side in enumerate(sides):
         full = epoch >= at * epochs
         assert side == 16 * start + more if full else side % 16 == 0
-        # within a step of the straight line, below it
+        # at most one step below the straight line
         assert full or 0 <= 16 * start + more * epoch / (at * epochs) - side < 16 + 1e-9
 
 
@@ -91,7 +91,7 @@ def test_batches_on_both_sides_of_an_epochs_edge_have_their_own_size_and_the_sam
                 crop_scale=(0.3, 1.0),
                 crop_ratio=(0.75, 1.33),
                 workers=1,
-                prefetch=3,  # so that the loader is in two epochs at once
+                prefetch=3,  # so that the loader works on two epochs at the same time
                 pin_memory=False,
             ) as loader:
                 batches = list(loader.batches(training_steps(plan, 0, 12, rank=0, world_size=1)))

@@ -1,4 +1,4 @@
-"""Signals: the first asks, a second SIGINT leaves at once, and the launcher's death counts as SIGTERM."""
+"""Signals: the first requests a stop, a second SIGINT ends the process, and the launcher's end sends SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ while not signals.STOP: time.sleep(0.01)
 print(signals.STOP.signal_name, flush=True)
 """
 
-# pbkdf2 computes for minutes in C, without the GIL and without looking at signals: as a collective that waits
+# pbkdf2 computes for minutes in C without the GIL and without handling signals, as a blocked collective
 STUCK = """
 import hashlib
 from wasteddp.training.watchdog import signals
@@ -52,11 +52,11 @@ def test_a_second_sigint_leaves_at_once_even_where_python_cannot_answer(first: s
         assert process.stderr is not None
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.Signals[first])
-        time.sleep(0.2)  # two of one signal at the same moment are one
+        time.sleep(0.2)  # two equal signals at the same moment are delivered as one
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
-        assert b"left at once; the same command goes on" in process.stderr.read()
+        assert b"ended immediately; run the same command again" in process.stderr.read()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
@@ -71,7 +71,7 @@ def test_a_launcher_that_dies_stops_the_run(number: signal.Signals) -> None:
 
 
 def test_without_a_launcher_the_parents_end_is_nothing(tmp_path: Path) -> None:
-    # as `nohup python wasteddp/train.py &` in a shell that is closed
+    # as with `nohup python wasteddp/train.py &` in a shell that is closed
     variables = {
         key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "TORCHELASTIC_"))
     }
@@ -83,6 +83,6 @@ def test_without_a_launcher_the_parents_end_is_nothing(tmp_path: Path) -> None:
     assert "ready\n" in lines
     (pid,) = (int(line) for line in lines - {"ready\n"})
     time.sleep(0.3)
-    os.kill(pid, signal.SIGUSR1)  # still there
+    os.kill(pid, signal.SIGUSR1)  # still running
     assert done.stdout.read() == "SIGUSR1\n"
     done.stdout.close()

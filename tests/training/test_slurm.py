@@ -23,8 +23,8 @@ def test_something_to_mend_leaves_a_mark_and_a_crash_does_not(tmp_path: Path) ->
     "environment",
     [
         {},
-        {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},  # no Slurm
-        {"SLURM_JOB_NUM_NODES": "2"},  # by hand on one node of an allocation
+        {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},  # without Slurm
+        {"SLURM_JOB_NUM_NODES": "2"},  # started by hand on one node of an allocation
         {"SLURM_STEP_NUM_NODES": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"},
         {"SLURM_STEP_NUM_NODES": "3", "WORLD_SIZE": "24", "LOCAL_WORLD_SIZE": "8"},
     ],
@@ -35,7 +35,7 @@ def test_a_world_that_is_the_steps_is_taken(environment: dict[str, str]) -> None
 
 @pytest.mark.parametrize("world", [{}, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}])
 def test_a_launcher_that_does_not_know_of_the_other_nodes_is_refused(world: dict[str, str]) -> None:
-    with pytest.raises(LaunchError, match=r"this step on 2 nodes; the launcher knows of \d process") as error:
+    with pytest.raises(LaunchError, match=r"this step on 2 nodes; the launcher has \d process") as error:
         refuse_other_world({"SLURM_STEP_NUM_NODES": "2", **world})
     assert "--machine_rank" in str(error.value)
 
@@ -46,13 +46,13 @@ def row(step_s: float, evaluation_s: float = 0.0) -> dict[str, float]:
 
 def test_a_save_that_fits_before_the_limit_is_said_once() -> None:
     notice = Notice.of({"WASTEDDP_WARNING_S": "300"})
-    assert notice.comment(row(1, 4)) == ""  # nothing measured yet
+    assert notice.comment(row(1, 4)) == ""  # no save was measured yet
     notice.save_s = 20
     said = notice.comment(row(1))
     assert said.startswith(
         "a checkpoint takes 20.0 s, a step with its evaluation up to 5.0 s; the batch system warns 300 s"
     )
-    assert "45.0 s of which may be needed" in said
+    assert "the run may need 45.0 s" in said
     notice.save_s = 21
     assert notice.comment(row(1)) == ""
 
@@ -62,7 +62,7 @@ def test_a_save_that_would_be_cut_off_is_a_warning_with_the_signal_to_ask_for() 
     notice.save_s = 140
     said = notice.comment(row(1, 20))  # 21 + 2 x 140 = 301 s
     assert said.startswith("warning: ")
-    assert "SBATCH_SIGNAL=B:USR1@660" in said  # twice 301 s, in whole minutes
+    assert "SBATCH_SIGNAL=B:USR1@660" in said  # twice 301 s, rounded up to minutes
     notice.save_s = 150
     assert notice.comment(row(1)) == ""
     notice.save_s = 139

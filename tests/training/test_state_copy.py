@@ -1,4 +1,4 @@
-"""Copies of a state by way of a device: whose bytes they are, who waits, and what happens where memory is lacking."""
+"""Copies of a state through a device: their content, which thread waits, and what happens without enough memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MB = 1_000_000
 
 
 class Device(Gpu):
-    """Of host memory. What is on it is all but what is of float64; what is done with it is written down."""
+    """A fake device in host memory. It holds all tensors except float64, and records the calls."""
 
     def __init__(self, free_mb: int = 1000, total_mb: int = 1000) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Device(Gpu):
 
 
 def states(value: int, *, further: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    """Sizes that are no multiple of 256 bytes, of several types and orders in memory; one tensor on the host."""
+    """Sizes that are not multiples of 256 bytes, several types and memory formats, and one tensor on the host."""
     weight = torch.arange(2 * 3 * 5 * 5, dtype=torch.float32).view(2, 3, 5, 5) + value
     return {
         "model": {
@@ -73,7 +73,7 @@ def states(value: int, *, further: int = 0) -> dict[str, dict[str, torch.Tensor]
 
 
 def change(states: States) -> None:
-    """As training does: in place."""
+    """Update the states in place, as training does."""
     with torch.no_grad():
         for state in states.values():
             for tensor in state.values():
@@ -92,12 +92,12 @@ def assert_equal(found: States, expected: States) -> None:
 def test_the_copies_are_of_the_step_of_the_save_although_training_goes_on() -> None:
     device = Device()
     copy = StateCopy(print, device)
-    for value in (1, 2, 3):  # into fresh memory, and into that of the first
+    for value in (1, 2, 3):  # into new memory first, then into the same memory
         given = states(value)
         fetch = copy.begin(given)
         change(given)
         assert_equal(fetch(), states(value))
-        assert_equal(fetch(), states(value))  # again, as after a save that failed
+        assert_equal(fetch(), states(value))  # again, as after a failed save
     assert device.done == ["device", *["host", "fetch", "fetch"], *["fetch"] * 4]
 
 
@@ -122,7 +122,7 @@ def test_a_state_that_has_changed_its_shape_gets_other_memory_only_if_it_is_larg
         assert_equal(copy.begin(states(1, further=further))(), states(1, further=further))
     assert device.done == ["device", "host", "fetch", "fetch", "device", "host", "fetch", "fetch"]
     del (less := states(2))["optimizer"]["momentum"]
-    assert_equal(copy.begin(less)(), less)  # what is not there any more is not saved
+    assert_equal(copy.begin(less)(), less)  # a removed tensor is not saved
 
 
 @pytest.mark.parametrize("free_mb", [0, 50])
@@ -137,10 +137,10 @@ def test_where_memory_is_lacking_the_loop_waits_and_that_is_said_once(free_mb: i
         assert_equal(fetch(), states(value))
     assert device.done == []
     assert said == [
-        f"the training waits for each checkpoint's copy to the host: {free_mb} MB are free, "
+        f"training waits for the copy of each checkpoint to the host: the GPU has {free_mb} MB free, "
         "and a second state takes 0 MB"
     ]
-    device.free_mb = 51  # 5 % of 1000 MB stay free
+    device.free_mb = 51  # 5 % of 1000 MB must stay free
     assert_equal(copy.begin(states(3))(), states(3))
     assert device.done == ["device", "host", "fetch"]
 

@@ -1,4 +1,4 @@
-"""An evaluation that does not come to its end costs nothing: the step is kept, and measured when the run goes on."""
+"""An interrupted evaluation loses nothing: the step is saved, and evaluated when the run resumes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def unmeasured(run: Path) -> dict[str, float] | None:
 
 
 def interrupted_in(monkeypatch: pytest.MonkeyPatch, nth: int, act: Any) -> None:
-    """Calls `act` in the first of the two batches of the nth evaluation."""
+    """Call `act` in the first of the two batches of the nth evaluation."""
     real, batches = evaluate.normalise, 0
 
     def normalise(*arguments: Any) -> Any:
@@ -86,7 +86,7 @@ def test_a_signal_ends_an_evaluation_and_the_step_is_measured_when_the_run_goes_
     assert rows(run)[-1]["step"] == step - 1
     assert (unmeasured(run) or {})["train/loss"] == rows(undisturbed)[step - 1]["train/loss"]
 
-    with monkeypatch.context() as patch:  # and again, while it measures what is pending
+    with monkeypatch.context() as patch:  # and again, during the pending evaluation
         stop.signal_name = ""
         interrupted_in(patch, 1, lambda: setattr(stop, "signal_name", "SIGTERM"))
         assert train.main(arguments) == 75

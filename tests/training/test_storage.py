@@ -1,4 +1,4 @@
-"""A disk that is full, or a folder that cannot be written, while a run saves: it goes on and loses nothing."""
+"""A full disk or a read-only folder while a run saves: training continues and loses nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from wasteddp.training.metrics import Meter
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Callable[[], Any]]], None]:
-    """Does things at the end of steps."""
+    """Call functions at the end of given steps."""
 
     def arrange(actions: dict[int, Callable[[], Any]]) -> None:
         real, steps = Meter.step_done, iter(range(1, 100))
@@ -49,7 +49,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> None:
-    """Takes all that is free; a checkpoint that is being written may take some of it first, so it is asked again."""
+    """Fill the disk. A checkpoint that is being written may take some space first, so this is repeated."""
     with (folder / "filler").open("wb") as file:
         while (usage := os.statvfs(folder)).f_bavail:
             with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_changes_no_weight(
         if refusing[0] and "w" in mode and str(tmp_path) in str(self):
             raise OSError(
                 code, os.strerror(code), str(self)
-            )  # root may write everywhere: a real folder does not refuse
+            )  # root may write everywhere, so a real folder would not refuse
         return real(self, mode, *rest, **how)
 
     monkeypatch.setattr(Path, "open", guarded)
@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_changes_no_weight(
         return lambda: refusing.__setitem__(0, now)
 
     arguments = config_of(tmp_path, small_shards)
-    at_step({4: refuse(True), 7: refuse(False)})  # the first evaluation, whose model is the best so far, is among them
+    at_step({4: refuse(True), 7: refuse(False)})  # this includes the first evaluation, which has a best model
     assert train.main(arguments) == 0
     assert final_weights(tmp_path / "run") == final_weights(tmp_path / "whole" / "run")
     assert rows(tmp_path / "run")[-1]["checkpoint/failed"] >= 2

@@ -1,4 +1,4 @@
-"""TensorBoard reads back what metrics.jsonl says: each step once, over any number of starts."""
+"""TensorBoard shows what metrics.jsonl has: each step once, after any number of starts."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_a_run_that_was_killed_and_went_on_has_each_step_once(tmp_path: Path) ->
     first = mirror_of(tmp_path, [])
     for row in rows(1, 3):
         first.log(row)
-    first.flush()  # the checkpoint of step 3
+    first.flush()  # before the checkpoint of step 3
     for row in rows(4, 6, factor=100):
         first.log(row)
-    first.close()  # as much as a kill can leave
+    first.close()  # the most that a kill can leave
     second = mirror_of(tmp_path, [], resumed_step=3, history=rows(1, 3))
     for row in rows(4, 8):
         second.log(row)

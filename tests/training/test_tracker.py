@@ -1,4 +1,4 @@
-"""What a run tells: rows that are rolled back with the checkpoint, and a W&B that is never in the way."""
+"""Tracking a run: rows are rolled back to the checkpoint, and errors of W&B do not affect the run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_wandb_that_cannot_start_does_not_end_the_training(
     log(tracker, 1, 3)
     tracker.close(0)
     said = capsys.readouterr().out
-    assert "W&B: none, run run1 (RuntimeError: no luck); send it later with: wasteddp sync" in said
+    assert "W&B: not available for run run1 (RuntimeError: no luck); send it later with: wasteddp sync" in said
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
@@ -89,4 +89,4 @@ def test_pictures_that_cannot_be_made_do_not_end_the_training(
     tracker = tracker_of(tmp_path, wandb="offline")
     tracker.show(5, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
     tracker.close(0)
-    assert "the pictures of step 5 could not be kept: ZeroDivisionError" in capsys.readouterr().out
+    assert "the images of step 5 could not be stored: ZeroDivisionError" in capsys.readouterr().out

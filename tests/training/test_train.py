@@ -1,4 +1,4 @@
-"""The program in one process: what it leaves, what a kill costs, and what it says to a mistake."""
+"""The program in one process: the files it writes, a kill and resume, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from wasteddp.sharding.build import Job, Options, make_shards
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
-    """A finished run, launched from another directory, without the package being on the path."""
+    """A finished run, launched from another directory without the package on the path."""
     folder = tmp_path_factory.mktemp("undisturbed")
     done = launch(config_of(folder, small_shards), cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -90,7 +90,7 @@ def test_kill_9_in_the_middle_of_an_epoch_costs_nothing(undisturbed: Path, small
     with subprocess.Popen(launch_command(arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 3/8"):  # said before its save, and after the one of step 1 is on the disk
+            if line.startswith("step 3/8"):  # printed before the save of step 3, and after that of step 1 is on disk
                 kill_all(arguments)
     left = [row["step"] for row in rows(tmp_path / "run")]
     assert left[-1] < 8, "the run had ended before it was killed"
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed: Path, small_shards: P
     arguments = [*config_of(tmp_path, small_shards), "--set", "checkpoint.every_steps=0"]
     command = launch_command(arguments)
     script = command.index(str(PROGRAM))
-    direct = [command[0], *command[script:]]  # without the launcher, to see the program's own exit code
+    direct = [command[0], *command[script:]]  # without the launcher, which replaces the exit code
     with subprocess.Popen(direct, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         said = ""
@@ -137,7 +137,7 @@ def test_a_finished_run_started_again_does_nothing(undisturbed: Path) -> None:
 def test_a_check_after_a_killed_check_still_checks(
     undisturbed: Path, small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(undisturbed, tmp_path / "run.check")  # as if it had been killed
+    shutil.copytree(undisturbed, tmp_path / "run.check")  # as left by a killed check
     assert train.main([*config_of(tmp_path, small_shards), "--check"]) == 0
     assert "step 1/1" in capsys.readouterr().out
     assert not (tmp_path / "run.check").exists()
@@ -145,7 +145,7 @@ def test_a_check_after_a_killed_check_still_checks(
 
 def test_a_check_leaves_nothing_behind(small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*config_of(tmp_path, small_shards), "--check"]) == 0
-    assert "checked: one step, one evaluation, one checkpoint" in capsys.readouterr().out
+    assert "checked: one step, one evaluation and one checkpoint succeeded" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
@@ -176,7 +176,7 @@ def test_another_seed_is_refused_or_accepted_by_name(
     assert "seed was 0 and is 1" in refused(arguments, "run.seed=1")
     assert train.main([*arguments, "--set", "run.seed=1", "--accept-changes", "seed"]) == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
-    # the checkpoints are those of the new seed now
+    # the checkpoints now have the new seed
     assert train.main([*arguments, "--set", "run.seed=1"]) == 0
 
 
@@ -210,7 +210,7 @@ def test_a_run_is_evaluated_and_used_at_a_size_of_its_own(small_shards: Path, tm
 
 
 def test_early_stop_ends_the_run_and_stays_ended(small_shards: Path, tmp_path: Path) -> None:
-    # a learning rate of almost nothing: the first evaluation stays the best
+    # with a learning rate near zero the first evaluation stays the best
     arguments = [*config_of(tmp_path, small_shards), "--set", "train.epochs=9", "--set", "train.early_stop_epochs=1"]
     arguments += ["--set", "optimizer.lr=1e-12", "--set", "evaluate.every_steps=1"]
     assert train.main(arguments) == 0
@@ -262,7 +262,7 @@ def test_one_class_only_is_one_message(tmp_path: Path, small_shards: Path, refus
     for split in manifest["splits"].values():
         split["samples_per_class"] = [sum(split["samples_per_class"])]
     (shards / "manifest.json").write_text(json.dumps(manifest))
-    assert "has one class only: glass" in refused(config_of(tmp_path, shards))
+    assert "has fewer than two classes: glass" in refused(config_of(tmp_path, shards))
 
 
 def test_other_classes_than_the_checkpoints_are_one_message(
@@ -332,8 +332,8 @@ def test_a_full_disk_is_one_message(
 def test_a_diverged_loss_is_one_message_and_no_checkpoint(
     small_shards: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    # Rows are far apart, checkpoints are not: what is saved is looked at before. The loss of the first step is fine,
-    # and of the weights that it leads to no second one can come.
+    # Rows are rare and checkpoints are not: each save checks for divergence first. The loss of the first step is fine,
+    # and the weights after it overflow in the second.
     said = refused(config_of(tmp_path, small_shards), "optimizer.lr=1e30", "train.log_every_steps=100")
     assert re.search(r"error: the weights are as large as \d.*e\+\d\d after this step", said)
     assert "lower optimizer.lr (it is 1e+30)" in said

@@ -1,5 +1,5 @@
-"""Gradual unfreezing beside the other parts of a recipe that change with the steps: nothing moves before its time, and
-a run that goes on from the middle of it ends with the same weights."""
+"""Gradual unfreezing together with the other parts of a recipe that change with the step: frozen stages do not move,
+and a run that resumes in the middle ends with the same weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_is_frozen_now_and_trained_later_neither_moves_nor_decays_until_the
         moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         names = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
         after = names.index(resnet.STAGES[upto][-1]) + 1 if upto != "none" else 0
-        assert moved == set(names[max(2, after) :])  # the stem's weights stay frozen, its statistics do not:
+        assert moved == set(names[max(2, after) :])  # the stem's weights stay frozen, but not its statistics:
         assert changed == set(names[after:]) - {"conv1"}
 
 
@@ -65,12 +65,12 @@ def test_a_run_goes_on_in_the_middle_of_it_all_bit_for_bit(small_shards: Path, t
     def moved(first: int, last: int) -> set[str]:
         return {key.split(".")[0] for key, t in saved[last].items() if not torch.equal(t, saved[first][key])}
 
-    assert moved(1, 2) == {"layer4", "fc"}  # an epoch has 4 steps; layer3 is trained from the third on
+    assert moved(1, 2) == {"layer4", "fc"}  # an epoch has 4 steps; layer3 is trained from the third step on
     assert moved(2, 4) == {"layer3", "layer4", "fc"}
     assert moved(4, 6) == {"layer2", "layer3", "layer4", "fc"}
     assert moved(6, 8) == {"layer1", "layer2", "layer3", "layer4", "fc"}
     done = rows(run)
-    assert all(row["train/grad_norm"] > 0.5 for row in done)  # that before clipping
+    assert all(row["train/grad_norm"] > 0.5 for row in done)  # the norm before clipping
     assert [row["lr"] for row in done[:1]] == [row["lr"] for row in done[4:5]]  # a restart
     whole = final_weights(run)
     for step in (4, 6, 7, 8):

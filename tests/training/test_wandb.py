@@ -1,4 +1,4 @@
-"""W&B through its real client, against a server of our own: one run, each row once, whatever happens between."""
+"""W&B through its real client, with a test server: one run and each row once, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HERE = Path(__file__).parents[1] / "support"
 
 
 def forget() -> None:
-    """As in a new process: wandb reads its environment once."""
+    """Reset wandb as in a new process, because it reads its environment once."""
     import wandb
 
     with contextlib.suppress(ConnectionError, SystemExit):  # its service was killed
@@ -37,7 +37,7 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def _nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No key, no netrc, no setting of whoever runs the tests; nothing is left for the next test."""
+    """Hide the key, netrc and settings of the user, and leave nothing to the next test."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     forget()
@@ -54,7 +54,7 @@ def server() -> Iterator[WandbServer]:
 
 @pytest.fixture
 def synced(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`wasteddp sync` as a process of its own would do it; returns what it said."""
+    """Run `wasteddp sync` as a new process would, and return its output."""
 
     def sync(folder: Path, server: WandbServer, *options: str, code: int = 0) -> str:
         forget()
@@ -70,7 +70,7 @@ def synced(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """The bound only ends a test that would never end."""
+    """Wait for a condition; the timeout only ends a test that would hang."""
     until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until, "it did not happen within two minutes"
@@ -78,7 +78,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def exactly(server: WandbServer, folder: Path) -> None:
-    """What the server has is metrics.jsonl: the same steps in the same order, none twice, the same losses."""
+    """The server has the rows of metrics.jsonl: the same steps in the same order, each once, with the same losses."""
     there = server.runs["run1"].rows()
     assert [row["_step"] for row in there] == [row["step"] for row in rows(folder)]
     assert [row["train/loss"] for row in there] == [row["train/loss"] for row in rows(folder)]
@@ -105,7 +105,7 @@ def test_online_has_rows_pictures_facts_and_best_values(
     tracker.show(5, lambda: pictures.Gallery("mistakes", [mistake], ("glass", "metal"), [[2, 1], [0, 3]]))
     log(tracker, 5, 12)
     tracker.close(0)
-    assert "W&B: online, run run1 (there is a key)" in capsys.readouterr().out
+    assert "W&B: online, run run1 (an API key is set)" in capsys.readouterr().out
     exactly(server, tmp_path / "run")
     run = server.runs["run1"]
     assert (run.state, run.group, run.job_type) == ("finished", "seeds", "train")
@@ -153,7 +153,7 @@ def test_without_a_key_it_is_offline_without_a_prompt_and_is_sent_later(
     assert server.runs["run1"].state == "finished"
     assert "sent 0 of 6 rows" in synced(folder, server)
     exactly(server, folder)
-    # what `wandb sync` would send on top of it is marked as sent
+    # the files that `wandb sync` would send again are marked as sent
     fragments = list(folder.glob("wandb/*run-*-run1/*.wandb"))
     assert any(path.parent.name.startswith("offline-run-") for path in fragments)
     assert all(path.with_name(f"{path.name}.synced").exists() for path in fragments)
@@ -205,11 +205,9 @@ def test_a_server_that_is_dead_at_the_end_does_not_hold_the_process(
     with child(tmp_path, server, 1, 3, 0, "finish") as process:
         wait_for(lambda: "run1" in server.runs and len(server.runs["run1"].rows()) == 3)
         server.refuse = True
-        out, _ = process.communicate("end\n", timeout=120)  # track.finish_s is 4; without it these are minutes
+        out, _ = process.communicate("end\n", timeout=120)  # track.finish_s is 4; without it this takes minutes
     assert process.returncode == 0
-    assert (
-        f"it did not take everything within 4 s (track.finish_s); send it later with: wasteddp sync {tmp_path}" in out
-    )
+    assert f"not all data was sent within 4 s (track.finish_s); send it later with: wasteddp sync {tmp_path}" in out
     server.refuse = False
     assert server.runs["run1"].state == "running"
     assert "sent 0 of 3 rows" in synced(tmp_path, server)
@@ -221,11 +219,11 @@ def test_a_server_that_never_answers_holds_neither_the_loop_nor_the_end(
     tmp_path: Path, server: WandbServer, synced: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.environ.update(server.environment)
-    server.hang_s = 600  # a wait for it would be the end of this test
+    server.hang_s = 600  # a wait for it would time out
     tracker = tracker_of(tmp_path, finish_s=1)
     log(tracker, 1, 3)
     tracker.close(0)
-    assert "it did not take everything within 1 s" in capsys.readouterr().out
+    assert "not all data was sent within 1 s" in capsys.readouterr().out
     server.hang_s = 0
     synced(tmp_path, server)
     exactly(server, tmp_path)
@@ -238,7 +236,7 @@ def test_killed_online_and_continued_offline_is_one_exact_run(
         wait_for(lambda: "run1" in server.runs and len(server.runs["run1"].rows()) >= 3)
         process.kill()
     os.environ["WANDB_MODE"] = "offline"
-    tracker = tracker_of(tmp_path, resumed_step=5)  # two rows that the server may have are undone and come again
+    tracker = tracker_of(tmp_path, resumed_step=5)  # two rows that the server may have are undone and repeated
     log(tracker, 6, 12)
     tracker.close(75)
     synced(tmp_path, server)

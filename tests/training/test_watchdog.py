@@ -1,4 +1,4 @@
-"""Marks, and what the ranks tell each other; with a store in memory instead of a launcher's."""
+"""Marks and the messages between ranks, with a store in memory instead of the launcher's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainings import config_of
 from wasteddp import train
 from wasteddp.data.loader import Loader
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, ShardError
-from wasteddp.training.watchdog.heartbeat import Beat, Failure, HeartbeatStore, LostBoardError
+from wasteddp.training.watchdog.heartbeat import Beat, Failure, HeartbeatStore, LostStoreError
 from wasteddp.training.watchdog.watchdog import Watchdog
 
 
@@ -28,14 +28,14 @@ def test_the_first_failure_told_is_the_one_that_stands() -> None:
 
 
 def test_beats_are_read_back_and_missing_ones_do_not_wait() -> None:
-    board = HeartbeatStore(HashStore(), 3)
+    store = HeartbeatStore(HashStore(), 3)
     beat = Beat(1, 2, 3, "computing", 0.5, "decode_0", left=True)
-    board.post(1, beat)
-    assert board.beats() == [None, beat, None]
+    store.post(1, beat)
+    assert store.beats() == [None, beat, None]
 
 
 def test_a_board_that_is_not_there_is_lost() -> None:
-    with pytest.raises(LostBoardError):
+    with pytest.raises(LostStoreError):
         HeartbeatStore.of_launcher("127.0.0.1", 1, 2, patience_s=0.1)
 
 
@@ -55,7 +55,7 @@ def test_marks_are_the_same_whatever_the_rank_and_slow_at_first() -> None:
     places = marks(Watchdog())
     assert [slow for _, _, slow in places] == [True, False, False, True, False]
     assert [place for _, place, _ in places] == ["computing"] * 3 + ["evaluating"] * 2
-    assert first._step == 8  # it waited for a batch of step 8: 5, 6 and 7 had one
+    assert first._step == 8  # it waits for the batch of step 8, after 5, 6 and 7
 
 
 def test_a_failure_is_said_once_and_the_user_s_mistakes_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,5 +109,5 @@ def test_out_of_gpu_memory_names_the_setting_with_its_number(
     assert train.main(config_of(tmp_path, small_shards)) == EXIT_USER_ERROR
     said = capsys.readouterr().err
     assert "out of GPU memory while computing with train.max_micro_batch 6 at 32 px: CUDA out of memory. Tried" in said
-    assert "set train.max_micro_batch to 3 or less; the global batch, and so the result, stay the same" in said
+    assert "set train.max_micro_batch to 3 or less (the global batch stays the same" in said
     assert "Traceback" not in said

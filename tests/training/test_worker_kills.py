@@ -1,6 +1,6 @@
-"""Decoding processes of a training, killed at random: it ends with the weights of an undisturbed one, bit for bit.
+"""Decoding processes are killed at random: the training ends with the weights of an undisturbed one, bit for bit.
 
-WASTEDDP_KILLS=100 pytest tests/test_worker_kills.py: as many kills (8, if it is not set).
+WASTEDDP_KILLS=100 pytest tests/training/test_worker_kills.py sets the number of kills; the default is 8.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def children(pid: int) -> list[int]:
 
 
 def decoders(training: int) -> list[int]:
-    """The workers of a training: children of its server."""
+    """Return the workers of a training, which are children of its server."""
     servers = []
     for child in children(training):
         try:
@@ -40,7 +40,7 @@ def decoders(training: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """False of one that was killed and not yet waited for."""
+    """False for a process that was killed and not yet reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -50,7 +50,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_killed_workers_change_nothing(small_shards: Path, tmp_path: Path) -> None:
-    epochs = KILLS // 3 + 2  # of four steps; a kill a step, and some to spare
+    epochs = KILLS // 3 + 2  # of four steps, with about one kill per step
     often = ["--set", f"train.epochs={epochs}", "--set", "checkpoint.every_steps=0", "--set", "evaluate.every_steps=40"]
     (tmp_path / "quiet").mkdir()
     (tmp_path / "killed").mkdir()
@@ -72,7 +72,7 @@ def test_killed_workers_change_nothing(small_shards: Path, tmp_path: Path) -> No
         _, errors = training.communicate(timeout=300)
     assert training.returncode == 0, errors
     assert kills == KILLS
-    # three that train and three that evaluate: an idle one that was killed may not be missed before the end
+    # three for training and three for evaluation: a killed idle worker may stay unnoticed until the end
     deaths = re.findall(r"warning: rank 0: decoding process \d+ .* another takes its place", errors)
     assert KILLS - 6 <= len(deaths) <= KILLS
     ours, others = (final_weights(tmp_path / name / "run") for name in ("killed", "quiet"))

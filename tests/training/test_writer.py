@@ -1,4 +1,4 @@
-"""Writing checkpoints: whole or not there, in the order that a kill cannot harm, and no more of them than wanted."""
+"""Writing checkpoints: complete or absent after a kill at any moment, and no more of them than set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_so_many_steps_one_is_kept_for_good(tmp_path: Path) -> None:
 def test_those_kept_are_the_first_behind_each_mark_however_irregular() -> None:
     steps = [3, 9, 11, 12, 19, 31, 32, 40, 55]
     assert kept_steps(steps, keep_last=1, keep_every=10, best_step=0) == {0, 11, 31, 40, 55}
-    for done in range(1, len(steps)):  # pruning after each save keeps the same ones as pruning at the end
+    for done in range(1, len(steps)):  # pruning after each save keeps the same checkpoints as pruning once at the end
         left = [
             step for step in steps[:done] if step in kept_steps(steps[:done], keep_last=1, keep_every=10, best_step=0)
         ]
@@ -43,7 +43,7 @@ def test_those_kept_are_the_first_behind_each_mark_however_irregular() -> None:
 def test_a_damaged_newer_one_does_not_push_out_the_whole_ones(tmp_path: Path) -> None:
     save(tmp_path, 5, 10, keep_last=2)
     (tmp_path / "step-00000010" / "model.safetensors").write_bytes(b"")
-    save(tmp_path, 7, keep_last=1)  # the run went on from 5
+    save(tmp_path, 7, keep_last=1)  # the run resumed from 5
     assert steps_in(tmp_path) == [7, 10]
     found = reader.newest(tmp_path, lambda line: None)
     assert found is not None
@@ -53,7 +53,7 @@ def test_a_damaged_newer_one_does_not_push_out_the_whole_ones(tmp_path: Path) ->
 def test_a_save_copies_so_that_training_may_go_on(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, keep_last=1)
     model = {"w": torch.zeros(1000)}
-    for step in (1, 2):  # into fresh memory, and into that of the first
+    for step in (1, 2):  # into new memory first, then into the same memory
         writer.save(Progress(LINEAGE, step=step), {"model": model, "optimizer": {}}, "")
         model["w"] += 1
     writer.close()
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_was_to_be_replaced_is_put_back(tmp_path: Path) -> Non
     recover(tmp_path)
     assert (tmp_path / "step-00000002" / "complete.json").read_bytes() == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
-    # a kill after them: the new one stays
+    # a kill after both: the new checkpoint stays
     (tmp_path / ".step-00000002.replaced.tmp").mkdir()
     recover(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]

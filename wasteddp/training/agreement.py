@@ -1,9 +1,10 @@
-"""What the ranks tell each other before each step: one small sum, which travels while the step before it is computed.
+"""The agreement of the ranks before each step: one small all-reduce that overlaps with the previous step.
 
-    batch k+1 is there -> sum k is read -> sum k+1 begins -> step k is launched -> batch k+2 is there -> ...
+    batch k+1 is loaded -> sum k is read -> sum k+1 is started -> step k is launched -> batch k+2 is loaded -> ...
 
-Each rank tells of a batch only after it has it, so that nobody begins a step that another cannot do. What a rank asks
-for, a stop or a save, is heard one step later than it would be by waiting. One process alone waits for nobody.
+A rank starts the sum of a batch only after it has loaded the batch, so no rank starts a step that another rank cannot
+compute. A request of a rank to stop or to save takes effect one step later than it would with a blocking sum. A single
+process needs no sum.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from wasteddp.training.watchdog import signals
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What all ranks know before a step, the same on each: the sums of what each knew."""
+    """Sums over the ranks of what each reported for a step; the same on all ranks."""
 
-    stops: bool  # one of them was told to stop, or has no such batch
+    stops: bool  # a rank received a stop signal or could not load its batch
     saves: bool
     damaged: int
-    sums: list[int]  # for coverage
+    sums: list[int]  # for coverage_proof
 
 
-Pending = Callable[[], Agreement]  # all ranks: once for each batch, before its step; waits for those who have not told
+Pending = Callable[[], Agreement]  # all ranks, once for each batch, before its step; waits for the slower ranks
 
 
 def agreed(
     batches: Iterator[Batch], world: Runtime, *, seed: int, asks: Callable[[], bool]
 ) -> Iterator[tuple[Batch, Pending]]:
-    """All ranks: each batch, with what the ranks agree on before its step.
+    """Yield each batch with a function that returns the agreement on it. All ranks.
 
     Args:
-        batches: of this rank. One that cannot go on ends them with a batch that has a `failure`.
-        seed: of the run, for the coverage's hashes.
-        asks: whether this rank asks for a save.
+        batches: this rank's batches. A rank that fails ends them with a batch that has a `failure`.
+        seed: seed of the run, for the hashes of the coverage proof.
+        asks: whether this rank requests a save.
     """
 
     def begin(batch: Batch, *, may_ask: bool) -> tuple[bool, Callable[[], list[int]]]:
@@ -54,23 +55,23 @@ def agreed(
     def agree(batch: Batch) -> Agreement:
         return read(begin(batch, may_ask=True)[1])
 
-    if world.world_size == 1:  # nobody to wait for: what is asked for during a step is done after it
+    if world.world_size == 1:  # a request during a step takes effect right after it
         for batch in batches:
             yield batch, partial(agree, batch)
         return
     following = next(batches, None)
     if following is None:
         return
-    begun = begin(following, may_ask=True)
+    started = begin(following, may_ask=True)
 
     def agree_ahead(following: Batch | None) -> Agreement:
-        nonlocal begun
-        has_asked, total = begun
+        nonlocal started
+        has_asked, total = started
         agreement = read(total)
-        # not after a stop: a rank whose last batch this is would not begin that sum
+        # not after a stop: a rank without a following batch would not start that sum
         if following is not None and not agreement.stops:
-            # what was asked for with this batch is still to be saved, after its step: not twice
-            begun = begin(following, may_ask=not has_asked)
+            # a save requested with this batch happens after its step: do not request it twice
+            started = begin(following, may_ask=not has_asked)
         return agreement
 
     while following is not None:

@@ -1,4 +1,4 @@
-"""What trains: the network with its initial weights, DDP around it, optimizer and recipe, as the settings ask."""
+"""Builds the network with its initial weights, DDP, the optimizer and the recipe from the settings."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from wasteddp.training.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Of one run, on every rank."""
+    """The trainable parts of a run, on every rank."""
 
-    world: Runtime  # with what was decided for this network: whether it is compiled
-    model: nn.Module  # bare, on the device
+    world: Runtime  # including whether this network is compiled
+    model: nn.Module  # not wrapped, on the device
     ddp: nn.Module  # the model as Accelerate prepared it
-    optimizer: torch.optim.Optimizer  # torch's own
-    stepper: Any  # the optimizer as Accelerate wraps it: for its step and zero_grad
+    optimizer: torch.optim.Optimizer  # not wrapped
+    stepper: Any  # the optimizer as Accelerate wraps it, for step() and zero_grad()
     recipe: Recipe
     average: ema.Average
-    origin: str  # of the initial weights, in words
+    origin: str  # a description of the initial weights, for the log
 
 
 def build(settings: Settings, world: Runtime, data: Inputs) -> Built:
-    """All ranks: what trains, with its initial weights.
+    """Build everything that a training step needs, with the initial weights. All ranks.
 
     Raises:
-        SettingsError, WeightsError: on every rank: no such network, or its weights or a compiler cannot be had.
+        SettingsError, WeightsError: on every rank: the network is unknown, or its weights or a compiler are missing.
     """
     world = compilation.choose(settings, world, data.plan)  # all ranks
     model, origin = make_network(settings, world, data.manifest.classes)  # all ranks
@@ -51,10 +51,10 @@ def build(settings: Settings, world: Runtime, data: Inputs) -> Built:
 
 
 def make_network(settings: Settings, world: Runtime, classes: Sequence[str]) -> tuple[nn.Module, str]:
-    """All ranks: the network on the device, frozen as set; and where its weights come from, for the log.
+    """Return the network on the device, with frozen stages, and the origin of its weights for the log. All ranks.
 
     Raises:
-        SettingsError, WeightsError: on every rank: no such network, or its weights cannot be had.
+        SettingsError, WeightsError: on every rank: the network is unknown or its weights are missing.
     """
     model = settings.model
     torch.manual_seed(settings.run.seed)  # the same initial weights on every rank

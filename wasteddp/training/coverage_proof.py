@@ -1,26 +1,28 @@
-"""Proves at the end of each epoch that all ranks together trained on each of its samples exactly once; with
-data.balance, on each exactly as often as the epoch draws it.
+"""Proofs of what a run trained on: the coverage of each epoch, and with run.record_steps a hash of each step.
 
-What is counted is what the loader read for each row of a batch, not what the plan had asked for; that the bytes are
-those of the sample's number, the reader has checked by sha256. What is expected comes from the number of samples in
-the manifest and the few that the epoch leaves out, so an order that is no permutation is noticed too.
+Coverage. At the end of each epoch the ranks prove that together they trained on each of its samples exactly once or,
+with data.balance, exactly as often as the epoch draws it. The proof counts the samples that the loader read for each
+row of a batch, not those that the plan asked for. (The reader checks by sha256 that the bytes are those of the sample
+number.) The expected count and hash come from the number of samples in the manifest and the few that the epoch leaves
+out, so an order that is not a permutation is detected too.
 
-Balanced, what is proved is: (1) the epoch had as many draws as the quotas of the classes together; (2) added to what
-the epochs before and after it draw of the passes that it shares with them (`data.balance`), what was read is each
-sample of each class once for each of those passes. The sum over the draws does not depend on their order, lane, rank or
-step. A shuffle that loses or doubles draws breaks (1) or (2), and so does a pass that is no permutation of its class:
-the samples of whole passes come from the index, those of the other epochs from the rest of the pass, and neither from
-the draws that were read. That each class has its quota follows from (2), as the parts of a pass are cut by it.
+With data.balance an epoch shares some passes over a class with the epochs before and after it (see `order.balance`).
+The proof then shows: (1) the epoch has as many draws as the quotas of the classes together; (2) the samples read,
+together with those that the other epochs draw from the shared passes, are each sample of each class once for each of
+these passes. The sum over the draws does not depend on their order, lane, rank or step. A shuffle that loses or
+repeats draws breaks (1) or (2). So does a pass that is not a permutation of its class: the samples of whole passes
+come from the index and those of the other epochs from the rest of the pass, not from the draws that were read. That
+each class has its quota follows from (2), because the quotas divide the passes.
 
-A damaged sample that was replaced counts as itself, its stand-in as nothing; how many these were is told beside.
+A damaged sample that was replaced counts as itself and its replacement is not counted. The metrics report the number of
+replaced samples separately.
 
-steps.jsonl: what each step was made of, so that two runs that must be the same can be compared line by line.
-
-With `run.record_steps`, a line a step: {"step": 7, "samples": hash of the sample numbers in the plan's order,
-"images": hash of the decoded and cropped bytes, in the same order, "weights": hash of the parameters after the step}.
-Samples and images are the same at any number of ranks; the weights are at the same number. Losses and learning rates
-are in metrics.jsonl, for each step with train.log_every_steps 1. It costs the copy of the parameters to the host and a
-hash of them at each step: for `wasteddp verify-resume` and tests, not for long runs.
+Step hashes. With run.record_steps, steps.jsonl has one line for each step: {"step": 7, "samples": hash of the sample
+numbers in the order of the plan, "images": hash of the decoded and cropped bytes in the same order, "weights": hash of
+the parameters after the step}. Two runs that must be equal can be compared line by line. The samples and images do not
+depend on the number of ranks; the weights do. Losses and learning rates are in metrics.jsonl, for each step with
+train.log_every_steps 1. Each step copies the parameters to the host and hashes them, so this is for
+`wasteddp verify-resume` and tests, not for long runs.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ _HEX_DIGITS = 16
 
 
 def count(batch: Batch, seed: int) -> tuple[int, int]:
-    """(samples, hash) of one rank's batch. The ranks' add up."""
+    """Return (number of samples, hash) of one rank's batch. Both are summed over the ranks."""
     read: I64 = batch.read_B[batch.read_B != PADDING]
     planned = np.array([item.sample for item in batch.damage], dtype=np.int64)
     stand_ins = np.array([item.replaced_by for item in batch.damage], dtype=np.int64)
@@ -58,20 +60,20 @@ def count(batch: Batch, seed: int) -> tuple[int, int]:
 
 
 def add(covered: Sequence[int], of_step: Sequence[int], batch: Batch) -> list[int]:
-    """(samples, hash, replaced) of the epoch with one step more; empty where it began without being counted."""
+    """Add a step to (samples, hash, replaced) of the epoch; empty if the epoch started without counting."""
     if batch.step_in_epoch == 0:
         return list(of_step)
     return [signed(a + b) for a, b in zip(covered, of_step, strict=True)] if covered else []
 
 
 def prove(progress: Progress, plan: TrainPlan, epoch: int, world: Runtime, tracker: Tracker) -> dict[str, float]:
-    """All ranks, after the last step of an epoch: the "coverage/..." metrics.
+    """Return the "coverage/..." metrics after the last step of an epoch. All ranks.
 
-    Costs each rank about 10 ns for each of its N / R samples, and two small messages; balanced, another 1 us for each
-    of its part of the other epochs' draws, which are fewer than two passes of each class.
+    Each rank spends about 10 ns on each of its N / R samples and two small messages. With data.balance it also spends
+    1 us on each of its share of the other epochs' draws, which are fewer than two passes of each class.
 
     Raises:
-        CoverageError: on every rank, with the numbers, once the row of metrics is written.
+        CoverageError: on every rank, after the row of metrics is written: the samples are not those of the epoch.
     """
     [expected] = world.totals(digest_of_epoch(plan, epoch, part=world.rank, parts=world.world_size))  # all ranks
     expected = signed(expected)
@@ -79,7 +81,7 @@ def prove(progress: Progress, plan: TrainPlan, epoch: int, world: Runtime, track
         tracker.say(f"epoch {epoch}: changed within ({', '.join(progress.changed)}), not proved")
         return {"coverage/changed": 1.0}
     if not progress.covered:
-        tracker.say(f"epoch {epoch}: not proved, its first steps were taken by a version that did not count samples")
+        tracker.say(f"epoch {epoch}: not proved; an older version that did not count samples ran its first steps")
         return {}
     samples, found, replaced = progress.covered
     num_expected = plan.num_draws - plan.left_out_per_epoch
@@ -96,18 +98,18 @@ def prove(progress: Progress, plan: TrainPlan, epoch: int, world: Runtime, track
         raise CoverageError(
             f"epoch {epoch} trained on {samples} samples with hash {found % 2**64:016x}; the manifest and the plan say "
             f"{num_expected} with hash {expected % 2**64:016x}",
-            "some images were lost and others perhaps seen twice, so the model is not the one that was asked for",
-            f"go on from a checkpoint of step {begin} or before (--resume PATH); if it happens again it is a fault of "
-            "the program: please report it with log.txt",
+            "some images were missed or used twice, so the model would not be the one that the settings describe",
+            f"resume from a checkpoint of step {begin} or earlier (--resume PATH); if the error repeats, it is a bug "
+            "of this program: please report it with log.txt",
         )
     return row
 
 
 class StepHashes:
-    """Writes the lines; nothing if the setting is off. Lines after `resumed_step` are rolled back first.
+    """Writes steps.jsonl if run.record_steps is set. Lines after `resumed_step` are removed first.
 
     Args:
-        resumed_step: the steps done when the run starts.
+        resumed_step: number of optimizer steps done when the run starts.
     """
 
     def __init__(self, settings: Settings, world: Runtime, resumed_step: int) -> None:
@@ -117,17 +119,17 @@ class StepHashes:
             roll_back(self._path, resumed_step)
 
     def add(self, step: int, batch: Batch, model: nn.Module) -> None:
-        """All ranks, after the optimizer's step.
+        """Write the line of a step, after the optimizer's update. All ranks.
 
         Args:
-            step: optimizer steps done, this one included.
+            step: number of optimizer steps done, including this one.
             batch: this rank's part.
-            model: bare.
+            model: not wrapped.
         """
         if not self._is_on:
             return
         own = batch.samples.tobytes(), b"".join(_digest(image) for image in batch.images_BCHW)
-        parts = self._world.gather(own)  # all ranks, in the order of their lanes: together the order of one rank
+        parts = self._world.gather(own)  # all ranks; in the order of their lanes, as one rank would have them
         if self._world.is_main:
             samples, images = (hashlib.sha256(b"".join(column)) for column in zip(*parts, strict=True))
             row = {
@@ -136,12 +138,12 @@ class StepHashes:
                 "images": images.hexdigest()[:_HEX_DIGITS],
                 "weights": weights_hash(model)[:_HEX_DIGITS],
             }
-            with self._path.open("a", encoding="utf-8") as file:  # closed, so a kill can cut no line before this one
+            with self._path.open("a", encoding="utf-8") as file:  # closed each time: a kill can cut this line only
                 file.write(json.dumps(row) + "\n")
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 of all parameters in their order."""
+    """Return the sha256 of all parameters in their order."""
     found = hashlib.sha256()
     for parameter in model.parameters():
         found.update(_digest(parameter.detach()))
@@ -149,5 +151,5 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    """sha256 of a tensor's numbers in the order of its axes, however it lies in memory."""
+    """Return the sha256 of a tensor's numbers in the order of its axes, whatever its memory format."""
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).digest()

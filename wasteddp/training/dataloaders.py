@@ -1,8 +1,7 @@
-"""Opens what a run reads: manifest, plan, loaders of the training and the evaluation split.
+"""Opens the inputs of a run: the manifest, the plan and the loaders of the training and evaluation splits.
 
-What the ranks of this machine are going to read: for a cache that they share.
-
-Legend: R ranks. All of it is arithmetic on the plan; a local set never asks for it.
+`CacheForecast` computes from the plan which shards the ranks of this machine will read, for the shared cache of a
+remote shard set. A local set does not use it.
 """
 
 from __future__ import annotations
@@ -34,37 +33,37 @@ from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
 from wasteddp.training.watchdog.signals import STOP
 
-_MOMENTS = 64  # looked at, evenly spread over the run
+_MOMENTS = 64  # sampled evenly over the run, to estimate the cache that it needs
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Open for the length of a run."""
+    """The open inputs of a run."""
 
     manifest: Manifest
     plan: TrainPlan
     train_loader: AnyLoader
     val_loader: AnyLoader
     val_reader: SplitReader
-    foresight: CacheForecast
+    cache_forecast: CacheForecast
     train: Split
     val: Split
     train_labels: Labels
 
     @property
     def share_of_classes(self) -> tuple[float, ...]:
-        """Part of what is trained on that is of each class: of the draws, where they are balanced; sums to 1."""
+        """Fraction of the training samples in each class (of the draws, with data.balance); the sum is 1."""
         counts = self.plan.balance.quotas.tolist() if self.plan.balance else self.train.samples_per_class
         return tuple(count / sum(counts) for count in counts)
 
     def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
-        """This rank's batches for the optimizer steps first_step .. last_step - 1 of the run.
+        """Yield this rank's batches for the optimizer steps first_step .. last_step - 1 of the run.
 
-        What ends them early is told in the place of a batch: raised here, the other ranks would wait for this one. A
-        wait for a store that a signal ended is no failure: the loop sees the signal, and all ranks save what they have.
+        An error is passed on as a batch with a `failure`: if it were raised here, the other ranks would wait for this
+        one. A wait for a store that a signal ended is not a failure: the loop sees the signal and all ranks save.
         """
         steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
-        self.foresight.train_reader.expect(self.foresight.others(first_step, last_step))
+        self.cache_forecast.train_reader.expect(self.cache_forecast.others(first_step, last_step))
         try:
             yield from copied_ahead(self.train_loader.batches(steps), world.device)
         except StoppedError as error:
@@ -73,19 +72,19 @@ class Inputs:
             yield Batch.failed(error)
 
     def at_work(self) -> str:
-        """What the loaders' threads are at, for whoever waits for them."""
+        """Describe what the loaders' threads are doing, for the watchdog's messages."""
         return self.train_loader.at_work() or self.val_loader.at_work()
 
 
 @contextmanager
 def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None = None) -> Iterator[Inputs]:
-    """All ranks: the inputs, closed at the end of the block.
+    """Open the inputs, and close them at the end of the block. All ranks.
 
     Args:
-        server: of the decoding processes, if it was started before (`start_early`).
+        server: the server of the decoding processes, if `start_early` started it.
 
     Raises:
-        ShardError, SettingsError: on every rank, if one of them cannot open or use the shards.
+        ShardError, SettingsError: on every rank: one of them cannot open or use the shards.
     """
     with ExitStack() as stack:
         with world.together():
@@ -97,7 +96,7 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
             train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
             val_reader = stack.enter_context(shards.reader(val.name, stopped=STOP.__bool__))
             plan = train_plan(train, settings, train_reader.labels)
-            foresight = CacheForecast(
+            cache_forecast = CacheForecast(
                 train_plan=plan,
                 train_reader=train_reader,
                 val_plan=EvaluationPlan(val.num_samples, settings.evaluate.batch_size),
@@ -108,7 +107,9 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
                 world_size=world.world_size,
             )
             num_steps, in_flight = plan.steps_per_epoch * settings.train.epochs, settings.data.prefetch + 1
-            shards.require_room(foresight.train_windows(num_steps, in_flight), foresight.val_windows(in_flight))
+            shards.require_room(
+                cache_forecast.train_windows(num_steps, in_flight), cache_forecast.val_windows(in_flight)
+            )
         refuse_different_sets(manifest, world)
         processes = settings.data.uses_processes(world.device.type)
         workers = settings.data.num_workers or default_workers(
@@ -145,14 +146,14 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
         )
         for loader in (train_loader, val_loader):
             stack.callback(loader.close)
-        stack.callback(shards.end_fetching)  # before the loaders' threads are waited for: they may wait for a store
+        stack.callback(shards.end_fetching)  # before the loaders' threads are joined: they may wait for a store
         yield Inputs(
             manifest=manifest,
             plan=plan,
             train_loader=train_loader,
             val_loader=val_loader,
             val_reader=val_reader,
-            foresight=foresight,
+            cache_forecast=cache_forecast,
             train=train,
             val=val,
             train_labels=train_reader.labels,
@@ -161,8 +162,8 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
 
 @contextmanager
 def start_early(settings: Settings) -> Iterator[DecodeServer | None]:
-    """The server of the decoding processes, where there will be some: it imports its modules while this process joins
-    the others and starts CUDA."""
+    """Start the server of the decoding processes, if the run will use any. It imports its modules while this process
+    joins the other ranks and starts CUDA."""
     if not settings.data.uses_processes("cuda" if has_gpu() else "cpu"):
         yield None
         return
@@ -171,34 +172,35 @@ def start_early(settings: Settings) -> Iterator[DecodeServer | None]:
 
 
 def refuse_device_decoding(settings: Settings, device_type: str) -> None:
-    """Where there is no GPU to decode on."""
+    """Raise a SettingsError if data.decode is gpu and there is no GPU."""
     if settings.data.decode == "gpu" and device_type != "cuda":
         raise SettingsError(
             f"data.decode is gpu and this process computes on {device_type}",
             "its images would never be decoded",
-            "set data.decode to cpu, or start it on a machine with a CUDA device",
+            "set data.decode to cpu, or run on a machine with a CUDA device",
         )
 
 
 def refuse_different_sets(manifest: Manifest, world: Runtime) -> None:
-    """All ranks: each may have a copy, or a moment of the store, of its own."""
+    """Raise a ShardError if the ranks read different manifests, from different copies or at different times. All
+    ranks."""
     found = world.gather(manifest.sha256)
     other = next((rank for rank, sha256 in enumerate(found) if sha256 != found[0]), None)
     if other is not None:
         raise ShardError(
             f"{manifest.where}: rank 0 reads the manifest {found[0][:12]} and rank {other} {found[other][:12]}",
             "the ranks would train on different sets of images",
-            "copy the same set to every machine, and let none be written while training starts",
+            "copy the same shard set to every machine, and do not write to it while a training starts",
         )
 
 
 def refuse_untrainable(manifest: Manifest, split: str) -> None:
-    """A classifier needs two classes, and images of each."""
+    """Raise a ShardError unless there are two classes and training images of each."""
     if len(manifest.classes) < 2:
         raise ShardError(
-            f"{manifest.where} has one class only: {', '.join(manifest.classes) or 'none'}",
-            "every answer would be right and nothing would be learned",
-            "shard at least two classes",
+            f"{manifest.where} has fewer than two classes: {', '.join(manifest.classes) or 'none'}",
+            "every prediction would be right and the model would learn nothing",
+            "create shards of at least two classes",
         )
     counts = zip(manifest.classes, manifest.splits[split].samples_per_class, strict=True)
     empty = [name for name, count in counts if count == 0]
@@ -206,13 +208,13 @@ def refuse_untrainable(manifest: Manifest, split: str) -> None:
         raise ShardError(
             f"the split {split!r} of {manifest.where} has no image of {', '.join(empty)}",
             "the model cannot learn this class",
-            "add images of it, or leave the class out, and shard again",
+            "add images of this class, or leave the class out, and create the shards again",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class CacheForecast:
-    """Training and evaluation as the ranks `ranks` of `world_size` read them."""
+    """The shards that the ranks of this machine will read in training and evaluation, for a shared cache."""
 
     train_plan: TrainPlan
     train_reader: SplitReader
@@ -220,11 +222,11 @@ class CacheForecast:
     val_reader: SplitReader
     evaluate_every: int  # steps
     rank: int
-    ranks: range  # of this machine
+    ranks: range  # the ranks of this machine
     world_size: int
 
     def others(self, first_step: int, last_step: int) -> Iterator[frozenset[str]]:
-        """For each step of the run, the shards that others need in it: other ranks of this machine, and evaluations."""
+        """Yield for each step the shards that other ranks of this machine, or an evaluation, read in it."""
         val = frozenset(self.val_reader.needs(np.arange(self.val_plan.num_samples)))
         for step in range(first_step, last_step):
             ranks = (rank for rank in self.ranks if rank != self.rank)
@@ -233,7 +235,7 @@ class CacheForecast:
             yield needed | val if evaluates else needed
 
     def train_windows(self, num_steps: int, in_flight: int) -> Iterator[Needs]:
-        """What the machine holds at once in training, at some moments of a run of `num_steps`."""
+        """Yield what the machine must hold at the same time, sampled at some steps of a run of `num_steps`."""
         return self._windows(self.train_reader, self._train, num_steps, in_flight)
 
     def val_windows(self, in_flight: int) -> Iterator[Needs]:
@@ -257,7 +259,7 @@ class CacheForecast:
 
 
 def ranks_here(rank: int, world_size: int) -> range:
-    """The ranks of this machine, as launchers number them: side by side."""
+    """Return the ranks of this machine: launchers number them consecutively."""
     here = environment.launched("LOCAL_WORLD_SIZE", 1) if world_size > 1 else 1
     first = rank - environment.launched("LOCAL_RANK", 0) if world_size > 1 else 0
     return range(first, first + here)

@@ -1,5 +1,5 @@
-"""Batches to the device, one ahead: the next batch is copied, and with data.decode: gpu decoded, on a stream of its own
-while this one is computed."""
+"""Copies batches to the device one step ahead: while a step is computed, the next batch is copied (and decoded, with
+data.decode: gpu) on a side stream."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from wasteddp.data import gpu_decoding
 from wasteddp.data.batch import Batch
 
 Item = TypeVar("Item")
-Begun = TypeVar("Begun")
+Started = TypeVar("Started")
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, images and labels on `device`. Where that is no GPU they are passed on as they are.
+    """Yield the same batches with images and labels on `device`. If it is not a GPU, they are passed through unchanged.
 
-    The host's side must be page-locked, or the copy waits. A batch of the loader is kept until its copy is done: only
-    then may the loader's processes write to its memory again.
+    The host memory must be page-locked, or the copy blocks. A batch of the loader is referenced until its copy is done,
+    because after that the loader's processes may overwrite its memory.
 
-    What is to be decoded on the device is begun by a thread of its own: nvJPEG's caller waits until it is done
-    (without the GIL), and the loop would launch nothing meanwhile.
+    A separate thread starts the decoding on the device: the call to nvJPEG blocks until the images are decoded (without
+    the GIL), and the loop could not launch kernels in that time.
     """
     if device.type != "cuda":
         yield from batches
@@ -35,50 +35,50 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
     with ThreadPoolExecutor(1, "wasteddp-nvjpeg") as decoder:
 
         def copy(source: Batch) -> tuple[Batch, torch.cuda.Event]:
-            begun = _copied(source, device, side)
-            being_copied.append((source, begun[1]))
-            return begun
+            started = _copied(source, device, side)
+            being_copied.append((source, started[1]))
+            return started
 
         def begin(source: Batch) -> Callable[[], tuple[Batch, torch.cuda.Event]]:
             while being_copied and being_copied[0][1].query():  # type: ignore[no-untyped-call]
                 being_copied.popleft()
             if any(source.encoded_B):
                 return decoder.submit(copy, source).result
-            begun = copy(source)
-            return lambda: begun
+            started = copy(source)
+            return lambda: started
 
         for finish in one_ahead(batches, begin):
             batch, copied = finish()
             current = torch.cuda.current_stream(device)
-            current.wait_event(copied)  # of this batch: the next one is being copied on the same stream
+            current.wait_event(copied)  # not the whole side stream, which is already copying the next batch
             for tensor in (batch.images_BCHW, batch.labels_B):
-                # it was allocated on the side stream: without this its memory could be given out while it is read
+                # allocated on the side stream: without this its memory could be reused while it is read
                 tensor.record_stream(current)
             yield batch
 
 
-def one_ahead(items: Iterator[Item], begin: Callable[[Item], Begun]) -> Iterator[Begun]:
-    """`begin` of each item, called while the one before it is still to be given out.
+def one_ahead(items: Iterator[Item], begin: Callable[[Item], Started]) -> Iterator[Started]:
+    """Yield `begin(item)` of each item; each is called before the result of the previous item is yielded.
 
-    What ends the items with an error is raised in the place of the item that failed, after all that came before it:
-    raised when it is met, it would cost the one that was begun already, which the other ranks go on with.
+    An error is raised in the place of the item that failed, after all earlier items. If it were raised earlier, the
+    item that is already started would be lost, and the other ranks would wait for it.
     """
-    begun: list[Begun] = []
+    started: list[Started] = []
     failure: Exception | None = None
     try:
         for item in items:
-            begun.append(begin(item))
-            if len(begun) > 1:
-                yield begun.pop(0)
+            started.append(begin(item))
+            if len(started) > 1:
+                yield started.pop(0)
     except Exception as error:
         failure = error
-    yield from begun
+    yield from started
     if failure:
         raise failure
 
 
 def _copied(batch: Batch, device: torch.device, side: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
-    """The copy, and what tells when it is whole."""
+    """Return the copy, and the event that marks its end."""
     with torch.cuda.stream(side):
         images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
         gpu_decoding.fill(images_BCHW, batch.encoded_B)

@@ -1,9 +1,9 @@
-"""What happens when training diverges: it stops, skips the step, or goes back to the last good checkpoint.
+"""Detects divergence, and then stops the training, skips the step, or rolls back to the last good checkpoint.
 
-Diverged has a step, or the mean of the steps since the last row of metrics, whose loss is no finite number or above
-train.exploding_loss times ln K (the loss of a guess that gives each of K classes the same chance), or whose gradient is
-not finite. That is a function of the settings and of the step alone: nothing is remembered, and every rank and every
-resumed run judges alike. Gradients are averaged over the ranks before they are looked at: a NaN of one is one of all.
+A step has diverged if its loss is not finite, its gradient is not finite, or its loss is above train.exploding_loss
+times ln K (the loss of a uniform guess over K classes). The same holds for the mean of the steps since the last row of
+metrics. The test is a function of the settings and the step alone: it has no state, so every rank and every resumed run
+decides alike. Gradients are averaged over the ranks before the test, so a NaN on one rank is a NaN on all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FINITE = ("train/loss", "train/grad_norm")
 
 
 class RollBack(BaseException):
-    """No error: the way from the loop to `rolling_back`, past what handles errors."""
+    """Leaves the loop for `rolling_back`. A BaseException, because it must pass the handlers of errors."""
 
     def __init__(self, progress: Progress, reason: str) -> None:
         super().__init__(reason)
@@ -37,7 +37,7 @@ class RollBack(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Retreat:
-    """Where and how a run begins again after it diverged; the first beginning of all is one without a change."""
+    """How a run starts again after a divergence; the defaults change nothing, for the first start."""
 
     rollbacks: int = 0
     lr_factor: float = 1.0
@@ -50,10 +50,10 @@ class Retreat:
 
 
 class Guard:
-    """Of one run, on every rank.
+    """Detects divergence in one run, on every rank.
 
-    Skipping is decided on the device, without a look from the host: fused optimizers leave weights and their state as
-    they are where `found_inf` is 1, which is also how torch's GradScaler skips. Under fp16 that scaler decides alone.
+    The device decides whether to skip a step, without a synchronization: a fused optimizer keeps weights and state
+    unchanged if `found_inf` is 1, which is how torch's GradScaler skips steps too. With fp16 only the scaler decides.
     """
 
     def __init__(
@@ -77,25 +77,30 @@ class Guard:
             self._begin_momentum()
 
     def _begin_momentum(self) -> None:
-        """Zeros, from which the first step makes what it would make from nothing: torch gives a fused SGD's first step
-        memory that was never written, and a skipped step leaves it so; and it fails where only some have one, as when a
-        stage is unfrozen."""
+        """Set the momentum to zero, with which the first step computes the same as without a buffer.
+
+        In its first step fused SGD allocates the buffer uninitialised, and a skipped step would leave it so. It also
+        fails if only some parameters have a buffer, as after a stage is unfrozen.
+        """
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 self._optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
     def begin_step(self) -> None:
-        """Before the forward passes, whose images move BatchNorm's running statistics."""
+        """Keep BatchNorm's running statistics, which the forward passes update."""
         if self.skips:
             self._statistics = _flat(running_statistics(self._model))
 
     def step(self, stepper: Any, loss: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor | None:
-        """All ranks: the optimizer's step, unless it is skipped; if it may be, whether it was: bool [] on the device.
+        """Run the optimizer's step, unless it is skipped. All ranks.
 
         Args:
             stepper: the optimizer as Accelerate wraps it.
-            loss: of this rank, over its part of the global batch.
-            norm: of the averaged gradient; needed where steps may be skipped.
+            loss: this rank's mean loss over its part of the global batch.
+            norm: norm of the averaged gradient; required if steps may be skipped.
+
+        Returns:
+            Whether the step was skipped, bool [] on the device; None if steps are never skipped.
         """
         if not self.skips or norm is None:
             stepper.step()
@@ -114,14 +119,15 @@ class Guard:
         return skipped
 
     def judge(self, progress: Progress, row: dict[str, float], *, saves: bool) -> Progress:
-        """All ranks, with the same row: the progress with its count of skipped steps. Takes NaN out of the row.
+        """Return the progress with the new count of skipped steps, and remove a NaN norm from the row. All ranks, with
+        the same row.
 
         Raises:
-            DivergedError: training diverged, and is to stop, or has skipped or gone back often enough.
-            RollBack: it diverged, and goes back.
+            DivergedError: training diverged and must stop, or the limit of skipped steps or rollbacks is reached.
+            RollBack: training diverged and must roll back.
         """
         train = self._settings.train
-        fp16 = self._world.accelerator.scaler is not None  # whose scaler meets infinite gradients and lowers its scale
+        fp16 = self._world.accelerator.scaler is not None  # the scaler handles infinite gradients by lowering its scale
         if self.skips:
             longest, in_a_row = int(self._longest), int(self._in_a_row)
             self._longest = self._in_a_row.clone()
@@ -154,21 +160,21 @@ class Guard:
 
     def _diverged(self, reason: str, progress: Progress | None = None) -> DivergedError:
         settings = self._settings
-        after = f", after going back {progress.rollbacks} times" if progress and progress.rollbacks else ""
-        other = "; train.on_divergence: rollback goes back by itself" if settings.train.on_divergence == "stop" else ""
+        after = f", after {progress.rollbacks} rollbacks" if progress and progress.rollbacks else ""
+        other = "; or set train.on_divergence to rollback" if settings.train.on_divergence == "stop" else ""
         return DivergedError(
-            reason + after,
-            "every weight would be lost by the next checkpoint",
-            f"lower optimizer.lr (it is {settings.optimizer.lr:g}), warm up for longer, or set optimizer.clip_norm; "
-            f"the checkpoints in {settings.run.out} are from before{other}",
+            f"training diverged: {reason}{after}",
+            "the next checkpoint would hold useless weights",
+            f"lower optimizer.lr (now {settings.optimizer.lr:g}), use a longer warm-up, or set optimizer.clip_norm"
+            f"{other}; the checkpoints in {settings.run.out} are from before the divergence",
         )
 
 
 def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Runtime) -> int:
-    """All ranks: trains; after a `RollBack` again, from the newest checkpoint and with smaller learning rates.
+    """Call `train`, and after each `RollBack` call it again with a smaller learning rate. All ranks.
 
-    A checkpoint from which training diverges again before it saves another is removed: it is not good, and the one
-    before it is next. Where none is left, the run begins again.
+    The run resumes from the newest checkpoint. If training diverges again before the next checkpoint, that checkpoint
+    is removed and the run resumes from the one before it. If no checkpoint is left, the run starts at step 0.
     """
     retreat = Retreat()
     while True:
@@ -176,7 +182,7 @@ def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Run
             return train(retreat)
         except RollBack as back:
             folder = Path(settings.run.out) / FOLDER
-            world.accelerator.free_memory()  # or the model that diverged would stay beside the next
+            world.accelerator.free_memory()  # frees the diverged model before the next one is built
             newest = _newest_step(folder, world)  # all ranks
             if retreat.rollbacks and newest == retreat.from_step:
                 with world.together():
@@ -187,14 +193,15 @@ def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Run
             factor = back.progress.lr_factor * settings.train.rollback_lr_factor
             retreat = Retreat(back.progress.rollbacks + 1, factor, newest)
             world.say(
-                f"diverged at step {back.progress.step}: {back.reason}; going back to "
+                f"diverged at step {back.progress.step}: {back.reason}; rolling back to "
                 + (f"step {newest}" if newest >= 0 else "the beginning")
-                + f" with {factor:g} of the learning rate ({retreat.rollbacks} of {settings.train.max_rollbacks} times)"
+                + f" with {factor:g} of the learning rate (rollback {retreat.rollbacks} of at most "
+                + f"{settings.train.max_rollbacks})"
             )
 
 
 def _newest_step(folder: Path, world: Runtime) -> int:
-    """All ranks: of the newest checkpoint as rank 0 sees it; -1 where there is none."""
+    """Return the step of the newest checkpoint that rank 0 sees; -1 if there is no checkpoint. All ranks."""
     return int(world.gather(step_of(paths[-1]) if (paths := listed(folder)) else -1)[0])
 
 
@@ -204,10 +211,10 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def _unusable_weights(model: nn.Module) -> str:
-    """Why nothing can be trained from these weights, though the loss that led to them was fine; '' where it can.
+    """Return why these weights cannot be trained further, although the last loss was finite; '' if they can.
 
-    One look at the device: the tensors' norms. In fp32 these are no numbers either for weights above some 1e19, whose
-    squares are too large, and so is all that is computed from them.
+    One synchronization reads the norms of the tensors. In fp32 the norm also overflows for finite weights above about
+    1e19, because their squares do, as would all that is computed from them.
     """
     tensors = [*model.parameters(), *running_statistics(model)]
     if bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all()):
@@ -215,4 +222,4 @@ def _unusable_weights(model: nn.Module) -> str:
     largest = float(torch.stack([tensor.abs().max() for tensor in tensors]).max())
     if isfinite(largest):
         return f"the weights are as large as {largest:.3g} after this step"
-    return "the weights are no finite numbers after this step"
+    return "the weights are not finite after this step"

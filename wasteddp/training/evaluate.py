@@ -1,4 +1,4 @@
-"""One pass over a split, on all ranks, that proves it counted each sample once.
+"""Evaluates a split on all ranks, and proves that each sample was counted once.
 
 Legend: B images in a rank's batch, K classes.
 """
@@ -25,23 +25,24 @@ from wasteddp.training.watchdog.signals import STOP
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tuple[dict[str, float], Seen]:
-    """All ranks: the "val/..." metrics of the evaluation split, and the split in figures; the same on every rank.
+    """Return the "val/..." metrics of the evaluation split and its details, the same on every rank. All ranks.
 
     Args:
-        model: prepared by Accelerate; its running statistics the same on every rank. Left in eval mode.
-        batch: images that each rank takes through the network at once.
+        model: prepared by Accelerate, with the same running statistics on every rank. It is left in eval mode.
+        batch: number of images in a rank's forward pass.
 
     Raises:
-        DamagedSampleError: on every rank, when a sample of one of them cannot be read.
-        ShardError: the samples counted are not those of the manifest.
-        StoppedError: on every rank, when one of them was asked to stop.
+        DamagedSampleError: on every rank: a rank cannot read one of its samples.
+        ShardError: the counted samples are not those of the manifest.
+        StoppedError: on every rank: a rank received a stop signal.
     """
     began = time.perf_counter()
     split, classes = data.val, data.manifest.classes
     plan = EvaluationPlan(split.num_samples, batch)
     num_classes = len(classes)
-    # Everything stays on the device until the end, so that no batch waits for the one before it:
-    # [K * K] counts of (true, predicted), the sum of the losses, and rows of (label, predicted, confidence, of truth)
+    # All results stay on the device until the end, so that a batch does not wait for the previous one:
+    # [K * K] counts of (true, predicted), the sum of the losses, and rows of (label, predicted, confidence, probability
+    # of the true class)
     counts = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=runtime.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     samples, rows = [np.zeros(0, np.int64)], [torch.zeros((4, 0), device=runtime.device)]
@@ -57,7 +58,7 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
             logits_BK = model(normalise(item.images_BCHW.to(runtime.device, non_blocking=True))).float()
             losses_B = nn.functional.cross_entropy(logits_BK, labels_B, reduction="none")
             confidence_B, predicted_B = logits_BK.softmax(1).max(1)
-            # multiplied by 0 where padded: to pick rows by a mask, or count with bincount, the host asks the device
+            # padding is multiplied by 0: a mask index or bincount would synchronize the host with the device
             loss_sum += (losses_B * real).sum()
             counts.scatter_add_(0, labels_B * num_classes + predicted_B, real.long())
             samples.append(item.samples)
@@ -65,7 +66,7 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
             rows.append(torch.stack([labels_B, predicted_B, confidence_B, (-losses_B).exp()]))
     except WastedError as error:
         failure = error
-    with runtime.together():  # the forward passes above hold no collective: eval mode, no gradients
+    with runtime.together():  # the forward passes above use no collectives: eval mode, no gradients
         if failure:
             raise failure
     confusion = runtime.sum(counts).cpu().numpy().reshape(num_classes, num_classes)  # all ranks
@@ -74,8 +75,8 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
         raise ShardError(
             f"the evaluation counted {confusion.sum(1).tolist()} samples of the classes; "
             f"the manifest says {list(split.samples_per_class)}",
-            "an accuracy over other samples than the split's would be reported as the split's",
-            "check the set with `wasteddp verify`",
+            "the reported accuracy would not be that of the split",
+            "check the shard set with `wasteddp verify`",
         )
     metrics = summarise(confusion)
     seen_samples = np.concatenate(samples)
@@ -107,6 +108,6 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
         **{
             f"val/recall/{name}": one.recall
             for name, one in zip(classes, metrics.per_class, strict=True)
-            if one.support  # of a class without samples it is unknown
+            if one.support  # undefined for a class without samples
         },
     }, seen

@@ -1,4 +1,4 @@
-"""What a run says in words: the facts at its start, a line a row, what damage and divergence mean, what to do next."""
+"""The messages of a run: the facts at its start, a line for each row of metrics, damaged samples, and the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_NAMED = 10
 
 
 def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, origin: str) -> str:
-    """What this run is, in one line: enough to judge a log by, and to find it with grep."""
+    """Describe the run in one line, which can be found in a log with grep."""
     manifest, plan = data.manifest, data.plan
     val = manifest.splits[settings.data.eval_split]
     order = [shuffle_quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
@@ -35,8 +35,8 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
         f"{'compiled' if world.compiles else 'not compiled'} ({world.compile_reason})",
         f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
         f"x {world.accumulation} accumulated" + (f" ({world.micro_batch_reason})" if world.micro_batch_reason else ""),
-        f"{last_step} steps, {plan.steps_per_epoch} an epoch"
-        + ("" if plan.balance else f", which leaves out {plan.left_out_per_epoch} images, others each time"),
+        f"{last_step} steps, {plan.steps_per_epoch} per epoch"
+        + ("" if plan.balance else f", each epoch leaves out {plan.left_out_per_epoch} different images"),
         f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
         f"{len(manifest.classes)} classes, {schedule.describe(settings)}{evaluated_at}",
         f"seed {settings.run.seed}",
@@ -44,11 +44,11 @@ def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, orig
     return "\n".join(["; ".join(parts), *order])
 
 
-_STARVED = 0.2  # of the forward pass: from here on it is worth a word
+_STARVED = 0.2  # of the forward pass: reported from here on
 
 
 def progress_line(step: int, last_step: int, row: Mapping[str, float], better: bool) -> str:
-    """One row of metrics in words: for a log, and where there is no terminal."""
+    """Return one row of metrics as a line, for the log and for output that is not a terminal."""
     parts = [f"step {step}/{last_step}"]
     if "train/step_ms" in row:
         parts.append(
@@ -73,36 +73,36 @@ def progress_line(step: int, last_step: int, row: Mapping[str, float], better: b
 
 
 def _loss(row: Mapping[str, float]) -> str:
-    return f"{row['train/loss']:.4f}" if "train/loss" in row else "none: all steps were skipped"
+    return f"{row['train/loss']:.4f}" if "train/loss" in row else "none (all steps were skipped)"
 
 
 def report_damage(
     world: Runtime, say: Callable[[str], None], damage: tuple[Damage, ...], total: int, limit: int
 ) -> None:
-    """All ranks: names the samples that were replaced in this step.
+    """Report the samples that were replaced in this step. All ranks.
 
     Raises:
-        DamagedSampleError: more than the limit since the run began.
+        DamagedSampleError: more samples than the limit were replaced since the run started.
     """
     found = [item for part in world.gather(damage) for item in part]
     names = [f"{item.where} ({item.reason}), replaced by sample {item.replaced_by}" for item in found[:_MOST_NAMED]]
     if total > limit:
         raise DamagedSampleError(
             f"{total} training samples could not be used, data.max_damaged is {limit}: {'; '.join(names)}",
-            "the model would be trained on other images than the manifest says",
-            "find all that is damaged with `wasteddp verify`, then copy or make the set again; "
-            "to go on without them, raise data.max_damaged",
+            "the model would be trained on other images than those of the manifest",
+            "find all damaged samples with `wasteddp verify`, then copy or create the shard set again; "
+            "to continue without these samples, raise data.max_damaged",
         )
     for name in names:
         say(f"damaged: {name}")
 
 
 def not_saved(error: StorageError) -> str:
-    """A checkpoint or model that could not be written while the training goes on."""
+    """Return the warning about a checkpoint or model that could not be written."""
     return (
         f"WARNING: not saved: {error.found}\n"
-        "  so: a kill now would cost what was trained since the last whole checkpoint, which is untouched\n"
-        f"  do: {error.remedy}; training goes on, and the next save tries again"
+        "  so: if the run is killed now, the steps since the last complete checkpoint are lost\n"
+        f"  do: {error.remedy}; training continues, and the next save tries again"
     )
 
 
@@ -125,19 +125,19 @@ def early_stop(settings: Settings, progress: Progress) -> str:
 
 def stopped_before_it_began(signal_name: str) -> str:
     return (
-        f"stopped by {signal_name or 'a signal to another process'} before the shard set answered; the same command "
-        f"starts again where the run stands (exit code {EXIT_RESUMABLE})"
+        f"stopped by {signal_name or 'a signal to another process'} before the shard set answered; run the same "
+        f"command again to resume (exit code {EXIT_RESUMABLE})"
     )
 
 
 def closing(
     settings: Settings, progress: Progress, exit_code: int, signal_name: str, *, splits: Collection[str]
 ) -> str:
-    """How it ended and what to do next: commands that can be copied. `splits`: those that the shard set has."""
+    """Return how the run ended and what to do next, as commands to copy. `splits`: the splits of the shard set."""
     out = settings.run.out
     if exit_code == EXIT_RESUMABLE:
         return (
-            f"stopped by {signal_name} at step {progress.step} and saved; the same command goes on from there "
+            f"stopped by {signal_name} at step {progress.step} and saved; run the same command again to resume "
             f"(exit code {EXIT_RESUMABLE})"
         )
     best = "none" if progress.best_value is None else f"{progress.best_value:.2%} at step {progress.best_step}"
@@ -145,8 +145,8 @@ def closing(
     return "\n".join(
         [
             f"finished at step {progress.step}: best {settings.evaluate.metric} {best}; the model is in {out}/model",
-            f"  measure it:  wasteddp evaluate {run} --split {split}",
-            f"  use it:      wasteddp predict {run} IMAGES...",
-            f"  compare it:  wasteddp report {run} OTHER_RUN",
+            f"  evaluate:  wasteddp evaluate {run} --split {split}",
+            f"  predict:   wasteddp predict {run} IMAGES...",
+            f"  compare:   wasteddp report {run} OTHER_RUN",
         ]
     )

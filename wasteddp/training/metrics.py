@@ -1,4 +1,4 @@
-"""Losses and times between two rows of metrics. Losses stay on the device until a row is due: no sync before."""
+"""Measures losses and times between two rows of metrics. Losses stay on the device until a row is due."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from wasteddp.training.distributed.runtime import Runtime
 
 Item = TypeVar("Item")
 
-_MOST_RANKS = 16  # that have metrics of their own: each name is a curve more on a dashboard
+_MOST_RANKS = 16  # up to which each rank has its own metrics: each name is another curve on a dashboard
 
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What one rank did since the last row."""
+    """One rank's measurements since the last row."""
 
     images_per_s: float
     wait_fraction: float
@@ -33,11 +33,11 @@ class _Share:
 
 
 class Meter:
-    """Counts from one `read` to the next. `device` is where the losses are."""
+    """Accumulates losses and times from one `read` to the next. `device` holds the losses."""
 
     def __init__(self, device: torch.device) -> None:
         self._loss = torch.zeros((), device=device)
-        self.step_loss = torch.zeros((), device=device)  # this rank's part of the present step's mean loss
+        self.step_loss = torch.zeros((), device=device)  # this rank's part of the current step's mean loss
         self._skipped = torch.zeros((), device=device)
         self._steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
         self._forward_s, self._forward_cpu_s = 0.0, 0.0
@@ -45,7 +45,7 @@ class Meter:
         self._step_began = self._since
 
     def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The same batches, with the time spent waiting for each counted."""
+        """Yield the same batches and measure the time spent waiting for them."""
         while True:
             before = time.perf_counter()
             batch = next(batches, None)
@@ -56,9 +56,9 @@ class Meter:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a forward pass: what the loop's thread does alone, and without waiting for anything.
+        """Measure a forward pass, in which the loop's thread works alone and waits for nothing.
 
-        The backward pass is launched by another thread on a GPU, and the rest of a step may wait for other ranks.
+        On a GPU another thread launches the backward pass, and the rest of a step may wait for other ranks.
         """
         began_s, cpu_began_s = time.perf_counter(), time.thread_time()
         yield
@@ -66,18 +66,18 @@ class Meter:
         self._forward_s += time.perf_counter() - began_s
 
     def add(self, loss: torch.Tensor) -> None:
-        """This rank's part of a step's mean loss: a micro-batch's mean over the accumulation."""
+        """Add a micro-batch's part of this rank's mean loss."""
         self.step_loss += loss.detach()
 
     @property
     def num_steps(self) -> int:
-        """Steps since the last row."""
+        """Number of steps since the last row."""
         return self._steps
 
     def step_done(self, skipped: torch.Tensor | None = None) -> None:
-        """`skipped`, if steps may be: whether this one was; its loss does not count then.
+        """Count a step. The loss of a step is left out if `skipped`, bool [], is true.
 
-        On a GPU this is when the step was handed over: single steps are exact only in their sum.
+        On a GPU the step has only been launched by now: the times of single steps are exact only in their sum.
         """
         if skipped is None:
             self._loss += self.step_loss
@@ -91,7 +91,8 @@ class Meter:
         self._step_began = now
 
     def read(self, world: Runtime, global_batch: int) -> dict[str, float]:
-        """All ranks: the "train/..." metrics since the last row; starts again. No loss where all steps were skipped."""
+        """Return the "train/..." metrics since the last row, and restart; without a loss if all steps were skipped.
+        All ranks."""
         steps = max(self._steps, 1)
         loss, skipped = float(world.sum(self._loss)), int(self._skipped)  # all ranks; waits for the device
         seconds = max(time.perf_counter() - self._since, 1e-9)
@@ -112,7 +113,7 @@ class Meter:
         }
 
     def restart(self) -> None:
-        """Forgets the time since the last row: an evaluation is no training."""
+        """Discard the measurements since the last row, for example after an evaluation."""
         self._loss, self._skipped = torch.zeros_like(self._loss), torch.zeros_like(self._skipped)
         self._steps, self._waited_s, self._since = 0, 0.0, time.perf_counter()
         self._forward_s, self._forward_cpu_s = 0.0, 0.0
@@ -132,7 +133,7 @@ class Meter:
 
 
 def starved_fraction(wall_s: float, cpu_s: float) -> float:
-    """The part of a time in which a thread that waits for nothing was not on a core, from its CPU time in it."""
+    """Return the fraction of `wall_s` in which a thread that waits for nothing did not run, given its CPU time."""
     return max(0.0, 1 - cpu_s / wall_s) if wall_s > 0 else 0.0
 
 
@@ -142,8 +143,8 @@ def _by_rank(shares: list[_Share]) -> dict[str, float]:
 
 
 def _peak_mb(device: torch.device) -> float:
-    """Most memory that this process held: of the GPU's allocator, which keeps count on the host; else resident."""
+    """Return the peak memory of this process in MB: of the GPU's allocator, or the resident set without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes there, KiB on Linux
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes on macOS, KiB on Linux

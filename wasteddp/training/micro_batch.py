@@ -1,12 +1,14 @@
-"""train.max_micro_batch 0: how many images at once. Found when a run begins, remembered in its checkpoints.
+"""Chooses the micro-batch size for train.max_micro_batch: 0, when a run starts; checkpoints keep it.
 
-A micro-batch is one of BatchNorm's groups, so its size is a part of the result: a resumed run takes the size with which
-it began, not what would fit now. The global batch, and with it the schedule, stays as set; accumulation follows.
+BatchNorm computes its statistics over a micro-batch, so the size affects the result: a resumed run uses the size with
+which it started, not the size that would fit now. The global batch, and so the schedule, stays as set; the number of
+accumulated micro-batches follows.
 
-On a GPU sizes are tried, by bisection among the divisors of a process's share of the global batch: a forward and a
-backward pass of the real recipe, at the largest image size of the run, on copies of the weights, beside as much memory
-as the optimizer, the loader and a reserve will hold. The size is the largest that fits on every rank. On a CPU, whose
-memory is seldom what limits, it is the largest divisor up to `runtime.MOST_UNTRIED`, without trying.
+On a GPU the size is found by bisection over the divisors of a process's share of the global batch. Each try is a
+forward and a backward pass of the real recipe at the largest image size of the run, on copies of the weights, with as
+much other memory allocated as the optimizer, the loader and a reserve will take. The result is the largest size that
+fits on every rank. On a CPU, where memory is seldom the limit, it is the largest divisor up to
+`runtime.MOST_UNTRIED`, without a try.
 """
 
 from __future__ import annotations
@@ -30,20 +32,20 @@ from wasteddp.training.checkpoint.state import ONE_MOMENT
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.recipe import Recipe
 
-_RESERVE = 0.1  # of the GPU's memory: fragments, other sizes of cuDNN's workspaces, buckets of gradients
-_BATCHES_AHEAD = 2  # of a rank's share, as bytes on the GPU: the one that is trained on and the next
+_RESERVE = 0.1  # of the GPU's memory: fragmentation, larger cuDNN workspaces, gradient buckets
+_BATCHES_AHEAD = 2  # uint8 batches of a rank's share on the GPU: the current one and the next
 
 
 def choose_size(
     settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module, progress: Progress
 ) -> tuple[Runtime, Progress]:
-    """All ranks, after the restoring of a checkpoint: the runtime with its micro-batch, and the progress that has it.
+    """Return the runtime and the progress with the chosen micro-batch size, after a checkpoint is restored. All ranks.
 
-    Without train.max_micro_batch 0 both are returned as they came. What was given the runtime before may keep it: only
-    the loop asks for the size.
+    Both are returned unchanged unless train.max_micro_batch is 0. Objects that already hold the old runtime may keep
+    it: only the loop uses the size.
 
     Args:
-        model: bare, with autocast as Accelerate prepares it; it is left as it is.
+        model: not wrapped, with autocast as Accelerate prepares it; it is not changed.
 
     Raises:
         DeviceMemoryError: on every rank: not even one image fits.
@@ -53,9 +55,9 @@ def choose_size(
     share = world.micro_batch * world.accumulation
     if progress.micro_batch:
         size = progress.micro_batch
-        reason = "as when the run began"
+        reason = "as when the run started"
         if share % size:
-            reason = f"the run began with {size}, which does not divide {share}: BatchNorm's groups are others now"
+            reason = f"the run started with {size}, which does not divide {share}: other BatchNorm groups from here on"
     elif world.device.type == "cuda":
         world.watch.at("trying how many images fit", slow=True)
         size = min(world.gather(most_that_fit(share, _tried(settings, world, recipe, model))))  # all ranks
@@ -72,7 +74,7 @@ def choose_size(
 
 
 def most_that_fit(images: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `images` for which `fits` is true; 0, if it is for none. What is larger fits no better."""
+    """Return the largest divisor of `images` that `fits`; 0 if there is no such divisor. `fits` must be monotonic."""
     divisors = [size for size in range(1, images + 1) if images % size == 0]
     number = bisect_left(divisors, True, key=lambda size: not fits(size))
     return divisors[number - 1] if number else 0
@@ -85,23 +87,23 @@ def _tried(settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module)
             attempt(size, settings, world, recipe, model)
         except torch.OutOfMemoryError:
             fitted = False
-        # after the handler: the error holds the frames of the attempt, and so its tensors
+        # after the handler: the error references the frames of the attempt, and so its tensors
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(world.device)  # or memory/peak_mb would tell of the attempts
+        torch.cuda.reset_peak_memory_stats(world.device)  # memory/peak_mb must not include the attempts
         return fitted
 
     return fits
 
 
 def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module) -> None:
-    """This rank: a step with `size` images in a micro-batch, in as much memory as it will have, leaving no trace.
+    """Run a step with `size` images in a micro-batch on this rank, in the memory that it will have, without effects.
 
-    Not through DDP: a rank that runs out of memory would leave the others in a collective. On copies of the weights,
-    since DDP's hooks on the real ones count their backward passes.
+    It does not use DDP: a rank that runs out of memory would leave the others in a collective. It uses copies of the
+    weights, because DDP's hooks on the original weights count their backward passes.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        torch.OutOfMemoryError: the micro-batch does not fit.
     """
     device, side = world.device, settings.data.image_size
     share = world.micro_batch * world.accumulation
@@ -110,16 +112,16 @@ def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model
     weights = {
         name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in model.named_parameters()
     }
-    if settings.optimizer.name not in ONE_MOMENT:  # the copies of the weights stand for the first moment
+    if settings.optimizer.name not in ONE_MOMENT:  # the copies of the weights take the place of the first moment
         kept += [torch.empty_like(tensor) for tensor in weights.values()]
-    gradients = [torch.empty_like(tensor) for tensor in weights.values()]  # of what was before
+    gradients = [torch.empty_like(tensor) for tensor in weights.values()]  # of the previous step
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
     images = torch.zeros((size, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # channels-last, as the loader's
     samples = np.arange(size, dtype=np.int64)
     batch = Batch(0, 0, images, torch.zeros(size, dtype=torch.int64), samples, samples, ())
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
-            module.eval()  # it would wait for the other ranks; a step begins by setting it to training again
+            module.eval()  # it would wait for the other ranks; `Recipe.begin_step` restores the training mode
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generators, torch.compiler.set_stance("force_eager"):  # compiling each size would take minutes
         images_BCHW, targets = recipe.inputs(batch, 0)
@@ -133,8 +135,8 @@ def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model
 
 def _nothing_fits(settings: Settings) -> DeviceMemoryError:
     return DeviceMemoryError(
-        f"{settings.model.arch} does not take one image of {settings.data.image_size} px on every GPU with "
-        f"{_RESERVE:.0%} of the memory to spare",
+        f"a GPU has too little memory to train {settings.model.arch} on one image of {settings.data.image_size} px "
+        f"with {_RESERVE:.0%} of the memory in reserve",
         "no micro-batch would fit",
-        "lower data.image_size, take a smaller model.arch, or close what else uses the GPU (nvidia-smi shows it)",
+        "lower data.image_size, use a smaller model.arch, or stop other programs on the GPU (see nvidia-smi)",
     )

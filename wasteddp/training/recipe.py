@@ -1,4 +1,4 @@
-"""What the settings ask for between the loader and the optimizer's step: augmentation, targets, loss, rates, clipping.
+"""The training recipe of the settings: augmentation, targets, loss, learning rate and gradient clipping.
 
 Legend: B images of a micro-batch, C = 3, H W pixels, K classes.
 """
@@ -24,10 +24,10 @@ from wasteddp.training.optimization.losses import Targets
 
 
 class Recipe:
-    """Of one run, on every rank. Everything is a function of the settings, the step and the samples: no state.
+    """The recipe of one run, on every rank. It has no state: all results follow from the settings, step and samples.
 
     Args:
-        model: bare; on the device, frozen as set.
+        model: not wrapped, on the device, with frozen stages.
     """
 
     def __init__(self, settings: Settings, world: Runtime, data: Inputs, model: nn.Module) -> None:
@@ -40,45 +40,52 @@ class Recipe:
         counts, shares = data.train.samples_per_class, data.share_of_classes
         loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
         self.teacher = losses.teacher_of(settings, world, data.manifest.classes)  # all ranks
-        self._loss = self.teacher.completed(loss)
+        self._loss = self.teacher.extend_loss(loss)
         depth = settings.model.stochastic_depth
         self._depth = StochasticDepth(model, depth, settings.run.seed) if depth else None
-        self._frozen: str = settings.model.freeze  # in the present step
+        self._frozen: str = settings.model.freeze  # in the current step
 
     def begin_step(self, optimizer: torch.optim.Optimizer, progress: Progress) -> float:
-        """Before the forward passes of a step: the network in training mode. Returns the step's learning rate."""
+        """Set the network to training mode and the learning rate for a step, and return the rate."""
         model, epoch = self._settings.model, progress.step / self._steps_per_epoch
         self._frozen = resnet.frozen_at(model.freeze, model.unfreeze_every_epochs, epoch)
         resnet.train_mode(self._model, self._frozen)
         rate = optimizers.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
         optimizers.set_learning_rate(optimizer, rate)
         if progress.step in self._new_sizes:
-            self._world.watch.at("computing at a new image size", slow=True)  # a network may be compiled again for it
+            self._world.watch.at("computing at a new image size", slow=True)  # the network may be compiled for it
         return rate
 
     def inputs(self, micro: Batch, epoch: int) -> tuple[torch.Tensor, Targets]:
-        """(images, targets) on the device: float32 [B, C, H, W] augmented and mixed; int64 [B], or float [B, K], with
-        the teacher's answers where there is one."""
+        """Return (images, targets) of a micro-batch on the device.
+
+        Returns:
+            The augmented and mixed images, float32 [B, C, H, W]; the targets, int64 [B] or float [B, K], with the
+            teacher's logits if there is a teacher.
+        """
         images_BCHW = micro.images_BCHW.to(self._world.device, non_blocking=True)
         labels_B = micro.labels_B.to(self._world.device, non_blocking=True)
         if self._depth:
             self._depth.draw(micro.samples, epoch, self._world.device)
         images_BCHW = self.augment(images_BCHW, micro.samples, epoch)
         images_BCHW, targets = self._mix(images_BCHW, labels_B, micro.samples, epoch)
-        return images_BCHW, self.teacher.asked(images_BCHW, targets)
+        return images_BCHW, self.teacher.add_logits(images_BCHW, targets)
 
     def loss(self, logits_BK: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """This micro-batch's part of the rank's mean loss, [].
+        """Return this micro-batch's part of the rank's mean loss, [].
 
-        The parts of a step add up to the mean over the rank's images, and DDP averages over the ranks.
+        The parts of a step sum to the mean over the rank's images, and DDP averages over the ranks.
         """
         images = self._world.micro_batch * self._world.accumulation
         total: torch.Tensor = self._loss(logits_BK, targets) / images
         return total
 
     def clip(self, *, is_asked: bool) -> torch.Tensor | None:
-        """All ranks, after the last backward pass: clips the averaged gradient of what is trained. Its norm before
-        that, [], where it is asked for or needed: on a CPU it takes 1 % of a step."""
+        """Clip the averaged gradient of the trained parameters, after the last backward pass. All ranks.
+
+        Returns:
+            The norm before clipping, []; None if it is neither requested nor needed. On a CPU it takes 1 % of a step.
+        """
         resnet.drop_gradients(self._model, self._frozen)
         adaptive, limit = self._settings.optimizer.adaptive_clip, self._settings.optimizer.clip_norm
         if not adaptive and not limit and not is_asked:
@@ -87,6 +94,6 @@ class Recipe:
         norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), before)
         if adaptive:
             optimizers.clip_(self._model, adaptive)
-            if limit:  # torch's: Accelerate's would take the loss scale off again, which GradScaler refuses
+            if limit:  # not with Accelerate, which would unscale the gradients again: GradScaler refuses that
                 nn.utils.clip_grad_norm_(self._model.parameters(), limit)
         return norm

@@ -1,4 +1,4 @@
-"""The folder of a run at its two ends: what a start writes into it, and the mark of one that can go on."""
+"""What a start writes into the folder of a run, and the mark of a run that can be resumed."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def begin_run(
     last_step: int,
     is_recorded: bool = True,
 ) -> Tracker:
-    """All ranks: rank 0 writes the run's records and tracks it; the others do neither.
+    """Write settings.yaml and environment.json on rank 0, and return the tracker; it is empty on other ranks. All
+    ranks.
 
     Args:
-        is_recorded: False where this start trains and measures nothing: the records stay as they are.
+        is_recorded: False if this start neither trains nor measures: the files stay as they are.
     """
     tracker: Tracker = NoTracker()
     with world.together():
@@ -57,12 +58,12 @@ def begin_run(
 
 
 def mark_resumable(out: Path) -> None:
-    """For those who see no exit code of ours: launchers replace it by 1."""
+    """Write the file RESUMABLE, since a launcher replaces the exit code of a rank by 1."""
     write_atomically(out / _RESUMABLE_MARK, b"")
 
 
 def stopped_before_it_began(settings: Settings, *, is_check: bool) -> int:
-    """What a signal leaves while the shard set is still waited for: no step is lost. Returns the exit code."""
+    """Report a stop by a signal before the first step, mark the run as resumable, and return the exit code."""
     if environment.launched("RANK", 0) == 0:
         print(messages.stopped_before_it_began(STOP.signal_name), flush=True)
         out = Path(settings.run.out)
@@ -71,15 +72,15 @@ def stopped_before_it_began(settings: Settings, *, is_check: bool) -> int:
                 out.mkdir(parents=True, exist_ok=True)
                 mark_resumable(out)
         except OSError as error:
-            print(f"WARNING: {out} cannot be marked as one to go on with: {error}", flush=True)
+            print(f"WARNING: {out / _RESUMABLE_MARK} cannot be written: {error}", flush=True)
     return EXIT_RESUMABLE
 
 
 @contextlib.contextmanager
 def rehearse(settings: Settings) -> Iterator[Settings]:
-    """The same run in a folder beside run.out that is removed: same disk, same permissions, nothing left."""
+    """Redirect the run to a temporary folder next to run.out, with the same disk and permissions."""
     out = f"{settings.run.out}.check"
-    if environment.launched("RANK", 0) == 0:  # before it joins the others: a check that was killed may have left one
+    if environment.launched("RANK", 0) == 0:  # before it joins the other ranks; left by a check that was killed
         shutil.rmtree(out, ignore_errors=True)
     track = settings.track.model_copy(update={"wandb": "disabled"})
     try:

@@ -1,14 +1,15 @@
-"""What a step is by its number alone: how large its images are, and what is due after it. Learning rates: `optimizers`.
+"""Image sizes and intervals as functions of the step. Learning rates are in `optimization.optimizers`.
 
-Progressive sizes. Small images first: the network learns coarse features in a fraction of the time, since the cost of a
-step grows with the square of the side, and learns fine detail at the full size. The samples and their crops, which are
-parts of the image, do not depend on the size. Evaluation always uses its own size.
+Progressive sizes. Training starts with small images, on which the network learns coarse features in a fraction of the
+time (the cost of a step grows with the square of the side), and learns fine detail at the full size later. The samples
+and their crops, which are fractions of the image, do not depend on the size. Evaluation always uses its own size.
 
-The side grows linearly with the epochs, in steps of 16 px, so that there are few sizes: where the network is compiled
-with static shapes, each is compiled once, in its first step.
+The side grows linearly with the epochs, in steps of 16 px to keep the number of sizes small: a network compiled with
+static shapes is compiled again in the first step of each size.
 
-Source: Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training", section 4 and algorithm 1, there with
-stronger augmentation as the images grow, which is left to the settings; before it Howard 2018 (fast.ai, DAWNBench).
+Source: Tan and Le 2021, "EfficientNetV2: Smaller Models and Faster Training", section 4 and algorithm 1. There the
+augmentation gets stronger as the images grow, which is left to the settings here. Earlier: Howard 2018 (fast.ai,
+DAWNBench).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ STEP_PX = 16
 
 
 def side_px(epoch: int, settings: Settings) -> int:
-    """Side of the training images of an epoch: never smaller than in the epoch before.
+    """Return the side of the training images of an epoch; it never shrinks from one epoch to the next.
 
-    schedule.start_size in the first one; data.image_size from schedule.full_size_at of the epochs on, and always where
-    there is no start_size.
+    The side is schedule.start_size in the first epoch, and data.image_size after the fraction schedule.full_size_at of
+    the epochs. Without a start_size it is always data.image_size.
     """
     start, full = settings.schedule.start_size, settings.data.image_size
     growing = settings.schedule.full_size_at * settings.train.epochs  # epochs
@@ -35,20 +36,20 @@ def side_px(epoch: int, settings: Settings) -> int:
 
 
 def changes(settings: Settings) -> list[tuple[int, int]]:
-    """(epoch, side in px) of the first epoch and of each in which the side is another than before."""
+    """Return (epoch, side in px) of the first epoch and of each epoch in which the side changes."""
     sides = [(epoch, side_px(epoch, settings)) for epoch in range(settings.train.epochs)]
     return [now for before, now in zip([(0, 0), *sides], sides, strict=False) if before[1] != now[1]]
 
 
 def describe(settings: Settings) -> str:
-    """The sides of a run in words: "64 px, 80 px from epoch 4, ..." with epochs counted from 0, as in the metrics."""
+    """Describe the sides of a run: "64 px, 80 px from epoch 4, ...", with epochs counted from 0 as in the metrics."""
     first, *later = changes(settings)
     return ", ".join([f"{first[1]} px", *(f"{side} px from epoch {epoch}" for epoch, side in later)])
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """After one step. What is saved is measured first, or a diverged model could push out the last good checkpoint."""
+    """What is due after a step. A save also logs, so that a diverged model cannot replace the last good checkpoint."""
 
     evaluates: bool
     saves: bool
@@ -57,7 +58,7 @@ class Due:
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """Steps between two of each; 0: never."""
+    """Number of steps between two evaluations, checkpoints and rows of metrics; 0: never."""
 
     evaluate_every: int
     checkpoint_every: int
@@ -74,7 +75,7 @@ class Intervals:
         )
 
     def due(self, step: int, *, is_asked: bool) -> Due:
-        """After step number `step`; `is_asked`: a checkpoint is due for another reason."""
+        """Return what is due after step number `step`. `is_asked`: a checkpoint is due for another reason."""
         evaluates = step % self.evaluate_every == 0 or step == self.last_step
         saves = evaluates or is_asked or (self.checkpoint_every > 0 and step % self.checkpoint_every == 0)
         return Due(evaluates, saves, saves or step % self.log_every == 0)

@@ -1,15 +1,16 @@
-"""What a run does before, after and around its optimizer steps, in a fixed order; the steps are in `train.py`.
+"""What a run does before, between and after its optimizer steps, in a fixed order. The steps themselves are in
+`train.py`.
 
-    begin        the checkpoint to go on from, and where the run stands
-    open         what is reported and measured before the first step
-    batches      all ranks agree before each step: stop, save
+    begin        restore the checkpoint, if there is one, and create the parts of the session
+    open         report the run; evaluate a step whose evaluation was interrupted
+    batches      before each step, agree with the other ranks whether to stop or save
     stop         save before this batch
-    before_step  count damaged samples; what is due after the step
-    after_step   prove the epoch, measure, judge, evaluate, report, save
-    ends         early stop, or an evaluation that was cut short
-    finish       everything on the disk, the exit code, the closing message
+    before_step  count damaged samples; decide what is due after the step
+    after_step   prove the coverage of the epoch, read the metrics, check for divergence, evaluate, report, save
+    ends         stop early, or after an interrupted evaluation
+    finish       wait for the disk, print the closing message, return the exit code
 
-All of it on all ranks.
+All functions run on all ranks.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ def begin(
     *,
     max_steps: int | None = None,
 ) -> tuple[Session, Progress]:
-    """Goes on from the checkpoint asked for, else the newest whole one, else begins at the beginning.
+    """Start or resume the run: from the requested checkpoint, else the newest intact one, else step 0.
 
     Args:
         start: --resume and --accept-changes.
-        retreat: the learning rate's factor and the number of retreats, after a divergence in this process.
-        max_steps: of this start; None: as the settings say.
+        retreat: the number of rollbacks in this process and the learning-rate factor that they led to.
+        max_steps: number of steps of this start; None: as set.
     """
     manager = CheckpointManager(settings, built.world, data, built.model, built.optimizer, further=built.average.states)
     progress, origin = Progress(Lineage.of(settings, data.manifest, teacher=built.recipe.teacher.sha256)), built.origin
@@ -95,15 +96,15 @@ def begin(
 
 @dataclass(slots=True)
 class Session:
-    """Made by `begin`, used as `with session:`. On leaving, the tracker is closed first, then the checkpoints."""
+    """Created by `begin`, used as `with session:`. The exit closes the tracker first, then the checkpoint manager."""
 
     settings: Settings
-    world: Runtime  # with the micro-batch that was found
+    world: Runtime  # with the chosen micro-batch
     data: Inputs
     built: Built
     manager: CheckpointManager
     tracker: Tracker
-    origin: str  # of the weights, in words
+    origin: str  # a description of the weights, for the log
     last_step: int  # of this start
     patience: int  # evaluations without a better one, after which the run ends; 0: endless
     changes: list[str]  # from the checkpoint to this start, a line each
@@ -126,7 +127,7 @@ class Session:
         self._stack.__exit__(kind, error, traceback)
 
     def open(self, progress: Progress) -> Progress:
-        """Says what will be trained, and measures the step that was saved without its evaluation, if one was."""
+        """Report the run, and evaluate the step of the checkpoint if it was saved without its evaluation."""
         self.world.watch.detail = self.data.at_work
         for line in self.changes:
             self.tracker.say(line)
@@ -141,7 +142,7 @@ class Session:
         return progress
 
     def batches(self, progress: Progress) -> Iterator[tuple[Batch, Agreement]]:
-        """From where the run stands to its last step: this rank's batch, and what all ranks agreed on before it."""
+        """Yield this rank's batches up to the last step, each with the agreement of all ranks before its step."""
         planned = self.data.batches(progress.step, self.last_step, self.world)
         ahead = agreed(planned, self.world, seed=self.data.plan.seed, asks=self.manager.asks)
         watched = self.world.watch.steps(self.profiler.watched(ahead), progress.step)
@@ -149,7 +150,7 @@ class Session:
             yield batch, agree()
 
     def stop(self, progress: Progress, batch: Batch) -> Progress:
-        """Saves where the run stands, before this batch."""
+        """Save the run before this batch."""
         if self.meter.num_steps:
             row = self.meter.read(self.world, self.settings.train.batch_size)
             progress = self.guard.judge(progress, row, saves=True)
@@ -158,7 +159,7 @@ class Session:
         return progress
 
     def before_step(self, progress: Progress, batch: Batch, agreement: Agreement) -> tuple[Progress, Due]:
-        """The progress with the batch's damaged samples counted, and what is due after the step."""
+        """Return the progress including the batch's damaged samples, and what is due after the step."""
         if agreement.damaged:
             progress = replace(progress, damaged=progress.damaged + agreement.damaged)
             limit = self.settings.data.max_damaged
@@ -179,11 +180,11 @@ class Session:
         norm: torch.Tensor | None,
         skipped: torch.Tensor | None,
     ) -> Progress:
-        """Counts the step, and does what is due.
+        """Count the step, and do what is due after it.
 
         Args:
-            norm: of the averaged gradient, where it was asked for.
-            skipped: whether this step was skipped, bool [] on the device; None where steps are never skipped.
+            norm: norm of the averaged gradient, if it was requested.
+            skipped: whether this step was skipped, bool [] on the device; None if steps are never skipped.
         """
         world, plan = self.world, self.data.plan
         self.built.average.update(progress.step, skipped)
@@ -206,19 +207,19 @@ class Session:
         return self._measure(progress, row, due)
 
     def ends(self, progress: Progress, due: Due) -> bool:
-        """Whether the run ends here although its last step is not reached."""
+        """Whether the run ends before its last step."""
         if progress.unmeasured is None and due.evaluates and self._stops_early(progress):
             self.tracker.say(messages.early_stop(self.settings, progress))
             return True
         return progress.unmeasured is not None
 
     def finish(self, progress: Progress) -> int:
-        """Everything on the disk, and how it ended in words. Returns the exit code."""
+        """Wait until everything is on disk, report how the run ended, and return the exit code."""
         self.manager.close()
         exit_code = EXIT_FINISHED
         if self.stopped_by or progress.unmeasured is not None:
             exit_code = self.tracker.exit_code = EXIT_RESUMABLE
-            # what one rank could not read, now that all is saved
+            # the error of a rank that could not read its batch, now that the run is saved
             self.world.raise_together(self.stopped_by.failure if self.stopped_by else None)
             if self.world.is_main:
                 run_folder.mark_resumable(Path(self.settings.run.out))
@@ -230,10 +231,10 @@ class Session:
         return progress.stopped_early(self.patience)
 
     def _measure(self, progress: Progress, row: dict[str, float], due: Due) -> Progress:
-        """What is due after a step, in its order: the evaluation, the row of metrics, the checkpoint.
+        """Do what is due after a step: first the evaluation, then the row of metrics, then the checkpoint.
 
-        A signal ends an evaluation, which may take longer than there is time: the step is saved with its metrics as
-        `unmeasured`, and measured when the run goes on. So is a step whose evaluation fails.
+        A signal interrupts an evaluation, because there may be too little time to finish it: the step is saved with its
+        metrics as `unmeasured`, and evaluated when the run resumes. The same holds for an evaluation that fails.
 
         Args:
             row: the step's metrics so far, the same on all ranks.

@@ -1,4 +1,4 @@
-"""Keeps the best model of a run: the bundle that `predict` needs, and what it was measured at."""
+"""Writes the best model of a run: the bundle that `predict` loads, and the evaluation that selected it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save_best(
     world: Runtime,
     data: Inputs,
 ) -> None:
-    """The bundle, then what it was measured at. Rank 0, in the thread that writes checkpoints."""
+    """Write the bundle, then its evaluation. Rank 0, in the thread that writes checkpoints."""
     out = Path(settings.run.out)
     card = save_bundle(out / "model", card, weights)
     save_seen(
@@ -49,8 +49,8 @@ def save_best(
 
 
 def card_of(settings: Settings, manifest: Manifest, progress: Progress, *, epoch: int, commit: str) -> BundleCard:
-    """What the bundle says of the model that was just found to be the best."""
-    assert progress.best_value is not None  # it has been evaluated
+    """Return the card of the bundle for the current model, which is the best so far."""
+    assert progress.best_value is not None  # the model was evaluated
     return BundleCard(
         arch=settings.model.arch,
         classes=manifest.classes,

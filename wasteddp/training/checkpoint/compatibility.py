@@ -1,4 +1,4 @@
-"""What a checkpoint was made from, what has changed since, and which of the changes may be accepted knowingly."""
+"""Compares the settings and data of a checkpoint with those of the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from wasteddp.data.manifest import Manifest
 from wasteddp.errors import CheckpointError
 from wasteddp.settings import Data, Evaluate, Settings
 
-_OTHER_ORDER = "from here on the order is another: the epoch that has begun repeats some images and misses others"
+_OTHER_ORDER = "the order changes from here on: the current epoch repeats some images and misses others"
 
-# What a difference means to the run that goes on.
+# The effect of each difference on a run that resumes.
 ACCEPTABLE: dict[str, str] = {
-    "manifest": "from here on the images are those of another shard set, in another order",
-    "seed": "from here on the order and the crops are others: the epoch that has begun repeats some images",
-    "batch_size": "the same step is now another place in the epochs and in the learning rate's schedule",
+    "manifest": "the rest of the run trains on the images of another shard set, in another order",
+    "seed": "the order and the crops change from here on: the current epoch repeats some images and misses others",
+    "batch_size": "the same step is another position in the epochs and in the learning-rate schedule",
     "lanes": _OTHER_ORDER,
     "block": _OTHER_ORDER,
     "window": _OTHER_ORDER,
-    "balance": "from here on the classes are drawn otherwise: the epoch that has begun is no whole one",
-    "train_split": "from here on the images are those of another split",
-    "image_size": "the network, trained at one size, goes on at another",
-    "teacher": "from here on the answers of another teacher, or none, are learned",
+    "balance": "the classes are drawn differently from here on: the current epoch is incomplete",
+    "train_split": "the rest of the run trains on the images of another split",
+    "image_size": "the rest of the run trains at another image size",
+    "teacher": "the rest of the run learns from another teacher, or without one",
 }
 REFUSED: dict[str, str] = {
     "classes": "the network's outputs would stand for other classes",
-    "arch": "the weights are those of another network",
-    "optimizer": "the state kept for each weight is that of another optimizer",
+    "arch": "the weights belong to another network",
+    "optimizer": "the state of each weight belongs to another optimizer",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What a checkpoint is continued with; the names are those of the settings or the manifest."""
+    """What must not change unnoticed when a run resumes; the names are those of the settings or the manifest."""
 
     manifest: str  # sha256
     classes: tuple[str, ...]
@@ -130,23 +130,23 @@ def refuse_finished(changes: Sequence[str], *, run: str, step: int) -> None:
 
 
 def accepted_changes(then: Lineage, now: Lineage, accepted: Collection[str], *, where: object) -> list[str]:
-    """A line for each difference that was accepted.
+    """Return a line for each accepted difference.
 
     Args:
-        then: of the checkpoint.
-        now: of this run.
+        then: the lineage of the checkpoint.
+        now: the lineage of this run.
         accepted: names of fields that may differ: `--accept-changes`.
         where: the checkpoint, for the message.
 
     Raises:
-        CheckpointError: a difference that was not, or cannot be, accepted; or a name that there is not.
+        CheckpointError: a difference is not accepted or cannot be accepted, or a name is unknown.
     """
     if unknown := sorted(set(accepted) - ACCEPTABLE.keys()):
         why = "; ".join(f"{name}: {REFUSED[name]}" for name in unknown if name in REFUSED)
         raise CheckpointError(
-            f"--accept-changes {','.join(unknown)}: no such change can be accepted{f' ({why})' if why else ''}",
+            f"--accept-changes {','.join(unknown)}: this change cannot be accepted{f' ({why})' if why else ''}",
             "",
-            f"those that can be: {', '.join(ACCEPTABLE)}",
+            f"name changes that can be accepted: {', '.join(ACCEPTABLE)}",
         )
     old, new = asdict(then), asdict(now)
     names = [field.name for field in fields(Lineage) if old[field.name] != new[field.name]]
@@ -164,10 +164,10 @@ def accepted_changes(then: Lineage, now: Lineage, accepted: Collection[str], *, 
 
 
 def changed_settings(then: str, now: Settings) -> list[str]:
-    """A line for each setting that differs from a checkpoint's; where the run writes is left out.
+    """Return a line for each setting that differs from the checkpoint, except run.out.
 
     Args:
-        then: the YAML in the checkpoint.
+        then: the settings of the checkpoint, as YAML.
     """
     old, new = dict(_leaves(yaml.safe_load(then), "")), dict(_leaves(now.model_dump(mode="json"), ""))
     return [

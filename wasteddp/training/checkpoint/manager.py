@@ -1,4 +1,4 @@
-"""Keeps a run: checkpoints for going on, the bundle of the best model for using it, and what it was best at."""
+"""Saves and restores a run: checkpoints to resume from, and the bundle of the best model with its evaluation."""
 
 from __future__ import annotations
 
@@ -37,21 +37,22 @@ from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.watchdog.hard_exit import append_to_log
 from wasteddp.training.watchdog.slurm import Notice
 
-SAVE_REQUEST = "SAVE_NOW"  # `touch RUN/SAVE_NOW`: gone once a checkpoint is on the disk
+SAVE_REQUEST = "SAVE_NOW"  # `touch RUN/SAVE_NOW`; removed once a checkpoint is on disk
 
 SaveBest = Callable[[Mapping[str, torch.Tensor]], None]
 OfStates = Callable[[States], None]
 
 
 class CheckpointManager:
-    """Hands the state of a run to the writer and back. Made and called on all ranks; rank 0 writes.
+    """Passes the state of a run to the writer, and restores it. Created and called on all ranks; rank 0 writes.
 
-    From its making to `__exit__`, or to a refused starting point, no other training can write into the run's folder.
+    Until `__exit__`, or until `starting_point` raises, it holds a lock: no other training can write into the run's
+    folder.
 
     Args:
-        model, optimizer, further: see `RunState`. What is called `ema.STATE` among the further things is what is
-            evaluated, so it is what the best model is taken from.
-        clock: seconds, for checkpoint.every_minutes; only rank 0's counts.
+        model, optimizer, further: see `RunState`. If `further` has `ema.STATE`, the evaluation uses that network, and
+            the best model is saved from it.
+        clock: seconds, for checkpoint.every_minutes; only the clock of rank 0 is used.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class CheckpointManager:
         self._clock = clock
         self._evaluated = ema.STATE if further and ema.STATE in further else "model"
         self._commit = environment.commit()
-        self._settings_yaml = settings.to_yaml()  # once: it takes 5 to 8 ms, for which the loop would wait
+        self._settings_yaml = settings.to_yaml()  # once: it takes 5 to 8 ms
         self._writer: CheckpointWriter | None = None
         self._claim: RunLock | None = None
         self._saved_at = clock()
-        self._owed: Callable[[], None] | None = None  # writes the best model, which could not be written yet
-        self._failed = False  # the last save
+        self._owed: Callable[[], None] | None = None  # writes a best model that could not be written yet
+        self._failed = False  # whether the last save failed
         self.num_failed, self._stall_ms = 0, 0.0
         self.changes: list[str] = []  # from the checkpoint that the run continues from to this start, a line each
         self.notice = Notice.of(os.environ)
@@ -98,21 +99,21 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._writer:  # after an error: what was handed over is still written; how that ends matters less
+        if self._writer:  # after an error the pending checkpoint is still written; that error is the one to report
             with suppress(StorageError):
                 self._writer.close()
         self._release()
 
     def starting_point(self, resume: str, accepted: Collection[str], *, lineage: Lineage) -> Checkpoint | None:
-        """All ranks: the checkpoint to go on from, the one that rank 0 chooses; None to begin at the beginning.
+        """Return the checkpoint to resume from, which rank 0 chooses; None to start at step 0. All ranks.
 
         Args:
-            resume: "auto", "never" or a checkpoint's path.
-            accepted: what of the lineage may differ from the checkpoint's.
-            lineage: of this run.
+            resume: "auto", "never" or the path of a checkpoint.
+            accepted: names of the lineage's fields that may differ from the checkpoint.
+            lineage: the lineage of this run.
 
         Raises:
-            CheckpointError: on every rank: none can be had, or it belongs to another run.
+            CheckpointError: on every rank: the checkpoint cannot be read, or belongs to another run.
         """
         try:
             found: Checkpoint | None = None
@@ -141,28 +142,31 @@ class CheckpointManager:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The "checkpoint/..." metrics, on rank 0; `checkpoint/seconds` once a save has ended."""
+        """The "checkpoint/..." metrics, on rank 0; `checkpoint/seconds` after the first save has finished."""
         seconds = self._writer.seconds if self._writer else None
         row = {"checkpoint/stall_ms": self._stall_ms, "checkpoint/failed": self.num_failed}
         return row if seconds is None else {**row, "checkpoint/seconds": seconds}
 
     def asks(self) -> bool:
-        """Whether a save is due by the clock, or was asked for by the file SAVE_NOW. False on all ranks but the first,
-        whose clock and disk decide, and while a checkpoint is being written: nobody would gain by waiting for it."""
+        """Whether checkpoint.every_minutes have passed, or the file SAVE_NOW exists. Rank 0 decides: it is False on the
+        other ranks. It is also False while a checkpoint is being written, because a save would wait for it."""
         if not self._writer or self._writer.is_busy:
             return False
         every_s = 60 * self._settings.checkpoint.every_minutes
         return (every_s > 0 and self._clock() - self._saved_at >= every_s) or (self._folder / SAVE_REQUEST).exists()
 
     def save(self, progress: Progress, *, epoch: int, best: Seen | None) -> float:
-        """All ranks: keeps this state. Returns the ms that the loop waited.
+        """Start to save the current state. All ranks.
+
+        A save does not change the state of the ranks, so the result does not depend on when a run is saved. If the
+        previous save failed, for lack of space or permission, that is reported and counted; complete checkpoints are
+        not affected.
 
         Args:
-            best: what its evaluation saw, if this is the best model so far: it then becomes the run's model.
+            best: the evaluation of this state if it is the best so far; the state then becomes the run's model.
 
-        The state of the ranks is not touched: when a run is saved must not change what comes of it. If the save before
-        this one failed, for want of space or permission, that is told and counted, and this one is the next try: what
-        was complete before is untouched.
+        Returns:
+            The time in ms that the loop waited.
         """
         began = time.perf_counter()
         states = self.state.tensors()  # all ranks
@@ -198,19 +202,19 @@ class CheckpointManager:
         return self._stall_ms
 
     def drain(self) -> None:
-        """All ranks: until what was handed over is on the disk.
+        """Wait until the pending checkpoint is on disk. All ranks.
 
         Raises:
-            StorageError: on every rank, if it is not, and was not when it was tried again.
+            StorageError: on every rank: the save failed, and failed again when it was retried.
         """
         with self._world.together():
             self._insist()
 
     def close(self) -> None:
-        """All ranks: until everything is on the disk.
+        """Wait until everything is on disk, and stop the writer. All ranks.
 
         Raises:
-            StorageError: on every rank, if the last save failed, and again when it was tried again.
+            StorageError: on every rank: the last save failed, and failed again when it was retried.
         """
         with self._world.together():
             self._insist()
@@ -218,7 +222,7 @@ class CheckpointManager:
                 self._writer.close()
 
     def _settle(self) -> None:
-        """Rank 0: until the save before this is on the disk, or has failed, which is said loudly."""
+        """Wait for the previous save, and report it if it failed. Rank 0."""
         self._failed = False
         try:
             if self._writer:
@@ -240,7 +244,7 @@ class CheckpointManager:
             self._failed = False
 
     def _save_best(self, save: SaveBest, states: States) -> None:
-        """In the writer's thread: the best model. One that cannot be written waits in memory for the next save."""
+        """Write the best model, in the writer's thread. If that fails, a copy waits in memory for the next save."""
         weights = states[self._evaluated]
         try:
             save(weights)
@@ -250,7 +254,7 @@ class CheckpointManager:
         self._owed = None
 
     def _save_owed(self, _: States) -> None:
-        """In the writer's thread: the best model, if it could not be written when it was due."""
+        """Write the best model, in the writer's thread, if it could not be written when it was due."""
         if self._owed:
             self._owed()
             self._owed = None

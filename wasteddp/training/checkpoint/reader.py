@@ -1,16 +1,16 @@
-"""A run's state on disk: whole, checked by hash before it is trusted, without a pickle.
+"""Reads the checkpoints of a run, and verifies them by hash. The files hold no pickles.
 
-    checkpoints/step-00001234/model.safetensors       a file for each state, with inner keys: no `module.`, `_orig_mod.`
-                              optimizer.safetensors   "key:parameter name"
-                              ema.safetensors         the weights' moving average, where train.ema_decay asks for it
-                              ranks.safetensors       what each rank has of its own; only where there are several
-                              progress.json           where the run is, and what it was made from
+    checkpoints/step-00001234/model.safetensors       one file for each state; keys without `module.` and `_orig_mod.`
+                              optimizer.safetensors   keys "name:parameter name"
+                              ema.safetensors         the moving average of the weights, with train.ema_decay
+                              ranks.safetensors       each rank's BatchNorm statistics, with several ranks
+                              progress.json           the position of the run, and its lineage
                               settings.yaml
                               complete.json           format version and the sha256 of each file above; written last
-    checkpoints/.step-00001234.tmp/                   what a kill leaves; removed at the next start
+    checkpoints/.step-00001234.tmp/                   left by a kill; removed at the next start
 
-This module reads; `writer` writes. The set of states is open: whatever is given to the writer under a
-name comes back under that name.
+`writer` writes them. The set of states is open: a state that is passed to the writer under a name is read back under
+that name.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ FOLDER = "checkpoints"  # in run.out
 STATE_SUFFIX = ".safetensors"
 
 State = dict[str, torch.Tensor]
-States = Mapping[str, Mapping[str, torch.Tensor]]  # by name, before they are copied
+States = Mapping[str, Mapping[str, torch.Tensor]]  # by name, before the copy
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run is. The place in the stream is `step` alone: the epoch follows from the plan."""
+    """The position of a run. `step` alone is the position in the stream of samples: the epoch follows from the plan."""
 
     lineage: Lineage
     step: int = 0  # optimizer steps done
@@ -57,39 +57,39 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     damaged: int = 0  # training samples replaced so far
-    covered: list[int] = field(default_factory=list)  # of the epoch: see training.coverage_proof; empty: not counted
+    covered: list[int] = field(default_factory=list)  # of the epoch, see `coverage_proof.add`; empty: not counted
     attempt: int = 1  # starts of this run, this one included
     tracker_id: str = ""
     scaler: dict[str, float] | None = None  # of fp16's GradScaler
-    skipped: int = 0  # steps without an update so far, because they diverged
+    skipped: int = 0  # diverged steps that were skipped so far
     skipped_in_a_row: int = 0
-    rollbacks: int = 0  # times that the run went back because it diverged
-    lr_factor: float = 1.0  # what they have made of the learning rate
-    unmeasured: dict[str, float] | None = None  # the step's metrics, where its evaluation did not come to its end
-    precision: str = ""  # that it was computed in
+    rollbacks: int = 0  # times that the run rolled back because it diverged
+    lr_factor: float = 1.0  # of the learning rate, after these rollbacks
+    unmeasured: dict[str, float] | None = None  # the step's metrics, if its evaluation was interrupted
+    precision: str = ""  # of the run so far
     compiles: bool | None = None  # whether the network was compiled
-    micro_batch: int = 0  # that the run began with, where train.max_micro_batch left it open; 0: it did not
-    best_in: str = ""  # what `best_value` was measured in: see `compatibility.measure_of`; "": see the settings
-    changed: list[str] = field(default_factory=list)  # of the order, accepted within the epoch: it cannot be proved
+    micro_batch: int = 0  # size that the run started with if train.max_micro_batch is 0; else 0
+    best_in: str = ""  # the measure of `best_value`, see `compatibility.measure_of`
+    changed: list[str] = field(default_factory=list)  # changes of the order within this epoch, which is not proved
 
     def stopped_early(self, patience: int) -> bool:
-        """Whether `patience` evaluations have passed without a better one; 0 is endless patience."""
+        """Whether `patience` evaluations have passed without an improvement; never for 0."""
         return 0 < patience <= self.evaluations_since_best
 
     def with_evaluation(self, value: float) -> Progress:
-        """The best so far; a value that is no number is never better than another."""
+        """Count an evaluation and update the best value. A value that is not finite is never the best."""
         if isfinite(value) and (self.best_value is None or value > self.best_value):
             return replace(self, best_value=value, best_step=self.step, evaluations_since_best=0)
         return replace(self, evaluations_since_best=self.evaluations_since_best + 1)
 
     @property
     def best_metric(self) -> dict[str, float]:
-        """As a row of metrics; empty before the first evaluation, and 0.0 is a value like others."""
+        """The best value as a row of metrics; empty before the first evaluation."""
         return {} if self.best_value is None else {"best/value": self.best_value}
 
     @property
     def counts(self) -> dict[str, float]:
-        """What has happened to the run so far, as a row of metrics."""
+        """The counts of events so far, as a row of metrics."""
         return {
             "train/damaged": self.damaged,
             "train/skipped": self.skipped,
@@ -98,14 +98,13 @@ class Progress:
         }
 
     def started_again(self, lineage: Lineage, measure: str) -> Progress:
-        """The next attempt, with the changes that were accepted.
+        """Return the progress of the next attempt, with the lineage and the measure of the current settings.
 
-        A change of the order ends the count of the epoch: its first steps followed another order. A change of what the
-        best model is measured in ends the comparison with the best so far.
+        After a change of the order, the samples of the epoch are counted no further: its first steps followed another
+        order. After a change of the measure, the best value starts again.
 
         Args:
-            lineage: of this start.
-            measure: `compatibility.measure_of` this start.
+            measure: `compatibility.measure_of` the current settings.
         """
         changed = changes_of_order(self.lineage, lineage)
         again = replace(self, lineage=lineage, attempt=self.attempt + 1, best_in=measure)
@@ -118,11 +117,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One that was read, and whose bytes are those that were written."""
+    """A checkpoint that was read and verified."""
 
     path: Path
     progress: Progress
-    states: dict[str, State]  # "model", "optimizer" and whatever else the run kept
+    states: dict[str, State]  # "model", "optimizer" and others
     settings_yaml: str
 
 
@@ -131,20 +130,20 @@ def step_of(path: Path) -> int:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Checkpoints of a run, the oldest first, whole or not."""
+    """Return the checkpoint folders of a run, oldest first, without verifying them."""
     return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
 
 
 def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint to go on from; None to begin at the beginning.
+    """Return the checkpoint to resume from; None to start at step 0.
 
     Args:
         folder: `runs/<name>/checkpoints`.
         resume: "auto", "never", or the path of a checkpoint or of a run.
-        say: takes a line for each checkpoint that is passed over.
+        say: receives a line for each checkpoint that is skipped.
 
     Raises:
-        CheckpointError: what was asked for cannot be had.
+        CheckpointError: the requested checkpoint cannot be used, or "never" would overwrite checkpoints.
     """
     there = listed(folder)
     if resume == "auto":
@@ -153,8 +152,8 @@ def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Che
         if there:
             raise CheckpointError(
                 f"--resume never, and {folder} holds {len(there)} checkpoints, the newest of step {step_of(there[-1])}",
-                "a new run would overwrite them one by one",
-                f"set run.out to a new folder, or remove {folder.parent} yourself, or use --resume auto to go on",
+                "a new run would overwrite them",
+                f"set run.out to a new folder, remove {folder.parent}, or use --resume auto to continue the run",
             )
         return None
     asked = _asked(Path(resume), say)
@@ -163,15 +162,15 @@ def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Che
     if asked.path.resolve().parent == folder.resolve():
         raise CheckpointError(
             f"--resume {resume}, and {folder} holds {there[-1].name}, which is newer",
-            "two lines of one run would lie in one folder, and after a kill the newer one would be gone on with",
-            f"set run.out to a new folder, or remove what is newer than {asked.path.name}, or use --resume auto",
+            "the folder would hold two histories of the run, and after a kill it would resume from the newer one",
+            f"set run.out to a new folder, remove the checkpoints newer than {asked.path.name}, or use --resume auto",
         )
-    say(f"{folder.parent} has gone on from {resume} already, so it goes on from its own newest checkpoint")
+    say(f"{folder.parent} already continues {resume}: resuming from its own newest checkpoint")
     return newest(folder, say)
 
 
 def _asked(path: Path, say: Callable[[str], None]) -> Checkpoint:
-    """A checkpoint, or the newest whole one of a run's folder or of its folder of checkpoints."""
+    """Return the checkpoint, or the newest intact one of a run's folder or of a folder of checkpoints."""
     for folder in (path / FOLDER, path):
         if found := newest(folder, say):
             return found
@@ -179,54 +178,54 @@ def _asked(path: Path, say: Callable[[str], None]) -> Checkpoint:
 
 
 def kept_choices(run: Path, resume: str) -> Kept:
-    """What was chosen on the machine that began the run, from the checkpoint that a start will probably go on from.
+    """Return what was chosen on the machine that started the run, from the checkpoint that will probably be used.
 
-    It is not checked here, since the processes have not met: `starting_point` is what proves it and reports.
+    The checkpoint is not verified here, because the processes have not joined yet: `starting_point` does that.
     """
     paths = [] if resume == "never" else listed(run / FOLDER)
     if resume not in ("never", "auto"):
         asked = [Path(resume), *listed(Path(resume)), *listed(Path(resume) / FOLDER)][-1]
         if not (paths and _step_in(paths[-1]) > _step_in(asked)):
-            paths.append(asked)  # else the run has gone on from there already
+            paths.append(asked)  # otherwise the run has already continued it
     for path in reversed(paths):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             raw = json.loads((path / PROGRESS).read_bytes())
-            # until 2026-11 it was not written down: fp16 had a loss scale, and auto was bf16 otherwise
+            # not recorded until 2026-11: fp16 had a loss scale, and auto was bf16 otherwise
             return Kept(raw.get("precision") or ("fp16" if raw.get("scaler") else "bf16"), raw.get("compiles"))
     return NOTHING_KEPT
 
 
 def _step_in(path: Path) -> int:
-    """The step of a checkpoint, as its name says; 0 for another name."""
+    """Return the step in the name of a checkpoint; 0 for any other name."""
     return int(step) if (step := path.name.removeprefix("step-")).isdigit() else 0
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; each that is not is named and passed over. None where there is none.
+    """Return the newest intact checkpoint, and report each damaged one that is skipped; None without checkpoints.
 
     Raises:
-        CheckpointError: there are checkpoints and none of them is whole.
+        CheckpointError: there are checkpoints, and all of them are damaged.
     """
     paths = listed(folder)
     for path in reversed(paths):
         try:
             return read(path)
         except CheckpointError as error:
-            say(f"passed over {path}: {error.found}")
+            say(f"skipped {path}: {error.found}")
     if paths:
         raise CheckpointError(
-            f"none of the {len(paths)} checkpoints in {folder} is whole",
-            "the run would start from the beginning as if nothing had been",
-            f"restore one from a backup, or set run.out to a new folder, or remove {folder}",
+            f"none of the {len(paths)} checkpoints in {folder} is intact",
+            "the run would start again at step 0",
+            f"restore one from a backup, set run.out to a new folder, or remove {folder}",
         )
     return None
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads a checkpoint and proves its bytes.
+    """Read a checkpoint and verify its files.
 
     Raises:
-        CheckpointError: not there, not whole, or of another format.
+        CheckpointError: the checkpoint is missing, damaged, or of another format.
     """
     try:
         complete = json.loads((path / COMPLETE).read_bytes())
@@ -236,7 +235,7 @@ def read(path: Path) -> Checkpoint:
                 f"this wasteddp reads {FORMAT} {', '.join(map(str, _READERS))}"
             )
         sha256 = complete["sha256"]
-        with ThreadPoolExecutor() as threads:  # hashing lets go of the GIL, and is most of the time that a resume takes
+        with ThreadPoolExecutor() as threads:  # hashing releases the GIL, and takes most of the time of a resume
             contents = dict(zip(sha256, threads.map(partial(_proved, path), sha256, sha256.values()), strict=True))
         raw, settings_yaml = json.loads(contents[PROGRESS]), contents[SETTINGS].decode()
         lineage = _READERS[complete["format_version"]](raw.pop("lineage"), settings_yaml)
@@ -247,16 +246,16 @@ def read(path: Path) -> Checkpoint:
         raw.setdefault("best_in", measure_of_settings(yaml.safe_load(settings_yaml), lineage.manifest))  # until 2026-11
         return Checkpoint(path, Progress(lineage=lineage, **raw), states, settings_yaml)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, yaml.YAMLError) as error:
-        reason = f"{error.args[0]!r} is missing in it" if isinstance(error, KeyError) else str(error)
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"{path} is not a whole checkpoint: {reason}",
-            "the weights in it may not be those that were trained",
-            "use another one, or --resume auto, which takes the newest that is whole",
+            f"{path} is not an intact checkpoint: {reason}",
+            "its weights may not be those that were trained",
+            "use another checkpoint, or --resume auto, which uses the newest intact one",
         ) from error
 
 
 def _proved(folder: Path, name: str, sha256: str) -> bytes:
-    """A file's content, if its hash is the one that was written down."""
+    """Return the content of a file, after its hash is verified."""
     if Path(name).name != name:
         raise ValueError(f"{name!r} is not a plain file name")
     content = (folder / name).read_bytes()
@@ -267,13 +266,13 @@ def _proved(folder: Path, name: str, sha256: str) -> bytes:
 
 
 def _lineage_1(raw: dict[str, Any], settings_yaml: str) -> Lineage:
-    """Format 1 (until 2026-11): what the order hangs on, beside the lanes, was in the settings only."""
+    """Format 1 (until 2026-11): of what determines the order, only the lanes were outside the settings."""
     data = yaml.safe_load(settings_yaml)["data"]
     return _lineage_2({**raw, **{name: data[name] for name in ("block", "window", "train_split")}}, settings_yaml)
 
 
 def _lineage_2(raw: dict[str, Any], settings_yaml: str) -> Lineage:
-    """Format 2 (until 2026-11): every image was drawn once in an epoch, and nobody taught."""
+    """Format 2 (until 2026-11): before data.balance and train.teacher existed."""
     return Lineage.from_json({**raw, "balance": 0.0, "teacher": ""})
 
 

@@ -1,4 +1,4 @@
-"""What a run is made of between two steps: networks, optimizer, and each rank's own BatchNorm statistics.
+"""The state of a run between two steps: networks, optimizer, and each rank's own BatchNorm statistics.
 
 Legend: R ranks, F numbers in all running statistics of a network.
 """
@@ -18,26 +18,26 @@ from wasteddp.training.checkpoint.reader import Checkpoint
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
 
-_RANKS = "ranks"  # the state that holds what each rank has of its own
+_RANKS = "ranks"  # name of the state that holds each rank's own statistics
 _STATISTICS = "running_statistics"
-ONE_MOMENT = ("sgd", "lars")  # optimizers that keep one number a weight; the others keep two
+ONE_MOMENT = ("sgd", "lars")  # optimizers that keep one number per weight; the others keep two
 
 
 class Stateful(Protocol):
-    """What may be kept beside the model and the optimizer, such as a moving average of the weights."""
+    """Further state to save with the model and the optimizer, such as a moving average of the weights."""
 
     def state_dict(self) -> Mapping[str, torch.Tensor]: ...
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> Any: ...
 
 
 class RunState:
-    """Of one run, on all ranks.
+    """The state of one run, on all ranks.
 
     Args:
-        model: bare, or as DDP or `torch.compile` wrap it.
-        optimizer: bare, not as Accelerate wraps it.
-        further: other things with a state, by the name that their file gets; the same on every rank. Of networks the
-            running statistics are each rank's own, as the model's are.
+        model: with or without the wrappers of DDP and `torch.compile`.
+        optimizer: not as Accelerate wraps it.
+        further: other objects with a state, by the name of their file; the same on every rank. If one is a network, its
+            running statistics differ between the ranks, as those of the model.
     """
 
     def __init__(
@@ -53,10 +53,13 @@ class RunState:
         return sum(tensor.nbytes for tensor in self._model.state_dict().values())
 
     def tensors(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        """All ranks: what a checkpoint holds. The networks' running statistics are the mean over the ranks, for any
-        number of them to load; each rank's own are kept beside it, so that the same number goes on bit for bit."""
+        """Return the states of a checkpoint. All ranks.
+
+        The networks' running statistics are the mean over the ranks, which any number of ranks can load. The state
+        "ranks" holds each rank's own, so that the same number of ranks resumes bit for bit.
+        """
         states: dict[str, Mapping[str, torch.Tensor]] = {
-            "model": self._model.state_dict(keep_vars=True),  # 320 detached tensors would cost the loop 0.4 ms
+            "model": self._model.state_dict(keep_vars=True),  # detaching 320 tensors would take 0.4 ms
             "optimizer": optimizers.state_tensors(self._optimizer, self._model),
             **{name: thing.state_dict() for name, thing in self._further.items()},
         }
@@ -74,16 +77,16 @@ class RunState:
         return {**states, _RANKS: of_ranks} if of_ranks else states
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """All ranks, after `prepare`, which gives every rank the state of the first: the checkpoint's state.
+        """Load the state of a checkpoint, after `Runtime.prepare`, which copies the state of rank 0 to all. All ranks.
 
         Raises:
-            CheckpointError: on every rank: it lacks a state that this run has.
+            CheckpointError: on every rank: the checkpoint lacks a state that this run has.
         """
         with self._world.together():
             if missing := self._further.keys() - checkpoint.states.keys():
                 raise CheckpointError(
                     f"{checkpoint.path} has no state of: {', '.join(sorted(missing))}",
-                    "the run would go on with a fresh one beside trained weights",
+                    "the run would combine trained weights with a new state",
                     "restore the settings of that run, or set run.out to a new folder",
                 )
         self._model.load_state_dict(checkpoint.states["model"])
@@ -92,32 +95,32 @@ class RunState:
             thing.load_state_dict(checkpoint.states[name])
         for name, network in self._networks.items():
             own = checkpoint.states.get(_RANKS, {}).get(_own_statistics(name))
-            if own is not None and len(own) == self._world.world_size:  # another number of ranks takes the mean
+            if own is not None and len(own) == self._world.world_size:  # another number of ranks uses the mean
                 _fill(running_statistics(network), own[self._world.rank])
         self._world.load_scaler(checkpoint.progress.scaler)
 
     def reconcile(self) -> None:
-        """All ranks: BatchNorm's running statistics become their mean, since each rank saw other images."""
+        """Replace BatchNorm's running statistics by their mean over the ranks, which saw other images. All ranks."""
         self._world.average_([tensor for network in self._networks.values() for tensor in running_statistics(network)])
 
 
 def room_for_checkpoint(settings: Settings, model_bytes: int) -> int:
-    """Bytes of one: the weights, their average, and one more for each moment that the optimizer keeps."""
+    """Return the bytes of a checkpoint: the weights, their average, and the optimizer's moments."""
     moments = 1 if settings.optimizer.name in ONE_MOMENT else 2
     return model_bytes * (1 + (settings.train.ema_decay > 0) + moments)
 
 
 def room_for_run(settings: Settings, model_bytes: int) -> int:
-    """Bytes that checkpoints and bundles take at most: those kept, the best, and the ones being written."""
+    """Return the most bytes that checkpoints and bundles take: those kept, the best, and those being written."""
     return room_for_checkpoint(settings, model_bytes) * (settings.checkpoint.keep_last + 2) + 2 * model_bytes
 
 
 def _own_statistics(name: str) -> str:
-    """What the ranks' own running statistics of a network are called."""
+    """Return the key of the ranks' own running statistics of a network."""
     return _STATISTICS if name == "model" else f"{name}_{_STATISTICS}"
 
 
 def _fill(tensors: list[torch.Tensor], flat: torch.Tensor) -> None:
-    """Writes the parts of `flat`, one after the other, into the tensors."""
+    """Copy consecutive parts of `flat` into the tensors."""
     for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

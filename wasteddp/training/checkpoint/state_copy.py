@@ -1,8 +1,8 @@
-"""Copies a run's state for the thread that writes checkpoints, as it is at the step of the save.
+"""Copies the state of a run at the step of a save, for the thread that writes checkpoints.
 
 CPU, or a GPU that lacks memory for a second state:  state -> host             the loop waits
 GPU:                                                 state -> device -> host   the loop launches the first copy and
-                                                                               goes on; the thread waits for the second
+                                                                               continues; the thread waits for both
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 
 from wasteddp.training.checkpoint.reader import State, States
 
-_ALIGNED_BYTES = 256  # where a tensor begins in the copy: a multiple of each type's size, and of the GPU's widest load
-_KEPT_FREE = 0.05  # of the GPU's memory, after the copy was allocated: larger images and cuDNN's workspaces follow
+_ALIGNED_BYTES = 256  # alignment of a tensor in the copy: a multiple of each type's size and of the GPU's widest load
+_KEPT_FREE = 0.05  # of the GPU's memory, after the allocation of the copy, for larger images and cuDNN's workspaces
 
 Flat = dict[tuple[str, str], torch.Tensor]  # by (state's name, tensor's name)
 Fetch = Callable[[], dict[str, State]]
 
 
 class HostCopy:
-    """Host memory for the tensors of a run, kept from one save to the next.
+    """Host memory for the tensors of a run, reused by each save.
 
-    Fresh memory would cost a page fault for every 4 KB, more than the copying itself. The copies lie in memory as the
-    tensors do (channels-last stays so): reordering them is left to the thread that writes.
+    New memory would cost a page fault for every 4 KB, which takes longer than the copy itself. The copies keep the
+    memory format of the tensors (such as channels-last): the writer's thread reorders them.
     """
 
     def __init__(self) -> None:
         self._copies: dict[str, State] = {}
 
     def of(self, states: States) -> dict[str, State]:
-        """The copies, whole on return; they are overwritten by the next call."""
+        """Return the finished copies, which the next call overwrites."""
         on_gpu = False
         for name, state in states.items():
             copies = self._copies.setdefault(name, {})
@@ -45,12 +45,12 @@ class HostCopy:
                 on_gpu = on_gpu or tensor.is_cuda
         if on_gpu:
             torch.cuda.synchronize()
-        # what is not there any more, such as the state of an optimizer that was made again, must not be saved
+        # a tensor that no longer exists, such as the state of a replaced optimizer, must not be saved
         return {name: {key: self._copies[name][key] for key in state} for name, state in states.items()}
 
 
 class Gpu:
-    """What `DeviceCopy` asks of CUDA; the tests put a device of their own in its place."""
+    """The CUDA calls of `DeviceCopy`; tests replace them."""
 
     def __init__(self) -> None:
         self._side: torch.cuda.Stream | None = None
@@ -59,23 +59,23 @@ class Gpu:
         return tensor.is_cuda
 
     def memory(self) -> tuple[int, int]:
-        """(free, all) bytes of the current device. What torch has cached counts as taken: training needs it again."""
+        """Return (free, total) bytes of the current device. Memory cached by torch is not free: training reuses it."""
         return torch.cuda.mem_get_info()
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """uint8 [num_bytes] on the current device."""
+        """Return uint8 [num_bytes] on the current device."""
         return torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
 
     def allocate_on_host(self, num_bytes: int) -> torch.Tensor:
-        """uint8 [num_bytes], page-locked."""
+        """Return uint8 [num_bytes], page-locked."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> Any:
-        """An event after all that was launched so far."""
+        """Return an event after everything that was launched so far."""
         return torch.cuda.current_stream().record_event()
 
     def fetch(self, source: torch.Tensor, target: torch.Tensor, launched: Any) -> None:
-        """In the writer's thread: waits for the event, then for the copy to the host, while the training goes on."""
+        """Wait for the event, then for the copy to the host. In the writer's thread, while training continues."""
         if self._side is None:
             self._side = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._side):
@@ -87,24 +87,24 @@ class Gpu:
 
 
 class DeviceCopy:
-    """One piece of device memory for a second state, and one of page-locked memory on the host, kept for all saves.
+    """One block of device memory for a second state, and one of page-locked host memory, reused by all saves.
 
-    In one piece, the 480 tensors of a ResNet50 with momentum take a few launches and one copy to the host.
+    In one block, the 480 tensors of a ResNet50 with momentum take a few launches and one copy to the host.
     """
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._layout: list[Any] = []
-        self._copies: Flat = {}  # parts of what is on the device
+        self._copies: Flat = {}  # views of the device memory
         self._copies_on_host: Flat = {}
         self._on_device: torch.Tensor | None = None
         self._on_host: torch.Tensor | None = None
 
     def make_room(self, tensors: Flat) -> str:
-        """Allocates the copy on the device, unless it is there.
+        """Allocate the copy on the device, if it is not allocated yet.
 
         Returns:
-            Why that is not possible, or "".
+            The reason why that is not possible, or "".
         """
         layout = [(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()]
         if self._on_device is not None and layout == self._layout:
@@ -114,7 +114,7 @@ class DeviceCopy:
             self._copies, self._on_device = {}, None
             free, total = self._gpu.memory()
             if free - num_bytes < _KEPT_FREE * total:
-                return f"{free / 1e6:,.0f} MB are free, and a second state takes {num_bytes / 1e6:,.0f} MB"
+                return f"the GPU has {free / 1e6:,.0f} MB free, and a second state takes {num_bytes / 1e6:,.0f} MB"
             try:
                 self._on_device = self._gpu.allocate(num_bytes)
             except torch.OutOfMemoryError as error:
@@ -124,9 +124,9 @@ class DeviceCopy:
 
     @torch.no_grad()
     def launch(self, tensors: Flat) -> Any:
-        """Launches the copy on the device, after `make_room`. Returns the event that `fetch` takes."""
+        """Launch the copy on the device, after `make_room`, and return the event for `fetch`."""
         by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        for key, tensor in tensors.items():  # lists of two types would be copied tensor by tensor
+        for key, tensor in tensors.items():  # a list of mixed types would be copied tensor by tensor
             copies, sources = by_dtype.setdefault(tensor.dtype, ([], []))
             copies.append(self._copies[key])
             sources.append(tensor)
@@ -135,9 +135,9 @@ class DeviceCopy:
         return self._gpu.mark()
 
     def fetch(self, launched: Any) -> Flat:
-        """In the writer's thread: the copies on the host, as often as asked for until the next `launch`.
+        """Return the copies on the host; may be called several times until the next `launch`. In the writer's thread.
 
-        Page-locking takes long (180 ms for 188 MB): that is left to this thread too.
+        Page-locking is slow (180 ms for 188 MB), so this thread does that too.
         """
         assert self._on_device is not None
         num_bytes = len(self._on_device)
@@ -151,10 +151,10 @@ class DeviceCopy:
 
 
 class StateCopy:
-    """Copies of the state of a run, from save to save.
+    """Copies the state of a run for each save.
 
     Args:
-        say: takes a line if the loop has to wait because the GPU lacks memory; once.
+        say: receives a line, once, if the loop has to wait because the GPU lacks memory.
         gpu: see `Gpu`.
     """
 
@@ -164,8 +164,12 @@ class StateCopy:
         self._has_said = False
 
     def begin(self, states: States) -> Fetch:
-        """In the loop's thread, on return of which the states may change. The thread that writes calls what is
-        returned, before the next `begin`, and gets the copies: they are overwritten by the next one."""
+        """Start to copy the states, which may change after the call. In the loop's thread.
+
+        Returns:
+            A function that returns the copies, for the writer's thread. It must be called before the next `begin`,
+            which overwrites the copies.
+        """
         on_gpu: Flat = {}
         on_host: dict[str, State] = {name: {} for name in states}
         for name, state in states.items():
@@ -177,7 +181,7 @@ class StateCopy:
         lacking = self._device.make_room(on_gpu) if on_gpu else ""
         if lacking and not self._has_said:
             self._has_said = True
-            self._say(f"the training waits for each checkpoint's copy to the host: {lacking}")
+            self._say(f"training waits for the copy of each checkpoint to the host: {lacking}")
         if lacking or not on_gpu:
             return partial(dict, self._host.of(states))
         order = {name: tuple(state) for name, state in states.items()}
@@ -198,7 +202,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _views(memory: torch.Tensor, tensors: Flat) -> Flat:
-    """Parts of `memory`, uint8, with the types, the shapes and the order in memory that the tensors have."""
+    """Return views of `memory`, uint8, with the types, shapes and memory formats of the tensors."""
     views, begin = {}, 0
     for key, tensor in tensors.items():
         part = memory[begin : begin + tensor.nbytes].view(tensor.dtype)

@@ -1,7 +1,7 @@
-"""Writes checkpoints in a thread: the loop waits for the copy of the tensors only, and on a GPU not even for that.
+"""Writes checkpoints in a thread. The loop waits only for the copy of the tensors, and on a GPU not even for that.
 
-A thread writes, syncs, renames, syncs the folder, and prunes after that; what a kill leaves half-done is cleared, or
-put back, by `recover` at the next start.
+The thread writes and syncs the files, renames the folder, syncs its parent, and then removes old checkpoints. At the
+next start `recover` removes or restores what a kill left unfinished.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from wasteddp.training.checkpoint.state_copy import Fetch, StateCopy
 
 
 class CheckpointWriter:
-    """Writes into `runs/<name>/checkpoints`, which exists. Rank 0 only.
+    """Writes into `runs/<name>/checkpoints`, which must exist. Rank 0 only.
 
     Args:
-        folder: of the checkpoints.
-        keep_last: newest ones kept, besides the best.
-        keep_every: of every so many steps one is kept permanently; 0: none.
-        say: takes a line about the run, such as that a copy has to be waited for.
+        folder: the folder of the checkpoints.
+        keep_last: number of newest checkpoints to keep, in addition to the best.
+        keep_every: keep one checkpoint permanently for every `keep_every` steps; 0: none.
+        say: receives lines for the log, such as that the loop waits for a copy.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
         self._work: Callable[[], None] = lambda: None
         self._copy = StateCopy(say)
-        self._handed_over_at = 0.0
-        self.seconds: float | None = None  # that the last checkpoint took from being handed over to lying on the disk
+        self._started_at = 0.0
+        self.seconds: float | None = None  # that the last checkpoint took, from the call of `save` until it was on disk
 
     @property
     def is_busy(self) -> bool:
@@ -71,38 +71,38 @@ class CheckpointWriter:
         before: Callable[[States], object] | None = None,
         after: Callable[[], object] | None = None,
     ) -> None:
-        """Copies the tensors, or launches their copy, and returns; the copy is written by a thread.
+        """Copy the tensors, or launch their copy, and return; a thread writes the copy.
 
         Args:
-            states: named states; "model" and "optimizer" must be among them.
-            before: called in that thread with the copies, before the checkpoint is written: after a kill between
-                the two, the run goes on from the checkpoint before and comes to the same place again.
-            after: called in that thread once the checkpoint is on the disk.
+            states: named states, including "model" and "optimizer".
+            before: called in that thread with the copies, before the checkpoint is written. After a kill between the
+                two, the run resumes from the previous checkpoint and reaches the same step again.
+            after: called in that thread when the checkpoint is on disk.
 
         Raises:
-            StorageError: the save before this one failed. What was complete before it is untouched.
+            StorageError: the previous save failed. Complete checkpoints are not affected.
         """
         self.wait()
         self._work = partial(self._keep, progress, self._copy.begin(states), settings_yaml, before, after)
         self.again()
 
     def again(self) -> None:
-        """Hands over again what was handed over last: after a save that failed."""
-        self._handed_over_at = time.perf_counter()
+        """Retry the last save, after it failed."""
+        self._started_at = time.perf_counter()
         self._pending = self._thread.submit(self._work)
 
     def wait(self) -> None:
-        """Until what was handed over is on the disk.
+        """Wait until the last save is on disk.
 
         Raises:
-            StorageError: it is not, and will not be.
+            StorageError: the save failed.
         """
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
 
     def close(self) -> None:
-        """As `wait`, for the last time."""
+        """Wait for the last save, and stop the thread."""
         try:
             self.wait()
         finally:
@@ -125,10 +125,10 @@ class CheckpointWriter:
             before(states)
         try:
             self._write(progress, states, settings_yaml)
-        except StorageError:  # a full disk needs its space back
+        except StorageError:  # free the space on a full disk
             shutil.rmtree(_temporary(self._folder / f"step-{progress.step:08d}"), ignore_errors=True)
             raise
-        self.seconds = time.perf_counter() - self._handed_over_at
+        self.seconds = time.perf_counter() - self._started_at
         if after:
             after()
 
@@ -149,17 +149,17 @@ class CheckpointWriter:
                     file.flush()
                     os.fsync(file.fileno())
             sync_folder(temporary)
-            if final.exists():  # the same step again: stopped before the first step, or the old one is damaged
+            if final.exists():  # the same step again: the run stopped before its first step, or the old one is damaged
                 shutil.rmtree(replaced, ignore_errors=True)
-                final.rename(replaced)  # a kill after this line: `recover` puts it back
+                final.rename(replaced)  # after a kill here, `recover` restores it
             temporary.rename(final)
             sync_folder(self._folder)
             shutil.rmtree(replaced, ignore_errors=True)
             self._prune(progress)
 
     def _prune(self, progress: Progress) -> None:
-        # Newer ones are damaged, or the run would have gone on from them: counted among the newest, they would push
-        # out the whole ones.
+        # Newer checkpoints are damaged, or the run would have resumed from them. They must not count among the newest,
+        # or the intact ones would be removed.
         there = {step_of(path): path for path in listed(self._folder) if step_of(path) <= progress.step}
         kept = kept_steps(
             list(there), keep_last=self._keep_last, keep_every=self._keep_every, best_step=progress.best_step
@@ -171,10 +171,10 @@ class CheckpointWriter:
 
 
 def kept_steps(steps: Sequence[int], *, keep_last: int, keep_every: int, best_step: int) -> set[int]:
-    """Which of the checkpoints of these steps, the oldest first, stay.
+    """Return which of the checkpoints of `steps`, oldest first, are kept.
 
-    The newest, the best, and the first of every `keep_every` steps: of 10, 20, 30, 40, 50 with `keep_every` 20 these
-    are 20 and 40. So the ones kept are about `keep_every` apart however irregularly the run was saved.
+    These are the newest, the best, and the first in every `keep_every` steps: of 10, 20, 30, 40, 50 with `keep_every`
+    20 these are 20 and 40. So they are about `keep_every` steps apart, even if the run was saved irregularly.
     """
     kept = {*steps[-keep_last:], best_step}
     if keep_every:
@@ -187,7 +187,7 @@ def kept_steps(steps: Sequence[int], *, keep_last: int, keep_every: int, best_st
 
 
 def recover(folder: Path) -> None:
-    """Clears what a kill left, and puts back what was on its way to be replaced. Nobody else may write meanwhile."""
+    """Remove what a kill left, and restore a checkpoint that was being replaced. Requires the lock on the folder."""
     for final in {folder / path.name.split(".")[1] for path in folder.glob(".step-*.tmp")}:
         if _replaced(final).exists() and not final.exists():
             _replaced(final).rename(final)
@@ -196,19 +196,19 @@ def recover(folder: Path) -> None:
 
 
 def refuse_full_disk(folder: Path, num_bytes: int) -> None:
-    """Raises a StorageError if the disk of `folder` has no room for `num_bytes`."""
+    """Raise a StorageError if the disk of `folder` has less than `num_bytes` free."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise StorageError(
             f"the disk of {folder} has {free / 1e6:,.0f} MB free; the checkpoints take {num_bytes / 1e6:,.0f} MB",
-            "the run would end at one of its saves",
+            "a later save would fail",
             "free some space, set run.out to a folder on another disk, or lower checkpoint.keep_last",
         )
 
 
 def inner_name(key: str) -> str:
-    """A tensor's name as the bare network has it, without what DDP and `torch.compile` put before it.
+    """Return a tensor's name without the prefixes of DDP and `torch.compile`.
 
     In "momentum_buffer:module.fc.weight" the parameter's name is after the colon.
     """

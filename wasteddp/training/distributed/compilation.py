@@ -1,4 +1,4 @@
-"""Whether the network of a run is compiled: as set, as when the run began, or where it saves more than it costs."""
+"""Decides whether to compile the network: as set, as when the run started, or if compiling saves more than it costs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from wasteddp.settings import Settings
 from wasteddp.training import schedule
 from wasteddp.training.distributed.runtime import Runtime
 
-# Source: one H200, torch 2.11, ResNet50 at 224 px (docs/notes.md): images/s compiled over those without, and the
-# seconds that the first step took. An estimate for other cards and networks, so it must save some times its cost.
+# Measured on one H200, torch 2.11, ResNet50 at 224 px (docs/notes.md): images/s with compilation / without, and the
+# seconds of the first step. For other cards and networks it is an estimate, so the saving must be a multiple of the
+# cost.
 _GAIN = {"bf16": 6518 / 4574, "fp16": 6912 / 5871}
 _SECONDS_A_GRAPH = 62.0
 _LEAST_RETURN = 2.0
@@ -35,10 +36,10 @@ class Decision:
 
 
 def choose(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
-    """All ranks: what is known before the network is made, with whether it is compiled.
+    """Return the runtime with the decision whether to compile the network, before it is built. All ranks.
 
     Raises:
-        SettingsError: model.compile is true and this machine has no compiler for it; on every rank.
+        SettingsError: on every rank: model.compile is true and this machine has no compiler for it.
     """
     is_gpu = world.device.type == "cuda"
     lacking = what_is_lacking() if is_gpu else ""
@@ -55,7 +56,7 @@ def choose(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
         is_deterministic=settings.run.deterministic,
         lacking=next(filter(None, world.gather(lacking)), ""),  # all ranks
     )
-    if decision.compiles and is_gpu:  # on a CPU a start that is killed can leave a library that is half written
+    if decision.compiles and is_gpu:  # not on a CPU, where a kill can leave a partly written library
         keep_compiled_code()
     return replace(world, compiles=decision.compiles, compile_reason=decision.reason)
 
@@ -70,44 +71,44 @@ def decide(
     lacking: str,
     is_deterministic: bool = False,
 ) -> Decision:
-    """Whether to compile for True, False or "auto".
+    """Decide whether to compile, for True, False or "auto".
 
     Args:
-        kept: what the checkpoint says that the run goes on from.
-        gain: images/s compiled over those without; 1: none is known.
-        images_per_s: of this process, at the full side and not compiled; 0: unknown.
-        lacking: what this machine has not that compiling needs; "": nothing.
+        kept: the decision in the checkpoint that the run resumes from.
+        gain: images/s with compilation / images/s without; 1: unknown.
+        images_per_s: of this process at the full image size, without compilation; 0: unknown.
+        lacking: what this machine lacks for compilation; "": nothing.
     """
     if asked != "auto":
         return Decision(bool(asked), "as set")
     if lacking:
         return Decision(False, lacking)
     if kept is not None:
-        return Decision(kept, "as when the run began")
+        return Decision(kept, "as when the run started")
     if is_deterministic:
-        return Decision(False, "run.deterministic is set, and an estimate hangs on what was measured")
+        return Decision(False, "run.deterministic is set, and the estimate depends on a measurement")
     if gain <= 1:
         return Decision(False, "no gain is known for this device and precision")
     if not images_per_s:
-        return Decision(False, "there was too little free memory to measure what it would save")
+        return Decision(False, "too little free memory to measure the saving")
     cost_s, all_s = work.num_graphs * _SECONDS_A_GRAPH, work.num_images / images_per_s
     saved_s = all_s * (1 - 1 / gain)
     reason = (
-        f"estimated: {saved_s:,.0f} s saved of {all_s:,.0f} s, {cost_s:,.0f} s of compiling {work.num_graphs} graphs"
+        f"estimate: saves {saved_s:,.0f} s of {all_s:,.0f} s, costs {cost_s:,.0f} s to compile {work.num_graphs} graphs"
     )
     return Decision(saved_s >= _LEAST_RETURN * cost_s, reason)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run computes from its first step to its last, whatever a checkpoint has of it already."""
+    """The work of a whole run, including the steps before a checkpoint."""
 
-    num_images: float  # of one process, those of smaller sides counted by their area
-    num_graphs: int  # that are compiled: one for each side and each unfrozen stage, and one for evaluation
+    num_images: float  # of one process; smaller images count by their area
+    num_graphs: int  # to compile: one for each image size and set of frozen stages, and one for evaluation
 
     @classmethod
     def of(cls, settings: Settings, steps_per_epoch: int, images_a_step: int) -> Work:
-        """`images_a_step`: of one process."""
+        """Return the work that follows from the settings. `images_a_step` is that of one process."""
         model, left = settings.model, steps_per_epoch * settings.train.epochs
         left = min(left, settings.train.stop_at_step or left)
         num_images, graphs = 0.0, set()
@@ -123,7 +124,7 @@ class Work:
 
 
 def what_is_lacking(environment: Mapping[str, str] = os.environ) -> str:
-    """What `torch.compile` needs on a GPU and this machine has not; "" where it has all.
+    """Return what this machine lacks for `torch.compile` on a GPU; "" if it lacks nothing.
 
     Source: triton/runtime/build.py; torch/_inductor/scheduler.py.
     """
@@ -143,16 +144,16 @@ def refuse_without_compiler(lacking: str) -> None:
         raise SettingsError(
             f"model.compile is true, and {lacking}",
             "torch would fail in the first step",
-            "install it, or set model.compile to auto",
+            "install what is missing, or set model.compile to auto",
         )
 
 
 def keep_compiled_code(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where compiled code is kept from one start to the next: torch's default is a folder in /tmp.
+    """Keep compiled code for later starts, in ~/.cache/wasteddp-compiled: torch's default is a folder in /tmp.
 
-    Not in ~/.cache/wasteddp, whose files are deleted to make room for shards.
+    It is not in ~/.cache/wasteddp, where files are deleted to make room for shards.
     """
-    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written: torch's own folder
+    with contextlib.suppress(OSError, RuntimeError):  # without a writable home folder, torch's default is used
         folder = Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wasteddp-compiled"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):

@@ -1,14 +1,14 @@
-"""`run.deterministic`: the same bits from each run, and from a killed one as from an undisturbed one.
+"""`run.deterministic`: two runs are equal bit for bit, also if one of them was killed and resumed.
 
-Two things add in an order that is not fixed. On a GPU, kernels with atomic additions: torch is told to take others, and
-cuBLAS and cuDNN to keep to theirs. Between ranks, DDP's all-reduce: where in a message a gradient lies decides in which
-order the ranks' parts are added, and DDP lays its messages out again after the first step of each start. With three
-ranks or more, the first step after a resume is then rounded otherwise than the same step of an undisturbed run, on a
-CPU too. So the ranks' parts are added in the order of the ranks.
+Two kinds of sums have no fixed order. On a GPU, some kernels use atomic additions: torch is set to avoid them, and
+cuBLAS and cuDNN to use the same algorithm each time. Between ranks, DDP's all-reduce adds the ranks' parts in an order
+that depends on the position of a gradient in its bucket, and DDP rebuilds its buckets after the first step of each
+start. With three or more ranks, the first step after a resume is then rounded differently from the same step of an
+uninterrupted run, also on a CPU. Therefore a communication hook adds the parts in the order of the ranks.
 
-Nothing here waits for a GPU or starts CUDA.
+This module neither synchronizes with a GPU nor initializes CUDA.
 
-Legend: R ranks, N numbers of a rank's share of a message, M = R x N with the padding.
+Legend: R ranks, N numbers in a rank's share of a bucket, M = R x N including the padding.
 """
 
 # no `from __future__ import annotations`: DDP compares the annotations of its hook with types
@@ -22,52 +22,56 @@ from torch import nn
 
 _CUBLAS, _CUBLAS_FIXED = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
-# Of torch's errors for an operation that has no such kernel (ATen/Context.cpp); the second, of cuBLAS, is gone in 2.14.
+# From torch's errors for an operation without a deterministic kernel (ATen/Context.cpp). The second one, about cuBLAS,
+# no longer exists in 2.14.
 _WORDS = ("does not have a deterministic implementation", "this operation is not deterministic because")
 
 
 def demand(*, compiles: bool) -> None:
-    """Of this process, for as long as it lives; before its first multiplication on a GPU and before NCCL.
+    """Make torch deterministic in this process, permanently. Call it before the first matrix product on a GPU and
+    before NCCL starts.
 
-    What of torch's own list of operations without such a kernel concerns this program: adaptive average pooling does
-    not, since pooling to 1 x 1 is a mean (ATen/native/AdaptiveAveragePooling.cpp); nor the loss, whose kernel for
-    [B, K] adds in a fixed order, unlike that for images; nor max pooling, whose backward pass on CUDA gathers, a thread
-    for each input, in both memory formats (ATen/native/cuda/DilatedMaxPool2d.cu); nor interpolation, of which only the
-    backward pass is on it. scatter_add_ counts whole numbers here.
+    Of torch's list of operations without a deterministic kernel, this program uses none in a way that matters:
+    - Adaptive average pooling to 1 x 1 is a mean (ATen/native/AdaptiveAveragePooling.cpp).
+    - The kernel of the loss for [B, K] adds in a fixed order, unlike that for images.
+    - The backward pass of max pooling on CUDA gathers, with a thread for each input, in both memory formats
+      (ATen/native/cuda/DilatedMaxPool2d.cu).
+    - Of interpolation only the backward pass is on the list.
+    - scatter_add_ adds integers here.
 
     Args:
-        compiles: whether torch.compile will be used: its settings take seconds to import.
+        compiles: whether torch.compile will be used; importing its settings takes seconds.
     """
     if os.environ.get(_CUBLAS) not in _CUBLAS_FIXED:
-        os.environ[_CUBLAS] = _CUBLAS_FIXED[0]  # read at the first multiplication; torch refuses any other value
-    # A switch that adds for NCCL does not add in a fixed order (its maintainers: NVIDIA/nccl issue 1497).
+        os.environ[_CUBLAS] = _CUBLAS_FIXED[0]  # read at the first matrix product; torch refuses any other value
+    # A reduction in the NVLink switch has no fixed order (according to its maintainers: NVIDIA/nccl issue 1497).
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    # the same as use_deterministic_algorithms(True), which in torch 2.14 imports the compiler: seconds a start
+    # the same as use_deterministic_algorithms(True), which in torch 2.14 imports the compiler for seconds
     torch.set_deterministic_debug_mode("error")
-    # else each new tensor is filled; nothing here reads memory that it has not written (cost: docs/notes.md)
+    # otherwise torch fills each new tensor; nothing here reads uninitialised memory (cost: docs/notes.md)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     if compiles:
         import torch._inductor.config as inductor
 
-        if hasattr(inductor, "deterministic"):  # no choice by measured time where it changes the order of additions
+        if hasattr(inductor, "deterministic"):  # do not let measured times decide the order of additions
             inductor.deterministic = True
 
 
 def lacks_a_kernel(error: Exception) -> bool:
-    """Whether torch refuses an operation because of `demand`."""
+    """Whether torch refused an operation because of `demand`."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 def add_in_order(ddp: nn.parallel.DistributedDataParallel, dtype: torch.dtype) -> None:
-    """All ranks, before the first step: the gradients' mean is (rank 0 + rank 1 + ...) / R, wherever they lie.
+    """Register a hook that computes the mean gradient as (rank 0 + rank 1 + ...) / R. All ranks, before the first step.
 
-    As many bytes as an all-reduce sends, in two messages: of each number's parts to one rank, and of the means to all.
-    What it costs besides is that the backward pass waits for each message.
+    It sends as many bytes as an all-reduce, in two messages: each number's parts go to one rank, and the means to all
+    ranks. In addition, the backward pass waits for each message.
 
     Args:
-        dtype: of what is sent; added are fp32.
+        dtype: of the messages; the sum is in fp32.
     """
     ddp.register_comm_hook(dtype, _mean_in_order)
 

@@ -1,7 +1,8 @@
-"""The precision that a run computes in: as set, that of the checkpoint it goes on from, or the faster one of its card.
+"""Chooses the precision of a run: as set, as in the checkpoint it resumes from, or the faster one on the GPU.
 
-bf16 and fp16 are equally fast in a GPU's matrix units, and differ in what surrounds them: on one H200, not compiled,
-fp16 was 28 % faster, as torch takes cuDNN's BatchNorm for fp16 and not for bf16 (docs/notes.md). So `auto` measures.
+bf16 and fp16 are equally fast in a GPU's matrix units, but not in the operations around them: on one H200, without
+compilation, fp16 was 28 % faster, because torch uses cuDNN's BatchNorm for fp16 and not for bf16 (docs/notes.md).
+Therefore `auto` measures.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from wasteddp.errors import LaunchError
 from wasteddp.model import resnet
 from wasteddp.settings import Model, Settings
 
-_LEAST_GAIN = 1.05  # of fp16 over bf16, which needs no loss scale and overflows nowhere
+_LEAST_GAIN = 1.05  # of fp16 over bf16, which needs no loss scale and has the range of fp32
 _MOST_IMAGES, _WARM_UP, _ROUNDS, _STEPS = 64, 3, 5, 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a run keeps from its checkpoint, because it was chosen on the machine that began it."""
+    """Choices that a run keeps from its checkpoint: they were made on the machine that started it."""
 
     precision: str = ""  # "": there is no checkpoint
-    compiles: bool | None = None  # None: no checkpoint, or one that does not say
+    compiles: bool | None = None  # None: there is no checkpoint, or it does not record this
 
 
 NOTHING_KEPT = Kept()
@@ -39,10 +40,10 @@ NOTHING_KEPT = Kept()
 class Precision:
     name: str  # fp32, bf16 or fp16
     reason: str
-    images_per_s: dict[str, float] = field(default_factory=dict)  # by precision: of this process, as far as measured
+    images_per_s: dict[str, float] = field(default_factory=dict)  # by precision, of this process; only those measured
 
 
-Measure = Callable[[Sequence[str]], dict[str, float]]  # images/s of each precision; nothing, if memory is lacking
+Measure = Callable[[Sequence[str]], dict[str, float]]  # images/s of each precision; empty if memory is lacking
 
 
 def choose(
@@ -54,27 +55,27 @@ def choose(
     may_measure: bool = True,
     is_speed_asked: bool = False,
 ) -> Precision:
-    """The precision for "auto", "fp32", "bf16" or "fp16".
+    """Choose the precision for "auto", "fp32", "bf16" or "fp16".
 
     Args:
-        measure: see `measure`; it is called on a GPU only, and not if nothing hangs on it.
-        may_measure: False where two runs must choose the same.
-        is_speed_asked: the images/s are to be known even if the choice does not hang on them.
+        measure: see `measure`; called only on a GPU, and only if its result is needed.
+        may_measure: False if two runs must make the same choice.
+        is_speed_asked: measure images/s even if the choice does not depend on it.
     """
     if not has_gpu:
         return _on_a_cpu(asked)
     card, has_bf16 = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
     if asked != "auto":
-        emulated = "" if asked != "bf16" or has_bf16 else f"; {card} emulates it, slower than fp16"
+        emulated = "" if asked != "bf16" or has_bf16 else f"; {card} emulates bf16, which is slower than fp16"
         chosen = Precision(asked, f"as set{emulated}")
     elif kept.precision and (has_bf16 or kept.precision != "bf16"):
-        chosen = Precision(kept.precision, "as in the checkpoint that it goes on from")
+        chosen = Precision(kept.precision, "as in the checkpoint")
     elif torch.cuda.get_device_capability() < (7, 0):
-        chosen = Precision("fp32", f"{card} has no matrix units for less")
+        chosen = Precision("fp32", f"{card} has no matrix units for fp16 or bf16")
     elif not has_bf16:
-        chosen = Precision("fp16", f"{card} does not compute bf16")
+        chosen = Precision("fp16", f"{card} does not support bf16")
     elif not may_measure:
-        chosen = Precision("bf16", f"{card} computes it; nothing is measured, as run.deterministic is set")
+        chosen = Precision("bf16", f"{card} supports it; not measured, because run.deterministic is set")
     else:
         return _the_faster(card, measure(("bf16", "fp16")))
     return Precision(chosen.name, chosen.reason, measure((chosen.name,)) if is_speed_asked and may_measure else {})
@@ -85,7 +86,7 @@ def _the_faster(card: str, images_per_s: dict[str, float]) -> Precision:
         return Precision("bf16", f"{card} has too little free memory to measure whether fp16 is faster")
     bf16, fp16 = images_per_s["bf16"], images_per_s["fp16"]
     name = "fp16" if fp16 >= _LEAST_GAIN * bf16 else "bf16"
-    reason = f"measured on {card}, not compiled: bf16 {bf16:,.0f} images/s, fp16 {fp16:,.0f}"
+    reason = f"measured on {card} without compilation: bf16 {bf16:,.0f} images/s, fp16 {fp16:,.0f}"
     return Precision(name, reason, images_per_s)
 
 
@@ -93,16 +94,16 @@ def _on_a_cpu(asked: str) -> Precision:
     supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     device = "this CPU, with AVX512-BF16 or AMX," if supported else "this CPU, without AVX512-BF16 and AMX,"
     if asked == "auto" and supported:
-        return Precision("bf16", f"{device} computes it")
+        return Precision("bf16", f"{device} supports it")
     if asked == "auto":
-        return Precision("fp32", f"{device} does not compute bf16")
+        return Precision("fp32", f"{device} does not support bf16")
     if asked == "bf16" and not supported:
-        return Precision("bf16", f"as set; {device} emulates it, slower than fp32")
+        return Precision("bf16", f"as set; {device} emulates it, which is slower than fp32")
     return Precision(asked, "as set")
 
 
 def without_measuring(asked: str) -> str:
-    """fp32, bf16 or fp16, for "auto" too: on a GPU bf16, if it computes that. For what compares at one precision."""
+    """Return fp32, bf16 or fp16 without a measurement, for comparisons; "auto" prefers bf16 on a GPU."""
     if torch.cuda.is_available():
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return asked if asked != "auto" else "bf16" if has_bf16 else "fp16"
@@ -110,23 +111,26 @@ def without_measuring(asked: str) -> str:
 
 
 def refuse_impossible(asked: str, *, has_gpu: bool) -> None:
-    """Before the processes meet, so that all of them end with the same message.
+    """Refuse fp16 without a GPU, before the processes join: all of them end with the same message.
 
     Raises:
-        LaunchError: fp16 without a GPU. Accelerate would run fp32 there and go on calling it fp16.
+        LaunchError: fp16 without a GPU. Accelerate would compute in fp32 and report fp16.
     """
     if asked == "fp16" and not has_gpu:
         raise LaunchError(
             "precision is fp16 and there is no GPU",
-            "a CPU would compute in fp32 and the log would say fp16",
+            "the CPU would compute in fp32 and the log would report fp16",
             "set precision to auto, bf16 or fp32",
         )
 
 
 def measure(settings: Settings, device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
-    """Images/s of forward and backward passes of the run's network, in turns, medians; nothing, if memory is lacking.
+    """Measure images/s of forward and backward passes of the run's network in each precision, alternating; medians.
 
-    The network has random weights and is gone afterwards; random numbers that follow are as if there had been none.
+    The network has random weights and is freed at the end. The state of torch's random generators does not change.
+
+    Returns:
+        Images/s by precision; empty if not even one image fits into the memory.
     """
     num_images, size = min(settings.train.max_micro_batch or _MOST_IMAGES, _MOST_IMAGES), settings.data.image_size
     found: dict[str, float] = {}
@@ -136,7 +140,7 @@ def measure(settings: Settings, device: torch.device, precisions: Sequence[str])
                 found = _images_per_s(settings.model, device, precisions, num_images, size)
             except torch.OutOfMemoryError:
                 num_images //= 2
-            if device.type == "cuda":  # after the handler: the error holds the tensors of the attempt
+            if device.type == "cuda":  # after the handler: the error references the tensors of the attempt
                 gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)

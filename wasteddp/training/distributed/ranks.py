@@ -1,4 +1,4 @@
-"""The processes of one training, started without a launcher: what tests and proofs kill. No torch here."""
+"""Starts the processes of a training without a launcher, for tests and `verify-resume`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 _TRAIN = Path(__file__).parents[2] / "train.py"
 _POLL_S = 0.02
-_END_S = 120.0  # for the others to end where one rank has ended
+_END_S = 120.0  # for the other ranks to end after one has ended
 
 
 def rank_environment(rank: int, num: int, port: int) -> dict[str, str]:
-    """What torchrun sets for one of `num` processes of this machine; nothing for one alone."""
+    """Return the variables that torchrun sets for one of `num` processes on one machine; empty for a single one."""
     if num == 1:
         return {}
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num, "MASTER_PORT": port}
@@ -39,7 +39,7 @@ class Ranks:
 
     @classmethod
     def started(cls, arguments: Sequence[str], num: int, run: Path) -> Ranks:
-        """Starts them; what they say goes to `run`.log."""
+        """Start `num` processes; their output goes to `run`.log."""
         log, port = run.with_name(f"{run.name}.log"), free_port()
         processes = []
         with log.open("a", encoding="utf-8") as file:
@@ -58,7 +58,7 @@ class Ranks:
             process.send_signal(number)
 
     def wait(self) -> tuple[int, ...]:
-        """Exit codes of all. Where one ended by itself the others get time to, then are killed, as a launcher does."""
+        """Return all exit codes. After one process ends, the others have 120 s to end before they are killed."""
         until: float | None = None
         while any(process.poll() is None for process in self.processes):
             if until is None and not self.are_running:

@@ -1,6 +1,6 @@
-"""The processes of a run: devices, precision, threads, and how the ranks agree.
+"""The processes of a run: process group, device, precision, threads, and collectives.
 
-The one place that knows Accelerate's traps: they are in the comments, each seen with accelerate 1.15.
+This module sets up Accelerate. Comments note its pitfalls, each seen with accelerate 1.15.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 from wasteddp.training.watchdog import slurm
 from wasteddp.training.watchdog.watchdog import SLOW_FACTOR, Watchdog
 
-MOST_UNTRIED = 64  # images in a micro-batch, where train.max_micro_batch says none and none is tried (`fitting`)
+MOST_UNTRIED = 64  # images in a micro-batch, if train.max_micro_batch is 0 and no size is tried (`micro_batch`)
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What one process knows about itself and the others."""
+    """The view that one process has of itself and the other ranks."""
 
     accelerator: Accelerator
     rank: int
@@ -48,15 +48,15 @@ class Runtime:
     threads: int
     micro_batch: int
     accumulation: int
-    control: Any  # a gloo group or None, for a few bytes between the hosts: never waits for a GPU's queue
+    control: Any  # a gloo group for small messages between the hosts, which never wait for a GPU; None with one rank
     watch: Watchdog
-    cores: int = 1  # this process's share of the machine's
+    cores: int = 1  # this process's share of the machine
     kept: Kept = NOTHING_KEPT
-    images_per_s: float = 0.0  # of forward and backward passes here, not compiled; 0: not measured
-    compiles: bool = False  # the network; see `compilation`
+    images_per_s: float = 0.0  # of forward and backward passes in this process, not compiled; 0: not measured
+    compiles: bool = False  # whether the network is compiled, see `compilation`
     compile_reason: str = ""
-    micro_batch_reason: str = ""  # where the settings leave it open
-    sent_in_order: torch.dtype | None = None  # of the gradients, with run.deterministic; None: DDP's all-reduce
+    micro_batch_reason: str = ""  # with train.max_micro_batch 0
+    sent_in_order: torch.dtype | None = None  # of the gradients' messages, with run.deterministic; None: all-reduce
 
     @property
     def is_main(self) -> bool:
@@ -64,16 +64,16 @@ class Runtime:
 
     @property
     def device_name(self) -> str:
-        """cpu, mps, or cuda with the name of the card."""
+        """cpu, mps, or cuda with the name of the GPU."""
         kind = self.device.type
         return f"{kind} ({torch.cuda.get_device_name(self.device)})" if kind == "cuda" else kind
 
     @contextmanager
     def together(self, doing: str = "preparing or saving") -> Iterator[None]:
-        """All ranks: a `WastedError` of any rank inside the block is raised on every rank at its end.
+        """Raise a `WastedError` of any rank inside the block on every rank, at the end of the block. All ranks.
 
-        Without it the rank that fails leaves and the others wait in their next collective until they are stopped.
-        The block itself must hold no collective, and may take long.
+        Otherwise the rank that fails would leave, and the others would wait in their next collective until they are
+        stopped. The block must not use collectives, and may take long.
         """
         error: WastedError | None = None
         self.watch.at(doing, slow=True)
@@ -84,7 +84,7 @@ class Runtime:
         self.raise_together(error)
 
     def raise_together(self, error: WastedError | None) -> None:
-        """All ranks: raises the first rank's error that there is, on every rank."""
+        """Raise the error of the first rank that has one, on every rank. All ranks."""
         if error and self.world_size > 1:
             error.add_note(self.watch.whereabouts)
         for found in self.gather(error):  # all ranks
@@ -92,7 +92,7 @@ class Runtime:
                 raise found
 
     def gather(self, value: Any) -> list[Any]:
-        """All ranks: the small picklable values of all, by rank."""
+        """Return the values of all ranks, in order; they must be small and picklable. All ranks."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -102,11 +102,11 @@ class Runtime:
         return values
 
     def totals(self, *counts: int) -> list[int]:
-        """All ranks: the sum of each count over the ranks."""
+        """Return the sum of each count over the ranks. All ranks."""
         return self.begin_totals(*counts)()
 
     def begin_totals(self, *counts: int) -> Callable[[], list[int]]:
-        """All ranks: `totals`, begun. What is returned waits until all ranks have begun theirs."""
+        """Start `totals`, and return a function that waits for the result. All ranks."""
         if self.control is None:
             return lambda: list(counts)
         words = torch.tensor(counts)
@@ -121,12 +121,12 @@ class Runtime:
         return finish
 
     def say(self, message: str) -> None:
-        """Rank 0 prints, before there is a tracker that also keeps it."""
+        """Print a line on rank 0, before the tracker exists, which also writes the log."""
         if self.is_main:
             print(message, flush=True)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All ranks: the sum over the ranks."""
+        """Return the sum of a tensor over the ranks. All ranks."""
         if self.world_size == 1:
             return tensor
         before = self.watch.meet()
@@ -135,7 +135,7 @@ class Runtime:
         return total
 
     def average_(self, tensors: list[torch.Tensor]) -> None:
-        """All ranks: replaces the tensors by their mean over the ranks, in one message."""
+        """Replace the tensors by their mean over the ranks, in one message. All ranks."""
         if self.world_size == 1 or not tensors:
             return
         before = self.watch.meet()
@@ -145,7 +145,7 @@ class Runtime:
             tensor.copy_(part.view_as(tensor))
 
     def stack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All ranks: the ranks' tensors, of one shape on all: [R, ...]."""
+        """Return the tensors of all ranks, which must have the same shape: [R, ...]. All ranks."""
         if self.world_size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -153,13 +153,13 @@ class Runtime:
         return torch.stack(parts)
 
     def load_scaler(self, state: Mapping[str, float] | None) -> None:
-        """The loss scale of fp16, where there is one."""
+        """Restore the loss scale of fp16, if the run uses one."""
         if self.accelerator.scaler and state:
             self.accelerator.scaler.load_state_dict(dict(state))
 
     def micro_batches(self, batch: Batch, ddp: nn.Module) -> Iterator[Batch]:
-        """All ranks: the micro-batches of a rank's batch. The backward pass of the last one averages the gradients over
-        the ranks, once for all."""
+        """Yield the micro-batches of a rank's batch. The backward pass of the last one averages the accumulated
+        gradients over the ranks. All ranks."""
         *earlier, last = batch.split(self.micro_batch)
         for micro in earlier:
             with self.accelerator.no_sync(ddp):
@@ -167,9 +167,10 @@ class Runtime:
         yield last
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """All ranks: the model under DDP and autocast, with rank 0's weights; the optimizer after the loss scale."""
+        """Return the model with DDP and autocast, with rank 0's weights, and the optimizer with the loss scale. All
+        ranks."""
         with warnings.catch_warnings():
-            # torch 2.14 has another name for broadcast_buffers; accelerate 1.15 and torch 2.11 know only this one
+            # torch 2.14 renames broadcast_buffers; accelerate 1.15 and torch 2.11 know only the old name
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             ddp, stepper = self.accelerator.prepare(model, optimizer)
         if self.sent_in_order and self.world_size > 1:
@@ -181,15 +182,15 @@ class Runtime:
 
 
 def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHING_KEPT) -> Runtime:
-    """All ranks: joins the process group, chooses device, precision and threads, and solves the micro-batch.
+    """Join the process group, choose device, precision and threads, and compute the micro-batch. All ranks.
 
     Args:
-        watch: is told where this rank is.
-        kept: what the checkpoint says that this run goes on from. Rank 0's is that of all.
+        watch: receives the position of this rank.
+        kept: choices from the checkpoint that this run resumes from. All ranks use those of rank 0.
 
     Raises:
-        LaunchError: a world that Accelerate does not see, or a precision that the device cannot do.
-        SettingsError: a global batch that the number of processes does not divide; what torch cannot do with so many.
+        LaunchError: Accelerate does not see all processes, or the device does not support the precision.
+        SettingsError: the number of processes does not divide the global batch, or torch does not support the settings.
     """
     slurm.refuse_other_world(os.environ)
     in_order = settings.run.deterministic
@@ -198,24 +199,24 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
     launched = environment.launched("WORLD_SIZE", 1)
     is_gpu = has_gpu()
     precision.refuse_impossible(settings.precision, has_gpu=is_gpu)
-    # Solved before the group is joined: a wrong number of processes then ends at once, everywhere.
+    # Before the group is joined: a wrong number of processes then ends all of them immediately.
     asked = settings.train.max_micro_batch
     micro, accumulation = micro_batch(
         global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=asked or MOST_UNTRIED
     )
     placement.refuse_impossible(settings, launched, accumulation, has_gpu=is_gpu)
-    # Longer than the watchdog waits, which can say more than that a collective timed out.
+    # Longer than the watchdog waits, because its message says more than a collective's timeout.
     timeout = timedelta(seconds=60 + 1.2 * SLOW_FACTOR * settings.run.timeout_s)
     processes = _join(launched, is_gpu, timeout)
     if processes.num_processes != launched:
         raise LaunchError(
             f"the launcher started {launched} processes and Accelerate sees {processes.num_processes}",
-            "each process would train its own model on all of the data, and the last to save would win",
+            "each process would train its own model on all of the data and overwrite the other's checkpoints",
             "on a CPU, launch with `--config_file launch/accelerate/cpu2.yaml`; on GPUs, with `--multi_gpu`",
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if launched > 1 else None
     watch = watch or Watchdog()
-    watch.at("measuring what is faster", slow=True)
+    watch.at("measuring precisions", slow=True)
     kept, chosen = _agreed_precision(settings, processes, control, kept)  # all ranks
     compression = settings.ddp.compression
     hook = DDPCommunicationHookType("no" if in_order else compression.replace("none", "no"))
@@ -234,8 +235,8 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
         watch=watch,
         kept=kept,
         images_per_s=chosen.images_per_s.get(chosen.name, 0.0),
-        compiles=settings.model.compile is True,  # auto is decided when it is known how long the run is
-        micro_batch_reason="" if asked else f"the largest part up to {MOST_UNTRIED}; what fits is tried on CUDA only",
+        compiles=settings.model.compile is True,  # auto is decided in `compilation.choose`, which needs the plan
+        micro_batch_reason="" if asked else f"the largest divisor up to {MOST_UNTRIED}; sizes are tried on CUDA only",
         sent_in_order={"none": torch.float32, "bf16": torch.bfloat16}[compression] if in_order else None,
     )
     threads, cores = _use_cores(settings.run.threads, world)  # all ranks
@@ -243,7 +244,7 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
 
 
 def has_gpu() -> bool:
-    """Whether a training would use a GPU: there is one, and the launch configuration does not say `use_cpu`."""
+    """Whether a training would use a GPU: there is a GPU, and the launch configuration does not set `use_cpu`."""
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
@@ -253,15 +254,15 @@ def _join(launched: int, is_gpu: bool, timeout: timedelta) -> PartialState:
     except ValueError as error:
         raise LaunchError(
             f"the {launched} processes that were launched cannot be joined: {error}",
-            "each would wait for the others",
-            "start them with `accelerate launch` or `torchrun`, which set the variables named",
+            "each process would wait for the others",
+            "start them with `accelerate launch` or `torchrun`, which set these variables",
         ) from error
 
 
 def _is_on_cpu(is_gpu: bool) -> bool:
-    """For `cpu=`: without it each process of a launch without a GPU believes that it is alone.
+    """Return the argument `cpu` of Accelerate. Without it each process of a launch without a GPU forms its own world.
 
-    `use_cpu` of a launch configuration sets the variable, which PartialState does not read.
+    `use_cpu` of a launch configuration sets a variable that PartialState does not read.
     """
     return parse_flag_from_env("ACCELERATE_USE_CPU") or (not is_gpu and not torch.backends.mps.is_available())
 
@@ -269,7 +270,7 @@ def _is_on_cpu(is_gpu: bool) -> bool:
 def _agreed_precision(
     settings: Settings, processes: PartialState, control: Any, kept: Kept
 ) -> tuple[Kept, precision.Precision]:
-    """All ranks: what rank 0 keeps and measures. Before the accelerator is made, which is told the precision."""
+    """Return the kept choices and the precision of rank 0, before the accelerator is created. All ranks."""
     answer: list[Any] = [None]
     if processes.process_index == 0:
         chosen = precision.choose(
@@ -292,7 +293,7 @@ def _accelerator(precision: str, has_gpu: bool, ddp: Ddp, hook: DDPCommunication
         cpu=_is_on_cpu(has_gpu),
         mixed_precision={"fp32": "no"}.get(precision, precision),
         kwargs_handlers=[
-            # Rank 0's BatchNorm statistics would otherwise be sent to all in each forward, the others' lost.
+            # Otherwise each forward pass would overwrite the BatchNorm statistics of all ranks by those of rank 0.
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
@@ -305,12 +306,12 @@ def _accelerator(precision: str, has_gpu: bool, ddp: Ddp, hook: DDPCommunication
 
 
 def _use_cores(asked: int, world: Runtime) -> tuple[int, int]:
-    """All ranks: CPU threads of this process, and its cores.
+    """Set the number of CPU threads, and return it with the number of cores of this process. All ranks.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1: one core of many would work.
+    `accelerate launch` sets OMP_NUM_THREADS=1, with which a process would use a single core.
 
-    Ranks of a machine share the cores that several of them may use. Those that something pins (`srun --cpu-bind`,
-    `numactl`) have their own. Ranks are not pinned here: on two cores that made no difference (docs/notes.md).
+    The ranks of a machine divide the cores that they share. A rank that is pinned to its own cores (`srun --cpu-bind`,
+    `numactl`) uses those. Ranks are not pinned here: on two cores that made no difference (docs/notes.md).
     """
     machine, cores = socket.gethostname(), usable_cores()
     sharing = sum(name == machine and not cores.isdisjoint(others) for name, others in world.gather((machine, cores)))

@@ -1,7 +1,7 @@
-"""LARS and LAMB, for global batches of thousands: each layer's step is in proportion to the norm of its weights.
+"""LARS and LAMB, for global batches of thousands: each layer's step is proportional to the norm of its weights.
 
-Neither waits for the device: norms, ratios and numbers of steps stay there. They take what torch asks of fused
-optimizers: where `found_inf` (set by GradScaler or by divergence.Guard) is 1, a step changes neither weights nor state.
+They do not synchronize with the device: norms, ratios and step counts stay there. Like torch's fused optimizers they
+read `found_inf` (set by GradScaler or `divergence.Guard`): if it is 1, a step changes neither weights nor state.
 
 Legend: N parameters of a group.
 """
@@ -21,20 +21,20 @@ Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 
 class _LayerWise(torch.optim.Optimizer):
-    """What both have in common. A group with `adapts` False, of biases and norms, takes steps of ratio 1."""
+    """The common part. A group with `adapts` False (biases and norms) uses the ratio 1."""
 
-    _step_supports_amp_scaling = True  # GradScaler then gives `grad_scale` and `found_inf`, and does not look at them
+    _step_supports_amp_scaling = True  # GradScaler then sets `grad_scale` and `found_inf` without reading them
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. As attributes of the optimizer, where they are: `grad_scale`, by which the gradients are still
-        multiplied, and `found_inf`; both tensors [] on the device."""
+        """Run one step. It reads two attributes of the optimizer, tensors [] on the device, if they are set:
+        `grad_scale`, the factor of the gradients, and `found_inf`, 1 to skip the step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        goes = None if found_inf is None else found_inf == 0
+        applies = None if found_inf is None else found_inf == 0
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
@@ -42,20 +42,20 @@ class _LayerWise(torch.optim.Optimizer):
             gradients = [weight.grad for weight in weights]
             if scale is not None:
                 torch._foreach_div_(gradients, scale)
-            if goes is not None:  # NaN times 0 would be NaN
-                gradients = [torch.where(goes, gradient, 0) for gradient in gradients]
-            directions = self._directions(group, weights, gradients, goes)
-            torch._foreach_add_(weights, torch._foreach_mul(directions, _where(goes, -group["lr"], 0.0)))
+            if applies is not None:  # NaN times 0 would be NaN
+                gradients = [torch.where(applies, gradient, 0) for gradient in gradients]
+            directions = self._directions(group, weights, gradients, applies)
+            torch._foreach_add_(weights, torch._foreach_mul(directions, _where(applies, -group["lr"], 0.0)))
         return loss
 
     def _directions(
-        self, group: dict[str, Any], weights: Tensors, gradients: Tensors, goes: torch.Tensor | None
+        self, group: dict[str, Any], weights: Tensors, gradients: Tensors, applies: torch.Tensor | None
     ) -> Tensors:
-        """What is to be subtracted from the weights, times the learning rate. Updates the state.
+        """Update the state, and return what to subtract from the weights, before the learning rate.
 
         Args:
-            gradients: zeros where the step is skipped.
-            goes: bool []: whether it is not; None: surely not.
+            gradients: zeros if the step is skipped.
+            applies: bool [], false if the step is skipped; None: it is never skipped.
         """
         raise NotImplementedError
 
@@ -67,12 +67,12 @@ class _LayerWise(torch.optim.Optimizer):
 
 
 class LARS(_LayerWise):
-    """SGD with momentum m, whose gradient g of each layer with weights w and decay b is made as large as a part of w:
+    """SGD with momentum m that scales the gradient g of each layer, with weights w and decay b, to a fraction of |w|:
 
-        v = m v + eta |w| / (|g| + b |w|) (g + b w)        w = w - lr v        ratio 1 where |w| or |g| is 0
+        v = m v + eta |w| / (|g| + b |w|) (g + b w)        w = w - lr v        ratio 1 if |w| or |g| is 0
 
-    The learning rate is outside of the momentum, as in torch's SGD and timm's LARS: in the paper it is inside, and a
-    change of the rate would need the correction of Goyal et al. 2017, section 3.
+    The learning rate is outside the momentum, as in torch's SGD and timm's LARS. In the paper it is inside, where a
+    change of the rate needs the correction of Goyal et al. 2017, section 3.
     Source: You, Gitman, Ginsburg 2017, "Large Batch Training of Convolutional Networks", eq. 6 and algorithm 1.
     """
 
@@ -90,7 +90,7 @@ class LARS(_LayerWise):
         super().__init__(params, defaults)
 
     def _directions(
-        self, group: dict[str, Any], weights: Tensors, gradients: Tensors, goes: torch.Tensor | None
+        self, group: dict[str, Any], weights: Tensors, gradients: Tensors, applies: torch.Tensor | None
     ) -> Tensors:
         decay, momenta = group["weight_decay"], self._states(weights, "momentum_buffer")
         steps = torch._foreach_add(gradients, weights, alpha=decay)
@@ -98,21 +98,21 @@ class LARS(_LayerWise):
             sizes_N, slopes_N = _norms(weights), _norms(gradients)
             ratios_N = group["trust"] * sizes_N / (slopes_N + decay * sizes_N)
             torch._foreach_mul_(steps, _each(torch.where((sizes_N > 0) & (slopes_N > 0), ratios_N, 1.0)))
-        if goes is not None:
-            torch._foreach_mul_(steps, goes.float())  # the decay's part
-        torch._foreach_mul_(momenta, _where(goes, group["momentum"], 1.0))
+        if applies is not None:
+            torch._foreach_mul_(steps, applies.float())  # removes the decay of a skipped step
+        torch._foreach_mul_(momenta, _where(applies, group["momentum"], 1.0))
         torch._foreach_add_(momenta, steps)
         return momenta
 
 
 class LAMB(_LayerWise):
-    """Adam whose step u of each layer with weights w is made as large as w, with decay b, t steps done, this one too:
+    """Adam that scales the step u of each layer, with weights w and decay b, to |w|; t counts the steps, from 1:
 
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
-        u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + b w        w = w - lr |w| / |u| u    1 where either is 0
+        u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + b w        w = w - lr |w| / |u| u    ratio 1 if one is 0
 
-    With the bias correction of the paper's algorithm 2, which timm takes too, phi(z) = z, and without timm's clipping
-    of the gradient to norm 1, which is optimizer.clip_norm here.
+    It has the bias correction of the paper's algorithm 2, as timm's LAMB, and phi(z) = z. Unlike timm's, it does not
+    clip the gradient to norm 1: that is optimizer.clip_norm here.
     Source: You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2.
     """
 
@@ -129,15 +129,15 @@ class LAMB(_LayerWise):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps, "adapts": adapts})
 
     def _directions(
-        self, group: dict[str, Any], weights: Tensors, gradients: Tensors, goes: torch.Tensor | None
+        self, group: dict[str, Any], weights: Tensors, gradients: Tensors, applies: torch.Tensor | None
     ) -> Tensors:
         beta1, beta2 = group["betas"]
         means, squares = self._states(weights, "exp_avg"), self._states(weights, "exp_avg_sq")
-        torch._foreach_mul_(means, _where(goes, beta1, 1.0))
+        torch._foreach_mul_(means, _where(applies, beta1, 1.0))
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
-        torch._foreach_mul_(squares, _where(goes, beta2, 1.0))
+        torch._foreach_mul_(squares, _where(applies, beta2, 1.0))
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-        done_N = torch.stack(self._count(weights, goes)).clamp_(min=1)  # 0 after skipped steps only
+        done_N = torch.stack(self._count(weights, applies)).clamp_(min=1)  # 0 if all steps so far were skipped
         steps = torch._foreach_div(means, _each(_one_minus_power(beta1, done_N)))
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, _each(_one_minus_power(beta2, done_N).sqrt()))
@@ -150,25 +150,25 @@ class LAMB(_LayerWise):
             torch._foreach_mul_(steps, _each(ratios_N))
         return steps
 
-    def _count(self, weights: Tensors, goes: torch.Tensor | None) -> list[torch.Tensor]:
-        """Steps done, this one included, of each weight: those of a stage that was frozen are fewer."""
-        for weight in weights:  # by another name than Adam's "step", which torch leaves on the CPU when it is loaded
+    def _count(self, weights: Tensors, applies: torch.Tensor | None) -> list[torch.Tensor]:
+        """Count this step for each weight, and return the counts: they are lower in a stage that was frozen."""
+        for weight in weights:  # not named "step", which torch keeps on the CPU when it loads a state
             self.state[weight].setdefault("num_steps", torch.zeros((), device=weight.device))
         counts = [self.state[weight]["num_steps"] for weight in weights]
-        if goes is None:
+        if applies is None:
             torch._foreach_add_(counts, 1.0)
-        else:  # without alpha, torch takes a tensor [] for a number of the host, and waits for the device to read it
-            torch._foreach_add_(counts, goes.float(), alpha=1)
+        else:  # without alpha, torch reads a tensor [] as a Python number, which synchronizes with the device
+            torch._foreach_add_(counts, applies.float(), alpha=1)
         return counts
 
 
-def _where(goes: torch.Tensor | None, value: float, skipped: float) -> Any:
-    """`value`, or `skipped` where the step is skipped: a number, or a tensor [] on the device."""
-    return value if goes is None else torch.where(goes, value, skipped)
+def _where(applies: torch.Tensor | None, value: float, skipped: float) -> Any:
+    """Return `value`, or `skipped` if the step is skipped: a number, or a tensor [] on the device."""
+    return value if applies is None else torch.where(applies, value, skipped)
 
 
 def _norms(tensors: Tensors) -> torch.Tensor:
-    """[N]"""
+    """Return the norm of each tensor, [N]."""
     return torch.stack(list(torch._foreach_norm(tensors)))
 
 
@@ -177,5 +177,5 @@ def _each(values_N: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _one_minus_power(beta: float, done_N: torch.Tensor) -> torch.Tensor:
-    """1 - beta^t without the digits that float32 loses: 0.001 is 1 - 0.999 to five of them."""
+    """Return 1 - beta^t without cancellation: in float32, 1 - 0.999 has only five correct digits."""
     return -torch.expm1(done_N * (log(beta) if beta else -inf))

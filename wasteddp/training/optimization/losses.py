@@ -1,20 +1,18 @@
-"""What is minimised: cross-entropy or focal loss, weighted or adjusted for classes of unlike size.
+"""The training losses: cross-entropy or focal loss, class weights, logit adjustment, and knowledge distillation.
 
-Legend: B images of a micro-batch, K classes, p_k the softmax of the logits, t_k the target of a class: 1 for the true
-one, shared out by MixUp, CutMix and label smoothing.
+Legend: B images of a micro-batch, C = 3, H W pixels, K classes, p_k the softmax of the logits, t_k the target of a
+class (1 for the true class, or distributed by MixUp, CutMix and label smoothing), T the temperature and w the weight of
+a teacher.
 
-Every loss is the sum over a micro-batch, to be divided by the number of images: the mean that torch takes with class
-weights divides by the weights' sum, which differs between micro-batches, so parts would not add up.
+Every loss is the sum over a micro-batch; the caller divides it by the number of images. With class weights torch's mean
+would divide by the sum of the weights, which differs between micro-batches, so the parts of a step would not add up.
 
-Knowledge distillation: what a trained model answers is learned beside the labels.
-
-Legend: B images of a micro-batch, C = 3, H W pixels, K classes, T a temperature, w the teacher's weight.
-
-The teacher is a bundle: frozen, in evaluation mode, in the run's precision. It sees the images that the student sees,
-cropped, augmented and mixed alike and at their size, so that its answers are about them. (Source: Beyer et al. 2022,
-"Knowledge distillation: A good teacher is patient and consistent".) Its logits are taken as they are, without the
-temperature that calibration may have put on its card: so they are a function of its weights' file alone, whose sha256
-is in the run's lineage, and a run goes on under another teacher only if that is accepted.
+Knowledge distillation learns the predictions of a trained model in addition to the labels. The teacher is a bundle:
+frozen, in evaluation mode, in the run's precision. It sees the same images as the student, with the same crop,
+augmentation, mixing and size, so its predictions are about these images. (Source: Beyer et al. 2022, "Knowledge
+distillation: A good teacher is patient and consistent".) Its raw logits are used, without the temperature that a
+calibration may have added to its card. So they depend only on the file of its weights. The sha256 of this file is in
+the run's lineage: a run resumes with another teacher only if that change is accepted.
 """
 
 from __future__ import annotations
@@ -35,18 +33,18 @@ from wasteddp.inference.classifier import load_network
 from wasteddp.settings import Settings, Train
 from wasteddp.training.distributed.runtime import Runtime
 
-# One of the four that Cui et al. 2019 tried (0.9, 0.99, 0.999, 0.9999). The images of a class then count as
-# 1 / (1 - b) = 1000 at most: 100 as 95, 500 as 394, 10,000 as 1000. So it is for sets of hundreds a class and more;
-# with less it is inverse_frequency nearly.
+# One of the four values that Cui et al. 2019 tried (0.9, 0.99, 0.999, 0.9999). The effective number of images of a
+# class is then 1 / (1 - b) = 1000 at most: 95 of 100, 394 of 500, 1000 of 10,000. It is useful with hundreds of images
+# per class and more; with fewer it is nearly the same as inverse_frequency.
 _EFFECTIVE_NUMBER_BETA = 0.999
 
 
 def build(settings: Train, samples_per_class: npt.ArrayLike, *, share_of_classes: npt.ArrayLike) -> nn.Module:
-    """The loss that the settings ask for: (logits [B, K], targets int64 [B] or float [B, K]) -> [], the sum.
+    """Build the loss of the settings: (logits [B, K], targets int64 [B] or float [B, K]) -> sum over the images, [].
 
     Args:
-        samples_per_class: of the training split, [K].
-        share_of_classes: of what is drawn from it, [K], each above 0, of sum 1.
+        samples_per_class: number of training samples of each class, [K].
+        share_of_classes: fraction of each class in the drawn samples, [K], each above 0, with sum 1.
     """
     weights = class_weights(settings.class_weighting, samples_per_class)
     weight_K = None if weights is None else torch.from_numpy(weights)
@@ -61,16 +59,16 @@ def build(settings: Train, samples_per_class: npt.ArrayLike, *, share_of_classes
 
 
 class FocalLoss(nn.Module):
-    """Sum over images and classes of -w_k (1 - p_k)^gamma t_k ln p_k: what is right already counts less.
+    """Sum over images and classes of -w_k (1 - p_k)^gamma t_k ln p_k, which gives less weight to easy images.
 
-    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 5, with the softmax in the place of the
-    sigmoid and the class weights in that of alpha. There t_k is 0 or 1; for soft targets each class of them is a term
-    of its own, as in cross-entropy, which this is for gamma 0.
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 5, with the softmax instead of the sigmoid and
+    class weights instead of alpha. There t_k is 0 or 1. With soft targets each class is a term, as in cross-entropy,
+    which is the case gamma 0.
 
     Args:
         gamma: 0 or more.
-        weight_K: of each class, [K]; None: all 1.
-        label_smoothing: part of each target that is shared out evenly, as `nn.CrossEntropyLoss` does it.
+        weight_K: weight of each class, [K]; None: all 1.
+        label_smoothing: fraction of each target that is distributed evenly, as in `nn.CrossEntropyLoss`.
     """
 
     weight_K: torch.Tensor | None
@@ -87,7 +85,7 @@ class FocalLoss(nn.Module):
             targets = nn.functional.one_hot(targets, num_classes).to(log_p_BK.dtype)
         if self._label_smoothing:
             targets = targets * (1 - self._label_smoothing) + self._label_smoothing / num_classes
-        # expm1: 1 - p has no digits left where p is nearly 1. The clamp: at 0 a power below 1 has no finite slope.
+        # expm1 avoids cancellation in 1 - p near p = 1. The clamp: a power below 1 has an infinite slope at 0.
         missed_BK = (-torch.expm1(log_p_BK)).clamp_min(torch.finfo(log_p_BK.dtype).tiny)
         terms_BK = missed_BK**self._gamma * targets * log_p_BK
         if self.weight_K is not None:
@@ -96,14 +94,14 @@ class FocalLoss(nn.Module):
 
 
 class LogitAdjusted(nn.Module):
-    """A loss of logits + tau ln(share of their class), so that the raw logits, which are what is evaluated and used,
-    favour no class for being frequent.
+    """A loss of logits + tau ln(fraction of the class). Evaluation and prediction use the raw logits, which then do not
+    favour frequent classes.
 
-    Source: Menon et al. 2021, "Long-tail learning via logit adjustment", eq. 10. With tau 1 cross-entropy on these is
-    consistent for the mean recall of the classes.
+    Source: Menon et al. 2021, "Long-tail learning via logit adjustment", eq. 10. With tau 1, cross-entropy on the
+    adjusted logits is consistent for the mean recall of the classes.
 
     Args:
-        share_of_classes: of the images that are really drawn, [K].
+        share_of_classes: fraction of each class in the drawn samples, [K].
     """
 
     shift_K: torch.Tensor
@@ -120,7 +118,7 @@ class LogitAdjusted(nn.Module):
 
 
 def class_weights(name: str, samples_per_class: npt.ArrayLike) -> npt.NDArray[np.float32] | None:
-    """Loss weight of each class, float32 [K], of mean 1 over the training samples; None for "none".
+    """Return the loss weight of each class, float32 [K], with mean 1 over the training samples; None for "none".
 
     inverse_frequency: 1 / n. effective_number: (1 - b) / (1 - b^n) with b = 0.999.
     Source: Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", eq. 2.
@@ -129,7 +127,7 @@ def class_weights(name: str, samples_per_class: npt.ArrayLike) -> npt.NDArray[np
         return None
     n = np.asarray(samples_per_class, dtype=np.float64)
     beta = _EFFECTIVE_NUMBER_BETA
-    # expm1 and log1p: 1 - b^n loses digits for small n
+    # expm1: 1 - b^n loses digits for small n
     weights = 1 / n if name == "inverse_frequency" else (1 - beta) / -np.expm1(n * np.log(beta))
     scaled: npt.NDArray[np.float32] = (weights * n.sum() / (weights * n).sum()).astype(np.float32)
     return scaled
@@ -147,27 +145,27 @@ Targets = torch.Tensor | Taught
 
 
 class NoTeacher:
-    """For a run without one: targets and loss stay as they are."""
+    """For a run without a teacher: it changes neither the targets nor the loss."""
 
     sha256 = ""
     words = ""
 
-    def asked(self, images_BCHW: torch.Tensor, targets: torch.Tensor) -> Targets:
+    def add_logits(self, images_BCHW: torch.Tensor, targets: torch.Tensor) -> Targets:
         return targets
 
-    def completed(self, loss: nn.Module) -> nn.Module:
+    def extend_loss(self, loss: nn.Module) -> nn.Module:
         return loss
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """Of one run, on every rank.
+    """The teacher of one run, on every rank.
 
     Args:
         network: on the device, frozen, in evaluation mode.
-        autocast: makes the context of the run's precision.
+        autocast: returns the context of the run's precision.
         sha256: of its weights.
-        words: what it is, for the log, to be put after what the student is.
+        words: a description for the log, to be appended to that of the student.
     """
 
     network: nn.Module
@@ -177,8 +175,9 @@ class Teacher:
     sha256: str
     words: str
 
-    def asked(self, images_BCHW: torch.Tensor, targets: torch.Tensor) -> Targets:
-        """The targets, and what it says. Before the student's forward pass, whose activations fill the memory.
+    def add_logits(self, images_BCHW: torch.Tensor, targets: torch.Tensor) -> Targets:
+        """Return the targets with the teacher's logits. Call it before the student's forward pass, whose activations
+        fill the memory.
 
         Args:
             images_BCHW: float32, normalised, on the device.
@@ -186,17 +185,17 @@ class Teacher:
         with torch.no_grad(), self.autocast():
             return Taught(targets, self.network(images_BCHW).float())
 
-    def completed(self, loss: nn.Module) -> nn.Module:
-        """A loss of (logits, targets) -> the loss of (logits, what `asked` gives)."""
+    def extend_loss(self, loss: nn.Module) -> nn.Module:
+        """Return the loss of (logits, result of `add_logits`) that combines `loss` with the distillation."""
         return Distilled(loss, self.weight, self.temperature)
 
 
 class Distilled(nn.Module):
-    """(1 - w) * loss(student, targets) + w * T^2 * KL(teacher || student), both softened by T; summed over the images.
+    """(1 - w) * loss(student, targets) + w * T^2 * KL(teacher || student), with both softened by T; summed over images.
 
-    Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2: the slopes of the
-    softened part go down with T^2, which the factor makes up for. It is of the raw logits, those in use; logit
-    adjustment is for the labels alone. So a teacher that favours frequent classes passes that on.
+    Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2: the gradients of
+    the softened part scale with 1 / T^2, which the factor compensates. The KL term uses the raw logits; logit
+    adjustment affects only the labels' term. So a student inherits its teacher's preference for frequent classes.
     """
 
     def __init__(self, loss: nn.Module, weight: float, temperature: float) -> None:
@@ -212,13 +211,13 @@ class Distilled(nn.Module):
 
 
 def teacher_of(settings: Settings, world: Runtime, classes: Sequence[str]) -> NoTeacher | Teacher:
-    """All ranks: the teacher that the settings name; with a weight of 0 it is as if they named none.
+    """Load the teacher of the settings; with train.teacher_weight 0 there is no teacher. All ranks.
 
     Args:
-        classes: of the run, in the order of its network's outputs.
+        classes: the classes of the run, in the order of its network's outputs.
 
     Raises:
-        BundleError: on every rank: see `load_network`; or it answers with other classes, or sees images otherwise.
+        BundleError: on every rank: see `load_network`; or its classes or its normalisation differ from the run's.
     """
     asked = settings.train
     if not asked.teacher or not asked.teacher_weight:
@@ -246,16 +245,16 @@ def teacher_of(settings: Settings, world: Runtime, classes: Sequence[str]) -> No
 def _refuse_other_questions(path: str, card: BundleCard, classes: Sequence[str]) -> None:
     if card.classes != tuple(classes):
         raise BundleError(
-            f"the teacher {path} answers with the classes {', '.join(card.classes)}, and the run's are "
+            f"the teacher {path} predicts the classes {', '.join(card.classes)}, and the run's are "
             f"{', '.join(classes)}, in this order",
-            "the student would learn the answers to other questions",
+            "the student would learn the probabilities of other classes",
             "name a model that was trained on the same classes, or set train.teacher to ''",
         )
     seen = card.preprocessing
     if (seen.mean, seen.std) != (MEAN_RGB, STD_RGB):
         raise BundleError(
-            f"the teacher {path} knows images of mean {list(seen.mean)} and std {list(seen.std)}, and the run's have "
-            f"{list(MEAN_RGB)} and {list(STD_RGB)}",
-            "it would see other colours than it knows",
+            f"the teacher {path} expects images normalised with mean {list(seen.mean)} and std {list(seen.std)}, "
+            f"and the run uses {list(MEAN_RGB)} and {list(STD_RGB)}",
+            "its predictions would be wrong",
             "name a model that was trained with this program, or set train.teacher to ''",
         )

@@ -1,9 +1,9 @@
-"""Optimizer and learning rate: pure functions of the settings and the step.
+"""The optimizer, the learning rate as a function of the step, and adaptive gradient clipping.
 
-Adaptive gradient clipping: no unit's gradient is larger than a part of its weights. So one noisy batch moves no
-layer far, whatever the scale of the loss.
+Adaptive gradient clipping limits the gradient of each unit to a fraction of its weights' norm, so a noisy batch cannot
+move a layer far, whatever the scale of the loss. Source: Brock et al. 2021, "High-Performance Large-Scale Image
+Recognition Without Normalization", section 4, eq. 3.
 
-Source: Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization", section 4, eq. 3.
 Legend: U units, the output channels of all layers that are clipped.
 """
 
@@ -20,17 +20,19 @@ from wasteddp.model import resnet
 from wasteddp.settings import Optimizer, Schedule, Settings
 from wasteddp.training.optimization.lars_lamb import LAMB, LARS
 
-_WARMUP_START = 0.01  # of the peak: BatchNorm has seen nothing yet
-_LEAST_SIZE = 1e-3  # of a unit's weights: else what starts at zero would stay there
+_WARMUP_START = 0.01  # of the peak, because BatchNorm has no statistics yet
+_LEAST_SIZE = 1e-3  # of a unit's norm: otherwise weights that start at zero would stay zero
 
 
 def build(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters, without decay on biases and norms.
+    """Return the optimizer of the trainable parameters, without weight decay on biases and norms.
 
-    A new one also needs its name in `settings.Optimizer`, and in `checkpoint.state.ONE_MOMENT` if it has one moment.
+    To add an optimizer, also add its name to `settings.Optimizer`, and to `checkpoint.state.ONE_MOMENT` if it keeps one
+    moment.
 
-    Source of the exception: He et al. 2019, "Bag of Tricks for Image Classification", section 3.1.
-    Fused: one pass over the memory instead of one an operation; SGD of a ResNet50 takes 14 ms, not 28, on two cores.
+    Source of the decay: He et al. 2019, "Bag of Tricks for Image Classification", section 3.1.
+    A fused optimizer reads the memory once instead of once per operation: SGD of a ResNet50 takes 14 ms instead of 28
+    on two cores.
     """
     groups, lr = list(_groups(model, settings)), settings.lr
     optimizer: torch.optim.Optimizer
@@ -49,10 +51,10 @@ def build(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
 
 
 def _groups(model: nn.Module, settings: Optimizer) -> Iterator[dict[str, Any]]:
-    """Parameters that are treated alike: weights, and biases and norms, of each stage that has a rate of its own.
+    """Yield the parameter groups: for each learning rate of a stage, one of weights and one of biases and norms.
 
     Source of the stages' rates: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
-    section 3.2, discriminative fine-tuning; there each has 1 / 2.6 of that of the one after it.
+    section 3.2, discriminative fine-tuning. There each stage has 1 / 2.6 of the rate of the next.
     """
     alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -65,7 +67,7 @@ def _groups(model: nn.Module, settings: Optimizer) -> Iterator[dict[str, Any]]:
 
 
 def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
-    """The rate of optimizer step `step` (0 is the first). Source of the cosine: Loshchilov and Hutter 2017."""
+    """Return the learning rate of optimizer step `step`, counted from 0. Cosine: Loshchilov and Hutter 2017."""
     peak, schedule = settings.optimizer.lr, settings.schedule
     total, warmup = steps_per_epoch * settings.train.epochs, round(schedule.warmup_epochs * steps_per_epoch)
     if step < warmup:
@@ -82,28 +84,28 @@ def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
 
 
 def _part_of_cycle(step: int, schedule: Schedule, steps_per_epoch: int) -> float:
-    """How much of its cycle is done, in [0, 1); `step` counts from the warm-up's end.
+    """Return the fraction of the current cycle that is done, in [0, 1). `step` counts from the end of the warm-up.
 
-    With a first cycle of c steps and a factor f, cycle i begins at c (f^i - 1) / (f - 1) and takes c f^i. So i is the
-    logarithm of 1 + step (f - 1) / c to the base f, rounded down. Source: Loshchilov and Hutter 2017, section 3.
+    With a first cycle of c steps and a factor f, cycle i starts at c (f^i - 1) / (f - 1) and takes c f^i steps. So i is
+    the logarithm of 1 + step (f - 1) / c to the base f, rounded down. Source: Loshchilov and Hutter 2017, section 3.
     """
     first, growth = schedule.cycle_epochs * steps_per_epoch, schedule.cycle_factor - 1
     if growth == 0:
         return step % first / first
-    # of log1p and expm1 a factor of 1.000001 loses no digits; what is added is less than a step of any run
+    # log1p and expm1 keep the digits of a factor such as 1.000001; 1e-9 is less than a step of any run
     number = floor(log1p(step * growth / first) / log(schedule.cycle_factor) + 1e-9)
     begin = first * expm1(number * log(schedule.cycle_factor)) / growth
     return max(0.0, step - begin) / (first * schedule.cycle_factor**number)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Args: rate: of the head; the other stages have theirs in proportion."""
+    """Set the learning rate of the head to `rate`, and those of the other stages in proportion."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name: {"exp_avg:layer1.0.conv1.weight": tensor, ...}."""
+    """Return the optimizer's state by parameter name: {"exp_avg:layer1.0.conv1.weight": tensor, ...}."""
     return {
         f"{key}:{name}": value
         for name, parameter in model.named_parameters()
@@ -113,9 +115,9 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_tensors`; device and memory format follow the parameters.
+    """Load the result of `state_tensors`, with the device and memory format of the parameters.
 
-    The format matters: a fused step walks through a weight and its momentum in the order of their memory.
+    The format matters: a fused step reads a weight and its momentum in memory order.
     """
     state: dict[int, dict[str, torch.Tensor]] = {}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -135,10 +137,11 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tenso
 
 @torch.no_grad()
 def clip_(model: nn.Module, limit: float) -> None:
-    """Scales the averaged, unscaled gradient of each unit W_i down to norm `limit` max(|W_i|, 1e-3) where it is larger.
+    """Scale the averaged, unscaled gradient of each unit W_i down to norm `limit` max(|W_i|, 1e-3) if it is larger.
 
-    The head is left out, as in the paper. So are biases and norms, which the paper has not: the last BatchNorm of each
-    block starts at zero, and could move by limit x 0.001 only. It happens on the device, without a look from the host.
+    The head is not clipped, as in the paper. Biases and norms are not clipped either, unlike in the paper: the last
+    BatchNorm of each block starts at zero and could only move by limit x 0.001. It does not synchronize with the
+    device.
     """
     weights = [
         parameter
@@ -149,11 +152,11 @@ def clip_(model: nn.Module, limit: float) -> None:
         return
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     allowed_U = limit * _unit_norms(weights).clamp_(min=_LEAST_SIZE)
-    factors_U = (allowed_U / _unit_norms(gradients)).clamp_(max=1)  # infinite, so 1, where the gradient is zero
+    factors_U = (allowed_U / _unit_norms(gradients)).clamp_(max=1)  # a zero gradient gives infinity, clamped to 1
     parts = torch.split(factors_U, [len(weight) for weight in weights])
     torch._foreach_mul_(gradients, [p.view(-1, *[1] * (w.ndim - 1)) for p, w in zip(parts, weights, strict=True)])
 
 
 def _unit_norms(tensors: list[torch.Tensor] | list[nn.Parameter]) -> torch.Tensor:
-    """[U]: of each row along the first axis, that of the outputs."""
+    """Return the norm of each output channel (first axis) of all tensors, [U]."""
     return torch.cat([torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim))) for tensor in tensors])

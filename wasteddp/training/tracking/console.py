@@ -1,4 +1,4 @@
-"""The two lines at the foot of a terminal while a run trains. Without a terminal there is none, and plain lines do."""
+"""The progress display of a run: two lines at the bottom of a terminal. Other output gets plain lines."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-_REFRESHES_PER_S = 2  # a drawing takes 1 to 2 ms of one core
+_REFRESHES_PER_S = 2  # a refresh takes 1 to 2 ms of one core
 
 
 class Display:
-    """Step, epoch and time left; below them the newest losses, speed, waiting and memory.
+    """Shows the step, the epoch and the time left, and below them the latest losses, speed, waiting and memory.
 
     Args:
-        total_steps: of the run.
-        done: steps done before this start: they do not count for the time left.
+        total_steps: number of steps of the run.
+        done: number of steps done before this start, which do not affect the estimate of the time left.
     """
 
     def __init__(self, console: Console, *, total_steps: int, done: int) -> None:
@@ -36,14 +36,15 @@ class Display:
         self._live.start()
 
     def print(self, message: str) -> None:
-        """A message above the display, without markup. One line wraps between words; a block keeps its own lines."""
+        """Print a message above the display, without markup. A single line wraps between words; a block keeps its
+        lines."""
         self._live.console.print(message, markup=False, highlight=False, soft_wrap="\n" in message)
 
     def advance(self, step: int, text: str) -> None:
         self._bar.update(self._task, completed=step, description=text)
 
     def update(self, row: Mapping[str, float]) -> None:
-        """Takes the figures of a row; those it lacks stay as they were."""
+        """Show the figures of a row; figures that it lacks keep their values."""
         self._figures |= figures(row)
         self._live.update(self._drawn())
 
@@ -56,7 +57,7 @@ class Display:
 
 
 def figures(row: Mapping[str, float]) -> dict[str, str]:
-    """What the second line says of a row: 78 characters at most for usual values."""
+    """Return the figures of a row for the second line, which has at most 78 characters for usual values."""
     forms = {
         "train/loss": "loss {:.3f}",
         "val/loss": "val {:.3f}",

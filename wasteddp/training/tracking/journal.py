@@ -1,7 +1,4 @@
-"""A text file that only grows, on a disk that may be full for a while: what cannot be written waits in memory.
-
-The one table of metrics: what a run writes, charts and dashboards show. No torch.
-"""
+"""The table of all metrics, and the append-only files of a run. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,61 +10,62 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-# Every metric that a run writes: (unit, meaning). Nothing else may be logged. A * stands for a rank or a class.
+# Every metric of a run: (unit, meaning). No other metric may be logged. A * stands for a rank or a class.
 METRICS: dict[str, tuple[str, str]] = {
-    "epoch": ("epochs", "epochs done, with the fraction of the present one"),
+    "epoch": ("epochs", "epochs done, including the fraction of the current one"),
     "lr": ("1", "learning rate of the step"),
     "train/loss": ("nats", "mean over the global batches since the last row"),
     "train/grad_norm": ("1", "norm of the gradient before clipping, at the step"),
     "train/images_per_s": ("images/s", "of all ranks, since the last row"),
-    "train/step_ms": ("ms", "mean time of a step since the last row, whatever it waited for"),
-    "train/step_ms_p50": ("ms", "median of the steps since the last row, of all ranks"),
-    "train/step_ms_p95": ("ms", "95th percentile of the steps since the last row, of the slowest rank"),
+    "train/step_ms": ("ms", "mean time of a step since the last row, including all waits"),
+    "train/step_ms_p50": ("ms", "median time of a step since the last row; median of the ranks"),
+    "train/step_ms_p95": ("ms", "95th percentile of the time of a step since the last row; of the slowest rank"),
     "train/wait_fraction": (
         "1",
-        "part of the time spent waiting for data, not for the GIL or a core; mean of the ranks",
+        "fraction of the time spent waiting for data, not for the GIL or a core; mean of the ranks",
     ),
-    "train/wait_fraction_max": ("1", "the same of the rank that waited most"),
+    "train/wait_fraction_max": ("1", "the same of the rank that waited longest"),
     "train/starved_fraction": (
         "1",
-        "part of the forward passes' time in which the loop's thread was not on a core: others held the GIL or the "
-        "cores (or it waited for a compiler, SyncBatchNorm's messages, or the other threads of an operation on a CPU); "
-        "nothing of the rest of a step; of the rank that starved most",
+        "fraction of the forward passes' time in which the loop's thread did not run, because other threads held the "
+        "GIL or the cores (or it waited for a compiler, SyncBatchNorm's messages, or the other threads of a CPU "
+        "operation); the rest of a step is not included; maximum of the ranks",
     ),
-    "train/damaged": ("samples", "training samples replaced since the run began"),
-    "coverage/samples": ("samples", "trained on in the epoch that ended, by all ranks"),
-    "coverage/expected": ("samples", "of that epoch, by the manifest and the plan"),
-    "coverage/replaced": ("samples", "of these: damaged, another stood in"),
+    "train/damaged": ("samples", "training samples replaced since the run started"),
+    "coverage/samples": ("samples", "samples that all ranks trained on in the epoch"),
+    "coverage/expected": ("samples", "samples of that epoch according to the manifest and the plan"),
+    "coverage/replaced": ("samples", "damaged samples of that epoch that were replaced"),
     "coverage/changed": ("1", "1: the order was changed within the epoch (--accept-changes), which is not proved"),
     "coverage/ok": ("1", "1: each sample exactly as often as planned, by count and hash; 0: the run stops"),
     "val/loss": ("nats", "mean cross-entropy over the split, without smoothing or weights"),
-    "val/accuracy": ("1", "part of the split that is right"),
-    "val/macro_recall": ("1", "mean of the classes' recalls"),
-    "val/macro_f1": ("1", "mean of the classes' F1"),
+    "val/accuracy": ("1", "fraction of the split that is predicted correctly"),
+    "val/macro_recall": ("1", "mean recall of the classes"),
+    "val/macro_f1": ("1", "mean F1 of the classes"),
     "val/recall/*": ("1", "recall of one class"),
-    "val/samples": ("samples", "counted, equal to the manifest's"),
+    "val/samples": ("samples", "samples counted, equal to the number in the manifest"),
     "val/seconds": ("s", "time of the evaluation"),
     "best/value": ("1", "best value of evaluate.metric so far"),
-    "checkpoint/stall_ms": ("ms", "time that the loop waited to hand over the last checkpoint"),
-    "checkpoint/seconds": ("s", "that the last checkpoint took in the background, from being handed over to the disk"),
-    "rank/*/images_per_s": ("images/s", "that one rank trained on while it did not wait for data, since the last row"),
-    "rank/*/wait_fraction": ("1", "part of the time that one rank waited for data"),
-    "memory/peak_mb": ("MB", "most that a process held since its start, of all ranks: on the GPU, else of main memory"),
-    "checkpoint/failed": ("saves", "that could not be written since this start, for want of space or permission"),
-    "train/skipped": ("steps", "steps skipped because they diverged, since the run began"),
-    "train/rollbacks": ("times", "times that the run went back because it diverged"),
-    "attempt": ("starts", "starts of this run, this one included"),
+    "checkpoint/stall_ms": ("ms", "time that the loop waited for the last save"),
+    "checkpoint/seconds": ("s", "time of the last save in the background, until the checkpoint was on disk"),
+    "rank/*/images_per_s": ("images/s", "of one rank, in the time that it did not wait for data, since the last row"),
+    "rank/*/wait_fraction": ("1", "fraction of the time that one rank waited for data"),
+    "memory/peak_mb": ("MB", "peak memory of a process since its start, on the GPU or else resident; maximum of ranks"),
+    "checkpoint/failed": ("saves", "saves that failed since this start, for lack of space or permission"),
+    "train/skipped": ("steps", "diverged steps that were skipped since the run started"),
+    "train/rollbacks": ("times", "number of times that the run rolled back because it diverged"),
+    "attempt": ("starts", "number of starts of this run, including this one"),
 }
 
 
 class Journal:
-    """Never raises once it is open: a training is not worth less because a line of its log cannot be written.
+    """An append-only text file. Lines that cannot be written, as on a full disk, wait in memory.
 
-    Any thread may append: the loop, the one that saves and the one that waits for W&B all have something to say.
+    It never raises once it is open: training continues without its log. Any thread may append: the loop and the threads
+    that save and that wait for W&B do.
 
     Args:
-        path: of the file; made if missing, otherwise continued.
-        warn: takes a message, once each time that writing begins to fail or goes on.
+        path: the file; created if it is missing.
+        warn: receives a message each time that writing starts to fail or works again.
 
     Raises:
         OSError: the file cannot be opened.
@@ -81,13 +79,13 @@ class Journal:
         self._lock = threading.Lock()
 
     def append(self, text: str) -> None:
-        """Whole or not at all: a line that the disk takes only a part of is taken back, and waits."""
+        """Append a whole line: if the disk takes only a part of it, that part is removed and the line waits."""
         with self._lock:
             self._waiting.append(text.encode())
             self._write_what_waits(sync=False)
 
     def sync(self) -> None:
-        """Makes what was appended survive a power cut, as far as the disk takes it."""
+        """Flush the appended lines to the disk, so that they survive a power failure."""
         with self._lock:
             self._write_what_waits(sync=True)
 
@@ -97,7 +95,7 @@ class Journal:
             if self._waiting:
                 self._warn(f"{self._path}: {len(self._waiting)} lines could not be written and are lost")
             os.close(self._descriptor)
-            self._descriptor = -1  # a thread that comes late is told, and does not write into whatever is opened next
+            self._descriptor = -1  # a late write fails instead of going into a file that was opened since
 
     def _write_what_waits(self, *, sync: bool) -> None:
         try:
@@ -109,13 +107,13 @@ class Journal:
         except OSError as error:
             if not self._fails:
                 self._warn(
-                    f"WARNING: {self._path} cannot be written: {error.strerror}; its lines wait in memory, training "
-                    "goes on: free some space"
+                    f"WARNING: {self._path} cannot be written: {error.strerror}; its lines wait in memory and training "
+                    "continues: free some space"
                 )
             self._fails = True
         else:
             if self._fails:
-                self._warn(f"{self._path} can be written again; nothing of it is missing")
+                self._warn(f"{self._path} can be written again; no line is missing")
             self._fails = False
 
     def _write(self, line: bytes) -> None:
@@ -129,5 +127,5 @@ class Journal:
 
 
 def is_known(name: str) -> bool:
-    """Whether METRICS has it."""
+    """Whether METRICS has a metric of this name."""
     return name in METRICS or any("*" in known and fnmatchcase(name, known) for known in METRICS)

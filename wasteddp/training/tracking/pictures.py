@@ -1,10 +1,10 @@
-"""Pictures of a run, kept in its folder, so that a dashboard can be given them at any time.
+"""Stores images of a run in its folder, from which they can be sent to a dashboard at any time.
 
     runs/<name>/media/step-00000000/gallery.json    augmented training images, as the network sees them
-    runs/<name>/media/step-00000120/gallery.json    the surest mistakes of the evaluation at step 120, and its confusion
-                                    00.jpg ...
+    runs/<name>/media/step-00000120/gallery.json    the most confident mistakes of the evaluation at step 120, and its
+                                    00.jpg ...      confusion matrix
 
-A folder takes its name when it is whole. The same step again, after a kill, replaces it by the same pictures.
+A folder gets its name when it is complete. If a step is repeated after a kill, the same images replace it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _QUALITY = 88
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A JPEG and what there is to say of it."""
+    """A JPEG and the facts about it."""
 
     jpeg: bytes
     facts: dict[str, Any]
@@ -42,7 +42,8 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """`kind` is "augmented" or "mistakes"; confusion [K, K], rows true, only of an evaluation."""
+    """The images of a step. `kind` is "augmented" or "mistakes"; `confusion`, [K, K] with the true classes as rows, is
+    empty unless the images are of an evaluation."""
 
     kind: str
     pictures: Sequence[Picture]
@@ -51,10 +52,10 @@ class Gallery:
 
 
 def augmented(data: Inputs, augment: Augment, count: int) -> Gallery:
-    """The first training images of the run, cropped and augmented as the network will see them."""
+    """Return the first training images of the run, cropped and augmented as the network will see them."""
     samples = data.plan.step_samples(0, 0, rank=0, world_size=1)[:count]
     batch = next(data.train_loader.batches([(0, 0, samples)]))
-    gpu_decoding.fill(batch.images_BCHW, batch.encoded_B)  # here: no device has got this batch
+    gpu_decoding.fill(batch.images_BCHW, batch.encoded_B)  # this batch is not copied to a device
     normalised_BCHW = augment(batch.images_BCHW, batch.samples, 0)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN_RGB, STD_RGB))
     pixels_BCHW = ((normalised_BCHW * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
@@ -67,7 +68,7 @@ def augmented(data: Inputs, augment: Augment, count: int) -> Gallery:
 
 
 def mistakes(data: Inputs, seen: Seen, count: int) -> Gallery:
-    """What the model was surest of and wrong about, the worst first, read again from the shards."""
+    """Return the most confident mistakes, worst first, with the images read again from the shards."""
     chosen = seen.mistakes.surest[:count]
     samples = np.array([mistake.sample for mistake in chosen], dtype=np.int64)
     pictures = []
@@ -85,7 +86,7 @@ def mistakes(data: Inputs, seen: Seen, count: int) -> Gallery:
 
 
 def save(folder: Path, step: int, gallery: Gallery) -> None:
-    """Into `folder`/media."""
+    """Write a gallery into `folder`/media."""
     final = folder / "media" / f"step-{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -102,7 +103,7 @@ def save(folder: Path, step: int, gallery: Gallery) -> None:
 
 
 def listed(folder: Path, first: int, last: int) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(folder of the pictures, gallery.json) of the steps `first` .. `last`, the oldest first."""
+    """Yield (folder of the images, content of gallery.json) of the steps `first` .. `last`, oldest first."""
     for path in sorted((folder / "media").glob("step-*")):
         if first <= int(path.name.removeprefix("step-")) <= last:
             yield path, json.loads((path / _FILE).read_text(encoding="utf-8"))

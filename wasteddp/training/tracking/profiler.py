@@ -1,14 +1,14 @@
-"""`profile.steps`: a trace of some steps, and in words what they waited for.
+"""`profile.steps`: writes a trace of some steps, and reports what bounds their speed.
 
-Each moment of the steps is counted once, by what comes first of: the device computed; ranks talked; the loop waited for
-a batch; nothing of these, which is Python. Communication and loading that overlap with computation count as
-computation.
+The time of the steps is divided into four shares. Each moment counts once, as the first of these that applies: the
+device computes; ranks communicate; the loop waits for a batch; none of these, which is Python. Communication and
+loading that overlap with computation count as computation.
 
-Python has two causes that need opposite remedies. Either the loop's thread was busy, launching kernels that are too
-small; or it was starved: other threads of the process held the GIL, or other programs held the cores. A busy thread
-uses as much CPU time as time passes. So that part of Python's share is starvation which is longer than the CPU time of
-the loop's thread in the steps; without the backward pass on a GPU, which a thread of torch launches while the loop's
-waits. It is the least that must have been starvation: CPU time that overlaps with the device's work is subtracted too.
+The share of Python has two possible causes, which need opposite remedies. Either the loop's thread was busy launching
+kernels that are too small, or it was starved: other threads of the process held the GIL, or other programs the cores. A
+busy thread uses as much CPU time as wall time. So the excess of Python's share over the CPU time of the loop's thread
+is starvation. On a GPU the backward pass is excluded, because a thread of torch launches it while the loop's thread
+waits. The result is a lower bound: CPU time that overlaps with the device's work is subtracted too.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ _STEP, _WAIT = "wasteddp: step", "wasteddp: waiting for data"
 _TALK = ("gloo:", "nccl:", "c10d::", "ncclDevKernel", "ncclKernel", "mpi:", "ucc:")
 
 _REMEDIES = {
-    "data": "let more workers decode (data.workers), read ahead further (data.prefetch), keep the shards on a local "
-    "disk, or shrink the images once (wasteddp shard --max-side)",
-    "device": "this is as it should be; faster are a lower precision, smaller images, a smaller network, more devices",
-    "communication": "give each rank more to do between two messages (a larger train.batch_size), use fewer ranks, or "
-    "a faster network; where one rank is slower than the others, that one is what they wait for",
-    "Python": "give each call more to do: a larger train.max_micro_batch, or larger images; see the gaps in the trace",
-    "starvation": "leave the loop's thread the GIL and a core: decode in processes or in fewer threads (data.workers), "
-    "with fewer workers, ranks and other programs than there are cores; larger micro-batches do not help",
+    "data": "use more workers (data.workers), prefetch more batches (data.prefetch), keep the shards on a local disk, "
+    "or store smaller images (wasteddp shard --max-side)",
+    "device": "nothing, this is the best case; a lower precision, smaller images, a smaller network or more devices "
+    "are faster",
+    "communication": "compute more between two messages (a larger train.batch_size), use fewer ranks or a faster "
+    "network; if one rank is slower than the others, they wait for it",
+    "Python": "compute more per call: a larger train.max_micro_batch or larger images; see the gaps in the trace",
+    "starvation": "leave the GIL and a core to the loop's thread: decode in processes or in fewer threads "
+    "(data.workers), and use fewer workers, ranks and other programs than cores; larger micro-batches do not help",
 }
 
 
@@ -54,10 +55,10 @@ class Say(Protocol):
 
 
 class Profiler:
-    """Watches the steps `profile.skip` .. `profile.skip + profile.steps` of this start. Made and called on all ranks.
+    """Profiles `profile.steps` steps after the first `profile.skip` of this start. Created and called on all ranks.
 
     Args:
-        folder: for `trace.json.gz` and `verdict.txt`, of rank 0.
+        folder: folder of `trace.json.gz` and `verdict.txt`, which rank 0 writes.
     """
 
     def __init__(self, asked: Profile, world: Runtime, folder: Path, say: Say) -> None:
@@ -65,14 +66,14 @@ class Profiler:
         self._seen = 0
         self._profile: Any = None
         self._step: Any = None
-        self._step_cpu_s, self._cpu_s = 0.0, 0.0  # CPU time of this thread: as the step began, and in all steps
+        self._step_cpu_s, self._cpu_s = 0.0, 0.0  # CPU time of this thread: at the start of the step, and in all steps
 
     def watched(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """The same batches; where nothing is to be profiled, the very same iterator."""
+        """Yield the same batches and profile them; without profile.steps return the iterator itself."""
         return self._watched(batches) if self._asked.steps else batches
 
     def step_done(self) -> None:
-        """All ranks: after the optimizer's step, before anything is measured, evaluated or saved."""
+        """End the step, after the optimizer's update and before metrics, evaluation and save. All ranks."""
         self._seen += 1
         if self._step:
             self._step.__exit__(None, None, None)
@@ -95,8 +96,8 @@ class Profiler:
                 if batch is None:
                     if self._seen < self._asked.skip + self._asked.steps:
                         self._say(
-                            f"profile: none, this start ended after its step {self._seen}; profile.skip and "
-                            f"profile.steps ask for {self._asked.skip + self._asked.steps}"
+                            f"no profile: this start ended after {self._seen} steps; profile.skip and profile.steps "
+                            f"need {self._asked.skip + self._asked.steps}"
                         )
                     return
                 yield batch
@@ -108,13 +109,13 @@ class Profiler:
         activities = [ProfilerActivity.CPU]
         if self._world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write its own steps over a terminal's display
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints over the progress display
         started = profile(activities=activities)
         started.start()
         return started
 
     def _finish(self) -> None:
-        """All ranks: stops, compares the ranks, and lets rank 0 write."""
+        """Stop the profiler and compare the ranks; rank 0 writes the files. All ranks."""
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)  # the last step's kernels belong to it
         stopped, self._profile = self._profile, None
@@ -132,13 +133,13 @@ class Profiler:
 
 
 def shares_of(events: Sequence[Any], cpu_s: float) -> tuple[Shares, float]:
-    """What the steps' time went to, and the seconds of it, from the events of torch's profiler.
+    """Return the shares of the steps' time and its seconds, from the events of torch's profiler.
 
     Args:
         cpu_s: CPU time of the loop's thread in the steps.
     """
     spans: dict[str, list[Span]] = {kind: [] for kind in (*KINDS, "steps")}
-    backward: list[Span] = []  # where another thread than the loop's launches it
+    backward: list[Span] = []  # only on a GPU, where another thread launches the backward pass
     has_kernels = any(event.device_type.name != "CPU" for event in events)
     for event in events:
         span = (event.time_range.start, event.time_range.end)
@@ -147,7 +148,7 @@ def shares_of(events: Sequence[Any], cpu_s: float) -> tuple[Shares, float]:
             if on_host:  # a GPU's timeline repeats the annotation
                 spans["steps" if event.name == _STEP else "data"].append(span)
         elif event.name.startswith(_TALK):
-            if not (on_host and has_kernels):  # with a GPU the host only hands the message over
+            if not (on_host and has_kernels):  # with a GPU the host only launches the message
                 spans["communication"].append(span)
         elif event.name.startswith(_BACKWARD):
             if on_host and has_kernels:
@@ -156,31 +157,30 @@ def shares_of(events: Sequence[Any], cpu_s: float) -> tuple[Shares, float]:
             spans["device"].append(span)
     seconds = sum(end - begin for begin, end in spans["steps"]) / 1e6
     shares = exclusive_shares(spans)
-    apart = exclusive_shares({**spans, "data": [*spans["data"], *backward]})[
-        "Python"
-    ]  # with no backward pass under way
+    apart = exclusive_shares({**spans, "data": [*spans["data"], *backward]})["Python"]  # outside the backward pass
     return {**shares, "starved": starved_share(apart, cpu_s / seconds if seconds else 1.0)}, seconds
 
 
 def starved_share(python: float, on_core: float) -> float:
-    """The least part of the steps' time in which the loop's thread had to run, and did not.
+    """Return a lower bound of the fraction of the steps' time in which the loop's thread had to run and did not.
 
     Args:
-        python: part in which nothing but the loop's thread could go on.
-        on_core: CPU time of that thread in the steps, as a part of their time.
+        python: fraction in which only the loop's thread could make progress.
+        on_core: CPU time of that thread in the steps, as a fraction of their time.
     """
     return max(0.0, python - on_core)
 
 
 def exclusive_shares(spans: Mapping[str, Sequence[Span]]) -> Shares:
-    """Spans of "steps" and of each kind, which may overlap -> parts of the steps' time that add up to 1."""
+    """Return the share of each kind in the steps' time, with sum 1, from spans of "steps" and kinds, which may
+    overlap."""
     edges = np.unique([edge for kind in spans.values() for span in kind for edge in span])
     if len(edges) < 2:
         return {kind: float(kind == "Python") for kind in KINDS}
     lengths = np.diff(edges)  # of the pieces between two neighbouring edges
 
     def covered(kind: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which pieces lie in a span of this kind."""
+        """Return which pieces are covered by a span of this kind."""
         opened = np.zeros(len(edges), np.int64)
         np.add.at(opened, np.searchsorted(edges, [begin for begin, _ in spans[kind]]), 1)
         np.add.at(opened, np.searchsorted(edges, [end for _, end in spans[kind]]), -1)
@@ -197,9 +197,9 @@ def exclusive_shares(spans: Mapping[str, Sequence[Span]]) -> Shares:
 
 
 def verdict(by_rank: Sequence[Shares], *, step_ms: float, steps: int) -> str:
-    """The bound in words, the shares that led to it, and what to do.
+    """Return the text of verdict.txt: what bounds the speed, the shares of each rank, and what to do.
 
-    The rank that waits least for the others sets the pace of all: its largest share is the bound.
+    The rank that waits least for the others determines the speed of all: its largest share is the bound.
     """
     pace = min(range(len(by_rank)), key=lambda rank: by_rank[rank]["communication"])
     kind = max(KINDS, key=lambda kind: by_rank[pace][kind])

@@ -1,7 +1,7 @@
-"""Under which name a run is tracked, and with which facts: `runs/<name>/tracking.json`.
+"""The identity of a run for trackers, in `runs/<name>/tracking.json`: its id, name, project, settings and data set.
 
-It is all that W&B is told besides rows, pictures and artifacts, so that `wasteddp sync` needs the run's folder alone.
-The id is here and in each checkpoint: here for a run that is killed before its first one.
+This is everything that W&B receives except rows, images and artifacts, so that `wasteddp sync` needs only the run's
+folder. Each checkpoint has the id too. The file keeps it for a run that is killed before its first checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FILE_NAME = "tracking.json"
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What W&B calls the run, and what it is told of it."""
+    """The identity of a run on W&B."""
 
     id: str
     name: str
@@ -37,18 +37,18 @@ class Label:
     job_type: str
     tags: tuple[str, ...]
     config: Mapping[str, Any]  # settings, hashes, versions
-    dataset: Mapping[str, Any]  # of the shard set: name, uri of the manifest, its sha256, samples of each split
-    exit_code: int | None = None  # None: it is running, or was killed
+    dataset: Mapping[str, Any]  # the shard set: its name and uri, the manifest's sha256, samples of each split
+    exit_code: int | None = None  # None: the run is running or was killed
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / FILE_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
 def load(folder: Path) -> Label:
-    """The label of a run's folder.
+    """Return the label in a run's folder.
 
     Raises:
-        TrackingError: there is none, or it is damaged.
+        TrackingError: the file is missing or damaged.
     """
     try:
         raw = json.loads((folder / FILE_NAME).read_bytes())
@@ -56,19 +56,19 @@ def load(folder: Path) -> Label:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(
             f"{folder / FILE_NAME} cannot be read: {error}",
-            "it says which W&B run this training is",
-            "name the folder of a run; a training writes the file when it starts",
+            "without it the W&B run of this training is unknown",
+            "name the folder of a run; a training writes this file when it starts",
         ) from error
 
 
 def of(settings: Settings, manifest: Manifest, *, own: bool, checkpoint_id: str, world_size: int) -> Label:
-    """The label of a training that starts.
+    """Return the label of a training that starts.
 
-    A run keeps its id for as long as it is the same training: over kills, by the checkpoint or, before the first one,
-    by the folder. A folder that is used again from the beginning with other settings is another training.
+    A run keeps its id as long as it is the same training. After a kill the id comes from the checkpoint or, before the
+    first checkpoint, from the folder. A start at step 0 in the same folder with other settings is another training.
 
     Args:
-        own: whether it goes on from a checkpoint of its own folder.
+        own: whether the run resumes from a checkpoint of its own folder.
         checkpoint_id: the id in that checkpoint, or ''.
     """
     folder = Path(settings.run.out)
@@ -102,7 +102,7 @@ def of(settings: Settings, manifest: Manifest, *, own: bool, checkpoint_id: str,
 
 
 def _lineage(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two starts the same training: all settings but how it is tracked, and the data."""
+    """Return what two starts of the same training have in common: the data and all settings except `track`."""
     kept = {name: config.get(name) for name in Settings.model_fields if name != "track"}
     return kept | {"manifest": config.get("hashes", {}).get("manifest")}
 

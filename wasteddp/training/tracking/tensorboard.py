@@ -11,12 +11,12 @@ from wasteddp.errors import SettingsError
 
 
 class TensorBoardMirror:
-    """Event files that `tensorboard --logdir RUN` reads. Nothing that fails in it ends a training.
+    """Writes event files for `tensorboard --logdir RUN`. A failure in it does not end a training.
 
     Args:
-        folder: of the run.
-        resumed_step: rows after it are withdrawn: they will be written again.
-        history: rows of metrics.jsonl up to there, for a mirror that is switched on in the middle of a run.
+        folder: the folder of the run.
+        resumed_step: rows after it are withdrawn, because they will be written again.
+        history: rows of metrics.jsonl up to this step, for a mirror that is enabled during a run.
 
     Raises:
         SettingsError: the package is not installed.
@@ -28,7 +28,7 @@ class TensorBoardMirror:
         if importlib.util.find_spec("tensorboard") is None:
             raise SettingsError(
                 "track.tensorboard is true and the package tensorboard is not installed",
-                "the run would leave nothing for TensorBoard to show",
+                "the run could not write event files for TensorBoard",
                 "pip install 'wasteddp[tensorboard]', or set track.tensorboard to false",
             )
         from torch.utils.tensorboard import SummaryWriter
@@ -36,7 +36,7 @@ class TensorBoardMirror:
         self._say = say
         out = folder / "tensorboard"
         goes_on = any(out.glob("events.out.tfevents.*"))
-        # purge_step withdraws what an earlier start wrote after its last checkpoint; `flush` kept what was before.
+        # purge_step withdraws the rows that an earlier start wrote after its last checkpoint.
         self._writer: Any = SummaryWriter(str(out), purge_step=resumed_step + 1 if goes_on else None)
         if not goes_on:
             for row in history:
@@ -44,13 +44,13 @@ class TensorBoardMirror:
         say(f"TensorBoard: tensorboard --logdir {folder}")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl."""
+        """Write a row of metrics.jsonl."""
         for name, value in row.items():
             if name not in ("step", "time_s"):
                 self._do("add_scalar", name, value, row["step"], walltime=row["time_s"])
 
     def flush(self) -> None:
-        """Before a checkpoint: what is written by now will not be written again."""
+        """Flush the rows before a checkpoint: they will not be written again."""
         self._do("flush")
 
     def close(self) -> None:
@@ -63,4 +63,4 @@ class TensorBoardMirror:
             getattr(self._writer, method)(*arguments, **named)
         except Exception as error:
             self._writer = None
-            self._say(f"TensorBoard: {type(error).__name__}: {error}; it ends here, metrics.jsonl has every row")
+            self._say(f"TensorBoard stops: {type(error).__name__}: {error}; metrics.jsonl has every row")

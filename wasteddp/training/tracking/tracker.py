@@ -1,6 +1,6 @@
-"""What a run tells: metrics.jsonl (the truth), W&B and TensorBoard (mirrors of it), log.txt and the terminal.
+"""Reports a run to metrics.jsonl, its mirrors W&B and TensorBoard, log.txt and the terminal.
 
-Rank 0 writes, the others are quiet.
+Only rank 0 writes. metrics.jsonl is the complete record: the mirrors are written from it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """What the loop may say. `step` is the number of optimizer steps done; `exit_code` what the run will end with."""
+    """The interface for the loop. `step` is the number of optimizer steps done; `exit_code` is that of the run."""
 
     id: str
     exit_code: int
@@ -54,7 +54,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """For every rank but the first."""
+    """Does nothing, for all ranks except rank 0."""
 
     id = ""
     exit_code = 0
@@ -81,25 +81,18 @@ class NoTracker:
         pass
 
 
-class ConsoleTracker(NoTracker):
-    """Says things and keeps nothing: for a check."""
-
-    def say(self, message: str, *, in_passing: bool = False) -> None:
-        print(message, flush=True)
-
-
 class RunTracker:
-    """Writes a run's folder and mirrors it.
+    """Writes the log and metrics of a run, and its mirrors.
 
     Args:
-        folder: of the run.
-        label: what it is called there and on W&B.
+        folder: the folder of the run.
+        label: the identity of the run on W&B.
         track: settings.track.
-        total_steps: of the run, for the progress bar.
-        resumed_step: rows after it are rolled back: they will be written again.
+        total_steps: number of steps of the run, for the progress bar.
+        resumed_step: rows after it are removed, because they will be written again.
 
     Raises:
-        SettingsError: TensorBoard is asked for and not installed.
+        SettingsError: track.tensorboard is set and TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, label: Label, *, track: Track, total_steps: int, resumed_step: int) -> None:
@@ -120,7 +113,7 @@ class RunTracker:
         self._wandb = WandbMirror(folder, label, track, history=kept, say=self.say)
 
     def say(self, message: str, *, in_passing: bool = False) -> None:
-        """A line on the terminal and in log.txt. `in_passing`: a terminal's display shows it anyway."""
+        """Print a message and append it to log.txt. `in_passing`: do not print it if there is a progress display."""
         message = redacted(message)
         self._log_file.append("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
         if not (in_passing and self._display):
@@ -149,24 +142,24 @@ class RunTracker:
         self.show(0, lambda: pictures.augmented(data, augment, self._images))
 
     def show_mistakes(self, step: int, data: Inputs, seen: Seen) -> None:
-        """What an evaluation was surest of and wrong about."""
+        """The most confident mistakes of an evaluation."""
         self.show(step, lambda: pictures.mistakes(data, seen, self._images))
 
     def show(self, step: int, make: Callable[[], Gallery]) -> None:
-        """Keeps pictures, which go to W&B with the next row; a run without W&B has no use for them."""
+        """Store images, which W&B receives with the next row; do nothing without W&B."""
         if self._images and self._wandb.is_on:
             try:
                 pictures.save(self._folder, step, make())
-            except Exception as error:  # no picture is worth a training
-                self.say(f"the pictures of step {step} could not be kept: {type(error).__name__}: {error}")
+            except Exception as error:  # training continues without the images
+                self.say(f"the images of step {step} could not be stored: {type(error).__name__}: {error}")
 
     def advance(self, step: int, text: str) -> None:
-        """Moves the progress bar, where there is a terminal."""
+        """Advance the progress bar, if there is a terminal."""
         if self._display:
             self._display.advance(step, text)
 
     def flush(self) -> None:
-        """Before a checkpoint: the rows up to it are on the disk."""
+        """Flush the rows to the disk, before a checkpoint."""
         self._metrics_file.sync()
         if self._tensorboard:
             self._tensorboard.flush()
@@ -177,7 +170,7 @@ class RunTracker:
             self._display = None
         if self._tensorboard:
             self._tensorboard.close()
-        with suppress(StorageError):  # of a full disk the last save has told
+        with suppress(StorageError):  # the last save has reported a full disk
             replace(self._label, exit_code=exit_code).save(self._folder)
         self._wandb.finish(exit_code)
         self._metrics_file.close()
@@ -193,10 +186,10 @@ def run_tracker(
     own: bool,
     world_size: int,
 ) -> RunTracker:
-    """Rank 0's tracker of a training that starts or goes on.
+    """Return rank 0's tracker of a training that starts or resumes.
 
     Args:
-        own: whether it goes on from a checkpoint of its own folder.
+        own: whether the run resumes from a checkpoint of its own folder.
     """
     label = labels.of(settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size)
     folder = Path(settings.run.out)
@@ -205,7 +198,7 @@ def run_tracker(
 
 
 def roll_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops rows after `step`, and a last line that a kill cut; returns those that stay."""
+    """Remove the rows after `step` and a last line that a kill cut off, and return the remaining rows."""
     if not path.exists():
         return []
     rows = []
@@ -213,7 +206,7 @@ def roll_back(path: Path, step: int) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # cut by a kill: it is after the last checkpoint, which flushed what was before
+            continue  # cut off by a kill, after the last checkpoint
         if row["step"] <= step:
             rows.append(row)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -221,7 +214,7 @@ def roll_back(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 class TrackerScope:
-    """`with TrackerScope(tracker):` closes it with its exit code, or with 1 after an error."""
+    """`with TrackerScope(tracker):` closes the tracker with its exit code, or with 1 after an error."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker

@@ -1,7 +1,7 @@
-"""Opens a W&B run without a prompt and within bounds.
+"""Opens a W&B run without a prompt and with time limits.
 
-Its traps, each seen with wandb 0.31: without a key it prompts on a terminal and raises elsewhere; without a network it
-waits a minute and a half; tables and artifacts are staged outside the run's folder; a kill loses the last 15 s.
+Pitfalls, each seen with wandb 0.31: without a key it prompts on a terminal and raises elsewhere; without a network it
+waits for a minute and a half; it stages tables and artifacts outside the run's folder; a kill loses the last 15 s.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """online or offline, and why."""
+    """Online or offline, and the reason."""
 
     name: str
     reason: str
@@ -38,12 +38,12 @@ class Mode:
 
 
 def asked_mode(setting: str) -> str:
-    """settings.track.wandb, where WANDB_MODE wins over "auto"."""
+    """Return the value of track.wandb; WANDB_MODE replaces "auto"."""
     return os.environ.get("WANDB_MODE", "auto") if setting == "auto" else setting
 
 
 def choose(asked: str) -> Mode:
-    """Without a prompt, and within seconds."""
+    """Choose online or offline, without a prompt and within seconds."""
     if asked in ("offline", "dryrun"):
         return Mode("offline", "as set")
     if not _has_key():
@@ -53,25 +53,25 @@ def choose(asked: str) -> Mode:
     base_url = str(wandb.setup().settings.base_url)
     if not _answers(base_url):
         return Mode("offline", f"{redacted(base_url)} does not answer")
-    return Mode("online", "as set" if asked == "online" else "there is a key")
+    return Mode("online", "as set" if asked == "online" else "an API key is set")
 
 
 def keep_inside(folder: Path) -> None:
-    """Before wandb is imported: what it writes stays in the run's folder, and it is quiet."""
+    """Keep wandb's files in the run's folder and its output silent. Call it before wandb is imported."""
     os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb-data").resolve()))
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else up to 15 s more at exit
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise up to 15 s more at exit
     os.environ.setdefault("WANDB_SILENT", "true")
 
 
 def open_run(folder: Path, label: Label, mode: Mode, *, finish_s: float, strict: bool = False) -> Any:
-    """The W&B run of this training: the one that is there already, or a new one.
+    """Open the W&B run of this training; create it if it does not exist.
 
     Args:
-        finish_s: the longest that its `finish` may take.
-        strict: `finish` raises TimeoutError where that was too short.
+        finish_s: time limit of the run's `finish`.
+        strict: `finish` raises TimeoutError at that limit.
 
     Raises:
-        Exception: whatever wandb raises. It can be opened again after that, offline too.
+        Exception: any error of wandb. The run can be opened again after it, also offline.
     """
     import wandb
 
@@ -79,9 +79,9 @@ def open_run(folder: Path, label: Label, mode: Mode, *, finish_s: float, strict:
         init_timeout=_INIT_TIMEOUT_S,
         finish_timeout=finish_s,
         finish_timeout_raises=strict,
-        x_transaction_log_flush_interval=1.0,  # 15 s by default: a kill would lose that much
-        console="off",  # log.txt has it; W&B's copy would double at each resume
-        disable_git=True,  # a remote's address may hold a token; the commit is in the config
+        x_transaction_log_flush_interval=1.0,  # the default of 15 s is what a kill would lose
+        console="off",  # log.txt has the output; W&B's copy would be duplicated by each resume
+        disable_git=True,  # a remote's URL may contain a token; the commit is in the config
         save_code=False,
         silent=True,
     )
@@ -101,14 +101,15 @@ def open_run(folder: Path, label: Label, mode: Mode, *, finish_s: float, strict:
             settings=settings,
         )
     except Exception:
-        wandb.teardown()  # otherwise the next one fails with "run ID ... is in use"
+        wandb.teardown()  # otherwise the next call fails with "run ID ... is in use"
         raise
 
 
 def sender_lock(folder: Path) -> IO[bytes] | None:
-    """The right to send this run's rows, until it is closed or the process ends; None: another process has it.
+    """Take the lock on sending this run's rows, until the file is closed or the process ends; None: another process
+    holds it.
 
-    Two senders at once would each send what the other had not sent yet, and W&B would have it twice.
+    Two processes that send at the same time would send the same rows, and W&B would have them twice.
     """
     with storage("locking the run's folder", folder):
         file = (folder / ".wandb.lock").open("wb")
@@ -122,25 +123,25 @@ def sender_lock(folder: Path) -> IO[bytes] | None:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of it, without secrets."""
+    """Return the first line of an error, without secrets."""
     return redacted(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
 def stop_service() -> None:
-    """Kills wandb's process, which the interpreter would otherwise wait for at its exit. What it had is on the disk."""
-    with suppress(Exception):  # private: wandb has no public way that does not wait
+    """Kill wandb's process, for which the interpreter would otherwise wait at its exit. Its data is on disk."""
+    with suppress(Exception):  # private: wandb has no public function that does not wait
         from wandb.sdk import wandb_setup
 
         connection = wandb_setup.singleton()._connection
         connection._proc._process.kill()
-        connection._proc._process.wait()  # a killed process is a child until somebody asks for it
-        connection._cleanup()  # what waits at the exit
+        connection._proc._process.wait()  # reap the killed process
+        connection._cleanup()  # the handler that would wait at exit
 
 
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    with suppress(Exception):  # private modules: the same places that wandb.init looks in, without its prompt
+    with suppress(Exception):  # private modules: they search where wandb.init does, without its prompt
         from wandb.sdk import wandb_setup
         from wandb.sdk.lib.wbauth.authenticate import authenticate_session
 
@@ -150,7 +151,7 @@ def _has_key() -> bool:
 
 
 def _answers(url: str) -> bool:
-    """A TCP connection, or a proxy that will make one. In a thread: a resolver without a network has no timeout."""
+    """Whether a TCP connection can be opened, or a proxy is set. Uses a thread: name resolution has no timeout."""
     if any(os.environ.get(name) for name in _PROXIES):
         return True
     parts = urllib.parse.urlsplit(url)

@@ -1,7 +1,7 @@
-"""W&B as a mirror of a run's folder: never a prompt, never a wait in the loop, never the end of a training.
+"""Mirrors a run's folder to W&B. It never prompts, never blocks the loop, and never ends a training.
 
-All of it happens in a thread of its own: finding out whether W&B can be had, what it lacks, and sending. The loop hands
-over rows and goes on; only the end of the run waits for it, and not for longer than `track.finish_s`.
+A thread checks whether W&B is available and which rows it lacks, and sends them. The loop only queues rows. The end of
+the run waits for the thread, for at most `track.finish_s`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wasteddp.training.tracking.wandb_client import (
 )
 from wasteddp.training.tracking.wandb_sync import Delivery, Row
 
-_SPARE_S = 1.0  # between wandb's own limit and ours
+_SPARE_S = 1.0  # between wandb's time limit and track.finish_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class _End:
 
 
 class WandbMirror:
-    """One W&B run, online where it can be, offline where it cannot.
+    """One W&B run, online if possible and offline otherwise.
 
     Args:
-        folder: of the run; all that wandb writes stays in it.
+        folder: the folder of the run; all files of wandb stay in it.
         history: rows that are already in metrics.jsonl.
-        say: takes a line for the log, from this class's thread too.
+        say: receives lines for the log, also from this class's thread.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class WandbMirror:
         self._queue: queue.SimpleQueue[Row | _End] = queue.SimpleQueue()
         self._lock: IO[bytes] | None = None
         self._failed = False
-        self._over = threading.Event()  # the run has ended, whatever the thread is still waiting for
+        self._over = threading.Event()  # the run has ended, even if the thread still waits
         self._thread: threading.Thread | None = None
         self._resumed_step = history[-1]["step"] if history else -1
         if self.is_on:
@@ -71,7 +71,7 @@ class WandbMirror:
             self._queue.put(row)
 
     def finish(self, exit_code: int) -> None:
-        """Waits until W&B has everything, or until track.finish_s is over."""
+        """Wait until W&B has everything, for at most track.finish_s."""
         if not self._thread:
             return
         self._queue.put(_End(exit_code))
@@ -90,14 +90,14 @@ class WandbMirror:
 
     @property
     def _too_slow(self) -> str:
-        return f"W&B: it did not take everything within {self._track.finish_s:g} s (track.finish_s); {self._later}"
+        return f"W&B: not all data was sent within {self._track.finish_s:g} s (track.finish_s); {self._later}"
 
     def _work(self) -> None:
-        """The thread. Whatever goes wrong in wandb ends here."""
+        """Run the thread. It handles all errors of wandb."""
         try:
             delivery = self._open()
         except Exception as error:
-            self._say(f"W&B: none, run {self._label.id} ({reason_of(error)}); {self._later}")
+            self._say(f"W&B: not available for run {self._label.id} ({reason_of(error)}); {self._later}")
             return
         while True:
             item = self._queue.get()
@@ -118,8 +118,8 @@ class WandbMirror:
         except TimeoutError:
             self._say(self._too_slow)
         except Exception as error:
-            if not self._failed:  # once: each row would say it again
-                self._say(f"W&B: {reason_of(error)}; training goes on; {self._later}")
+            if not self._failed:  # report only the first row that fails
+                self._say(f"W&B: {reason_of(error)}; training continues; {self._later}")
             self._failed = True
 
     def _open(self) -> Delivery:
@@ -141,7 +141,7 @@ class WandbMirror:
             run = self._opened(mode)
         later = "" if mode.is_online else f"; {self._later}"
         self._say(f"W&B: {mode.name}, run {self._label.id} ({mode.reason}){later}")
-        # An offline run cannot ask what W&B has; what was before it lies in the attempts before it.
+        # An offline run cannot query W&B; the earlier rows are in the files of the earlier attempts.
         next_step = run.starting_step if mode.is_online else self._resumed_step + 1
         delivery = Delivery(run, self._folder, self._label, next_step)
         if mode.is_online:

@@ -1,12 +1,10 @@
-"""`wasteddp sync RUN`: delivers to W&B exactly what it lacks of a run, from the run's own folder.
+"""Sends to W&B what it lacks of a run: rows, images, artifacts and best values. `wasteddp sync RUN` uses it too.
 
-`wandb sync` cannot do that for a run that was killed or moved between online and offline: it appends each attempt's
-rows to those of the attempts before, with the steps that a kill undid.
+The source is the run's folder. Rows are sent in order with their step, so W&B lacks exactly the rows after the last
+step that it has. A row is sent only if its step is later, and never twice. Rows that W&B already has do not change.
 
-Brings a W&B run to what a run's folder holds: rows, pictures, artifacts, best values.
-
-The folder is the truth. Rows go in order and carry their step, so what W&B lacks is always what is after the last step
-that it has: a row is sent if its step is after that, and never twice. What W&B has stays as it was sent first.
+`wandb sync` cannot do this for a run that was killed or moved between online and offline: it appends the rows of each
+attempt to those of the earlier attempts, including the steps that a kill undid.
 """
 
 from __future__ import annotations
@@ -35,12 +33,12 @@ from wasteddp.training.tracking.wandb_client import (
 
 Row = Mapping[str, Any]  # of metrics.jsonl: "step", "time_s" and metrics
 
-# Which value of a metric is its best: the summary shows it beside the last one.
+# The best value of a metric, which the summary shows in addition to the last value.
 BEST = {"val/loss": min, "val/accuracy": max, "val/macro_recall": max, "val/macro_f1": max}
-# What is sent beside the rows' numbers, as METRICS has those.
+# Media that are sent in addition to METRICS.
 MEDIA = {
     "train/augmented": "training images as the network sees them, at the start",
-    "val/mistakes": "table of the surest mistakes of an evaluation, with their images",
+    "val/mistakes": "table of the most confident mistakes of an evaluation, with their images",
     "val/confusion": "confusion matrix of an evaluation",
 }
 
@@ -49,8 +47,8 @@ class Delivery:
     """Sends to one open W&B run.
 
     Args:
-        run: of wandb.
-        folder: of the training.
+        run: the run, as wandb returned it.
+        folder: the folder of the training.
         next_step: the first step that W&B does not have.
     """
 
@@ -60,7 +58,7 @@ class Delivery:
         self.num_sent = 0
 
     def row(self, row: Row) -> None:
-        """Sends it with the pictures that belong to it, unless W&B has it."""
+        """Send a row with the images up to its step, unless W&B has it."""
         step = row["step"]
         better = self._better(row)
         if step < self._next:
@@ -68,7 +66,7 @@ class Delivery:
         metrics = {name: value for name, value in row.items() if name not in ("step", "time_s")}
         for path, content in gallery.listed(self._folder, self._next, step):
             metrics |= _media(path, content)
-        # commit: a step that is not committed waits for the next one, and a kill would lose it
+        # commit: otherwise wandb holds the step back until the next one, and a kill would lose it
         self._run.log({**metrics, "_timestamp": row["time_s"]}, step=step, commit=True)
         self._next = step + 1
         self.num_sent += 1
@@ -76,7 +74,7 @@ class Delivery:
             self._run.summary.update({f"best/{name}": value for name, value in self._best.items()})
 
     def dataset(self) -> None:
-        """The shard set as an input of the run, by reference: no image is sent."""
+        """Register the shard set as an input of the run, by reference: no images are sent."""
         import wandb
 
         facts = dict(self._label.dataset)
@@ -85,14 +83,14 @@ class Delivery:
         parts = urllib.parse.urlsplit(uri)
         here = parts.scheme == "file" and Path(urllib.parse.unquote(parts.path)).is_file()
         if not here and parts.scheme not in ("http", "https"):
-            uri = f"shards+{uri}"  # a scheme that wandb does not know: it then opens neither files nor stores
-        # The hash is in the name: the same path with other images is then another version.
+            uri = f"shards+{uri}"  # an unknown scheme, so that wandb opens neither files nor stores
+        # The hash is in the name, so that the same path with other images is another version.
         name = f"manifest-{facts['manifest'][:12]}.json"
         artifact.add_reference(uri, name=name, checksum=False)
         self._run.use_artifact(artifact)
 
     def model(self) -> None:
-        """The best model's bundle as an output of the run, if there is one. The same bytes are not sent twice."""
+        """Send the best model's bundle as an output of the run, if there is one. The same bytes are not sent twice."""
         import wandb
 
         if not (self._folder / FOLDER_NAME / CARD_NAME).is_file():
@@ -103,15 +101,15 @@ class Delivery:
         metadata |= {"arch": card.arch, "classes": list(card.classes), "weights": card.hashes.weights}
         artifact = wandb.Artifact(f"model-{self._label.id}", type="model", metadata=metadata)
         for path in (bundle / CARD_NAME, bundle / card.weights_name):
-            # neither a copy for staging nor one for the cache: the bundle stays where it is
+            # no copy for staging or the cache: the file is read from the bundle
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["best", f"step-{card.trained.step}"])
 
     def finish(self, exit_code: int | None) -> None:
-        """Waits until all is there, or for as long as the run was opened with.
+        """Wait until W&B has everything, for at most the time limit of `open_run`.
 
         Args:
-            exit_code: of the training; None and 75: it can go on, and W&B shows it as preempted.
+            exit_code: that of the training. With None and 75 the run can be resumed, and W&B shows it as preempted.
         """
         if exit_code in (None, EXIT_RESUMABLE):
             self._run.mark_preempting()
@@ -127,7 +125,7 @@ class Delivery:
 
 
 def rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a metrics.jsonl; a line that is being written, or was cut by a kill, is left out."""
+    """Yield the rows of a metrics.jsonl; an incomplete line is left out."""
     if path.exists():
         with path.open(encoding="utf-8") as lines:
             for line in lines:
@@ -139,7 +137,7 @@ def rows_of(path: Path) -> Iterator[Row]:
 
 
 def _media(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Pictures and confusion matrix as wandb's objects."""
+    """Return images and confusion matrix as objects of wandb."""
     import wandb
 
     pictures = content["pictures"]
@@ -164,13 +162,13 @@ def _media(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """What W&B allows in an artifact's name."""
+    """Replace the characters that W&B does not allow in the name of an artifact."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
 
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """What became of it."""
+    """The result of `sync`."""
 
     run_id: str
     num_rows: int  # in metrics.jsonl
@@ -179,15 +177,15 @@ class Synced:
 
 
 def sync(folder: Path, *, timeout_s: float, model: bool = True) -> Synced:
-    """Sends the rows, pictures and artifacts that W&B does not have.
+    """Send the rows, images and artifacts that W&B does not have.
 
     Args:
-        folder: of a run, which may still be training offline.
-        timeout_s: the longest to wait for W&B to take it all.
-        model: whether the best model is sent too.
+        folder: the folder of a run, which may still be training offline.
+        timeout_s: time limit for sending everything.
+        model: whether to send the best model too.
 
     Raises:
-        TrackingError: no key, no answer, a training that is sending by itself, or not all taken in time.
+        TrackingError: there is no key, W&B does not answer, the training itself is sending, or the time limit is over.
     """
     label = labels.load(folder)
     keep_inside(folder)
@@ -199,16 +197,16 @@ def sync(folder: Path, *, timeout_s: float, model: bool = True) -> Synced:
         raise TrackingError(
             f"the training in {folder} is sending its rows itself",
             "rows would be sent twice",
-            "wait until it has ended, if anything is missing then",
+            "wait until the training has ended, and run this command then if rows are missing",
         )
     with lock:
         try:
             return _deliver(folder, label, mode, timeout_s, model)
         except TimeoutError as error:
             stop_service()
-            raise _failed(folder, f"W&B did not take it all within {timeout_s:g} s") from error
-        except Exception as error:  # whatever wandb raises
-            stop_service()  # it would hold the process for as long as it has something to send
+            raise _failed(folder, f"not all data was sent within {timeout_s:g} s") from error
+        except Exception as error:  # any error of wandb
+            stop_service()  # otherwise the process could not exit before everything is sent
             raise _failed(folder, reason_of(error)) from error
 
 
@@ -224,10 +222,10 @@ def _deliver(folder: Path, label: labels.Label, mode: Mode, timeout_s: float, mo
         delivery.dataset()
         if model:
             delivery.model()
-    finally:  # the rows get there even where an artifact does not
+    finally:  # send the rows even if an artifact fails
         delivery.finish(label.exit_code)
     for fragment in folder.glob(f"wandb/*run-*-{label.id}/run-{label.id}.wandb"):
-        # `wandb sync` passes over what has this mark: it would append the same rows again
+        # `wandb sync` skips a file with this mark; otherwise it would append the same rows again
         fragment.with_name(f"{fragment.name}.synced").touch()
     return Synced(label.id, num_rows, delivery.num_sent, url)
 
@@ -235,6 +233,6 @@ def _deliver(folder: Path, label: labels.Label, mode: Mode, timeout_s: float, mo
 def _failed(folder: Path, reason: str) -> TrackingError:
     return TrackingError(
         f"{folder} could not be sent to W&B: {reason}",
-        "the dashboard lacks a part of this run; nothing in the run's folder was changed",
-        f"fix it and start it again: wasteddp sync {folder}",
+        "the dashboard lacks a part of this run; the run's folder is unchanged",
+        f"fix the cause, then run: wasteddp sync {folder}",
     )

@@ -1,5 +1,5 @@
-"""What a process that ends before its time leaves behind: its threads' stacks, a line in the log, its exit code; and
-what else was to be done at the end of a block that it will not come to."""
+"""Ends a process that cannot leave its loop: writes the stacks of its threads and the log, runs the actions that its
+blocks have registered, and sets the exit code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import NoReturn
 
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 
-_WORDS_S = 25.0  # a launcher kills 30 s after the first of its processes has ended
+_LIMIT_S = 25.0  # a launcher kills the others 30 s after the first of its processes has ended
 _acts: list[Callable[[], object]] = []
 
 
 def write_stacks(run: Path, rank: int) -> None:
-    """What each thread is doing, into `run/failures/`; a disk that cannot take it is no reason to stay."""
+    """Write the stack of each thread into `run/failures/`. An error of the disk is ignored."""
     with suppress(OSError):
         (run / "failures").mkdir(parents=True, exist_ok=True)
         with (run / "failures" / f"rank-{rank:05d}.txt").open("w") as file:
@@ -29,7 +29,7 @@ def write_stacks(run: Path, rank: int) -> None:
 
 
 def append_to_log(run: Path, message: str) -> None:
-    """A message appended to the run's log, past the tracker that may be stuck; nothing where there is no log yet."""
+    """Append a message to the run's log, without the tracker, which may hang; do nothing if there is no log yet."""
     path = run / "log.txt"
     if path.exists():
         with suppress(OSError), path.open("a", encoding="utf-8") as file:
@@ -38,8 +38,8 @@ def append_to_log(run: Path, message: str) -> None:
 
 @contextmanager
 def at_a_hard_exit(act: Callable[[], object]) -> Iterator[None]:
-    """If the process leaves by `leave_with_words` inside the block, `act` is called first, in a thread: it must neither
-    trust the loop's objects, at which the loop may hang, nor take long."""
+    """Call `act` if the process ends by `leave_with_stacks` inside the block. It runs in another thread: it must not
+    use objects of the loop, which may hang in them, and must not take long."""
     _acts.append(act)
     try:
         yield
@@ -47,32 +47,32 @@ def at_a_hard_exit(act: Callable[[], object]) -> Iterator[None]:
         _acts.remove(act)
 
 
-def leave_with_words(code: int, run: Path, rank: int) -> NoReturn:
-    """Ends the process whatever its loop hangs at, from the thread that watches it: stacks first, then what was asked
-    for by `at_a_hard_exit`. A disk that does not answer holds it for a while, not for ever."""
+def leave_with_stacks(code: int, run: Path, rank: int) -> NoReturn:
+    """End the process from the watchdog's thread while its loop hangs: write the stacks first, then run the actions of
+    `at_a_hard_exit`. A disk that does not respond delays the exit for a limited time only."""
 
-    def speak() -> None:
+    def finish() -> None:
         write_stacks(run, rank)
         for act in _acts:
             act()
 
-    within(_WORDS_S, speak)
+    within(_LIMIT_S, finish)
     leave_now(code)
 
 
 def within(limit_s: float, act: Callable[[], object]) -> None:
-    """Does it in a thread of its own, which is left behind when its time is up: a disk may never answer."""
-    thread = threading.Thread(target=act, name="last words", daemon=True)
+    """Call `act` in a thread, and return after `limit_s` at the latest: a disk may never respond."""
+    thread = threading.Thread(target=act, name="hard exit", daemon=True)
     thread.start()
     thread.join(limit_s)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with `code`: after its exit handlers, or after a failure at once.
+    """End the process with `code`: after its exit handlers, or immediately after a failure.
 
-    The interpreter is not torn down. After a failure that would wait for collectives and threads; and threads of torch
-    and gloo outlive their process group now and then: their destructors then abort a rank that had finished (seen:
-    "terminate called without an active exception", exit code -6), and its launcher says that the run failed.
+    The interpreter is not finalized. After a failure that would wait for collectives and threads. After a success,
+    threads of torch and gloo sometimes outlive their process group: their destructors then abort a finished rank (seen:
+    "terminate called without an active exception", exit code -6), and its launcher reports a failure.
     """
     if code in (EXIT_FINISHED, EXIT_RESUMABLE):
         atexit._run_exitfuncs()
@@ -80,7 +80,7 @@ def leave(code: int) -> NoReturn:
 
 
 def leave_now(code: int) -> NoReturn:
-    """From any thread."""
+    """End the process without exit handlers, from any thread."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,6 @@
-"""Where the ranks tell each other that they live, where they are, and who failed: the launcher's TCPStore.
+"""Exchanges heartbeats, positions and failures between the ranks through the launcher's TCPStore.
 
-A connection of its own, because the one that torch keeps may wait for minutes on behalf of the loop.
+It uses a separate connection, because the loop may block torch's connection for minutes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _ANSWER = timedelta(seconds=30)
 _CONNECT_S = 5.0
 
 
-class LostBoardError(Exception):
-    """The board does not answer: the process that keeps it, the launcher or rank 0, is gone."""
+class LostStoreError(Exception):
+    """The store does not respond: its process, the launcher or rank 0, has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """One sign of life. `marks` counts the places that the loop has passed: the same sequence on every rank."""
+    """One heartbeat. `marks` counts the places that the loop has passed: the same sequence on every rank."""
 
     count: int
     marks: int
@@ -38,9 +38,9 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why the run ends, as one rank tells it for all."""
+    """The failure that ends the run, reported by one rank for all."""
 
-    told_by: int
+    reported_by: int
     message: str
     exit_code: int
 
@@ -51,7 +51,7 @@ class HeartbeatStore:
 
     @classmethod
     def of_launcher(cls, host: str, port: int, world_size: int, *, patience_s: float) -> HeartbeatStore:
-        """Connects to the store that the launcher, or else rank 0, keeps at MASTER_ADDR and MASTER_PORT."""
+        """Connect to the store of the launcher, or else of rank 0, at MASTER_ADDR and MASTER_PORT."""
         with _or_lost():
             store = TCPStore(host, port, None, False, timedelta(seconds=patience_s), wait_for_workers=False)
             store.set_timeout(_ANSWER)
@@ -62,13 +62,13 @@ class HeartbeatStore:
             self._store.set(f"beat/{rank}", json.dumps(asdict(beat)))
 
     def beat(self, rank: int) -> Beat | None:
-        """The last one of a rank; None before its first."""
+        """Return the last beat of a rank; None before its first."""
         with _or_lost():
             key = f"beat/{rank}"
             return Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def beats(self) -> list[Beat | None]:
-        """Of all ranks: for when something is wrong."""
+        """Return the last beats of all ranks, for the message of a failure."""
         return [self.beat(rank) for rank in range(self._world_size)]
 
     def failure(self) -> Failure | None:
@@ -76,14 +76,14 @@ class HeartbeatStore:
             return Failure(**json.loads(self._store.get(_FAILURE))) if self._store.check([_FAILURE]) else None
 
     def claim(self, failure: Failure) -> Failure:
-        """Tells a failure, unless another was told before; returns the one that stands."""
+        """Report a failure, unless another one was reported before, and return the first one."""
         with _or_lost():
             return Failure(**json.loads(self._store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))))
 
 
 def answers(host: str, port: int) -> bool:
-    """Whether somebody listens there. Asked with a plain connection: each try of a TCPStore that fails prints its own
-    stack, and none can be broken off."""
+    """Whether a server listens there. It opens a plain connection: each failed try of a TCPStore prints a stack and
+    cannot be interrupted."""
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_S):
             return True
@@ -96,4 +96,4 @@ def _or_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's DistNetworkError, DistStoreError and a refused connection are RuntimeErrors
-        raise LostBoardError(str(error)) from error
+        raise LostStoreError(str(error)) from error

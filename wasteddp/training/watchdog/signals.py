@@ -1,11 +1,13 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop at the next step. No torch here: installed before it loads.
+"""Handlers of SIGTERM, SIGINT and SIGUSR1: the run saves and stops at the next step.
 
-SIGTERM is what preemption, `kill` and a Slurm time limit send; SIGUSR1 what a batch script passes on as a warning.
+The module does not import torch, because the handlers are installed before torch is imported.
 
-What launchers do with a signal that they get themselves (accelerate 1.15, torch 2.14): with several processes both pass
-SIGTERM and SIGINT on and kill after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 makes it 600); SIGUSR1, and SIGTERM to
-`accelerate launch` with one process, end the launcher alone, and the training would go on without it. So the kernel is
-asked to send SIGTERM when the launcher dies, of whatever: the run then saves as well.
+Preemption, `kill` and a Slurm time limit send SIGTERM. A batch script passes SIGUSR1 on as a warning.
+
+Launchers handle their own signals as follows (accelerate 1.15, torch 2.14). With several processes they pass SIGTERM
+and SIGINT on, and kill after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 makes that 600 s). SIGUSR1, and SIGTERM to
+`accelerate launch` with one process, end only the launcher, and the training would continue without it. Therefore the
+kernel is set to send SIGTERM to the process when its launcher ends for any reason, so that the run saves then too.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 
-EXIT_AT_ONCE = 128 + signal.SIGINT  # what a shell expects of an interrupted program
+EXIT_AT_ONCE = 128 + signal.SIGINT  # the convention of shells for an interrupted program
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-# Each launcher sets one; without a launcher the parent may be a shell, whose end is none of our business (nohup).
+# Each launcher sets one of them. Without a launcher the parent may be a shell, whose end must not matter (nohup).
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "WASTEDDP_LAUNCHER")
 
 
 @dataclass(slots=True)
 class StopRequest:
-    """The name of the signal that asked for it, or ''."""
+    """The name of the signal that requested the stop, or ''."""
 
     signal_name: str = ""
 
@@ -40,12 +42,12 @@ STOP = StopRequest()
 
 
 def install(environment: Mapping[str, str] = os.environ) -> None:
-    """From here on the first signal sets `STOP`; a second SIGINT leaves at once."""
+    """Install the handlers: the first signal sets `STOP`, and a later SIGINT ends the process."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _request)
-    arrived, tell = os.pipe()
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    arrived, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     threading.Thread(target=_leave_at_the_second, args=(arrived,), name="signals", daemon=True).start()
     if sys.platform == "linux" and any(name in environment for name in _LAUNCHERS):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -56,13 +58,14 @@ def _request(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_at_the_second(arrived: int) -> None:
-    """A thread of its own: Python's handlers wait for the main thread, which may wait for another rank, or a disk.
+    """End the process at the second signal, in a separate thread: Python's handlers run in the main thread, which may
+    be waiting for another rank or a disk.
 
-    Leaving without cleaning up harms nothing that is on the disk: it is what `kill -9` does too.
+    An exit without cleanup does not damage files on disk: `kill -9` does the same.
     """
     asked = False
     while number := os.read(arrived, 1):
         if asked and number[0] == signal.SIGINT:
-            os.write(sys.stderr.fileno(), b"left at once; the same command goes on from the newest checkpoint\n")
+            os.write(sys.stderr.fileno(), b"ended immediately; run the same command again to resume\n")
             os._exit(EXIT_AT_ONCE)
         asked = True
