@@ -1,6 +1,6 @@
 """The settings of a run: one YAML file, one frozen model of it."""
 
-from wasteddp.settings.reading import json_schema, known_keys, load, parse, plain_yaml
+from wasteddp.settings.reading import json_schema, known_keys, leaves, load, parse, plain_yaml
 from wasteddp.settings.sections import (
     Augment,
     Checkpoint,
@@ -33,6 +33,7 @@ __all__ = [
     "Train",
     "json_schema",
     "known_keys",
+    "leaves",
     "load",
     "parse",
     "plain_yaml",
