@@ -156,8 +156,7 @@ def storage(doing: str, path: str | Path) -> Iterator[None]:
         raise StorageError(f"{doing}: {reason}: {where}", f"{path} cannot be read or written", remedy) from error
 
 
-def exit_with(error: WastedError, *, speak: bool = True) -> None:
-    """End the process with exit code 2, after printing the message; `speak` is true on one rank only."""
-    if speak:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def exit_with(error: WastedError) -> None:
+    """Print the message and end the process with exit code 2."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_USER_ERROR)
