@@ -42,8 +42,8 @@ def test_an_override_wins_over_the_file() -> None:
         ("optimizer: {lr: -0.1}", [], ["optimizer.lr: found -0.1", "greater than 0"]),
         ("optimizer: {lr: .nan}", [], ["optimizer.lr: found nan"]),
         ("precision: fp8", [], ["precision: found 'fp8'", "'auto', 'fp32', 'bf16' or 'fp16'"]),
-        ("track: {wandb: off}", [], ["track.wandb: found False", "truth value"]),
-        ("train: {epochs: yes}", [], ["train.epochs: found True", "truth value"]),
+        ("track: {wandb: off}", [], ["track.wandb: found False", "boolean"]),
+        ("train: {epochs: yes}", [], ["train.epochs: found True", "boolean"]),
         ("train: {epochs: 2.5}", [], ["train.epochs: found 2.5", "integer"]),
         ("run: 3", [], ["run: found 3"]),
         ("augment: {crop_scale: [0.9, 0.1]}", [], ["augment.crop_scale: found [0.9, 0.1]", "smaller first"]),
@@ -53,7 +53,7 @@ def test_an_override_wins_over_the_file() -> None:
         ("train: {epochs: 2}\nschedule: {warmup_epochs: 2}", [], ["warmup_epochs 2 is not below train.epochs 2"]),
         ("data: {lanes: 7}", [], ["data.lanes 7 does not divide train.batch_size 256"]),
         ("data: {read_attempts: 20}", [], ["read_attempts 20 x read_timeout_s 30 is more than 400 s"]),
-        ("- 1", [], ["is a list, not sections"]),
+        ("- 1", [], ["is a list, not a mapping of sections"]),
         ("a: [", [], ["is not YAML"]),
         ("", ["lr"], ["--set 'lr' has no '='"]),
     ],
@@ -65,7 +65,7 @@ def test_what_is_wrong_is_named_with_what_is_allowed(text: str, overrides: list[
         assert part in str(caught.value)
 
 
-def test_all_mistakes_are_named_at_once() -> None:
+def test_all_mistakes_are_named_together() -> None:
     with pytest.raises(SettingsError) as caught:
         settings.parse("optimizer: {lr: -1, momentum: 2}\nrunn: {}")
     assert all(part in caught.value.found for part in ("optimizer.lr", "optimizer.momentum", "'runn'"))

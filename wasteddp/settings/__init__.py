@@ -1,4 +1,4 @@
-"""The settings of a run: one YAML file, one frozen model of it."""
+"""The settings of a run: one YAML file, and one frozen model of its contents."""
 
 from wasteddp.settings.reading import json_schema, known_keys, leaves, load, parse, plain_yaml
 from wasteddp.settings.sections import (
