@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +18,7 @@ from wasteddp import settings
 from wasteddp.errors import SettingsError, WeightsError
 from wasteddp.model import pretrained, resnet
 
+EVIDENCE = Path("/none")  # the file that `Evil` creates where it is unpickled
 pytestmark = pytest.mark.usefixtures("full_width")  # the tests count the parameters of each stage
 
 
@@ -155,6 +160,48 @@ def test_imagenet_weights_are_taken_from_the_hub_cache(tmp_path: Path, monkeypat
     model = resnet.build("resnet18", 3)
     assert name in pretrained.initialise(model, "resnet18", "imagenet")
     assert torch.equal(model.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.system, (f"touch {EVIDENCE}",))
+
+
+@pytest.mark.parametrize("has_the_promised_hash", [False, True])
+def test_a_foreign_file_in_the_cache_is_refused_and_runs_no_code(
+    has_the_promised_hash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    import torchvision
+
+    monkeypatch.setattr(sys.modules[__name__], "EVIDENCE", tmp_path / "code ran")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"a": Evil()}, tmp_path / "made.pth")
+    digest = hashlib.sha256((tmp_path / "made.pth").read_bytes()).hexdigest()[:8]
+    name = f"resnet18-{digest if has_the_promised_hash else 'f37072fd'}.pth"
+    shutil.move(tmp_path / "made.pth", tmp_path / "checkpoints" / name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cached = type("Weights", (), {"DEFAULT": _Cached(name)})
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: cached)
+    message = "loaded safely" if has_the_promised_hash else r"published f37072fd\.\.\. under this name"
+    with pytest.raises(WeightsError, match=message):
+        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", "imagenet")
+    assert not (tmp_path / "code ran").exists()
+
+
+def test_damaged_weights_are_one_message(tmp_path: Path) -> None:
+    """torch raises many kinds of errors for them."""
+    path = tmp_path / "w.pth"
+    torch.save({"fc.weight": torch.zeros(3, 8), "epoch": 3}, path)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(whole)
+        for place in random.integers(0, len(whole), random.integers(1, 20)):
+            content[place] = random.integers(256)
+        path.write_bytes(content[: random.integers(1, len(whole) + 1)])
+        with contextlib.suppress(WeightsError):
+            pretrained._local(path)
 
 
 class _Cached:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -89,9 +89,13 @@ def load_head(model: nn.Module, state: Mapping[str, torch.Tensor], *, old: Seque
 def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    _refuse_other_content(cached)
     try:
         with _socket_timeout(_DOWNLOAD_TIMEOUT_S):
-            return weights.get_state_dict(progress=False, check_hash=True), f"{weights} ({cached})"
+            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return state, f"{weights} ({cached})"
+    except pickle.UnpicklingError as error:
+        raise _unsafe(cached, error) from error
     except (OSError, RuntimeError) as error:  # URLError, timeout, a hash that differs
         raise WeightsError(
             f"the ImageNet weights of {arch} are not at {cached} and cannot be downloaded from {weights.url}: {error}",
@@ -114,16 +118,40 @@ def _local(path: Path) -> dict[str, torch.Tensor]:
             "the network would have no initial weights",
             "fix the path, or set model.weights to imagenet (needs internet or the cached file) or none (random)",
         ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise WeightsError(
-            f"{path} does not hold weights that can be loaded safely: {str(error).splitlines()[0][:200]}",
-            "an unsafe load could run code from the file",
-            "save the weights again as .safetensors, or as a state_dict of tensors only",
-        ) from error
+    except Exception as error:  # of a damaged file torch raises many kinds: KeyError, IndexError, AssertionError, ...
+        raise _unsafe(path, error) from error
+    if not isinstance(state, dict):
+        raise _unsafe(path, TypeError(f"it holds a {type(state).__name__}, not a dict of tensors"))
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     return {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _refuse_other_content(cached: Path) -> None:
+    """Raise a WeightsError if the file in torchvision's cache is not the published one: torch checks downloads only.
+
+    torchvision's names end in the first digits of the content's sha256, such as resnet50-11ad3fa6.pth.
+    """
+    promised = cached.stem.rpartition("-")[2]
+    if cached.exists():
+        with cached.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith(promised):
+            raise WeightsError(
+                f"{cached} has sha256 {found[:12]}..., and torchvision published {promised}... under this name",
+                "these are not the ImageNet weights, and the file may hold code",
+                "remove it and get the file of that name again, or set model.weights to the path of other weights",
+            )
+
+
+def _unsafe(path: Path, error: Exception) -> WeightsError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return WeightsError(
+        f"{path} does not hold weights that can be loaded safely: {reason}",
+        "an unsafe load could run code from the file",
+        "save the weights again as .safetensors, or as a state_dict of tensors only",
+    )
 
 
 @contextmanager
