@@ -18,7 +18,7 @@ from small_run import CARD, CLASSES, random_weights
 
 from wasteddp.errors import BundleError, WastedError
 from wasteddp.inference import bundle
-from wasteddp.inference.bundle import Averaged, BundleCard, load_bundle, read_card, save_bundle
+from wasteddp.inference.bundle import Averaged, BundleCard, _hash_of_card, load_bundle, read_card, save_bundle
 
 SMALL = {"fc.weight": torch.arange(12.0).reshape(3, 4), "fc.bias": torch.zeros(3), "bn.count": torch.tensor(7)}
 
@@ -29,7 +29,9 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def change_card(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((folder / "model.json").read_text())
+    content.pop("sha256", None)
     change(content)
+    content["sha256"] = _hash_of_card(content)  # as if it had been written so
     (folder / "model.json").write_text(json.dumps(content))
 
 
@@ -63,7 +65,7 @@ def test_a_card_says_of_what_the_weights_are_a_mean(tmp_path: Path, averaged: Av
 def test_a_card_is_read_without_torch(tmp_path: Path) -> None:
     save_bundle(tmp_path, CARD, SMALL)
     code = (
-        "import sys; from pathlib import Path; from wasteddp.inference.bundle import read_card\n"
+        "import sys; from pathlib import Path; from wasteddp.inference.bundle import _hash_of_card, read_card\n"
         "print(*read_card(Path(sys.argv[1])).classes); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
@@ -190,7 +192,7 @@ def test_weights_that_are_no_safetensors_are_refused_though_their_hash_is_right(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=3, tool="wasteddp 9.0"), "has format version 3, made by wasteddp 9.0"),
+        (lambda c: c.update(format_version=4, tool="wasteddp 9.0"), "has format version 4, made by wasteddp 9.0"),
         (lambda c: c.update(format="onnx"), "its format is 'onnx', not 'wasteddp-model'"),
         (lambda c: c.pop("classes"), "not a model's card: KeyError: 'classes'"),
         (lambda c: c.update(colour="red"), "unexpected keyword argument 'colour'"),

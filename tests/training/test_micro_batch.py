@@ -29,7 +29,7 @@ from wasteddp.training.distributed import runtime
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.micro_batch import attempt, choose_size, most_that_fit
 from wasteddp.training.recipe import Recipe
-from wasteddp.training.watchdog.failures import explained
+from wasteddp.training.watchdog.failures import explain
 
 AUTO = settings_file.parse(
     "precision: fp32\nrun: {threads: 1}\ndata: {image_size: 32}\nmodel: {arch: resnet18}\n"
@@ -165,7 +165,7 @@ def test_an_attempt_takes_all_images_forwards_and_backwards(monkeypatch: pytest.
 
 
 def test_memory_that_ends_later_says_which_number_to_lower() -> None:
-    error = explained(torch.OutOfMemoryError("CUDA out of memory. Tried"), AUTO, "computing")
+    error = explain(torch.OutOfMemoryError("CUDA out of memory. Tried"), AUTO, "computing")
     assert isinstance(error, DeviceMemoryError)
     assert "with the micro-batch that was chosen when this run started: CUDA out of memory" in error.found
     assert "set train.max_micro_batch to less than the size in log.txt" in error.remedy

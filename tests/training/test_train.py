@@ -335,7 +335,7 @@ def test_a_diverged_loss_is_one_message_and_no_checkpoint(
     # Rows are rare and checkpoints are not: each save checks for divergence first. The loss of the first step is fine,
     # and the weights after it overflow in the second.
     said = refused(config_of(tmp_path, small_shards), "optimizer.lr=1e30", "train.log_every_steps=100")
-    assert re.search(r"error: the weights are as large as \d.*e\+\d\d after this step", said)
+    assert re.search(r"error: training diverged: the weights are as large as \d.*e\+\d\d after this step", said)
     assert "lower optimizer.lr (now 1e+30)" in said
     for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
         loss = next(row["train/loss"] for row in rows(tmp_path / "run") if row["step"] == int(path.name[5:]))

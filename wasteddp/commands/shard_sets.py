@@ -20,10 +20,11 @@ def add(commands: Commands) -> None:
 def _add_verify(commands: Commands) -> None:
     command = commands.add_parser(
         "verify",
-        help="re-read a shard set and name all damage",
-        description="Re-reads every byte of a shard set and compares it with the manifest. Exit code 2: damaged.",
+        help="re-read a shard set or a run and name all damage",
+        description="Re-reads every byte of a shard set and compares it with the manifest; of a run, all checkpoints, "
+        "its models, settings, metrics and evaluations. Exit code 2: damaged.",
     )
-    command.add_argument("set", metavar="FOLDER-OR-URL", help="a shard set")
+    command.add_argument("set", metavar="FOLDER-OR-URL", help="a shard set, or the folder of a run")
     add_workers(command)
     command.set_defaults(run=_verify)
 
@@ -36,6 +37,14 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     workers = arguments.workers or num_usable_cores()
     remote = is_url(arguments.set)
+    if not remote and not (Path(arguments.set) / "manifest.json").exists():
+        from wasteddp.tools import verify_run
+
+        if verify_run.is_run(run := Path(arguments.set)):
+            found = verify_run.verify_run(run)
+            verify_run.require_intact(run, found)
+            print(f"{run} is intact: {', '.join(found.checked)}")
+            return
     verified = verify_remote(arguments.set, workers=workers) if remote else verify(Path(arguments.set), workers=workers)
     where, counts = (shown(arguments.set), "") if remote else (arguments.set, ", and label counts")
     require_whole(where, verified)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "wasteddp-model"
-FORMAT_VERSION = 2  # 2: adds `averaged`, and the teacher to the hashes
+FORMAT_VERSION = 3  # 2: adds `averaged`, and the teacher to the hashes; 3: the sha256 of the card itself
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
 _HEAD = "fc.weight"  # [K, features]: the last layer of torchvision's ResNets
@@ -96,6 +96,7 @@ class BundleCard:
 
     def to_json(self) -> str:
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        content["sha256"] = _hash_of_card(content)
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -211,6 +212,8 @@ def read_card(folder: Path) -> BundleCard:
                 "unknown settings could change the predictions",
                 "install that version of wasteddp or a newer one",
             )
+        if raw.pop("sha256", None) != _hash_of_card(raw) and raw["format_version"] > 2:
+            raise ValueError("its content is not the one that was written: its sha256 differs")
         return _parse(raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(
@@ -218,6 +221,11 @@ def read_card(folder: Path) -> BundleCard:
             "neither the classes nor the preprocessing of these weights would be known",
             "copy the whole model folder again, or let the run write it again (start its training again)",
         ) from error
+
+
+def _hash_of_card(content: Mapping[str, Any]) -> str:
+    """Return the sha256 of a card's content, whatever the order and the layout of its JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _parse(raw: dict[str, Any]) -> BundleCard:
