@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from wasteddp.data.manifest import Manifest, Shard, Split, read_index
+from wasteddp.files import sha256_of
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.sources.synthetic import KINDS, draw_folder
-from wasteddp.sharding.writer import sha256_of
 
 SHARD = 10_000  # samples of each
 

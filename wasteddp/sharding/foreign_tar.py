@@ -18,8 +18,8 @@ from typing import Any
 from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import sha256_of
 from wasteddp.sharding.sources.limits import BoundedTarInfo
-from wasteddp.sharding.writer import sha256_of
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512

@@ -15,9 +15,9 @@ import numpy as np
 from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, read_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
+from wasteddp.files import sha256_of
 from wasteddp.parallel import in_order
 from wasteddp.progress import progress
-from wasteddp.sharding.writer import sha256_of
 
 _BLOCK = 512  # a tar header, and the unit that members are padded to
 _MAX_NAMED = 50  # samples of one shard; the rest is counted

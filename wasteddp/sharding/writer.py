@@ -22,7 +22,7 @@ import webdataset
 
 from wasteddp.data.manifest import INDEX_DTYPE, Shard
 from wasteddp.errors import ShardError, StorageError, storage
-from wasteddp.files import sync_folder, write_atomically
+from wasteddp.files import sha256_of, sync_folder, write_atomically
 from wasteddp.parallel import in_order
 
 _OWNER = "wasteddp"
@@ -189,11 +189,6 @@ def write_piece(
             "use the same version of this program and its libraries on all machines, remove .sharding, start again",
         )
     journal.add(shard)
-
-
-def sha256_of(path: Path) -> str:
-    with storage("reading", path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(split: str, number: int) -> str:
