@@ -22,7 +22,6 @@ from wasteddp.files import sha256_of
 from wasteddp.sharding.sources.limits import BoundedTarInfo
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ def _members(tar: _Tar) -> Iterator[_Member]:
     with tar.path.open("rb") as file:
         # A whole tar ends in two blocks of zeros. tarfile, like most readers, takes the end of the file for the end.
         file.seek(end)
-        if file.read(_BLOCK) != bytes(_BLOCK):
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise _cut(tar, f"after a whole member, at byte {size_bytes:,}")
 
 

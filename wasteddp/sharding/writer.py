@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
-import numpy as np
 import webdataset
 
-from wasteddp.data.manifest import INDEX_DTYPE, Shard
+from wasteddp.data.manifest import Shard, padded, write_index
 from wasteddp.errors import ShardError, StorageError, storage
 from wasteddp.files import sha256_of, sync_folder, write_atomically
 from wasteddp.parallel import in_order
 
 _OWNER = "wasteddp"
 _MODE = 0o444
-_BLOCK = 512  # bytes of a tar header, and the unit that members are padded to
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +148,14 @@ def cut(split: str, member_bytes: Sequence[int], *, max_bytes: int) -> list[Piec
     for end, size in enumerate(member_bytes, start=1):
         total += size
         if total >= max_bytes or end == len(member_bytes):
-            pieces.append(Piece(split, len(pieces), begin, end, _padded(total + 2 * _BLOCK, tarfile.RECORDSIZE)))
+            pieces.append(Piece(split, len(pieces), begin, end, padded(total + 2 * BLOCKSIZE, tarfile.RECORDSIZE)))
             begin, total = end, 0
     return pieces
 
 
 def tar_bytes(sample: Sample, image_bytes: int) -> int:
     """What a sample with an image of that size takes in a tar: two headers and two padded members."""
-    return 2 * _BLOCK + _padded(image_bytes, _BLOCK) + _padded(len(sample.to_json()), _BLOCK)
+    return 2 * BLOCKSIZE + padded(image_bytes) + padded(len(sample.to_json()))
 
 
 def write_piece(
@@ -195,10 +194,6 @@ def _name(split: str, number: int) -> str:
     return f"{split}-{number:06d}"
 
 
-def _padded(num_bytes: int, unit: int) -> int:
-    return -(-num_bytes // unit) * unit
-
-
 def _write_shard(
     folder: Path,
     split: str,
@@ -222,7 +217,7 @@ def _write_shard(
             try:
                 for sample in samples:
                     # The writer sorts members by name: jpg comes before json, right after its header of one block.
-                    offset = writer.tarstream.offset + _BLOCK
+                    offset = writer.tarstream.offset + BLOCKSIZE
                     key = f"{split}-{first_number + len(records):08d}"
                     writer.write({"__key__": key, "jpg": sample.image, "json": sample.to_json()})
                     records.append((offset, len(sample.image), sample.label, sample.sha256))
@@ -238,14 +233,9 @@ def _write_shard(
     except StorageError:
         temporary.unlink(missing_ok=True)  # gives the space back; what is finished stays
         raise
-    index = np.zeros(len(records), INDEX_DTYPE)
-    for row, (offset, length, label, sha256) in zip(index, records, strict=True):
-        row["offset"], row["length"], row["label"] = offset, length, label
-        row["sha256"] = np.frombuffer(sha256, np.uint8)
-    index_bytes = index.tobytes()
     with storage("writing a shard", tar):
         temporary.replace(tar)
-    write_atomically(folder / f"{name}.idx", index_bytes)
+    index_sha256 = write_index(folder / f"{name}.idx", records)
     sync_folder(folder)
     return Shard(
         tar=tar.name,
@@ -253,7 +243,7 @@ def _write_shard(
         num_samples=len(records),
         num_bytes=hashing.num_bytes,
         sha256=hashing.sha256.hexdigest(),
-        index_sha256=hashlib.sha256(index_bytes).hexdigest(),
+        index_sha256=index_sha256,
     )
 
 
