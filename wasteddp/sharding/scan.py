@@ -8,7 +8,6 @@ pictures, each with a journal of its own beside the others' (`scan*.jsonl`); all
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import numpy.typing as npt
 from wasteddp.data import manifest
 from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
 from wasteddp.data.manifest import LeftOut
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError
+from wasteddp.files import appended_rows, read_rows
 from wasteddp.parallel import in_order
 from wasteddp.progress import progress
 from wasteddp.sharding import near_duplicates
@@ -43,7 +43,6 @@ Scan = npt.NDArray[np.void]
 MAX_FILE_BYTES = 256 << 20  # no photograph is larger; it would be read into memory whole
 DEFAULT_MAX_UNUSABLE = 0.1
 _ALWAYS_ALLOWED = 10  # a tenth of a tiny set is no image at all
-_FLUSH_EVERY = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +113,16 @@ def scan(
     def examine_one(index: int) -> tuple[int, Scan, str]:
         return index, *examine(source, pictures[index].file)
 
-    with storage("writing the journal of the scan", journal), journal.open("a", encoding="utf-8") as file:
-        if file.tell():
-            file.write("\n")  # ends a line that a kill may have cut
-        with progress("reading and proving images", len(waiting)) as advance:
-            for count, (index, record, detail) in enumerate(in_order(examine_one, waiting, workers=workers), start=1):
-                records[index], is_read[index] = record, True
-                if detail:
-                    details[index] = detail
-                file.write(_journal_line(pictures[index].file, record, detail))
-                if count % _FLUSH_EVERY == 0:
-                    file.flush()
-                advance()
-                if len(details) > allowed:
-                    break
+    with appended_rows(journal) as append, progress("reading and proving images", len(waiting)) as advance:
+        for index, record, detail in in_order(examine_one, waiting, workers=workers):
+            records[index], is_read[index] = record, True
+            if detail:
+                details[index] = detail
+            file = pictures[index].file
+            append([file.path, file.stamp, record.tobytes().hex(), detail])
+            advance()
+            if len(details) > allowed:
+                break
     result = ScanResult(records, dict(sorted(details.items())), is_read)
     if len(details) > allowed:
         raise too_many(result.left_out(pictures), len(pictures), limit)
@@ -174,28 +169,21 @@ def _read(source: Source, file: File) -> bytes:
         raise UndecodableError("unreadable", error.strerror or str(error)) from error
 
 
-def _journal_line(file: File, record: Scan, detail: str) -> str:
-    return json.dumps([file.path, file.stamp, record.tobytes().hex(), detail]) + "\n"
-
-
 def _replay(
     journal: Path, pictures: Sequence[Picture], records: Scan, details: dict[int, str]
 ) -> npt.NDArray[np.bool_]:
     """Fills in what the journal knows, and says for which pictures it did."""
     done = np.zeros(len(pictures), bool)
-    if not journal.exists():
-        return done
     place = {(picture.file.path, picture.file.stamp): index for index, picture in enumerate(pictures)}
-    with storage("reading the journal of the scan", journal), journal.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                path, stamp, record, detail = json.loads(line)
-                content = np.frombuffer(bytes.fromhex(record), SCAN_DTYPE)[0]
-            except (ValueError, TypeError, IndexError):  # cut by a kill; that image is simply read again
-                continue
-            index = place.get((path, stamp))
-            if index is not None:
-                records[index], done[index] = content, True
-                if detail:
-                    details[index] = detail
+    for row in read_rows(journal):
+        try:
+            path, stamp, record, detail = row
+            content = np.frombuffer(bytes.fromhex(record), SCAN_DTYPE)[0]
+        except (ValueError, TypeError, IndexError):  # that image is simply read again
+            continue
+        index = place.get((path, stamp))
+        if index is not None:
+            records[index], done[index] = content, True
+            if detail:
+                details[index] = detail
     return done

@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from tarfile import BLOCKSIZE
+from typing import IO
 
 import webdataset
 
 from wasteddp.data.manifest import Shard, padded, write_index
-from wasteddp.errors import ShardError, StorageError, storage
-from wasteddp.files import sha256_of, sync_folder, write_atomically
+from wasteddp.errors import ShardError, storage
+from wasteddp.files import appended_rows, read_rows, sha256_of, write_atomically, written_whole
 from wasteddp.parallel import in_order
 
 _OWNER = "wasteddp"
@@ -61,17 +61,17 @@ class ShardJournal:
         self._finished: dict[str, Shard] = {}  # by the tar's name
         for journal in sorted({path, *path.parent.glob("shards*.txt")}):
             with storage("reading the journal of the shards", journal):
-                lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-            if lines and lines[0] == plan:
-                self._take(lines[1:])
+                begin = journal.read_bytes()[: len(plan)] if journal.exists() else b""
+            if begin == plan.encode():
+                self._take(journal)
             elif journal == path:
                 write_atomically(path, f"{plan}\n".encode())
 
-    def _take(self, lines: Sequence[str]) -> None:
-        for line in lines:
+    def _take(self, journal: Path) -> None:
+        for row in read_rows(journal):
             try:
-                shard = Shard(**json.loads(line))
-            except (ValueError, TypeError):  # cut by a kill: that shard is simply written again
+                shard = Shard(**row)
+            except TypeError:  # that shard is simply written again
                 continue
             self._finished[shard.tar] = shard
 
@@ -91,10 +91,8 @@ class ShardJournal:
         return [shard for shard in takewhile(lambda shard: shard is not None, checked) if shard is not None]
 
     def add(self, shard: Shard) -> None:
-        with storage("writing the journal of the shards", self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(shard)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with appended_rows(self._path) as append:
+            append(asdict(shard))
 
 
 def write_split(
@@ -205,45 +203,33 @@ def _write_shard(
     advance: Callable[[], None],
 ) -> Shard:
     name = _name(split, shard_number)
-    tar, temporary = folder / f"{name}.tar", folder / f"{name}.tar.tmp"
+    tar = folder / f"{name}.tar"
     records: list[tuple[int, int, int, bytes]] = []
-    try:
-        with storage("writing a shard", folder), temporary.open("wb") as file:
-            hashing = _HashingFile(file)
-            writer = webdataset.TarWriter(hashing, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE)
-            writer.tarstream.format = (
-                tarfile.USTAR_FORMAT
-            )  # one block a header; TarWriter forgets to pass its default on
-            try:
-                for sample in samples:
-                    # The writer sorts members by name: jpg comes before json, right after its header of one block.
-                    offset = writer.tarstream.offset + BLOCKSIZE
-                    key = f"{split}-{first_number + len(records):08d}"
-                    writer.write({"__key__": key, "jpg": sample.image, "json": sample.to_json()})
-                    records.append((offset, len(sample.image), sample.label, sample.sha256))
-                    advance()
-                    if writer.tarstream.offset >= max_bytes:
-                        break
-                writer.close()
-            except BaseException:
-                hashing.is_abandoned = True
-                raise
-            file.flush()
-            os.fsync(file.fileno())
-    except StorageError:
-        temporary.unlink(missing_ok=True)  # gives the space back; what is finished stays
-        raise
-    with storage("writing a shard", tar):
-        temporary.replace(tar)
-    index_sha256 = write_index(folder / f"{name}.idx", records)
-    sync_folder(folder)
+    with storage("writing a shard", folder), written_whole(tar) as file:
+        hashing = _HashingFile(file)
+        writer = webdataset.TarWriter(hashing, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE)
+        writer.tarstream.format = tarfile.USTAR_FORMAT  # one block a header; TarWriter forgets to pass its default on
+        try:
+            for sample in samples:
+                # The writer sorts members by name: jpg comes before json, right after its header of one block.
+                offset = writer.tarstream.offset + BLOCKSIZE
+                key = f"{split}-{first_number + len(records):08d}"
+                writer.write({"__key__": key, "jpg": sample.image, "json": sample.to_json()})
+                records.append((offset, len(sample.image), sample.label, sample.sha256))
+                advance()
+                if writer.tarstream.offset >= max_bytes:
+                    break
+            writer.close()
+        except BaseException:
+            hashing.is_abandoned = True
+            raise
     return Shard(
         tar=tar.name,
         index=f"{name}.idx",
         num_samples=len(records),
         num_bytes=hashing.num_bytes,
         sha256=hashing.sha256.hexdigest(),
-        index_sha256=index_sha256,
+        index_sha256=write_index(folder / f"{name}.idx", records),
     )
 
 
@@ -253,7 +239,7 @@ class _HashingFile(io.RawIOBase):
     Once abandoned it drops them: a tar stream that dies writes what it still holds, when the file is long closed.
     """
 
-    def __init__(self, file: io.BufferedWriter) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from wasteddp.errors import StorageError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import read_rows, write_atomically
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
 from wasteddp.training.tracking import pictures
@@ -108,7 +108,7 @@ class RunTracker:
         with storage("writing the run's folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._log_file = Journal(folder / "log.txt", self._print)
-            kept = roll_back(folder / "metrics.jsonl", resumed_step)
+            kept = roll_back(folder / "metrics.jsonl", resumed_step, self.say)
             self._metrics_file = Journal(folder / "metrics.jsonl", self._print)
             label.save(folder)
         self.id, self.exit_code = label.id, 0
@@ -205,18 +205,18 @@ def run_tracker(
     return RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=known)
 
 
-def roll_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops rows after `step`, and a last line that a kill cut; returns those that stay."""
+def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Drops rows after `step`, and lines that are no rows; returns the rows that stay.
+
+    Args:
+        say: takes a line about rows that are lost. A last line that a kill cut is after the last checkpoint.
+    """
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut by a kill: it is after the last checkpoint, which flushed what was before
-        if row["step"] <= step:
-            rows.append(row)
+    damaged: list[str] = []
+    rows = [row for row in read_rows(path, "step", damaged=damaged.append) if row["step"] <= step]
+    if lost := sum(line.endswith("\n") for line in damaged):
+        say(f"{path}: {lost} damaged line(s) are no rows and are dropped")
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
 

@@ -6,9 +6,8 @@ that it has: a row is sent if its step is after that, and never twice. What W&B 
 
 from __future__ import annotations
 
-import json
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +107,6 @@ class Delivery:
                 self._best[name] = row[name]
                 found = True
         return found
-
-
-def rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a metrics.jsonl; a line that is being written, or was cut by a kill, is left out."""
-    if path.exists():
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                yield row
 
 
 def _media(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wasteddp.errors import TrackingError
+from wasteddp.files import read_rows
 from wasteddp.training.tracking import run_id as labels
 from wasteddp.training.tracking.wandb_client import (
     Mode,
@@ -20,7 +21,7 @@ from wasteddp.training.tracking.wandb_client import (
     sender_lock,
     stop_service,
 )
-from wasteddp.training.tracking.wandb_delivery import Delivery, rows_of
+from wasteddp.training.tracking.wandb_delivery import Delivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def _deliver(folder: Path, label: labels.Label, mode: Mode, timeout_s: float, mo
     run = open_run(folder, label, mode, finish_s=timeout_s, strict=True)
     delivery = Delivery(run, folder, label, run.starting_step)
     num_rows = 0
-    for row in rows_of(folder / "metrics.jsonl"):
+    for row in read_rows(folder / "metrics.jsonl", "step"):
         delivery.row(row)
         num_rows += 1
     url = str(run.url or "")
