@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from wasteddp.data.manifest import Manifest, Shard, Split, read_index
+from wasteddp.files import sha256_of
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.sources.synthetic import KINDS, draw_folder
-from wasteddp.sharding.writer import sha256_of
 
 NUM_CLASSES = len(KINDS)
 _LEAST_PX = 32

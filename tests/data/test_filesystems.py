@@ -149,7 +149,7 @@ def test_a_missing_and_a_cut_shard_are_named(
     with dataset.open_dataset(data()) as shards, shards.reader("train") as reader:
         with pytest.raises(DamagedSampleError, match=rf"{place.url}/{one.tar} .*attempt 1 of 3.*404 Not Found"):
             reader.read(0)
-        wrong = f"it has {other.num_bytes - 512:,} bytes; the manifest says {other.num_bytes:,}"
+        wrong = f"it has {other.num_bytes - 512:,} bytes instead of {other.num_bytes:,}"
         with pytest.raises(DamagedSampleError, match=rf"{place.url}/{other.tar} .*{wrong}"):
             reader.read(one.num_samples)
 

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import fsspec
 import pytest
-from faulty_server import Fault, FaultyServer, serving
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from faulty_server import Answer, Fault, FaultyServer, serving
 
 from wasteddp.data.remote import folder as remote
+from wasteddp.data.remote import web
 from wasteddp.data.remote.filesystems import shown
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import DamagedShardError, RemoteError, SettingsError, StoppedError
@@ -123,9 +133,66 @@ def test_what_the_store_says_for_certain_is_not_asked_again(
 
 def test_a_file_of_another_size_is_named(folder: RemoteFolder, waits: list[float]) -> None:
     for wrong in (len(CONTENT) + 1, len(CONTENT) + 3000, 10 * len(CONTENT)):
-        with pytest.raises(DamagedShardError, match=rf"it has 10,240 bytes; the manifest says {wrong:,}|ends before"):
+        with pytest.raises(DamagedShardError, match=rf"it has 10,240 bytes instead of {wrong:,}|ends before"):
             copied(folder, num_bytes=wrong)
     assert waits == []
+
+
+def test_no_more_is_read_than_the_file_can_have(
+    folder: RemoteFolder, server: FaultyServer, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.faults = lambda name, number: "endless"
+    with pytest.raises(DamagedShardError, match=r"it has [\d,]+ bytes instead of 10,240"):
+        copied(folder)
+    assert sum(server.bytes_sent.values()) < 20e6
+    monkeypatch.setattr(web, "_MOST_BYTES", 100_000)
+    with pytest.raises(DamagedShardError, match="bytes instead of 100,000"):
+        folder.read(NAME)
+    assert waits == []
+
+
+def test_a_redirect_from_https_to_http_is_refused(tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + timedelta(days=1))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    certificate = tmp_path / "certificate.pem"
+    certificate.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    secret = tmp_path / "key.pem"
+    secret.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, secret)
+
+    def route(asked: str, headers: object) -> str | Answer:
+        return Answer(302, b"", {"Location": f"{server.url}/a"}) if asked == "/away" else "a"
+
+    (tmp_path / "a").write_bytes(b"x")
+    with serving(tmp_path) as server, serving(tmp_path, route=route, tls=tls) as safe:
+        done = subprocess.run(
+            [sys.executable, "-c", _READ_TWO, f"https://localhost:{safe.server_port}"],
+            env=os.environ | {"SSL_CERT_FILE": str(certificate)},  # read at the start of a process
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert server.asked == {}
+    assert done.stdout.startswith("b'x'\nRemoteError https://localhost:"), done.stderr
+    assert "(attempt 1 of 3): the server redirects from https to http" in done.stdout
+
+
+_READ_TWO = """
+import sys
+from wasteddp.data.remote.folder import Patience, RemoteFolder
+from wasteddp.errors import RemoteError
+folder = RemoteFolder(sys.argv[1], Patience(5.0, 3))
+print(folder.read("a"))
+try:
+    print(folder.read("away"))
+except RemoteError as error:
+    print("RemoteError", error.found)
+"""
 
 
 def test_bytes_of_another_hash_are_fetched_three_times(folder: RemoteFolder, server: FaultyServer) -> None:
@@ -200,7 +267,7 @@ def test_any_protocol_of_fsspec_is_read(waits: list[float]) -> None:
     assert copied(folder) == folder.read(NAME) == CONTENT
     with pytest.raises(DamagedShardError, match=r"memory://set/none cannot be read .* 404 Not Found"):
         folder.read("none")
-    with pytest.raises(DamagedShardError, match="it has 10,240 bytes; the manifest says 10,241"):
+    with pytest.raises(DamagedShardError, match="it has 10,240 bytes instead of 10,241"):
         copied(folder, num_bytes=len(CONTENT) + 1)
     memory.rm("/set", recursive=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -14,10 +15,8 @@ from email.message import Message
 from pathlib import Path
 from urllib.parse import unquote
 
-import pytest
-
-Fault = str  # "500", "404", ..., "cut", "reset", "stall", "flip", "short"
-Faults = Callable[[str, int], Fault | None]  # file name, number of earlier requests -> fault
+Fault = str  # "500", "404", ..., "cut", "reset", "stall", "flip", "endless"
+Faults = Callable[[str, int], Fault | None]  # file name, how often it was asked for before -> what goes wrong
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if int(first) >= len(content) > 0:
             self._head(416, 0)
             return
+        if fault == "endless":
+            self._flood()
+            return
         body = content[int(first) : int(last or len(content)) + 1]
-        self._head(206 if wanted else 200, len(body))
+        span = {"Content-Range": f"bytes {first}-{int(first) + len(body) - 1}/{len(content)}"} if wanted else {}
+        self._head(206 if wanted else 200, len(body), span)
         self._send(body, fault)
 
     def do_HEAD(self) -> None:
@@ -128,6 +131,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "stall":
             self.server.ended.wait(60)
 
+    def _flood(self) -> None:
+        """A body without an end, whose length no header gives."""
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        while not self.server.ended.is_set():
+            self.wfile.write(bytes(1 << 16))
+            self.server.bytes_sent[self.path] += 1 << 16
+
     def _head(self, status: int, length: int, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(length))
@@ -141,10 +153,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path, *, ranges: bool = True, route: Route = plain) -> Iterator[FaultyServer]:
-    """Serve the folder in threads of this process."""
-    pytest.importorskip("aiohttp", reason="fsspec's driver for http comes with the extra remote")
+def serving(
+    folder: Path, *, ranges: bool = True, route: Route = plain, tls: ssl.SSLContext | None = None
+) -> Iterator[FaultyServer]:
+    """A server of the folder, in threads of this process."""
     with FaultyServer(folder, ranges=ranges, route=route) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

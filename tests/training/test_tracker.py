@@ -21,6 +21,16 @@ def test_rows_behind_the_checkpoint_are_rolled_back_and_a_cut_line_with_them(tmp
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
+def test_a_damaged_row_is_named_and_ends_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xf4p": 2}\n{"step"; 3}\n{"step": 4}\n{"step"')
+    said: list[str] = []
+    assert roll_back(path, 9, said.append) == [{"step": 1}, {"step": 4}]
+    assert said == [f"{path}: 2 damaged line(s) are no rows and are dropped"]  # the last one was cut by a kill
+    assert roll_back(path, 9, said.append) == [{"step": 1}, {"step": 4}]
+    assert len(said) == 1
+
+
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     first = tracker_of(tmp_path, wandb="disabled")
     for step in range(1, 6):

@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import numpy as np
@@ -237,6 +238,19 @@ class Manifest:
             sha256=hashlib.sha256(text).hexdigest(),
             url=url,
         )
+
+
+def padded(num_bytes: int, unit: int = BLOCKSIZE) -> int:
+    """What a tar's member of that size takes, without its header; or anything else that is padded to a `unit`."""
+    return -(-num_bytes // unit) * unit
+
+
+def write_index(path: Path, records: Iterable[tuple[int, int, int, bytes]]) -> str:
+    """Writes records of (offset, length, label, sha256), atomically; returns the sha256 of the file."""
+    rows = [(*record, np.frombuffer(sha256, np.uint8)) for *record, sha256 in records]
+    content = np.array(rows, INDEX_DTYPE).tobytes()
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:

@@ -11,19 +11,19 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
+from tarfile import BLOCKSIZE
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.data.manifest import INDEX_DTYPE, Index, Manifest
+from wasteddp.data.manifest import INDEX_DTYPE, Index, Manifest, padded
 from wasteddp.data.tars import LocalTars, Step, Tars
 from wasteddp.errors import DamagedSampleError, DamagedShardError, ShardError
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING
 from wasteddp.parallel import in_order
 
-_TAR_BLOCK = 512
 _INDEXES_AT_ONCE = 16  # more than there are cores, since waiting for a store needs none
 
 
@@ -103,21 +103,21 @@ class SplitReader:
         record = self._index[sample]
         # In tars of `wasteddp shard`, padding follows the image, then the header of the .json member and the member.
         image_end = int(record["offset"]) + int(record["length"])
-        header_at = -(-image_end // _TAR_BLOCK) * _TAR_BLOCK
+        header_at = padded(image_end)
         key = self.key(sample)
-        header = self._tars.pread(self._shard_of(sample), _TAR_BLOCK, header_at)
+        header = self._tars.pread(self._shard_of(sample), BLOCKSIZE, header_at)
         if _member_name(header) != f"{key}.json":
             return key
         length = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
         try:
-            return str(json.loads(self._pread(sample, length, header_at + _TAR_BLOCK))["source"])
+            return str(json.loads(self._pread(sample, length, header_at + BLOCKSIZE))["source"])
         except (ValueError, KeyError):
             return key
 
     def key(self, sample: int) -> str:
         """Return the WebDataset key: the member's path up to the first dot in its file name."""
-        header_at = int(self._index[sample]["offset"]) - _TAR_BLOCK
-        folder, _, name = _member_name(self._pread(sample, _TAR_BLOCK, header_at)).rpartition("/")
+        header_at = int(self._index[sample]["offset"]) - BLOCKSIZE
+        folder, _, name = _member_name(self._pread(sample, BLOCKSIZE, header_at)).rpartition("/")
         return f"{folder}/{name.split('.')[0]}" if folder else name.split(".")[0]
 
     def describe(self, sample: int) -> str:

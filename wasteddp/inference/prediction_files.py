@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from wasteddp.errors import storage
-from wasteddp.files import sync_folder
+from wasteddp.files import written_whole
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import as_float, percent
 
@@ -101,7 +100,7 @@ class Terminal:
 class CsvRecord:
     """Columns: path, class, bin, probability, probability of each class, error. The error is empty on success."""
 
-    def __init__(self, file: TextIO, card: BundleCard) -> None:
+    def __init__(self, file: IO[str], card: BundleCard) -> None:
         self._file, self._card = file, card
         self._writer = csv.writer(file, lineterminator="\n")
         names = (f"p_{name}" for name in card.classes)
@@ -122,7 +121,7 @@ class CsvRecord:
 class JsonRecord:
     """One object: the model, the test-time augmentation, and a list with one line for each image."""
 
-    def __init__(self, file: TextIO, card: BundleCard, tta: str) -> None:
+    def __init__(self, file: IO[str], card: BundleCard, tta: str) -> None:
         self._file, self._card, self._num_added = file, card, 0
         model = {"arch": card.arch, "weights": card.hashes.weights, "classes": list(card.classes)}
         file.write(f'{{"model": {json.dumps(model, ensure_ascii=False)},\n"tta": {json.dumps(tta)},\n"predictions": [')
@@ -153,36 +152,17 @@ class JsonRecord:
 @contextmanager
 def csv_record(path: Path, card: BundleCard) -> Iterator[CsvRecord]:
     # Names that are not UTF-8 keep their bytes, so that the row still names its file.
-    with _file_in_place(path, errors="surrogateescape") as file:
+    with written_whole(path, errors="surrogateescape") as file:
         yield CsvRecord(file, card)
 
 
 @contextmanager
 def json_record(path: Path, card: BundleCard, *, tta: str = "none") -> Iterator[JsonRecord]:
     # JSON must be UTF-8: bytes that are not become \\udcXX, which json.loads turns into the name that Python uses.
-    with _file_in_place(path, errors="backslashreplace") as file:
+    with written_whole(path, errors="backslashreplace") as file:
         record = JsonRecord(file, card, tta)
         yield record
         record.finish()
-
-
-@contextmanager
-def _file_in_place(path: Path, *, errors: str) -> Iterator[TextIO]:
-    """Open a text file that gets its name when the block succeeds and is removed when it fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    with storage("writing", path):
-        file = temporary.open("w", encoding="utf-8", errors=errors, newline="")
-    try:
-        yield file
-        with storage("writing", path):
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-    finally:
-        with suppress(OSError):  # closing flushes the buffer, which fails again on a full disk
-            file.close()
-        temporary.unlink(missing_ok=True)
 
 
 def _printable(path: str) -> str:

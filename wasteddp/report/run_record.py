@@ -19,7 +19,8 @@ import yaml
 
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.remote.folder import is_url
-from wasteddp.errors import RunError, WastedError, storage
+from wasteddp.errors import RunError, WastedError
+from wasteddp.files import read_rows
 from wasteddp.inference.bundle import BundleCard, find_bundle, read_card
 from wasteddp.inference.evaluation_files import FORMAT as EVALUATION_FORMAT
 
@@ -136,10 +137,10 @@ def read_run(folder: Path) -> RunRecord:
             "name the folder of a run (its run.out)",
         )
     notes: list[str] = []
-    with storage("reading the metrics", folder):
-        columns, num_cut = _columns((folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace"))
-    if num_cut:
-        notes.append(f"{num_cut} line(s) of metrics.jsonl are not rows; a kill may have truncated the last one")
+    damaged: list[str] = []
+    columns = _columns(list(read_rows(folder / "metrics.jsonl", "step", damaged=damaged.append)))
+    if damaged:
+        notes.append(f"{len(damaged)} line(s) of metrics.jsonl are not rows; a kill may have truncated the last one")
     settings = _tree(folder / "settings.yaml", notes)
     profile = folder / "profile" / "verdict.txt"
     return RunRecord(
@@ -165,16 +166,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _columns(text: str) -> tuple[dict[str, F64], int]:
-    """Return the rows of metrics.jsonl as columns, and the number of lines that are not rows."""
-    rows, num_cut = [], 0
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-            rows.append(row)
-        except (ValueError, KeyError, TypeError):
-            num_cut += 1
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, F64]:
     columns = {"step": np.array([row["step"] for row in rows], np.float64)}
     for number, row in enumerate(rows):
         for name, value in row.items():
@@ -182,7 +174,7 @@ def _columns(text: str) -> tuple[dict[str, F64], int]:
                 if name not in columns:
                     columns[name] = np.full(len(rows), np.nan)
                 columns[name][number] = value
-    return columns, num_cut
+    return columns
 
 
 def _tree(path: Path, notes: list[str]) -> dict[str, Any]:

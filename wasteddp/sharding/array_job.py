@@ -10,7 +10,6 @@ Each step records its work in a journal of its own in `.sharding/`, so that a fa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from wasteddp.data.manifest import MANIFEST_NAME
 from wasteddp.errors import ShardError, SourceError, storage
+from wasteddp.files import appended_rows, read_rows
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import scan
 from wasteddp.sharding.build import prepare_folder, work_folder
@@ -94,13 +94,10 @@ def read_part(job: Job, part: Part, *, workers: int) -> None:
             return sha256, len(_sample(job, listing, scanned, waiting[sha256]).image)
 
         path = part.file(work, "sizes", "jsonl")
-        with storage("writing the journal of image sizes", path), path.open("a", encoding="utf-8") as file:
-            if file.tell():
-                file.write("\n")  # end a line that a kill may have truncated
-            with progress("encoding images", len(waiting)) as advance:
-                for sha256, num_bytes in in_order(encode, waiting, workers=workers):
-                    file.write(json.dumps([sha256, *_encoding(job.options), num_bytes]) + "\n")
-                    advance()
+        with appended_rows(path) as append, progress("encoding images", len(waiting)) as advance:
+            for sha256, num_bytes in in_order(encode, waiting, workers=workers):
+                append([sha256, *_encoding(job.options), num_bytes])
+                advance()
         print(f"part {part}: {len(mine):,} of {len(images):,} images read", flush=True)
 
 
@@ -231,12 +228,10 @@ def _read_sizes(work: Path, options: Options) -> dict[str, int]:
     """Return the bytes of each image encoded with these options, by the sha256 of its file."""
     sizes: dict[str, int] = {}
     for journal in sorted(work.glob("sizes-*.jsonl")):
-        with storage("reading the journal of image sizes", journal):
-            lines = journal.read_text(encoding="utf-8", errors="replace").splitlines()
-        for line in lines:
+        for row in read_rows(journal):
             try:
-                sha256, max_side_px, quality, num_bytes = json.loads(line)
-            except ValueError:  # truncated by a kill: that image is encoded again
+                sha256, max_side_px, quality, num_bytes = row
+            except (ValueError, TypeError):  # that image is encoded again
                 continue
             if (max_side_px, quality) == _encoding(options):
                 sizes[sha256] = num_bytes

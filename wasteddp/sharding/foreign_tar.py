@@ -19,11 +19,10 @@ from typing import Any
 from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import sha256_of
 from wasteddp.sharding.sources.archives import BoundedTarInfo
-from wasteddp.sharding.writer import sha256_of
 
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +156,7 @@ def _members(tar: _Tar) -> Iterator[_Member]:
     with tar.path.open("rb") as file:
         # A complete tar ends in two blocks of zeros. tarfile, like most readers, also accepts the end of the file.
         file.seek(end)
-        if file.read(_BLOCK) != bytes(_BLOCK):
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise _cut_error(tar, f"after a whole member, at byte {size_bytes:,}")
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,14 +12,12 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from braceexpand import braceexpand
 
 from wasteddp import __version__
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Manifest, Shard, Split
+from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, write_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
-from wasteddp.files import write_atomically
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.foreign_tar import ReadTar, TarSample, read_tar
 from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, check_classes
@@ -217,18 +214,13 @@ def _split_of(tar: str) -> str:
 
 
 def _write_index(out: Path, tar: ReadTar, samples: Sequence[TarSample], labels: Sequence[int]) -> Shard:
-    index = np.zeros(len(samples), INDEX_DTYPE)
-    for row, sample, label in zip(index, samples, labels, strict=True):
-        row["offset"], row["length"], row["label"] = sample.offset, sample.length, label
-        row["sha256"] = np.frombuffer(sample.sha256, np.uint8)
-    content = index.tobytes()
     path = out / Path(tar.name).with_suffix(".idx")
-    write_atomically(path, content)
+    records = ((s.offset, s.length, label, s.sha256) for s, label in zip(samples, labels, strict=True))
     return Shard(
         tar=tar.name,
         index=path.name,
         num_samples=len(samples),
         num_bytes=tar.num_bytes,
         sha256=tar.sha256,
-        index_sha256=hashlib.sha256(content).hexdigest(),
+        index_sha256=write_index(path, records),
     )

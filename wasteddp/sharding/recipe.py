@@ -44,14 +44,6 @@ class SplitRule(_Strict):
     fractions: tuple[float, float, float] | None = None
 
 
-class DownloadEntry(_Strict):
-    url: str
-    file: str = Field(pattern=r"^[^/\\]+$")
-    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
-    git_blob: str = Field(default="", pattern=r"^([0-9a-f]{40})?$")
-    size_bytes: int | None = None
-
-
 class Recipe(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str
@@ -61,7 +53,7 @@ class Recipe(_Strict):
     classes: tuple[str, ...] = ()
     bins: Mapping[str, str] = Field(default_factory=dict)
     split: SplitRule = SplitRule()
-    download: tuple[DownloadEntry, ...] = ()
+    download: tuple[Download, ...] = ()
     draw: Draw | None = None
 
 
@@ -168,8 +160,7 @@ def draw_images(draw: Draw, job: Job) -> Job:
 def find_images(recipe: Recipe, job: Job, *, local: Path | None, downloads: Path) -> Job:
     """Find the images and lists of a recipe in the local copy, or download them to `downloads`."""
     if local is None:
-        entries = [Download(**entry.model_dump()) for entry in recipe.download]
-        paths = [fetch(entry, downloads) for entry in entries]
+        paths = [fetch(entry, downloads) for entry in recipe.download]
         images = next(path for path in paths if path.name.endswith(_ARCHIVES))
         folder = downloads
     else:

@@ -8,7 +8,6 @@ of the images, with a journal of their own in the same folder (`scan*.jsonl`). A
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import numpy.typing as npt
 from wasteddp.data import manifest
 from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
 from wasteddp.data.manifest import LeftOut
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError
+from wasteddp.files import appended_rows, read_rows
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import duplicates
 from wasteddp.sharding.sources.archives import File, Source
@@ -42,7 +42,6 @@ Scan = npt.NDArray[np.void]
 MAX_FILE_BYTES = 256 << 20  # no photograph is larger; the whole file is read into memory
 DEFAULT_MAX_UNUSABLE = 0.1
 _ALWAYS_ALLOWED = 10  # a tenth of a tiny set is less than one image
-_FLUSH_EVERY = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +112,16 @@ def scan(
     def examine_one(index: int) -> tuple[int, Scan, str]:
         return index, *examine(source, images[index].file)
 
-    with storage("writing the journal of the scan", journal), journal.open("a", encoding="utf-8") as file:
-        if file.tell():
-            file.write("\n")  # end a line that a kill may have truncated
-        with progress("reading and checking images", len(waiting)) as advance:
-            for count, (index, record, detail) in enumerate(in_order(examine_one, waiting, workers=workers), start=1):
-                records[index], is_read[index] = record, True
-                if detail:
-                    details[index] = detail
-                file.write(_journal_line(images[index].file, record, detail))
-                if count % _FLUSH_EVERY == 0:
-                    file.flush()
-                advance()
-                if len(details) > allowed:
-                    break
+    with appended_rows(journal) as append, progress("reading and checking images", len(waiting)) as advance:
+        for index, record, detail in in_order(examine_one, waiting, workers=workers):
+            records[index], is_read[index] = record, True
+            if detail:
+                details[index] = detail
+            file = images[index].file
+            append([file.path, file.stamp, record.tobytes().hex(), detail])
+            advance()
+            if len(details) > allowed:
+                break
     result = ScanResult(records, dict(sorted(details.items())), is_read)
     if len(details) > allowed:
         raise too_many(result.left_out(images), len(images), limit)
@@ -173,28 +168,21 @@ def _read(source: Source, file: File) -> bytes:
         raise UndecodableError("unreadable", error.strerror or str(error)) from error
 
 
-def _journal_line(file: File, record: Scan, detail: str) -> str:
-    return json.dumps([file.path, file.stamp, record.tobytes().hex(), detail]) + "\n"
-
-
 def _replay(
     journal: Path, images: Sequence[SourceImage], records: Scan, details: dict[int, str]
 ) -> npt.NDArray[np.bool_]:
     """Fill in the images that the journal has. Return which ones these are: [N]."""
     done = np.zeros(len(images), bool)
-    if not journal.exists():
-        return done
     place = {(image.file.path, image.file.stamp): index for index, image in enumerate(images)}
-    with storage("reading the journal of the scan", journal), journal.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                path, stamp, record, detail = json.loads(line)
-                content = np.frombuffer(bytes.fromhex(record), SCAN_DTYPE)[0]
-            except (ValueError, TypeError, IndexError):  # truncated by a kill: that image is read again
-                continue
-            index = place.get((path, stamp))
-            if index is not None:
-                records[index], done[index] = content, True
-                if detail:
-                    details[index] = detail
+    for row in read_rows(journal):
+        try:
+            path, stamp, record, detail = row
+            content = np.frombuffer(bytes.fromhex(record), SCAN_DTYPE)[0]
+        except (ValueError, TypeError, IndexError):  # that image is read again
+            continue
+        index = place.get((path, stamp))
+        if index is not None:
+            records[index], done[index] = content, True
+            if detail:
+                details[index] = detail
     return done

@@ -8,17 +8,17 @@ import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import numpy as np
 
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, read_index
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, read_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
+from wasteddp.files import sha256_of
 from wasteddp.parallel import in_order, progress
-from wasteddp.sharding.writer import sha256_of
 
-_BLOCK = 512  # a tar header, and the unit that members are padded to
 _MAX_NAMED = 50  # samples of one shard; the rest are counted
 
 
@@ -127,8 +127,8 @@ def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
         for number, record in enumerate(index):
             offset, length = int(record["offset"]), int(record["length"])
             image = os.pread(file.fileno(), length, offset)
-            header = _header(file.fileno(), offset - _BLOCK)
-            label = _label(file.fileno(), offset + _padded(length)) if is_own else {}
+            header = _header(file.fileno(), offset - BLOCKSIZE)
+            label = _label(file.fileno(), offset + padded(length)) if is_own else {}
             name = f"{header.name.split('.')[0] if header else f'sample {number}'}"
             named = f"{name} ({label.get('source', 'source unknown')})" if is_own else name
             if hashlib.sha256(image).digest() != record["sha256"].tobytes():
@@ -141,7 +141,7 @@ def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
 def _header(descriptor: int, offset: int) -> tarfile.TarInfo | None:
     """Return the tar header at `offset` if its checksum is right."""
     try:
-        return tarfile.TarInfo.frombuf(os.pread(descriptor, _BLOCK, offset), "utf-8", "replace")
+        return tarfile.TarInfo.frombuf(os.pread(descriptor, BLOCKSIZE, offset), "utf-8", "replace")
     except (tarfile.HeaderError, OSError):
         return None
 
@@ -150,14 +150,10 @@ def _label(descriptor: int, offset: int) -> dict[str, Any]:
     """Return the JSON member whose header is at `offset`; {} if either is damaged."""
     header = _header(descriptor, offset)
     try:
-        label = json.loads(os.pread(descriptor, header.size, offset + _BLOCK)) if header else {}
+        label = json.loads(os.pread(descriptor, header.size, offset + BLOCKSIZE)) if header else {}
     except ValueError:
         return {}
     return label if isinstance(label, dict) else {}
-
-
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // _BLOCK) * _BLOCK
 
 
 def _wrong_counts(manifest: Manifest) -> list[str]:

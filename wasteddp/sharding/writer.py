@@ -10,23 +10,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from pathlib import Path
+from tarfile import BLOCKSIZE
+from typing import IO
 
-import numpy as np
-
-from wasteddp.data.manifest import INDEX_DTYPE, Shard
-from wasteddp.errors import ShardError, StorageError, storage
-from wasteddp.files import sync_folder, write_atomically
+from wasteddp.data.manifest import Shard, padded, write_index
+from wasteddp.errors import ShardError, storage
+from wasteddp.files import appended_rows, read_rows, sha256_of, write_atomically, written_whole
 from wasteddp.parallel import in_order
 
 _OWNER = "wasteddp"
 _MODE = 0o444
-_BLOCK = 512  # bytes of a tar header, and the unit that members are padded to
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +59,17 @@ class ShardJournal:
         self._finished: dict[str, Shard] = {}  # by the tar's name
         for journal in sorted({path, *path.parent.glob("shards*.txt")}):
             with storage("reading the journal of the shards", journal):
-                lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-            if lines and lines[0] == plan:
-                self._take(lines[1:])
+                begin = journal.read_bytes()[: len(plan)] if journal.exists() else b""
+            if begin == plan.encode():
+                self._take(journal)
             elif journal == path:
                 write_atomically(path, f"{plan}\n".encode())
 
-    def _take(self, lines: Sequence[str]) -> None:
-        for line in lines:
+    def _take(self, journal: Path) -> None:
+        for row in read_rows(journal):
             try:
-                shard = Shard(**json.loads(line))
-            except (ValueError, TypeError):  # truncated by a kill: that shard is written again
+                shard = Shard(**row)
+            except TypeError:  # that shard is simply written again
                 continue
             self._finished[shard.tar] = shard
 
@@ -91,10 +89,8 @@ class ShardJournal:
         return [shard for shard in takewhile(lambda shard: shard is not None, checked) if shard is not None]
 
     def add(self, shard: Shard) -> None:
-        with storage("writing the journal of the shards", self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(shard)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with appended_rows(self._path) as append:
+            append(asdict(shard))
 
 
 def write_split(
@@ -148,16 +144,15 @@ def plan_shards(split: str, member_bytes: Sequence[int], *, max_bytes: int) -> l
     for end, size in enumerate(member_bytes, start=1):
         total += size
         if total >= max_bytes or end == len(member_bytes):
-            planned.append(
-                PlannedShard(split, len(planned), begin, end, _padded(total + 2 * _BLOCK, tarfile.RECORDSIZE))
-            )
+            size = padded(total + 2 * BLOCKSIZE, tarfile.RECORDSIZE)
+            planned.append(PlannedShard(split, len(planned), begin, end, size))
             begin, total = end, 0
     return planned
 
 
 def tar_bytes(sample: Sample, image_bytes: int) -> int:
     """Return the bytes in a tar of a sample with an image of that size: two headers and two padded members."""
-    return 2 * _BLOCK + _padded(image_bytes, _BLOCK) + _padded(len(sample.to_json()), _BLOCK)
+    return 2 * BLOCKSIZE + padded(image_bytes) + padded(len(sample.to_json()))
 
 
 def write_planned_shard(
@@ -192,17 +187,8 @@ def write_planned_shard(
     journal.add(shard)
 
 
-def sha256_of(path: Path) -> str:
-    with storage("reading", path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _name(split: str, number: int) -> str:
     return f"{split}-{number:06d}"
-
-
-def _padded(num_bytes: int, unit: int) -> int:
-    return -(-num_bytes // unit) * unit
 
 
 def _write_shard(
@@ -216,51 +202,36 @@ def _write_shard(
     advance: Callable[[], None],
 ) -> Shard:
     name = _name(split, shard_number)
-    tar, temporary = folder / f"{name}.tar", folder / f"{name}.tar.tmp"
+    tar = folder / f"{name}.tar"
     records: list[tuple[int, int, int, bytes]] = []
     import webdataset  # here, since it imports torch: a mistake in the arguments is reported before that
 
-    try:
-        with storage("writing a shard", folder), temporary.open("wb") as file:
-            hashing = _HashingFile(file)
-            writer = webdataset.TarWriter(hashing, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE)
-            # Each header is one block. TarWriter does not pass this default of its own on to the stream.
-            writer.tarstream.format = tarfile.USTAR_FORMAT
-            try:
-                for sample in samples:
-                    # The writer sorts members by name: jpg comes before json, directly after its header of one block.
-                    offset = writer.tarstream.offset + _BLOCK
-                    key = f"{split}-{first_number + len(records):08d}"
-                    writer.write({"__key__": key, "jpg": sample.image, "json": sample.to_json()})
-                    records.append((offset, len(sample.image), sample.label, sample.sha256))
-                    advance()
-                    if writer.tarstream.offset >= max_bytes:
-                        break
-                writer.close()
-            except BaseException:
-                hashing.is_abandoned = True
-                raise
-            file.flush()
-            os.fsync(file.fileno())
-    except StorageError:
-        temporary.unlink(missing_ok=True)  # free the space; finished shards are kept
-        raise
-    index = np.zeros(len(records), INDEX_DTYPE)
-    for row, (offset, length, label, sha256) in zip(index, records, strict=True):
-        row["offset"], row["length"], row["label"] = offset, length, label
-        row["sha256"] = np.frombuffer(sha256, np.uint8)
-    index_bytes = index.tobytes()
-    with storage("writing a shard", tar):
-        temporary.replace(tar)
-    write_atomically(folder / f"{name}.idx", index_bytes)
-    sync_folder(folder)
+    with storage("writing a shard", folder), written_whole(tar) as file:
+        hashing = _HashingFile(file)
+        writer = webdataset.TarWriter(hashing, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE)
+        # Each header is one block. TarWriter does not pass this default of its own on to the stream.
+        writer.tarstream.format = tarfile.USTAR_FORMAT
+        try:
+            for sample in samples:
+                # The writer sorts members by name: jpg comes before json, directly after its header of one block.
+                offset = writer.tarstream.offset + BLOCKSIZE
+                key = f"{split}-{first_number + len(records):08d}"
+                writer.write({"__key__": key, "jpg": sample.image, "json": sample.to_json()})
+                records.append((offset, len(sample.image), sample.label, sample.sha256))
+                advance()
+                if writer.tarstream.offset >= max_bytes:
+                    break
+            writer.close()
+        except BaseException:
+            hashing.is_abandoned = True
+            raise
     return Shard(
         tar=tar.name,
         index=f"{name}.idx",
         num_samples=len(records),
         num_bytes=hashing.num_bytes,
         sha256=hashing.sha256.hexdigest(),
-        index_sha256=hashlib.sha256(index_bytes).hexdigest(),
+        index_sha256=write_index(folder / f"{name}.idx", records),
     )
 
 
@@ -270,7 +241,7 @@ class _HashingFile(io.RawIOBase):
     An abandoned file drops them: a tar stream writes its buffer when it is destroyed, after the file was closed.
     """
 
-    def __init__(self, file: io.BufferedWriter) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0

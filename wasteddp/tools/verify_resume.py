@@ -20,6 +20,7 @@ from rich.table import Table
 
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, SettingsError, storage
+from wasteddp.files import read_rows
 from wasteddp.settings import Settings
 from wasteddp.training.distributed.ranks import Ranks
 
@@ -201,22 +202,15 @@ def _arguments(config: str, overrides: Sequence[str], run: Path) -> list[str]:
 
 
 def _last_step(run: Path) -> int:
-    steps = _lines(run / "steps.jsonl")
+    steps = list(read_rows(run / "steps.jsonl", "step"))
     return int(steps[-1]["step"]) if steps else 0
 
 
 def _steps(run: Path) -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
-    for row in (*_lines(run / "steps.jsonl"), *_lines(run / "metrics.jsonl")):
+    for row in (*read_rows(run / "steps.jsonl", "step"), *read_rows(run / "metrics.jsonl", "step")):
         found.setdefault(row["step"], {}).update(row)
     return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a file that may still be written."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
 
 
 def _final_weights(run: Path) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from types import MethodType
@@ -24,11 +24,25 @@ import fsspec
 from wasteddp.errors import SettingsError
 
 _LOOK_S = 0.2  # how often a wait looks whether it is to end
-_EXTRA = "pip install 'wasteddp[remote]' (fsspec's drivers for http, s3, gs and hf)"
+_EXTRA = "pip install 'wasteddp[remote]' (fsspec's drivers for s3, gs and hf)"
 _HUB = re.compile(
     r"hf://(?:(?P<kind>models|datasets|spaces|buckets)/)?(?P<id>[\w.-]+/[\w.-]+)"
     r"(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
 )
+
+
+class WrongSizeError(Exception):
+    """The store has the file, and it cannot be the one that is wanted."""
+
+    def __init__(self, found: int, wanted: int) -> None:
+        super().__init__(f"it has {found:,} bytes instead of {wanted:,}")
+
+
+class DowngradeError(Exception):
+    """A redirect from https to http."""
+
+    def __init__(self) -> None:
+        super().__init__("the server redirects from https to http")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +54,14 @@ class Store:
         path_of: the path that the driver knows a file of the folder by.
         options: further arguments of each read, asked for again each time: a login may be renewed meanwhile.
         listing: the file system that lists the folder, and the folder's path there.
+        takes_size: whether `cat_file` takes the `size` that the whole file must have.
     """
 
     driver: Any
     path_of: Callable[[str], str]
     options: Callable[[], Mapping[str, Any]]
     listing: tuple[Any, str]
+    takes_size: bool = False
 
     def ask(self, method: str, name: str, *, limit_s: float, look: Callable[[], None], **options: Any) -> Any:
         """What a method of the driver, such as `cat_file`, says of a file.
@@ -83,10 +99,7 @@ def open_store(url: str, timeout_s: float) -> Store:
     protocol = url.partition("://")[0]
     try:
         if protocol in ("http", "https"):
-            driver, _ = _web(url, timeout_s)
-            return Store(
-                driver, lambda name: _beside(url, name), dict, (driver, url.partition("?")[0].rstrip("/") + "/")
-            )
+            return _web(url, timeout_s)
         if protocol == "hf":
             return _hub(url, timeout_s)
         open_one = {"s3": _s3, "s3a": _s3, "gs": _google, "gcs": _google}.get(protocol, _other)
@@ -167,15 +180,11 @@ def _other(url: str, timeout_s: float) -> tuple[Any, str]:
     return _opened(url)
 
 
-def _web(url: str, timeout_s: float) -> tuple[Any, str]:
-    # trust_env: proxies of the environment
-    return _opened(url, client_kwargs={"timeout": _silence(timeout_s), "trust_env": True})
+def _web(url: str, timeout_s: float) -> Store:
+    from wasteddp.data.remote.web import Web
 
-
-def _silence(timeout_s: float) -> Any:
-    from aiohttp import ClientTimeout
-
-    return ClientTimeout(total=None, connect=None, sock_connect=timeout_s, sock_read=timeout_s)
+    driver, folder = Web(timeout_s), url.partition("?")[0].rstrip("/") + "/"
+    return Store(driver, partial(_beside, url), dict, (driver, folder), takes_size=True)
 
 
 def _beside(url: str, name: str) -> str:
@@ -198,7 +207,9 @@ def _google(url: str, timeout_s: float) -> tuple[Any, str]:
     """
     from gcsfs.core import GCSFileSystem
 
-    limits = {"requests_timeout": _silence(timeout_s), "session_kwargs": {"trust_env": True}}
+    from wasteddp.data.remote.web import silence
+
+    limits = {"requests_timeout": silence(timeout_s), "session_kwargs": {"trust_env": True}}
     driver = GCSFileSystem(skip_instance_cache=True, **limits)
     driver._request = MethodType(driver._request.__wrapped__, driver)
     return driver, str(driver._strip_protocol(url))
@@ -228,11 +239,9 @@ def _hub(url: str, timeout_s: float) -> Store:
     kind = "" if match["kind"] in (None, "models") else f"{match['kind']}/"
     revision = "" if match["kind"] == "buckets" else "/" + quote(unquote(match["revision"] or "main"), safe="")
     folder = f"{constants.ENDPOINT}/{kind}{match['id']}/resolve{revision}/{quote(match['path'] or '')}"
-    driver, _ = _web(folder, timeout_s)
-    return Store(
-        driver,
-        lambda name: _beside(folder, name),
+    return replace(
+        _web(folder, timeout_s),
         # behind a redirect to another host, where large files are, aiohttp leaves the login out
-        lambda: {"headers": build_hf_headers(library_name="wasteddp")},
-        _opened(url),
+        options=lambda: {"headers": build_hf_headers(library_name="wasteddp")},
+        listing=_opened(url),
     )

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import Any, BinaryIO, TypeVar
 
 from wasteddp.data.remote import filesystems
-from wasteddp.data.remote.filesystems import shown, status_of
+from wasteddp.data.remote.filesystems import DowngradeError, WrongSizeError, shown, status_of
 from wasteddp.errors import DamagedShardError, RemoteError, StoppedError
 from wasteddp.redaction import redacted
 
@@ -117,17 +117,23 @@ class RemoteFolder:
                 break
         return found
 
-    def fetch(self, name: str, file: BinaryIO) -> None:
-        """Writes a file that no manifest tells of into `file`.
+    def fetch(self, name: str, file: BinaryIO, num_bytes: int | None = None) -> None:
+        """Writes a file that no manifest tells of into `file`, behind what is there of it already.
+
+        Args:
+            num_bytes: what it must have, if that is known.
 
         Raises:
-            DamagedShardError: there is no such file. RemoteError: it cannot be had.
+            DamagedShardError: there is no such file, or it has another size. RemoteError: it cannot be had.
         """
-        num_bytes = self._size(name)
+        num_bytes = self._size(name) if num_bytes is None else num_bytes
         if num_bytes is None:  # there is none, or the store does not say
-            file.write(self.read(name))
+            data = self.read(name)
+            file.seek(0)
+            file.write(data)
+            file.truncate()
         else:
-            self._copy(name, num_bytes, file, never)
+            self._copy(name, num_bytes, file, never, at=file.tell())
 
     def names(self) -> list[str]:
         """What the folder holds, sorted. A web server may list nothing.
@@ -153,9 +159,9 @@ class RemoteFolder:
         """Ends what is under way: it raises `RemoteError`."""
         self._closed.set()
 
-    def _copy(self, name: str, num_bytes: int, file: BinaryIO, stopped: Stopped) -> str:
-        """Its bytes, once; returns their sha256."""
-        digest, at = hashlib.sha256(), 0
+    def _copy(self, name: str, num_bytes: int, file: BinaryIO, stopped: Stopped, at: int = 0) -> str:
+        """Its bytes from `at` on, once; returns their sha256."""
+        digest = hashlib.sha256()
         while at < num_bytes:
             data = self._range(name, at, num_bytes, stopped)
             file.write(data)
@@ -170,12 +176,13 @@ class RemoteFolder:
         def once() -> bytes:
             expected = end - begin if self._knows_ranges else num_bytes
             limit_s = self._patience.timeout_s + expected / _SLOWEST_BYTES_PER_S
-            data = self._request(name, {"start": begin, "end": end}, limit_s, stopped)
+            limits = {"start": begin, "end": end} | ({"size": num_bytes} if self._store.takes_size else {})
+            data = self._request(name, limits, limit_s, stopped)
             size = len(data) if len(data) > end - begin else None
             if len(data) < end - begin:
                 size = self._size(name)
-            if size not in (None, num_bytes):
-                raise _WrongSizeError(f"it has {size:,} bytes; the manifest says {num_bytes:,}")
+            if size is not None and size != num_bytes:
+                raise WrongSizeError(size, num_bytes)
             if len(data) < end - begin:
                 raise ConnectionError(f"the body ended after {len(data):,} of {end - begin:,} bytes")
             self._knows_ranges |= len(data) < num_bytes
@@ -231,15 +238,11 @@ class RemoteFolder:
         return None if size is None else int(size)
 
 
-class _WrongSizeError(Exception):
-    """The store has the file, and it cannot be the one of the manifest."""
-
-
 def _why(error: BaseException) -> str:
     status = status_of(error)
     known = status in HTTPStatus._value2member_map_
     text = redacted(str(error).splitlines()[0]) if str(error) else ""  # a redirect's address may be a signed one
-    if isinstance(error, _WrongSizeError):
+    if isinstance(error, (WrongSizeError, DowngradeError)):
         return text
     if known and status is not None:
         return f"{status} {HTTPStatus(status).phrase}"
@@ -250,11 +253,15 @@ def _stop_if_certain(error: Exception, found: str) -> None:
     """Raises where another attempt could not help."""
     status = status_of(error)
     cut = status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
-    if isinstance(error, _WrongSizeError) or cut or status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
+    if isinstance(error, WrongSizeError) or cut or status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
         raise DamagedShardError(
             found + (": it ends before that byte" if cut else ""),
             "its samples would be missing from every epoch",
             "copy the whole set there again, the manifest last",
+        ) from error
+    if isinstance(error, DowngradeError):
+        raise RemoteError(
+            found, "anybody on the way could read and change what is sent", "give an address that stays https"
         ) from error
     if status is not None and 400 <= status < 500 and status not in _WORTH_ANOTHER:
         raise RemoteError(

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import time
-import urllib.error
-import urllib.request
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from http import HTTPStatus
-from http.client import HTTPException
+from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
-from wasteddp.errors import RecipeError, storage
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_TIMEOUT_S = 30.0
-_ATTEMPTS = 4
-_CHUNK_BYTES = 1 << 18
-_WORTH_ANOTHER = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+from wasteddp.data.remote.folder import Patience, RemoteFolder
+from wasteddp.errors import DamagedShardError, RecipeError, RemoteError, storage
+from wasteddp.files import sha256_of
+
+_PATIENCE = Patience(attempts=4)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_BRING_IT = (
+    "run it again where there is a network (it goes on where it stopped), or bring the file from another machine and "
+    "name it or its folder: wasteddp shard RECIPE --from FILE-or-FOLDER"
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Download:
+class Download(BaseModel):
     """A file to be had. `git_blob` is the id that git gives the content: sha1 of "blob SIZE\\0" and the bytes."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     url: str
-    file: str
-    sha256: str = ""
-    git_blob: str = ""
-    size_bytes: int | None = None
+    file: str = Field(pattern=r"^[^/\\]+$")
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    git_blob: str = Field(default="", pattern=r"^([0-9a-f]{40})?$")
+    size_bytes: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _needs_proof(self) -> Download:
+        if not self.sha256 and not self.git_blob:
+            raise ValueError("neither sha256 nor git_blob is given, so other bytes would not be noticed")
+        return self
 
 
 def fetch(
@@ -39,7 +46,7 @@ def fetch(
     folder: Path,
     *,
     allow_http_loopback: bool = False,
-    wait: Callable[[float], None] = time.sleep,
+    wait: Callable[[float], None] | None = None,
 ) -> Path:
     """The path of the file in `folder`, downloaded unless it is there and good.
 
@@ -55,79 +62,42 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
     if path.exists() and not _difference(wanted, path):
         return path
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            _resume(wanted.url, part)
-            break
-        except OSError as error:  # urllib's errors are OSErrors too
-            _stop_unless_worth_another(error, wanted, attempt)
-            wait(2.0 ** (attempt - 1))
-    difference = _difference(wanted, part)
+    above, _, name = parts.path.rpartition("/")
+    remote = RemoteFolder(urlunsplit(parts._replace(path=above)), _PATIENCE, wait=wait)
+    try:
+        with storage("writing the download", part), os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT), "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            remote.fetch(unquote(name), file, wanted.size_bytes)
+        difference = _difference(wanted, part)
+    except RemoteError as error:
+        raise RecipeError(error.found, "the images of this recipe are not here", _BRING_IT) from error
+    except DamagedShardError as error:
+        difference = error.found
+    finally:
+        remote.close()
     if difference:
         part.unlink()  # nothing of it can be trusted, and the next start would only add to it
         raise RecipeError(
             f"{wanted.url} is not what the recipe promises: {difference}",
             "the set would not be the one that the recipe describes",
-            "try again; if it stays so, the file was replaced: get the right one and give it with --from",
+            f"if it stays so, the file was removed or replaced; {_BRING_IT}",
         )
     with storage("keeping the download", path):
         part.replace(path)
     return path
 
 
-def _resume(url: str, part: Path) -> None:
-    """Fetches what is missing of `part`; a server that does not know ranges sends all of it again."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "wasteddp"} | ({"Range": f"bytes={have}-"} if have else {})
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-            expected = response.headers.get("Content-Length")
-            begin = have if response.status == HTTPStatus.PARTIAL_CONTENT else 0
-            with part.open("ab" if begin else "wb") as file:
-                while chunk := response.read(_CHUNK_BYTES):
-                    file.write(chunk)
-            got = part.stat().st_size - begin
-    except urllib.error.HTTPError as error:
-        if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # nothing is missing; the hash will judge it
-            return
-        raise
-    except HTTPException as error:
-        raise ConnectionError(f"the connection broke: {error}") from error
-    if expected is not None and got < int(expected):
-        raise ConnectionError(f"the connection ended after {got:,} of {int(expected):,} bytes")
-
-
-def _stop_unless_worth_another(error: OSError, wanted: Download, attempt: int) -> None:
-    """Raises `RecipeError` when the last attempt failed, or the server's answer will not change."""
-    final = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in _WORTH_ANOTHER
-    if error.errno in (errno.ENOSPC, errno.EACCES, errno.EDQUOT):
-        with storage("writing the download", wanted.file):
-            raise error
-    if final or attempt == _ATTEMPTS:
-        raise RecipeError(
-            f"{wanted.url} cannot be downloaded (attempt {attempt} of {_ATTEMPTS}): {error}",
-            "the images of this recipe are not here",
-            "run it again where there is a network (it goes on where it stopped), or bring the file from another "
-            "machine and name it or its folder: wasteddp shard RECIPE --from FILE-or-FOLDER",
-        ) from error
-
-
 def _difference(wanted: Download, path: Path) -> str:
     """How a file differs from what is wanted, or nothing."""
     size = path.stat().st_size
-    if wanted.size_bytes is not None and size != wanted.size_bytes:
+    if wanted.size_bytes not in (None, size):
         return f"{size:,} bytes instead of {wanted.size_bytes:,}"
-    checks = [("sha256", wanted.sha256, hashlib.sha256()), ("git blob id", wanted.git_blob, _git_blob_hash(size))]
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            for _, _, digest in checks:
-                digest.update(chunk)
-    for name, promised, digest in checks:
-        if promised and digest.hexdigest() != promised:
-            return f"{name} {digest.hexdigest()} instead of {promised} ({size:,} bytes)"
-    return ""
-
-
-def _git_blob_hash(size_bytes: int) -> hashlib._Hash:
-    return hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+        blob = partial(hashlib.sha1, b"blob %d\0" % size, usedforsecurity=False)
+        found = {"sha256": sha256_of(path), "git_blob": hashlib.file_digest(file, blob).hexdigest()}
+    wrong = [
+        f"{name} {digest} instead of {promised} ({size:,} bytes)"
+        for name, digest in found.items()
+        if (promised := getattr(wanted, name)) not in ("", digest)
+    ]
+    return ", ".join(wrong)

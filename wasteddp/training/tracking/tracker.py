@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from wasteddp.errors import StorageError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import read_rows, write_atomically
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
 from wasteddp.training.tracking import pictures
@@ -107,7 +107,7 @@ class RunTracker:
         with storage("writing the run's folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._log_file = Journal(folder / "log.txt", self._print)
-            kept = roll_back(folder / "metrics.jsonl", resumed_step)
+            kept = roll_back(folder / "metrics.jsonl", resumed_step, self.say)
             self._metrics_file = Journal(folder / "metrics.jsonl", self._print)
             label.save(folder)
         self.id, self.exit_code = label.id, 0
@@ -204,18 +204,24 @@ def run_tracker(
     return RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=known)
 
 
-def roll_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the rows after `step` and a last line that a kill cut off, and return the remaining rows."""
+def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Remove the rows after `step`, and lines that are not rows. Return the remaining rows.
+
+    Damaged lines are kept in a file next to `path`. A last line that a kill cut off is not one of them: it is after the
+    last checkpoint.
+
+    Args:
+        say: receives a line about damaged lines.
+    """
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill, after the last checkpoint
-        if row["step"] <= step:
-            rows.append(row)
+    damaged: list[str] = []
+    rows = [row for row in read_rows(path, "step", damaged=damaged.append) if row["step"] <= step]
+    if lost := [line for line in damaged if line.endswith("\n")]:
+        aside = path.with_name(f"{path.stem}-damaged{path.suffix}")
+        with aside.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(lost)
+        say(f"WARNING: {path}: {len(lost)} damaged line(s) are not rows of metrics; they are moved to {aside.name}")
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
 

@@ -9,14 +9,14 @@ attempt to those of the earlier attempts, including the steps that a kill undid.
 
 from __future__ import annotations
 
-import json
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wasteddp.errors import EXIT_RESUMABLE, TrackingError
+from wasteddp.files import read_rows
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, find_bundle, read_card
 from wasteddp.training.tracking import pictures as gallery
 from wasteddp.training.tracking import run_id as labels
@@ -124,18 +124,6 @@ class Delivery:
         return found
 
 
-def rows_of(path: Path) -> Iterator[Row]:
-    """Yield the rows of a metrics.jsonl; an incomplete line is left out."""
-    if path.exists():
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                yield row
-
-
 def _media(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return images and confusion matrix as objects of wandb."""
     import wandb
@@ -214,7 +202,7 @@ def _deliver(folder: Path, label: labels.Label, mode: Mode, timeout_s: float, mo
     run = open_run(folder, label, mode, finish_s=timeout_s, strict=True)
     delivery = Delivery(run, folder, label, run.starting_step)
     num_rows = 0
-    for row in rows_of(folder / "metrics.jsonl"):
+    for row in read_rows(folder / "metrics.jsonl", "step"):
         delivery.row(row)
         num_rows += 1
     url = str(run.url or "")

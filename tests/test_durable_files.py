@@ -1,0 +1,54 @@
+"""Files that survive kills: whole or not there, and rows that can be added to after a kill."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from wasteddp.files import appended_rows, read_rows, written_whole
+
+
+def test_rows_are_added_behind_a_line_that_a_kill_cut(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert list(read_rows(path)) == []
+    for _ in range(2):
+        with appended_rows(path) as append:
+            append({"step": 1})
+            append([1, "ö"])
+    assert path.read_text().count("\n") == 4
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    with appended_rows(path) as append:
+        append({"step": 3})
+    assert list(read_rows(path)) == [{"step": 1}, [1, "ö"], {"step": 1}, [1, "ö"], {"step": 3}]
+
+
+def test_rows_are_there_as_soon_as_the_block_ends_and_stay_if_it_fails(tmp_path: Path) -> None:
+    with suppress(KeyboardInterrupt), appended_rows(tmp_path / "rows.jsonl") as append:
+        append(1)
+        raise KeyboardInterrupt
+    assert list(read_rows(tmp_path / "rows.jsonl")) == [1]
+
+
+def test_damaged_lines_are_passed_over_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1}', b'{"step"; 2}', b'{"s\xf4ep": 3}', b"[4]", b'{"step": "5"}', b'{"step": 6}', b'{"st']
+    path.write_bytes(b"\n".join(lines))
+    damaged: list[str] = []
+    assert list(read_rows(path, "step", damaged=damaged.append)) == [{"step": 1}, {"step": 6}]
+    assert len(damaged) == 5
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with written_whole(path) as file:
+        file.write(b"old")
+    with suppress(KeyboardInterrupt), written_whole(path, errors="surrogateescape") as file:
+        file.write("new\udcff")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    with written_whole(path, errors="surrogateescape") as file:
+        file.write("new\udcff\r\n")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new\xff\r\n"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
