@@ -172,3 +172,11 @@ def test_a_finished_run_that_is_only_watched_otherwise_is_finished_and_keeps_its
     assert train.main([*config_of(tmp_path, small_shards), *more]) == 0
     assert "finished at step 8" in capsys.readouterr().out
     assert content(run) == before
+
+
+def test_lost_metrics_are_reported_and_the_run_continues(finished: Path, small_shards: Path, tmp_path: Path) -> None:
+    run = begin_at(4, finished, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    assert train.main(config_of(tmp_path, small_shards)) == 0
+    assert "metrics.jsonl is missing: the rows up to step 4 are lost" in (run / "log.txt").read_text()
+    assert [row["step"] for row in rows(run)] == [5, 6, 7, 8]

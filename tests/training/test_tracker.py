@@ -26,7 +26,9 @@ def test_a_damaged_row_is_named_and_ends_no_run(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": 1}\n{"st\xf4p": 2}\n{"step"; 3}\n{"step": 4}\n{"step"')
     said: list[str] = []
     assert roll_back(path, 9, said.append) == [{"step": 1}, {"step": 4}]
-    assert said == [f"{path}: 2 damaged line(s) are no rows and are dropped"]  # the last one was cut by a kill
+    [line] = said  # the last line was cut by a kill
+    assert "2 damaged line(s) are not rows of metrics; they are moved to metrics-damaged.jsonl" in line
+    assert len((tmp_path / "metrics-damaged.jsonl").read_text().splitlines()) == 2
     assert roll_back(path, 9, said.append) == [{"step": 1}, {"step": 4}]
     assert len(said) == 1
 

@@ -12,8 +12,7 @@ from wasteddp import settings
 from wasteddp.errors import CheckpointError, WastedError
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
 from wasteddp.training.checkpoint import reader
-
-_METRICS = "metrics.jsonl"
+from wasteddp.training.tracking.tracker import METRICS_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,8 @@ def _checks(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             yield str(place.relative_to(folder) / CARD_NAME), partial(load_bundle, place)
     if (folder / reader.SETTINGS).exists():
         yield reader.SETTINGS, partial(settings.load, folder / reader.SETTINGS)
-    if (folder / _METRICS).exists():
-        yield _METRICS, partial(_read_rows, folder / _METRICS)
+    if (folder / METRICS_FILE).exists():
+        yield METRICS_FILE, partial(_read_rows, folder / METRICS_FILE)
     for path in sorted(folder.glob("evaluations/*/metrics.json")):
         yield str(path.relative_to(folder)), partial(_read_json, path)
 

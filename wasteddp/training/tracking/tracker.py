@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from wasteddp.training.checkpoint import reader
     from wasteddp.training.dataloaders import Inputs
 
+METRICS_FILE = "metrics.jsonl"  # in run.out: a row of metrics in each line
+
 
 class Tracker(Protocol):
     """The interface for the loop. `step` is the number of optimizer steps done; `exit_code` is that of the run."""
@@ -107,8 +109,8 @@ class RunTracker:
         with storage("writing the run's folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._log_file = Journal(folder / "log.txt", self._print)
-            kept = roll_back(folder / "metrics.jsonl", resumed_step, self.say)
-            self._metrics_file = Journal(folder / "metrics.jsonl", self._print)
+            kept = roll_back(folder / METRICS_FILE, resumed_step, self.say)
+            self._metrics_file = Journal(folder / METRICS_FILE, self._print)
             label.save(folder)
         self.id, self.exit_code = label.id, 0
         self._folder, self._label, self._images = folder, label, track.images
@@ -201,7 +203,11 @@ def run_tracker(
     label = labels.of(settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size)
     folder = Path(settings.run.out)
     known = progress.step - (progress.unmeasured is not None)  # the row of an unmeasured step is written again
-    return RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=known)
+    is_missing = own and known > 0 and not (folder / METRICS_FILE).exists()
+    tracker = RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=known)
+    if is_missing:
+        tracker.say(f"WARNING: {folder / METRICS_FILE} is missing: the rows up to step {known} are lost")
+    return tracker
 
 
 def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
