@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "wasteddp"
 # From the bottom: a layer may import itself and the layers before it. A module belongs to the longest name that it
 # starts with, so a layer comes after the sublayers that it imports.
 LAYERS = [
-    "errors",
     "redaction",
+    "errors",
     "environment",
     "files",
     "settings",

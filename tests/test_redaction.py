@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -30,10 +31,66 @@ def test_a_secret_is_hidden(text: str, expected: str) -> None:
     assert redacted(text, {"MY_API_TOKEN": PLANTED}) == expected
 
 
+FORMS = [
+    "https://user:{}@host/set", "s3://user:{}@bucket/a", "https://user:a/{}@host/set", "https://user:a@{}@host/x",
+    "https://user:{}/b@host", "postgres://u:{}@db:5432/x", "https://h/x?token={}", "https://h/x?a=1&password={}",
+    "https://h/x?api_key={}&b", "https://h/x?auth={}", "https://h/x?X-Amz-Security-Token={}", "https://h/x?pwd={}",
+    "password={}", "DB_PWD={}", "--set secret={}", "auth={}", "token={}; next", "AccountKey={}", "my_access_key={}",
+    "PASSPHRASE={}", "Authorization: Bearer {}", "authorization: basic {}", "bearer {}", '{{"password": "{}"}}',
+    "{{'token': '{}'}}", "password: {}", "  api_key: {}", '"secret": "{}"', "db_password: '{}'",
+]  # fmt: skip
+KEYS = [
+    "hf_abcdefghijklmnopqrstuv", "ghp_abcdefghijklmnopqrstuv", "github_pat_abcdefghijklmnopqrstuv",
+    "glpat-abcdefghijklmnopqr", "ASIAABCDEFGHIJKLMNOP", "sk-abcdefghijklmnopqrstuv", "sk_live_abcdefghijklmnop",
+    "xoxb-1234567890-abc", "AIzaabcdefghijklmnopqrstuvwxyz0123456", "ya29.abcdefghijklmnopqrstuv",
+    "npm_abcdefghijklmnopqrstuvwxyz0123", "pypi-abcdefghijklmnopqrstuv", "wandb_v1_abcdefghijklmnopqrstuv",
+    "SG.abcdefghijklmnopqr.abcdefghijklmnopqr", "eyJhbGciOiJI.eyJzdWIiOiIx.abcdefghijk",
+    "hooks.slack.com/services/T000/B000/XXXX",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n-----END RSA PRIVATE KEY-----",
+]  # fmt: skip
+NAMES = [
+    "API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_TOKEN", "DB_PWD", "DB_PASSWORD", "SSH_PASSPHRASE", "PROXY_AUTH",
+    "SENTRY_DSN", "GCP_CREDENTIAL", "X_BEARER",
+]  # fmt: skip
+VALUES = [PLANTED, "/Zq8+planted/se cret71abcd", "a@b/c:Zq8planted?x=1", "Zq8%planted secret"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_value_with_a_telling_name_is_hidden(form: str) -> None:
+    text = redacted(f"before\n{form.format(PLANTED)}", {})
+    assert PLANTED not in text
+    assert redacted(text, {}) == text
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_of_a_known_service_is_hidden(key: str) -> None:
+    text = redacted(f"before {key} after", {})
+    assert text == "before [hidden] after"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", VALUES)
+def test_the_value_of_a_secret_variable_is_hidden_in_every_encoding(name: str, value: str) -> None:
+    for form in (value, quote(value), quote(value, safe=""), quote_plus(value)):
+        text = redacted(f"before {form} after", {name: value})
+        assert form not in text
+        assert text.endswith(" after")
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "GIT_AUTHOR_NAME"])
+def test_other_variables_are_not_hidden(name: str) -> None:
+    assert redacted("in /gone/some folder/x", {name: "/gone/some folder"}) == "in /gone/some folder/x"
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "shards/trashnet",
+        "http://localhost:8000/set@v1/train-000000.tar",
+        "hf://datasets/owner/waste@main/train-000000.tar",
+        "--label-key is given and --class-key is not",
+        "the token has ended; keys: glass, metal",
+        "basic understanding and a bearer",
         "https://host:8080/set?page=2",
         "https://user@host/set",
         "mail@example.org: at 10:30",

@@ -27,16 +27,27 @@ A user's mistake ends with its message and exit code 2, never with a traceback.
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from wasteddp.redaction import redacted
+
 EXIT_FINISHED = 0
 EXIT_USER_ERROR = 2
 EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h: a rank failed, hung or disappeared, and all ranks were stopped
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving a checkpoint; start the run again
+
+# C0 and C1 control characters but newline and tab, and the marks that turn the direction of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def inert(text: str) -> str:
+    """Return the text with escapes in place of the control characters that a terminal would interpret."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 class WastedError(Exception):
@@ -54,7 +65,7 @@ class WastedError(Exception):
 
     def __str__(self) -> str:
         lines = [self.found, self.consequence and f"  so: {self.consequence}", self.remedy and f"  do: {self.remedy}"]
-        return "\n".join(line for line in lines if line)
+        return inert(redacted("\n".join(line for line in lines if line)))
 
 
 class SettingsError(WastedError):

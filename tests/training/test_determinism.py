@@ -13,7 +13,7 @@ from trainings import CPU2, config_of, final_weights, launch
 from wasteddp import settings as settings_file
 from wasteddp.errors import SettingsError
 from wasteddp.training.distributed import determinism
-from wasteddp.training.watchdog.failures import explained
+from wasteddp.training.watchdog.failures import explain
 
 # A step with all random choices and sums: the operations of each policy, both kinds of mixing, and the moving average.
 EVERYTHING = {
@@ -94,7 +94,7 @@ def test_an_operation_that_torch_refuses_says_what_to_set() -> None:
     determinism.demand(compiles=False)
     with pytest.raises(RuntimeError) as raised:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
-    error = explained(raised.value, settings_file.parse("run: {deterministic: true}"), "computing")
+    error = explain(raised.value, settings_file.parse("run: {deterministic: true}"), "computing")
     assert isinstance(error, SettingsError)
     assert "run.deterministic is set" in error.found
     assert "while computing: put_" in error.found
@@ -104,7 +104,7 @@ def test_an_operation_that_torch_refuses_says_what_to_set() -> None:
 
 def test_other_errors_are_not_taken_for_it() -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    assert explained(error, settings_file.parse("run: {deterministic: true}"), "computing") is error
+    assert explain(error, settings_file.parse("run: {deterministic: true}"), "computing") is error
 
 
 @pytest.mark.slow
