@@ -17,6 +17,7 @@ from typing import NoReturn
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 
 _LIMIT_S = 25.0  # a launcher kills the others 30 s after the first of its processes has ended
+_FLUSH_S = 2.0  # limit for printing what is buffered
 _acts: list[Callable[[], object]] = []
 
 
@@ -80,7 +81,7 @@ def leave(code: int) -> NoReturn:
 
 
 def leave_now(code: int) -> NoReturn:
-    """End the process without exit handlers, from any thread."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End the process without exit handlers, from any thread, also where nobody reads its output."""
+    within(_FLUSH_S, sys.stdout.flush)
+    within(_FLUSH_S, sys.stderr.flush)
     os._exit(code)

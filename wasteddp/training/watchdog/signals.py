@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -66,6 +67,7 @@ def _leave_at_the_second(arrived: int) -> None:
     asked = False
     while number := os.read(arrived, 1):
         if asked and number[0] == signal.SIGINT:
-            os.write(sys.stderr.fileno(), b"ended immediately; run the same command again to resume\n")
+            if select.select([], [sys.stderr], [], 0)[1]:  # a full pipe or a stopped terminal must not hold the exit
+                os.write(sys.stderr.fileno(), b"ended immediately; run the same command again to resume\n")
             os._exit(EXIT_AT_ONCE)
         asked = True

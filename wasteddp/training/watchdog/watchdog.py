@@ -39,6 +39,7 @@ _CONNECTING_S = 3.0
 _STOPPED_S = 10.0  # that a process waits for the store after a stop signal
 _LAUNCHER_S = 60.0  # that it waits for the launcher's store, which exists before the launcher starts any process
 _LOST_BEATS = 3
+_PRINT_S = 3.0  # limit for printing: nobody may read the output
 _DISK_S = 3.0  # for the run's disk to write a line
 
 Item = TypeVar("Item")
@@ -153,7 +154,7 @@ class Watchdog:
         code = EXIT_USER_ERROR if isinstance(known, WastedError) else EXIT_FAILED
         where = self.whereabouts if self._world_size > 1 else ""
         if self._report(Failure(self._rank, failures.failure_message(known, where), code)) and code == EXIT_FAILED:
-            traceback.print_exception(error)
+            hard_exit.within(_PRINT_S, lambda: traceback.print_exception(error))
         return code
 
     def _cause_elsewhere(self) -> Failure | None:
@@ -190,9 +191,9 @@ class Watchdog:
             first = self._store.claim(failure) == failure if self._store else self._rank == 0
         except LostStoreError:
             first = True
+        self._log(failure.message)  # before the terminal, which may never take a line: a full pipe, Ctrl-S
         if first:
-            print(f"error: {failure.message}", file=sys.stderr, flush=True)
-        self._log(failure.message)
+            hard_exit.within(_PRINT_S, lambda: print(f"error: {failure.message}", file=sys.stderr, flush=True))
         return first
 
     # --- the thread -------------------------------------------------------------------------------------------------
