@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from trainings import CPU2, config_of, launch
-
-TWO = ("--config_file", str(CPU2))
+from trainings import config_of, run_ranks
 
 
 def test_two_ranks_keep_their_own_statistics_of_the_average_and_go_on_bit_for_bit(
@@ -21,7 +19,7 @@ def test_two_ranks_keep_their_own_statistics_of_the_average_and_go_on_bit_for_bi
         settings = [part for override in more for part in ("--set", override)]
         return [*config_of(tmp_path / name, small_shards), *settings]
 
-    done = launch(arguments("undisturbed"), *TWO)
+    done = run_ranks(arguments("undisturbed"), 2)
     assert done.returncode == 0, done.stderr
     undisturbed, again = (tmp_path / name / "run" / "checkpoints" for name in ("undisturbed", "again"))
 
@@ -33,7 +31,7 @@ def test_two_ranks_keep_their_own_statistics_of_the_average_and_go_on_bit_for_bi
     assert torch.allclose(own.mean(0).sort().values, kept.sort().values, atol=1e-6)
 
     shutil.copytree(undisturbed / "step-00000003", again / "step-00000003")
-    done = launch(arguments("again"), *TWO)
+    done = run_ranks(arguments("again"), 2)
     assert done.returncode == 0, done.stderr
     for name in ("model", "ema", "ranks"):
         one, other = (folder / "step-00000005" / f"{name}.safetensors" for folder in (undisturbed, again))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-from trainings import CPU2, launch_command
+from trainings import run_ranks
 
 # The script of each rank: a model whose gradients are 1/3 on rank 0 and 1 on rank 1.
 PROGRAM = """
@@ -30,9 +29,8 @@ leave(0)  # as in train.py: otherwise a rank sometimes aborts in the destructors
 
 def run(tmp_path: Path, *overrides: str) -> tuple[int, float]:
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = launch_command([], "--config_file", str(CPU2))
-    command[-1] = str(tmp_path / "program.py")
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=True, timeout=120)
+    done = run_ranks(list(overrides), 2, program=tmp_path / "program.py")
+    assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("found"))
     return int(line.split()[1]), float(line.split()[2])
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from trainings import run_ranks
 
 # DDP rebuilds its buckets after the first step of a start; apart from that the first and third step are equal.
 PROGRAM = """
@@ -56,8 +55,7 @@ def test_a_start_rounds_its_first_step_as_all_others(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "program.py").write_text(PROGRAM)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    command = [*launcher, str(tmp_path / "program.py"), "run.deterministic=true", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    done = run_ranks(["run.deterministic=true", *overrides], 3, program=tmp_path / "program.py")
+    assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("found"))
     assert line == f"found True {exact} True [[2.0], [[0.5, 3.0]]]"

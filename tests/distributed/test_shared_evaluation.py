@@ -1,4 +1,4 @@
-"""`wasteddp evaluate` under a launcher: two processes share a split and get the same result as one."""
+"""`wasteddp evaluate` in two processes: they share a split and get the same result as one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from narrow import __file__ as NARROW
 from small_run import write_run
-from trainings import CPU2, launch
+from trainings import run_ranks
 
 from wasteddp import cli
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
-
-TWO = ("--config_file", str(CPU2))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +28,7 @@ def test_two_processes_find_what_one_finds(run: Path) -> None:
     one = json.loads((folder / "metrics.json").read_text())
     predictions = (folder / "predictions.csv").read_text().splitlines()
     shutil.rmtree(folder)
-    done = launch(["-m", "wasteddp.cli", "evaluate", str(run), "--split", "test"], *TWO, program=Path(NARROW))
+    done = run_ranks(["-m", "wasteddp.cli", "evaluate", str(run), "--split", "test"], 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved in") == 1
     two = json.loads((folder / "metrics.json").read_text())
@@ -54,7 +51,7 @@ def test_a_damaged_sample_is_said_once_and_ends_both(run: Path, tmp_path: Path) 
     tar.write_bytes(content)
     shards = ["--shards", str(tmp_path / "all" / "shards")]
     arguments = ["-m", "wasteddp.cli", "evaluate", str(tmp_path / "all" / "run"), "--split", "test", *shards]
-    done = launch(arguments, *TWO, program=Path(NARROW))
+    done = run_ranks(arguments, 2)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, done.stderr
     assert not (tmp_path / "all" / "run" / "evaluations").exists()

@@ -18,8 +18,8 @@ def test_it_counts_what_a_walk_through_every_step_finds(block: int, window: int,
     ends = np.cumsum(SHARDS)
     most, fetched = 0, 0
     for node in range(num_nodes):
-        steps = [plan.step_samples(3, k, rank=node, world_size=num_nodes) for k in range(plan.steps_per_epoch)]
-        shards = np.unique(np.searchsorted(ends, np.concatenate(steps), side="right"))
+        samples = plan.steps_samples(3, range(plan.steps_per_epoch), rank=node, world_size=num_nodes)
+        shards = np.unique(np.searchsorted(ends, samples, side="right"))
         most, fetched = max(most, len(shards)), fetched + sum(10 * SHARDS[shard] for shard in shards)
     found = traffic.measure(plan, [10 * size for size in SHARDS], num_nodes=num_nodes, epoch=3)
     assert found.most_shards == most

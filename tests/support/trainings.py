@@ -1,4 +1,4 @@
-"""Short real trainings for the tests, with the launcher of users."""
+"""Short real trainings for the tests: with the launcher of users, or without one and forked."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import forked
+
+from wasteddp.training.distributed.ranks import free_port, rank_environment
 
 ROOT = Path(__file__).parents[2]
 REAL_PROGRAM = ROOT / "wasteddp" / "train.py"
@@ -48,6 +54,41 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     command = launch_command(arguments, *launcher, program=program)
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+
+
+class Ended(NamedTuple):
+    returncode: int  # of the first rank that failed, minus the signal where one killed it; 0 if none did
+    stdout: str  # of all
+    stderr: str
+
+
+def start_ranks(arguments: list[str], num: int = 1, *, program: Path = PROGRAM, **how: Any) -> list[forked.Popen]:
+    """The program as so many ranks, forked, with the variables that torchrun sets."""
+    port, command = free_port(), [sys.executable, str(program), *arguments]
+    environments = [os.environ | rank_environment(rank, num, port) for rank in range(num)]
+    return [forked.Popen(command, env=environment, cwd=ROOT, **how) for environment in environments]
+
+
+def run_ranks(arguments: list[str], num: int = 1, *, program: Path = PROGRAM, grace_s: float = 30.0) -> Ended:
+    """The same, until all have ended. As with torchrun, a rank that fails ends the others: SIGTERM, and after `grace_s`
+    SIGKILL."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        ranks = start_ranks(arguments, num, program=program, stdout=stdout, stderr=stderr)
+        until, failed_at, code = time.monotonic() + 300, 0.0, 0
+        while any(rank.poll() is None for rank in ranks):
+            now = time.monotonic()
+            if not failed_at and (failed := [rank for rank in ranks if rank.poll()]):
+                failed_at, code = now, failed[0].returncode
+                for rank in ranks:
+                    rank.terminate()
+            if now > until or (failed_at and now > failed_at + grace_s):
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.02)
+        assert time.monotonic() < until, "it did not end"
+        for file in (stdout, stderr):
+            file.seek(0)
+        return Ended(code or max(rank.wait() for rank in ranks), stdout.read(), stderr.read())
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

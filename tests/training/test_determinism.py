@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import CPU2, config_of, final_weights, launch
+from trainings import config_of, final_weights, run_ranks
 
 from wasteddp import settings as settings_file
 from wasteddp.errors import SettingsError
@@ -108,14 +108,14 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [(), ("--config_file", str(CPU2))], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("num", [1, 2], ids=["one rank", "two ranks"])
 def test_two_trainings_on_a_cpu_end_with_the_same_bits(
-    launcher: tuple[str, ...], tmp_path: Path, small_shards: Path, monkeypatch: pytest.MonkeyPatch
+    num: int, tmp_path: Path, small_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     runs = []
     for name, deterministic in (("one", "true"), ("other", "false")):
-        done = launch(everything(tmp_path / name, small_shards, run__deterministic=deterministic), *launcher)
+        done = run_ranks(everything(tmp_path / name, small_shards, run__deterministic=deterministic), num)
         assert done.returncode == 0, done.stdout + done.stderr
         assert ("(as set), deterministic;" in done.stdout) == (deterministic == "true")
         runs.append(tmp_path / name / "run")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from reported_run import metric_rows, write_metrics
 
@@ -23,8 +24,7 @@ from wasteddp.training.watchdog import hard_exit
 run, is_main = Path(sys.argv[1]), sys.argv[2] == "0"
 hard_exit._LIMIT_S = float(sys.argv[3])
 with write_at_the_end(run, print, is_main=is_main):
-    threading.Thread(target=hard_exit.leave_with_stacks, args=(70, run, int(sys.argv[2]))).start()
-    time.sleep(600)
+    threading.Timer(0.1, hard_exit.leave_with_stacks, (70, run, int(sys.argv[2]))).start(); time.sleep(600)
 """
 
 # the disk of the run hangs too: opening its log blocks
@@ -60,7 +60,7 @@ print("stayed")
 
 def hang(run: Path, rank: int, words_s: float = 30.0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", HANGING, str(run), str(rank), str(words_s)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return forked.run(command, timeout=60)
 
 
 @pytest.fixture
@@ -95,10 +95,8 @@ def test_a_report_that_takes_too_long_does_not_hold_the_process(run: Path) -> No
 
 
 def test_a_log_that_cannot_even_be_opened_does_not_hold_the_watchdog(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "log.txt")  # opening it blocks, as with a file on a server that is down
-    done = subprocess.run(
-        [sys.executable, "-c", STUCK_DISK, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
-    )
+    os.mkfifo(tmp_path / "log.txt")  # opening it waits for a reader, as a file on a server that is gone waits
+    done = forked.run([sys.executable, "-c", STUCK_DISK, str(tmp_path)], timeout=60)
     assert done.returncode == EXIT_FAILED
     assert "error: no progress: rank 0: step 0, computing for" in done.stderr
 
@@ -130,7 +128,7 @@ def test_a_process_whose_launcher_is_gone_before_the_others_were_met_leaves(
     asked: str, launcher_keeps_it: str, joined: str, leaves: bool, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", JOINING, str(tmp_path), asked, launcher_keeps_it, joined]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = forked.run(command, timeout=60)
     assert done.returncode == (EXIT_FAILED if leaves else 0), done.stderr
     assert ("stayed" in done.stdout) == (not leaves)
     assert ("error: nobody answers at 127.0.0.1:" in done.stderr) == leaves
@@ -146,5 +144,5 @@ atexit.register(print, "closed")
 threading.Thread(target=time.sleep, args=(600,)).start()
 leave({code})
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    done = forked.run([sys.executable, "-c", program], timeout=60)
     assert (done.returncode, done.stdout) == (code, said)

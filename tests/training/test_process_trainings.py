@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from test_worker_kills import decoders
-from trainings import PROGRAM, ROOT, config_of, final_weights, rows
+from trainings import PROGRAM, ROOT, config_of, final_weights, launch_command, rows, run_ranks, start_ranks
 
 from wasteddp.errors import EXIT_RESUMABLE
 
@@ -48,10 +49,6 @@ def arguments_of(folder: Path, shards: Path, *settings: str) -> list[str]:
     return [*config_of(folder, shards), *TWO, *(word for setting in settings for word in ("--set", setting))]
 
 
-def command(arguments: list[str]) -> list[str]:
-    return [sys.executable, str(PROGRAM), *arguments]
-
-
 def leftovers(folder: Path) -> list[str]:
     """Return the processes that have the folder in their arguments, and orphaned decoders."""
     found = []
@@ -71,16 +68,20 @@ def leftovers(folder: Path) -> list[str]:
 def quiet(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights of an undisturbed training."""
     folder = tmp_path_factory.mktemp("quiet")
-    subprocess.run(command(arguments_of(folder, small_shards)), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert run_ranks(arguments_of(folder, small_shards)).returncode == 0
     return final_weights(folder / "run")
 
 
 def test_ctrl_c_saves_leaves_no_process_and_the_run_goes_on(small_shards: Path, tmp_path: Path, quiet: bytes) -> None:
     """A terminal sends SIGINT to the launcher, the training, the server and the workers."""
     arguments = arguments_of(tmp_path / "one", small_shards)
-    launched = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *command(arguments)[1:]]
     with subprocess.Popen(
-        launched, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        launch_command(arguments),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as launcher:
         metrics = tmp_path / "one" / "run" / "metrics.jsonl"
         while launcher.poll() is None and not (metrics.exists() and metrics.read_text()):
@@ -97,17 +98,15 @@ def test_ctrl_c_saves_leaves_no_process_and_the_run_goes_on(small_shards: Path, 
     assert leftovers(tmp_path) == []
     assert "decoding process" not in errors
     assert 0 < len(rows(run)) < 8
-    subprocess.run(command(arguments), cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert run_ranks(arguments).returncode == 0
     assert final_weights(run) == quiet
 
 
 def test_two_trainings_on_one_machine_do_not_meet(small_shards: Path, tmp_path: Path, quiet: bytes) -> None:
     """One of them is killed in the middle, while its workers run."""
     folders = [tmp_path / "ended", tmp_path / "killed"]
-    ended, killed = (
-        subprocess.Popen(
-            command(arguments_of(folder, small_shards)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+    [ended], [killed] = (
+        start_ranks(arguments_of(folder, small_shards), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for folder in folders
     )
     with ended, killed:
@@ -122,8 +121,8 @@ def test_two_trainings_on_one_machine_do_not_meet(small_shards: Path, tmp_path: 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="the number of memfd_create is not known")
 def test_a_container_without_memfd_trains_the_same(small_shards: Path, tmp_path: Path, quiet: bytes) -> None:
-    start = [sys.executable, "-c", WITHOUT_MEMFD, *command(arguments_of(tmp_path / "one", small_shards))[1:]]
-    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    start = [sys.executable, "-c", WITHOUT_MEMFD, str(PROGRAM), *arguments_of(tmp_path / "one", small_shards)]
+    done = forked.run(start)
     assert done.returncode == 0, done.stderr
     assert "no memfd here" in done.stdout
     assert final_weights(tmp_path / "one" / "run") == quiet
@@ -132,9 +131,8 @@ def test_a_container_without_memfd_trains_the_same(small_shards: Path, tmp_path:
 def test_a_signal_to_the_training_alone_is_enough(small_shards: Path, tmp_path: Path) -> None:
     """A signal as Slurm and Kubernetes send it."""
     arguments = arguments_of(tmp_path / "one", small_shards)
-    with subprocess.Popen(
-        command(arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as training:
+    [training] = start_ranks(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with training:
         metrics = tmp_path / "one" / "run" / "metrics.jsonl"
         while training.poll() is None and not (metrics.exists() and metrics.read_text()):
             time.sleep(0.05)

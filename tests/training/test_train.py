@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from small_run import write_images
-from trainings import PROGRAM, ROOT, config_of, final_weights, kill_all, launch, launch_command, rows
+from trainings import config_of, final_weights, launch, rows, run_ranks, start_ranks
 
 from wasteddp import cli, train
 from wasteddp.data.manifest import Manifest
@@ -30,7 +30,7 @@ from wasteddp.sharding.build import Job, Options, make_shards
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
     """A finished run, launched from another directory without the package on the path."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = launch(config_of(folder, small_shards), cwd=folder)
+    done = launch(["--report", *config_of(folder, small_shards)], cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -87,14 +87,15 @@ def test_what_the_best_model_was_measured_at_is_what_an_evaluation_finds(undistu
 
 def test_kill_9_in_the_middle_of_an_epoch_costs_nothing(undisturbed: Path, small_shards: Path, tmp_path: Path) -> None:
     arguments = config_of(tmp_path, small_shards)
-    with subprocess.Popen(launch_command(arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    [process] = start_ranks(arguments, stdout=subprocess.PIPE, text=True)
+    with process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step 3/8"):  # printed before the save of step 3, and after that of step 1 is on disk
-                kill_all(arguments)
+                process.kill()
     left = [row["step"] for row in rows(tmp_path / "run")]
     assert left[-1] < 8, "the run had ended before it was killed"
-    done = launch(arguments)
+    done = run_ranks(arguments)
     assert done.returncode == 0, done.stderr
     assert "attempt 2" in done.stdout
     assert final_weights(tmp_path / "run") == final_weights(undisturbed)
@@ -106,10 +107,8 @@ def test_kill_9_in_the_middle_of_an_epoch_costs_nothing(undisturbed: Path, small
 
 def test_a_signal_saves_and_says_how_to_go_on(undisturbed: Path, small_shards: Path, tmp_path: Path) -> None:
     arguments = [*config_of(tmp_path, small_shards), "--set", "checkpoint.every_steps=0"]
-    command = launch_command(arguments)
-    script = command.index(str(PROGRAM))
-    direct = [command[0], *command[script:]]  # without the launcher, which replaces the exit code
-    with subprocess.Popen(direct, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    [process] = start_ranks(["--report", *arguments], stdout=subprocess.PIPE, text=True)
+    with process:
         assert process.stdout is not None
         said = ""
         for line in process.stdout:
@@ -120,7 +119,7 @@ def test_a_signal_saves_and_says_how_to_go_on(undisturbed: Path, small_shards: P
     assert (tmp_path / "run" / "RESUMABLE").exists()
     assert "stopped by SIGTERM at step" in said
     assert "by a signal, and saved" in (tmp_path / "run" / "report.html").read_text()
-    assert launch(arguments).returncode == 0
+    assert run_ranks(arguments).returncode == 0
     assert not (tmp_path / "run" / "RESUMABLE").exists()
     assert final_weights(tmp_path / "run") == final_weights(undisturbed)
 

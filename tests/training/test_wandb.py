@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from PIL import Image
 from tracked import LABEL, log, tracker_of
@@ -87,7 +88,7 @@ def exactly(server: WandbServer, folder: Path) -> None:
 def child(folder: Path, server: WandbServer, first: int, last: int, resumed: int, end: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(HERE / "tracked.py"), str(folder), str(first), str(last), str(resumed), end]
     environment = {**os.environ, **server.environment, "PYTHONPATH": str(HERE.parents[1])}
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return forked.Popen(command, env=environment, stdin=forked.PIPE, stdout=forked.PIPE, text=True)
 
 
 def test_online_has_rows_pictures_facts_and_best_values(

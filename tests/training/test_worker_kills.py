@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from trainings import PROGRAM, config_of, final_weights, launch
+from trainings import config_of, final_weights, run_ranks, start_ranks
 
 KILLS = int(os.environ.get("WASTEDDP_KILLS", "8"))
 
@@ -55,12 +55,11 @@ def test_killed_workers_change_nothing(small_shards: Path, tmp_path: Path) -> No
     (tmp_path / "quiet").mkdir()
     (tmp_path / "killed").mkdir()
     quiet = config_of(tmp_path / "quiet", small_shards) + often
-    assert launch([*quiet, "--set", "data.workers=1 threads"]).returncode == 0
+    assert run_ranks([*quiet, "--set", "data.workers=1 threads"]).returncode == 0
     killed = [*config_of(tmp_path / "killed", small_shards), *often, "--set", "data.workers=3 processes"]
     chance, kills = random.Random(0), 0
-    with subprocess.Popen(
-        [sys.executable, str(PROGRAM), *killed], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as training:
+    [training] = start_ranks(killed, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    with training:
         seen, metrics = 0, tmp_path / "killed" / "run" / "metrics.jsonl"
         while training.poll() is None and kills < KILLS:
             time.sleep(0.01)
