@@ -80,6 +80,7 @@ REASONS = (
     "duplicate",  # the same bytes as another image of the same class, which is kept
     "conflicting_label",  # the same bytes stand under two classes: none of them is kept
     "not_listed",  # list files were given and none names it
+    "unknown_range",  # more than 8 bits, and the values of black and white are not stated
 )
 
 
