@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB, crop_box, evaluation_view, normalise, training_view
+from wasteddp.data.decoding.crop import (
+    MEAN_RGB,
+    STD_RGB,
+    centre_box,
+    crop_box,
+    evaluation_view,
+    normalise,
+    training_view,
+)
+from wasteddp.data.decoding.decode import decode_rgb
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -36,6 +45,36 @@ def test_evaluation_sees_the_centre_as_pillow_would(width: int, height: int) -> 
     reference = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR, box=box))
     # grey levels; an image smaller than the view is enlarged from a box rounded to whole pixels
     assert np.abs(view.astype(int) - reference).mean() < (4 if min(width, height) > 64 else 10)
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+@pytest.mark.parametrize("size", [(512, 384), (1001, 751), (1333, 1001), (2050, 611), (1024, 768)])
+def test_a_jpeg_and_the_same_pixels_in_another_format_are_evaluated_alike(size: tuple[int, int], turn: int) -> None:
+    cells = np.random.default_rng(0).integers(0, 256, (36, 48, 3), dtype=np.uint8)
+    exif, as_jpeg, as_bmp = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x0112] = turn
+    Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).save(as_jpeg, "JPEG", quality=90, exif=exif)
+    Image.fromarray(decode_rgb(as_jpeg.getvalue())).save(as_bmp, "BMP")
+    for side in (32, 96):
+        views = [
+            evaluation_view(file.getvalue(), image_size_px=side, resize_px=round(side * 8 / 7)).astype(int)
+            for file in (as_jpeg, as_bmp)
+        ]
+        difference = np.abs(views[0] - views[1])
+        assert difference.mean() < 1.5
+        assert difference.max() <= 8
+
+
+def test_the_central_square_is_in_the_centre_and_on_the_blocks_of_a_reduced_jpeg() -> None:
+    for height, width in np.random.default_rng(0).integers(1, 3000, (300, 2)).tolist():
+        top, left, side, factor = centre_box(height, width, image_size_px=64, resize_px=73)
+        assert {top % factor, left % factor, side % factor} == {0}
+        assert 0 <= top <= height - side
+        assert 0 <= left <= width - side
+        assert abs(top - (height - side) / 2) <= factor
+        assert abs(left - (width - side) / 2) <= factor
+        assert abs(side - min(height, width) * 64 / 73) <= factor
+        assert factor == 1 or side // factor >= 2 * 64
 
 
 def test_training_view_is_the_box_that_it_was_told() -> None:

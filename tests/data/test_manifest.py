@@ -115,6 +115,13 @@ def test_a_failed_write_leaves_what_was_there_before(tmp_path: Path, monkeypatch
 
 
 def test_every_reason_that_the_steps_give_is_known() -> None:
-    assert {"unreadable", "truncated", "empty", "too_large", "duplicate", "conflicting_label", "not_listed"} == set(
-        REASONS
-    )
+    assert {
+        "unreadable",
+        "truncated",
+        "empty",
+        "too_large",
+        "duplicate",
+        "conflicting_label",
+        "not_listed",
+        "unknown_range",
+    } == set(REASONS)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from wasteddp.data.decoding.decode import decode_gray
+from wasteddp.data.decoding.decode import check_image
 from wasteddp.sharding.duplicates import (
     CONFIRMED_DISTANCE,
     candidate_pairs,
@@ -85,7 +85,7 @@ def test_a_rescaled_recompressed_brightened_copy_is_near_and_another_image_is_no
     buffer = io.BytesIO()
     copy.save(buffer, "JPEG", quality=60)
     images = [original, buffer.getvalue(), draw_image("can", 2, size_px=256, seed=0)]
-    hashes = [perceptual_hash(decode_gray(data, min_side_px=64, is_plain=True)) for data in images]
+    hashes = [perceptual_hash(check_image(data).grey) for data in images]
     bits256 = np.stack([np.frombuffer(h.bits256, np.uint8) for h in hashes])
     near = find_near_pairs(np.array([h.bits64 for h in hashes], np.uint64), bits256)
     assert near.pairs.tolist() == [[0, 1]]

@@ -56,6 +56,17 @@ def test_a_set_of_webdatasets_own_writer_is_indexed_by_class_number(tmp_path: Pa
     assert verify(tmp_path, workers=1).damage == ()
 
 
+def test_a_jpeg_with_faulty_markers_is_indexed_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = jpeg(1).index(b"\xff\xda") + 11
+    faulty = jpeg(1)[:place] + bytes(3) + jpeg(1)[place + 3 :]
+    write_tar(tmp_path / "train.tar", {"1.jpg": faulty, "1.cls": b"0", "2.jpg": jpeg(2), "2.cls": b"1"})
+    manifest = index_folder(tmp_path, workers=1)
+    assert indexed_images(manifest) == [("train", 0, faulty), ("train", 1, jpeg(2))]
+    assert "1 JPEG(s) have faulty markers and are used, since all their pixels decode: train.tar/1" in (
+        capsys.readouterr().out
+    )
+
+
 def test_img2dataset_tars_take_their_label_from_the_json(tmp_path: Path) -> None:
     members = {}
     for number, name in enumerate(("metal", "glass")):

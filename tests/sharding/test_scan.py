@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from pictures import jpeg
+from PIL import Image
 
 from wasteddp.errors import SourceError
 from wasteddp.sharding import scan as intake
+from wasteddp.sharding.build import Job, make_shards
 from wasteddp.sharding.sources.archives import FolderSource
 from wasteddp.sharding.sources.layout import SourceImage, read_folders
 
@@ -53,6 +55,35 @@ def test_each_unusable_image_is_listed_with_its_reason(image_folder: Callable[..
         "phone.heic": "unreadable",
     }
     assert (result.records["problem"] == 0).sum() == 8
+
+
+def test_an_image_that_is_no_jpeg_and_too_wide_for_one_is_left_out_unless_it_is_shrunk(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = image_folder({"a": 2, "b": 2})
+    Image.new("RGB", (70_000, 2)).save(folder / "a" / "belt.png")
+    for _ in range(2):  # the second scan reads the journal
+        result, images = scan(folder, tmp_path / "journal")
+        (left,) = result.left_out(images)
+        assert (left.source, left.reason) == ("a/belt.png", "too_large")
+        assert left.detail == "70000x2 px, a JPEG has at most 65,500 on a side: --max-side shrinks it"
+    assert not scan(folder, tmp_path / "journal", max_side_px=1000)[0].details
+    with pytest.raises(SourceError, match="1 of 5 images cannot be used"):
+        scan(folder, tmp_path / "journal", limit=0)
+
+
+def test_jpegs_with_faulty_markers_are_used_and_counted(
+    image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder({"a": 20, "b": 20})
+    sound = (folder / "a" / "a1.jpg").read_bytes()
+    place = sound.index(b"\xff\xda") + 11
+    (folder / "a" / "a1.jpg").write_bytes(sound[:place] + bytes(3) + sound[place + 3 :])
+    manifest = make_shards(Job(folder, tmp_path / "set"), workers=2)
+    assert not manifest.left_out
+    assert (
+        "1 JPEG(s) have faulty markers and are used, since all their pixels decode: a/a1.jpg" in capsys.readouterr().out
+    )
 
 
 def test_too_many_unusable_images_stop_with_the_first_and_the_counts(

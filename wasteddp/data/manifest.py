@@ -81,6 +81,7 @@ REASONS = (
     "duplicate",  # the same bytes as another image of the same class, which is kept
     "conflicting_label",  # the same bytes occur in two classes; none of the images is kept
     "not_listed",  # list files were given and do not name it
+    "unknown_range",  # more than 8 bits, and the values of black and white are not stated
 )
 
 

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from wasteddp import __version__
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
 from wasteddp.errors import ShardError, storage
@@ -61,7 +63,10 @@ def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
             workers=workers,
             journal=work / "scan.jsonl",
             limit=job.options.max_left_out,
+            max_side_px=job.options.max_side_px,
         )
+        tolerated = np.flatnonzero(scanned.records["is_tolerated"] & (scanned.records["problem"] == 0)).tolist()
+        scan.report_tolerated([listing.layout.images[i].file.path for i in tolerated])
         manifest = _write_set(job, listing, scanned, work, workers=workers)
         elapsed_s = time.monotonic() - started
         rate = "continued an earlier start" if continues else f"{num_images / elapsed_s:,.0f} images/s"

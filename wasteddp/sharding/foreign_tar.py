@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
+from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import ShardError, storage
 from wasteddp.files import sha256_of
@@ -43,6 +43,7 @@ class TarSample:
     sha256: bytes
     label: str | int
     problem: LeftOut | None
+    is_tolerated: bool = False  # see `decode.Checked`
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +97,12 @@ def read_tar(path: Path, label_keys: Sequence[str], *, where: str = "") -> ReadT
 
 
 def _examine(tar: _Tar, key: str, image: _Member, data: bytes, label: str | int) -> TarSample:
-    problem = None
+    problem, is_tolerated = None, False
     try:
-        size_px(data)
-        decode_gray(data, min_side_px=64, is_plain=is_plain_jpeg(data))
+        is_tolerated = check_image(data).is_tolerated
     except UndecodableError as error:
         problem = LeftOut(f"{tar.path.name}/{image.name}", error.reason, error.detail)
-    return TarSample(key, image.offset, image.size, hashlib.sha256(data).digest(), label, problem)
+    return TarSample(key, image.offset, image.size, hashlib.sha256(data).digest(), label, problem, is_tolerated)
 
 
 def _samples(tar: _Tar) -> Iterator[tuple[str, list[_Member]]]:

@@ -20,6 +20,7 @@ from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.foreign_tar import ReadTar, TarSample, read_tar
+from wasteddp.sharding.scan import report_tolerated
 from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, check_classes
 
 DEFAULT_LABEL_KEYS = ("label", "class", "cls", "label_name")
@@ -173,6 +174,7 @@ def _write_set(
         for split in SPLITS
         if split in shards
     }
+    report_tolerated([f"{tar.name}/{s.key}" for tar in found for s in tar.samples if s.is_tolerated])
     recipe = {"indexed": "made by another tool; labels from .cls or .json", "label_keys": list(label_keys)}
     Manifest(
         folder=out,

@@ -154,7 +154,14 @@ def load_sample(
             "run the command again",
         )
     if not stays_unchanged(record, options):
-        data = reencode(data, max_side_px=options.max_side_px, quality=options.quality)
+        try:
+            data = reencode(data, max_side_px=options.max_side_px, quality=options.quality)
+        except ValueError as error:  # the scan decoded it
+            raise SourceError(
+                f"{path} cannot be encoded as JPEG: {error}",
+                "the set would miss an image that was counted",
+                "remove the image or convert it to JPEG",
+            ) from error
         sha256 = hashlib.sha256(data).digest()
     label = classes.index(image.class_name)
     return Sample(data, sha256, label, image.class_name, path)

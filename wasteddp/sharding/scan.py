@@ -1,6 +1,6 @@
 """The first pass over the images: read each once, check that it decodes, and keep only what the later steps need.
 
-One record of `SCAN_DTYPE` is kept for each image, 82 bytes; pixels are dropped immediately. A journal lets the pass
+One record of `SCAN_DTYPE` is kept for each image, 83 bytes; pixels are dropped immediately. A journal lets the pass
 continue after a kill: an image whose path and stamp are in it is not read again. Several machines may each scan a part
 of the images, with a journal of their own in the same folder (`scan*.jsonl`). All journals are read.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data import manifest
-from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
+from wasteddp.data.decoding.decode import MAX_JPEG_SIDE_PX, UndecodableError, check_image
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError
 from wasteddp.files import appended_rows, read_rows
@@ -35,6 +35,7 @@ SCAN_DTYPE = np.dtype(
         ("width", "<u4"),
         ("problem", "u1"),  # 0: usable; else 1 + its place in manifest.REASONS
         ("is_plain", "?"),  # a JPEG that can go into a shard unchanged
+        ("is_tolerated", "?"),  # a JPEG with faults that cost no pixel
     ]
 )
 Scan = npt.NDArray[np.void]
@@ -89,6 +90,7 @@ def scan(
     journal: Path,
     limit: float | None = None,
     part: range | None = None,
+    max_side_px: int | None = None,
 ) -> ScanResult:
     """Examine the images in parallel, except those that are already in a journal.
 
@@ -96,6 +98,7 @@ def scan(
         journal: receives a line for each examined image. The other journals in its folder are read too.
         limit: see `max_unusable`.
         part: indices of the images to examine; None: all.
+        max_side_px: to which larger images will be shrunk; None: an image that cannot be a JPEG is left out.
 
     Raises:
         SourceError: more images than `limit` allows cannot be used.
@@ -122,6 +125,8 @@ def scan(
             advance()
             if len(details) > allowed:
                 break
+    if max_side_px is None:
+        details |= _leave_out_wide(records)
     result = ScanResult(records, dict(sorted(details.items())), is_read)
     if len(details) > allowed:
         raise too_many(result.left_out(images), len(images), limit)
@@ -136,15 +141,33 @@ def examine(source: Source, file: File) -> tuple[Scan, str]:
             raise UndecodableError("too_large", f"{file.size_bytes:,} bytes, the limit is {MAX_FILE_BYTES:,}")
         data = _read(source, file)
         record["sha256"] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
-        record["height"], record["width"] = size_px(data)
-        record["is_plain"] = is_plain = is_plain_jpeg(data)
-        grey = decode_gray(data, min_side_px=64, is_plain=is_plain)
-        record["bits64"], bits256 = duplicates.perceptual_hash(grey)
+        checked = check_image(data)
+        record["height"], record["width"] = checked.height, checked.width
+        record["is_plain"], record["is_tolerated"] = checked.is_plain, checked.is_tolerated
+        record["bits64"], bits256 = duplicates.perceptual_hash(checked.grey)
         record["bits256"] = np.frombuffer(bits256, np.uint8)
     except UndecodableError as error:
         record["problem"] = 1 + manifest.REASONS.index(error.reason)
         return record, error.detail
     return record, ""
+
+
+def _leave_out_wide(records: Scan) -> dict[int, str]:
+    """Mark images that would have to be encoded and are too wide or too high for a JPEG. Return why, by index."""
+    sides = np.maximum(records["height"], records["width"])
+    wide = np.flatnonzero((records["problem"] == 0) & ~records["is_plain"] & (sides > MAX_JPEG_SIDE_PX)).tolist()
+    records["problem"][wide] = 1 + manifest.REASONS.index("too_large")
+    return {
+        i: f"{records['width'][i]}x{records['height'][i]} px, a JPEG has at most {MAX_JPEG_SIDE_PX:,} on a side: "
+        "--max-side shrinks it"
+        for i in wide
+    }
+
+
+def report_tolerated(names: Sequence[str]) -> None:
+    """Print how many JPEGs have faults that cost no pixel, and the first of them."""
+    if names:
+        print(f"{len(names):,} JPEG(s) have faulty markers and are used, since all their pixels decode: {names[0]}")
 
 
 def fingerprints(source: Source, images: Sequence[SourceImage], *, workers: int) -> Iterator[bytes]:

@@ -28,7 +28,7 @@ STD_RGB = (0.229, 0.224, 0.225)
 
 # `interpolate` returns planes, and converting them to pixels took as long as the resize (170 us). This is the operator
 # that it calls, with an output argument.
-_RESIZE = torch.ops.aten._upsample_bilinear2d_aa.out
+_RESIZE_OUT = torch.ops.aten._upsample_bilinear2d_aa.out
 
 Box = tuple[int, int, int, int]  # top, left, height, width, px
 Draws = npt.NDArray[np.float64]
@@ -58,23 +58,47 @@ def training_view(
     """
     known = header(data)
     box = crop_box(known.height, known.width, scale=scale, ratio=ratio, uniform=uniform)
-    # is_fast repeats colour of half resolution instead of interpolating it: 40 of 360 us less, no effect on training
-    return _crop_resize(data, known, box, image_size_px, out, is_fast=True)
+    return _crop_resize(data, known, box, image_size_px, out)
 
 
 def evaluation_view(data: bytes, *, image_size_px: int, resize_px: int, out: ImageHWC | None = None) -> ImageHWC:
     """Resize the shorter side to `resize_px` and return the central square: uint8 [S, S, 3].
 
-    This is computed as one crop of the original and one resize, so pixels outside the crop are not resized.
+    This is computed as one crop of the original and one resize, so pixels outside the crop are not resized. A large
+    JPEG is decoded at a fraction of its size. All formats get the box that this needs (docs/inputs.md), so that their
+    views differ by a few levels at most.
 
     Raises:
         UndecodableError: see `decode_rgb`.
     """
     known = header(data)
-    shorter = min(known.height, known.width)
+    top, left, side, factor = centre_box(known.height, known.width, image_size_px=image_size_px, resize_px=resize_px)
+    if known.turn != 1 and (known.height % factor or known.width % factor):
+        pixels = decode_rgb(data, known=known)  # turned, its blocks would not begin at the top left
+    else:
+        whole_px = -(-known.height // factor), -(-known.width // factor)
+        pixels = decode_rgb(data, known=known, min_height_px=whole_px[0], min_width_px=whole_px[1])
+    if pixels.shape[0] != known.height:
+        top, left, side = top // factor, left // factor, side // factor
+    return _resize(pixels[top : top + side, left : left + side], image_size_px, out)
+
+
+def centre_box(height: int, width: int, *, image_size_px: int, resize_px: int) -> tuple[int, int, int, int]:
+    """Top, left and side of the central square, and by how much a JPEG is decoded smaller: 1, 2, 4 or 8.
+
+    That is the largest factor with which the square keeps twice the side of the view. Top, left and side are multiples
+    of it: with other numbers the view of a JPEG would be shifted against that of the same pixels in another format.
+    """
+    shorter = min(height, width)
     side = min(shorter, max(1, round(shorter * image_size_px / resize_px)))
-    box = ((known.height - side) // 2, (known.width - side) // 2, side, side)
-    return _crop_resize(data, known, box, image_size_px, out, is_fast=False)
+    factor = next((f for f in (8, 4, 2) if side >= 2 * f * image_size_px), 1)
+    if factor == 1:
+        return (height - side) // 2, (width - side) // 2, side, 1
+    side = min(round(side / factor), shorter // factor) * factor
+    top, left = (
+        min(round((whole - side) / 2 / factor), (whole - side) // factor) * factor for whole in (height, width)
+    )
+    return top, left, side, factor
 
 
 def crop_box(
@@ -100,9 +124,7 @@ def crop_box(
     return top, left, crop_height, crop_width
 
 
-def _crop_resize(
-    data: bytes, known: Header, box: Box, image_size_px: int, out: ImageHWC | None, *, is_fast: bool
-) -> ImageHWC:
+def _crop_resize(data: bytes, known: Header, box: Box, image_size_px: int, out: ImageHWC | None) -> ImageHWC:
     """Decode, crop `box` (in pixels of the full upright image) and resize it to uint8 [S, S, 3].
 
     A JPEG is decoded at the smallest DCT scale at which the crop still has S pixels on each side.
@@ -114,17 +136,22 @@ def _crop_resize(
         known=known,
         min_height_px=min(height, ceil(height * image_size_px / crop_height)),
         min_width_px=min(width, ceil(width * image_size_px / crop_width)),
-        is_fast=is_fast,
+        # colour at half resolution is repeated, not interpolated: 40 of 360 us less, and training sees no difference
+        is_fast=True,
     )
     vertical, horizontal = pixels.shape[0] / height, pixels.shape[1] / width  # 1, or the DCT scale
     rows = slice(round(top * vertical), max(round((top + crop_height) * vertical), round(top * vertical) + 1))
     columns = slice(
         round(left * horizontal), max(round((left + crop_width) * horizontal), round(left * horizontal) + 1)
     )
+    return _resize(pixels[rows, columns], image_size_px, out)
+
+
+def _resize(pixels: ImageHWC, image_size_px: int, out: ImageHWC | None) -> ImageHWC:
     if out is None:
         out = np.empty((image_size_px, image_size_px, 3), np.uint8)
     # False: corners are not aligned; None: the scale follows from the sizes
-    _RESIZE(_as_1CHW(pixels[rows, columns]), (image_size_px, image_size_px), False, None, None, out=_as_1CHW(out))
+    _RESIZE_OUT(_as_1CHW(pixels), (image_size_px, image_size_px), False, None, None, out=_as_1CHW(out))
     return out
 
 

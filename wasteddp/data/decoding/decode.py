@@ -11,30 +11,26 @@ Images that cannot be stored in a shard unchanged are encoded as JPEG again. The
 
 from __future__ import annotations
 
-import io
 import re
-import warnings
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
+
+from wasteddp.data.decoding.formats import missing_decoder, open_image
+from wasteddp.data.decoding.jpeg_markers import repair_markers
+from wasteddp.data.decoding.levels import UnknownRangeError, to_eight_bits
 
 ImageHWC = npt.NDArray[np.uint8]
 GreyHW = npt.NDArray[np.uint8]
 
 # 178 million pixels are half a gigabyte of RGB. As in Pillow, twice its default of 89 million is a decompression bomb.
-MAX_PIXELS = 178_956_970
-Image.MAX_IMAGE_PIXELS = None  # `header` checks the limit above before pixels are decoded
+MAX_PIXELS = 178_956_970  # checked on the header, before any pixel is decoded
 
-# Formats of photographs. Pillow reads forty others; one of them, EPS, is a program that Ghostscript would run.
-Image.init()
-_FORMATS: list[str] = [
-    name
-    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
-    if name in Image.OPEN
-]
+MAX_JPEG_SIDE_PX = 65_500  # of libjpeg
 
 _APP1, _APP2, _START_OF_SCAN = 0xE1, 0xE2, 0xDA  # JPEG markers, ISO/IEC 10918-1, table B.1
 _ORIENTATION_TAG = 0x0112
@@ -74,10 +70,14 @@ def orientation(data: bytes) -> int:
     if not _has_segment(data, _APP1, b"Exif\x00\x00"):
         return _UPRIGHT
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            value = image.getexif().get(_ORIENTATION_TAG, _UPRIGHT)
-    except Exception:  # a damaged EXIF block does not mean damaged pixels
+        with open_image(data) as image:
+            return _turn_of(image)
+    except Exception:  # a broken EXIF block says nothing about the pixels
         return _UPRIGHT
+
+
+def _turn_of(image: Image.Image) -> int:
+    value: int = image.getexif().get(_ORIENTATION_TAG, _UPRIGHT)
     return value if value in range(1, 9) else _UPRIGHT
 
 
@@ -91,19 +91,33 @@ def header(data: bytes) -> Header:
         raise UndecodableError("empty", "the file has 0 bytes")
     try:
         if is_jpeg(data):
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            turn = orientation(data)
+            height, width, turn = _jpeg_header(data)
         else:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                width, height = image.size
+            with open_image(data) as image:
+                tags: Any = getattr(image, "tag_v2", {})  # of a TIFF: Pillow's size may be that of the upright image
+                width, height = tags.get(256, image.width), tags.get(257, image.height)
                 # Reading the EXIF block of a PNG decodes the whole image, so a bomb must be found before that.
                 fits = height * width <= MAX_PIXELS
-                turn = image.getexif().get(_ORIENTATION_TAG, _UPRIGHT) if fits else _UPRIGHT
+                turn = _turn_of(image) if fits else _UPRIGHT
     except Exception as error:
-        raise UndecodableError(_reason(error), _first_line(error)) from error
+        raise _undecodable(error, data) from error
     if height * width > MAX_PIXELS:
         raise UndecodableError("too_large", f"{width}x{height} px; the limit is {MAX_PIXELS:,} pixels")
     return Header(width, height, turn) if turn >= 5 else Header(height, width, turn)  # 5 to 8 are rotated by 90 degrees
+
+
+def _jpeg_header(data: bytes) -> Header:
+    """Size as stored, and orientation."""
+    try:
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    except ValueError as error:
+        data = repair_markers(data)
+        try:
+            with open_image(data) as image:
+                width, height = image.size
+        except Exception:
+            raise error from None
+    return Header(height, width, orientation(data))
 
 
 def size_px(data: bytes) -> tuple[int, int]:
@@ -130,7 +144,8 @@ def decode_rgb(
         is_fast: repeat a JPEG's colour, if it is stored at half resolution, instead of interpolating it.
 
     Raises:
-        UndecodableError: the data is empty, truncated, not an image, or has more than `MAX_PIXELS`.
+        UndecodableError: the data is empty, truncated, not an image, has more than `MAX_PIXELS`, or an unknown range
+            of values.
     """
     *size, turn = known or header(data)  # refuses bombs before memory is allocated
     if is_jpeg(data):
@@ -138,12 +153,28 @@ def decode_rgb(
         if turn >= 5:
             height, width = width, height
         try:
-            pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, fastupsample=is_fast, strict=True)
+            pixels = _decode_jpeg(data, min_height=height, min_width=width, fastupsample=is_fast)
             return pixels if turn == _UPRIGHT else _turned(pixels, turn)
         except ValueError as error:
-            if "CMYK" not in str(error) and "colorspace" not in str(error).lower():
-                raise UndecodableError(_reason(error), _first_line(error)) from error
-    return _decode_with_pillow(data)
+            if not any(word in str(error).lower() for word in ("cmyk", "colorspace", "subsampling")):
+                raise _undecodable(error, data) from error
+        data = repair_markers(data)
+    pixels = _decode_with_pillow(data)
+    if pixels.shape[:2] != tuple(size):
+        found = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise UndecodableError("unreadable", f"{found} px, the header says {size[1]}x{size[0]}")
+    return pixels
+
+
+def _decode_jpeg(data: bytes, **how: Any) -> npt.NDArray[np.uint8]:
+    """Decode strictly: with a warning it is refused, unless repaired markers take the cause away."""
+    try:
+        return simplejpeg.decode_jpeg(data, strict=True, **how)  # type: ignore[no-any-return]
+    except ValueError:
+        repaired = repair_markers(data)
+        if repaired == data:
+            raise
+    return simplejpeg.decode_jpeg(repaired, strict=True, **how)  # type: ignore[no-any-return]
 
 
 def _scaled(height: int, width: int, min_height_px: int, min_width_px: int) -> tuple[int, int]:
@@ -161,13 +192,24 @@ def is_plain_jpeg(data: bytes) -> bool:
     """Return whether every decoder shows this JPEG alike: upright; grey, YCbCr or RGB; one image (not MPO)."""
     if not is_jpeg(data) or _has_segment(data, _APP2, b"MPF\x00") or orientation(data) != _UPRIGHT:
         return False
-    return simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr", "RGB")
+    try:
+        return simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr", "RGB")
+    except ValueError:
+        return False
 
 
-def decode_gray(data: bytes, *, min_side_px: int, is_plain: bool) -> GreyHW:
-    """Return grey pixels, uint8 [H, W]: the fastest test that an image can be decoded completely.
+class Checked(NamedTuple):
+    """What a scan keeps of an image that decodes whole."""
 
-    Call `size_px` first, which refuses bombs.
+    height: int  # px, upright
+    width: int
+    grey: GreyHW  # of a plain JPEG at a reduced size
+    is_plain: bool  # it can go into a shard unchanged
+    is_tolerated: bool  # a JPEG with faults that cost no pixel
+
+
+def check_image(data: bytes, *, min_side_px: int = 64) -> Checked:
+    """Decode all of an image at the least cost, with grey pixels as the result (of a JPEG no side under `min_side_px`).
 
     All compressed bytes of a JPEG are decoded, including colour; only the inverse DCT is limited to grey and a fraction
     of the size. With random bit errors it refuses the same files as a full decode does (116 of 300), in half the time.
@@ -178,17 +220,27 @@ def decode_gray(data: bytes, *, min_side_px: int, is_plain: bool) -> GreyHW:
         is_plain: the result of `is_plain_jpeg`.
 
     Raises:
-        UndecodableError: the data is truncated, or not an image.
+        UndecodableError: see `decode_rgb`.
     """
-    if not is_plain:
-        return np.asarray(Image.fromarray(decode_rgb(data)).convert("L"))
+    known = header(data)
+    if is_plain_jpeg(data):
+        with suppress(ValueError):
+            pixels = simplejpeg.decode_jpeg(
+                data, colorspace="GRAY", min_height=min_side_px, min_width=min_side_px, strict=True
+            )
+            return Checked(known.height, known.width, pixels[:, :, 0], is_plain=True, is_tolerated=False)
+    grey = np.asarray(Image.fromarray(decode_rgb(data, known=known)).convert("L"))
+    return Checked(known.height, known.width, grey, is_plain=False, is_tolerated=_is_tolerated(data))
+
+
+def _is_tolerated(data: bytes) -> bool:
+    if not is_jpeg(data):
+        return False
     try:
-        pixels: GreyHW = simplejpeg.decode_jpeg(
-            data, colorspace="GRAY", min_height=min_side_px, min_width=min_side_px, strict=True
-        )
-    except ValueError as error:
-        raise UndecodableError(_reason(error), _first_line(error)) from error
-    return pixels[:, :, 0]
+        simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return True
+    return repair_markers(data) != data
 
 
 def _has_segment(data: bytes, marker: int, begins_with: bytes) -> bool:
@@ -204,20 +256,17 @@ def _has_segment(data: bytes, marker: int, begins_with: bytes) -> bool:
 
 def _decode_with_pillow(data: bytes) -> ImageHWC:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            warnings.simplefilter("ignore")  # about palettes with transparency, for example
+        with open_image(data) as image:
             image.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))  # a copy: Pillow's own memory is read-only
+            pixels = np.array(_to_rgb(to_eight_bits(image, data)))  # a copy: Pillow's own memory is read-only
+            turn = _turn_of(image)  # of a TIFF that Pillow turned when it was loaded: 1
+            return pixels if turn == _UPRIGHT else _turned(pixels, turn)
     except Exception as error:
-        raise UndecodableError(_reason(error), _first_line(error)) from error
+        raise _undecodable(error, data) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB: transparent parts become white; 16-bit grey is scaled to 8 bits instead of clipped at 255."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        levels = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if levels.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((levels.clip(0, top) / top * 255).round().astype(np.uint8))
+    """Convert to RGB: transparent parts become white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layers = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
@@ -233,10 +282,14 @@ def _turned(pixels: ImageHWC, turn: int) -> ImageHWC:
     return np.ascontiguousarray(pixels[:: -1 if vertical else 1, :: -1 if horizontal else 1])
 
 
-def _reason(error: Exception) -> str:
+def _undecodable(error: Exception, data: bytes) -> UndecodableError:
+    if isinstance(error, UnknownRangeError):
+        return UndecodableError("unknown_range", str(error))
+    if isinstance(error, UnidentifiedImageError) and (missing := missing_decoder(data)):
+        return UndecodableError("unreadable", missing)
     text = str(error).lower()
     ran_out = any(word in text for word in ("truncated", "premature", "eof", "end of file"))
-    return "truncated" if ran_out else "unreadable"
+    return UndecodableError("truncated" if ran_out else "unreadable", _first_line(error))
 
 
 def _first_line(error: Any) -> str:
