@@ -318,21 +318,41 @@ def test_a_split_source_is_not_split_again(image_folder: Folder, tmp_path: Path)
             make_shards(Job(images, tmp_path / "out", options), workers=2)
 
 
-def test_near_duplicates_across_splits_are_counted_and_grouped_when_asked(tmp_path: Path) -> None:
+def test_near_duplicates_across_splits_are_grouped_or_else_counted(tmp_path: Path) -> None:
     images = tmp_path / "images"
     draw_folder(images, kinds=KINDS[:2], images_per_class=20, size_px=96, seed=0)
     for path in sorted(images.rglob("*.jpg")):
         with Image.open(path) as image:
             image.save(path.with_name(f"again-{path.name}"), quality=70)
     options = {"fractions": (0.5, 0.25, 0.25)}
-    apart = make_shards(Job(images, tmp_path / "1", Options(**options)), workers=2)  # type: ignore[arg-type]
+    ungrouped = Options(group_near_duplicates=False, **options)  # type: ignore[arg-type]
+    apart = make_shards(Job(images, tmp_path / "1", ungrouped), workers=2)
     across = apart.near_duplicates["across_splits"]
     assert apart.near_duplicates["num_pairs"] >= 36
     assert sum(counts["pairs"] for counts in across.values()) == len(apart.near_duplicates["pairs"]) > 5
     first, _, second, _, _ = apart.near_duplicates["pairs"][0]
     assert Path(first).name.removeprefix("again-") == Path(second).name.removeprefix("again-")
-    together = make_shards(Job(images, tmp_path / "2", Options(group_near_duplicates=True, **options)), workers=2)  # type: ignore[arg-type]
+    together = make_shards(Job(images, tmp_path / "2", Options(**options)), workers=2)  # type: ignore[arg-type]
     assert together.near_duplicates["pairs"] == []
+    assert together.near_duplicates["largest_chain"] >= 2
+
+
+def test_a_set_split_by_the_older_rule_keeps_it_and_its_manifest_is_as_before(
+    image_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = image_folder()
+    before = make_shards(Job(images, tmp_path / "out", Options(split_rule="hash")), workers=2)
+    assert before.recipe["options"].keys() == {
+        *("fractions", "split_seed", "max_side_px", "quality", "shard_mb", "keep_conflicts"),
+        *("group_near_duplicates", "near_duplicate_distance", "max_left_out"),
+    }
+    assert before.recipe["options"]["fractions"] is None
+    assert before.recipe["options"]["group_near_duplicates"] is False
+    assert make_shards(Job(images, tmp_path / "out"), workers=2).sha256 == before.sha256
+    assert "keeps its rule for splits, hash" in capsys.readouterr().out
+    assert make_shards(Job(images, tmp_path / "out"), workers=2, overwrite=True).sha256 == before.sha256
+    other = make_shards(Job(images, tmp_path / "out", Options(split_rule="stratified")), workers=2, overwrite=True)
+    assert other.recipe["options"]["split_rule"] == "stratified"
 
 
 def test_an_image_that_changes_between_the_passes_is_noticed(

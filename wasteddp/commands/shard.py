@@ -39,7 +39,20 @@ def _add_shard(commands: Commands) -> None:
     split.add_argument(
         "--split-files", nargs="+", default=(), metavar="FILE", help="folder of list files, or train=F val=F test=F"
     )
-    split.add_argument("--group-near-duplicates", action="store_true", help="keep near-duplicates in one split")
+    split.add_argument(
+        "--split-rule",
+        choices=("stratified", "hash"),
+        help="stratified: each class has its fractions; hash: new images never move old ones (default: stratified, "
+        "or the rule of the set or recipe that is there)",
+    )
+    split.add_argument(
+        "--least-per-class", type=int, default=0, metavar="N", help="refuse a split with fewer images of a class"
+    )
+    split.add_argument(
+        "--group-near-duplicates",
+        action=argparse.BooleanOptionalAction,
+        help="keep near-duplicates in one split (default with the rule stratified)",
+    )
     split.add_argument(
         "--near-duplicate-distance", type=int, metavar="BITS", help="differing bits of 64 (default: 8; 0 to 11)"
     )
@@ -109,6 +122,8 @@ def _shard_options(arguments: argparse.Namespace) -> Options:
         "group_near_duplicates": arguments.group_near_duplicates,
         "near_duplicate_distance": arguments.near_duplicate_distance,
         "max_left_out": arguments.max_left_out,
+        "split_rule": arguments.split_rule,
+        "least_per_class": arguments.least_per_class,
     }
     return build.Options(**{name: value for name, value in names.items() if value is not None})
 

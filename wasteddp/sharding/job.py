@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from wasteddp.sharding.writer import Sample
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the content of a set depends on, besides the images. `fractions` None: the default, if any are needed."""
+    """What the content of a set depends on, besides the images. `fractions` None: the default, if any are needed.
+
+    `split_rule` and `group_near_duplicates` None: stratified and grouped, if the images are not split yet (`settled`).
+    """
 
     fractions: tuple[float, float, float] | None = None
     split_seed: int = 0
@@ -32,9 +35,11 @@ class Options:
     quality: int = DEFAULT_QUALITY
     shard_mb: float = 256.0
     keep_conflicts: bool = False
-    group_near_duplicates: bool = False
+    group_near_duplicates: bool | None = None
     near_duplicate_distance: int = duplicates.DEFAULT_DISTANCE
     max_left_out: float | None = None
+    split_rule: str | None = None  # of `splits.RULES`; "" where images are already split
+    least_per_class: int = 0  # in each split
 
     @property
     def max_shard_bytes(self) -> int:
@@ -54,10 +59,34 @@ class Options:
             ("--shard-mb", self.shard_mb, 0.001, 1_000_000),
             ("--near-duplicate-distance", self.near_duplicate_distance, 0, duplicates.MAX_DISTANCE),
             ("--max-left-out", self.max_left_out or 0, 0, float("inf")),
+            ("--least-per-class", self.least_per_class, 0, float("inf")),
         )
         for name, value, low, high in ranges:
             if not low <= value <= high:
                 raise SourceError(f"{name} is {value:g}", "it is out of range", f"give {low:g} to {high:g}")
+
+    def settled(self, *, is_split: bool) -> Options:
+        """Return the options without None where a set by fractions has a default."""
+        if is_split:
+            return replace(self, split_rule="", group_near_duplicates=bool(self.group_near_duplicates))
+        rule = self.split_rule or splits.RULES[0]
+        group = self.group_near_duplicates
+        fractions = self.fractions or (splits.DEFAULT_FRACTIONS if rule == "stratified" else None)
+        return replace(
+            self,
+            split_rule=rule,
+            group_near_duplicates=rule == "stratified" if group is None else group,
+            fractions=fractions,
+        )
+
+    def described(self) -> dict[str, Any]:
+        """Return the options as the manifest records them. The newer ones are left out where they do not matter."""
+        described = asdict(self)
+        if self.split_rule != "stratified":
+            del described["split_rule"]
+        if not self.least_per_class:
+            del described["least_per_class"]
+        return described
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +103,7 @@ class Job:
 
     def described(self) -> dict[str, Any]:
         """Return how the set is created, as the manifest records it, in JSON types."""
-        described: dict[str, Any] = json.loads(json.dumps(dict(self.recipe) | {"options": asdict(self.options)}))
+        described: dict[str, Any] = json.loads(json.dumps(dict(self.recipe) | {"options": self.options.described()}))
         return described
 
 
@@ -110,15 +139,19 @@ def list_images(job: Job, work: Path) -> Listing:
     else:
         source = open_source(job.source, work_folder=work)
         layout = read_folders(source, job.source, classes=job.classes)
-    if layout.is_split and (job.split_files or job.options.fractions):
+    by_fractions = job.options.fractions or job.options.split_rule or job.options.least_per_class
+    if layout.is_split and (job.split_files or by_fractions):
         raise SourceError(
             f"{job.source} is already split into {', '.join(sorted({p.split for p in layout.images}))}",
             "a second split would mix images that were kept apart",
-            "leave out --fractions and --split-files, or give the class folders without the split folders",
+            "leave out --fractions, --split-rule, --least-per-class and --split-files, or give the class folders "
+            "without the split folders",
         )
-    if job.split_files and job.options.fractions:
+    if job.split_files and by_fractions:
         raise SourceError(
-            "both list files and fractions are given", "an image would have two splits", "give only one of them"
+            "both list files and fractions, or an option of fractions, are given",
+            "an image would have two splits",
+            "give only one of them",
         )
     if job.bins and set(job.bins) != set(layout.classes):
         raise SourceError(
