@@ -24,6 +24,7 @@ import webdataset
 from pictures import jpeg
 from PIL import Image
 
+from wasteddp.cli import main
 from wasteddp.data.manifest import Manifest, read_index
 from wasteddp.errors import ShardError, SourceError, StorageError
 from wasteddp.sharding import build, scan, splits, writer
@@ -382,3 +383,22 @@ def test_trashnet_has_its_three_conflicting_pairs_and_2521_images_remain(trashne
     assert left_out == {"glass176", "plastic152", "glass389", "plastic332", "glass115", "metal91"}
     assert len(manifest.left_out) == 6
     assert manifest.near_duplicates["across_splits"]["train-test"]["test_images"] >= 9
+
+
+def test_classes_are_taken_from_a_set_or_a_model_and_absent_ones_are_reported(
+    image_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = make_shards(Job(image_folder(), tmp_path / "trained", classes=("paper", "metal", "glass")), workers=2)
+    own = image_folder({"glass": 2, "paper": 1}, name="own")
+    (own / "metal").mkdir()
+    command = ["shard", str(own), "--out", str(tmp_path / "out"), "--classes-from", str(trained.folder)]
+    assert main([*command, "--fractions", "0,0,1"]) == 0
+    assert "has no image of 1 of the 3 classes: metal" in capsys.readouterr().out
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.classes == trained.classes
+    assert {name: split.samples_per_class for name, split in manifest.splits.items()} == {"test": (1, 0, 2)}
+    (own / "metal").rename(own / "unknown")
+    (own / "unknown" / "1.jpg").write_bytes(jpeg(99))
+    with pytest.raises(SystemExit):
+        main(["shard", str(own), "--out", str(tmp_path / "2"), "--classes-from", str(trained.folder)])
+    assert "classes not expected: unknown" in capsys.readouterr().err

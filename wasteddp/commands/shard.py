@@ -63,6 +63,13 @@ def _add_shard(commands: Commands) -> None:
     images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side")
     images.add_argument("--quality", type=int, metavar="Q", help="quality of re-encoded JPEGs (default: 95)")
     images.add_argument("--shard-mb", type=float, metavar="MB", help="size of a tar (default: 256)")
+    images.add_argument(
+        "--classes-from",
+        type=Path,
+        metavar="RUN-or-SET",
+        help="the classes of a run or shard set, in their order; some may have no image (then also --fractions 0,0,1: "
+        "all images in test, to evaluate a model on them)",
+    )
     images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
     images.add_argument(
         "--max-left-out",
@@ -146,9 +153,21 @@ def _shard_job(arguments: argparse.Namespace) -> Job:
         source=arguments.source,
         out=arguments.out,
         options=options,
+        classes=_classes_of(arguments.classes_from) if arguments.classes_from else (),
+        may_lack_classes=bool(arguments.classes_from),
         bins=recipe.load_bins(arguments.bins) if arguments.bins else {},
         split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
     )
+
+
+def _classes_of(run_or_set: Path) -> tuple[str, ...]:
+    from wasteddp.data.manifest import MANIFEST_NAME, Manifest
+
+    if (run_or_set / MANIFEST_NAME).exists():
+        return Manifest.load(run_or_set).classes
+    from wasteddp.inference.bundle import find_bundle, read_card
+
+    return read_card(find_bundle(run_or_set)).classes
 
 
 def _is_recipe(source: Path) -> bool:
@@ -156,9 +175,9 @@ def _is_recipe(source: Path) -> bool:
 
 
 def _refuse_own_split(arguments: argparse.Namespace) -> None:
-    if arguments.split_files or arguments.bins:
+    if arguments.split_files or arguments.bins or arguments.classes_from:
         raise SourceError(
-            "--split-files or --bins was given with a recipe",
-            "the recipe has its own splits and bins",
+            "--split-files, --bins or --classes-from was given with a recipe",
+            "the recipe has its own splits, bins and classes",
             "change them in a copy of the recipe",
         )

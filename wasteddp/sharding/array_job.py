@@ -156,7 +156,7 @@ def _nothing_to_do(job: Job) -> bool:
     Raises:
         SourceError: the source is a compressed tar, which cannot be read in parts.
     """
-    job.options.check()
+    job.options.check(may_lack_train=job.may_lack_classes)
     if job.source.is_file() and is_compressed_tar(job.source):
         raise SourceError(
             f"{job.source} is a compressed tar",

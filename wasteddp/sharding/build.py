@@ -47,7 +47,7 @@ def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
         StorageError: the folder cannot be written.
     """
     started = time.monotonic()
-    job.options.check()
+    job.options.check(may_lack_train=job.may_lack_classes)
     with work_folder(job.out) as work:
         listing = list_images(job, work)
         job = settle(job, listing, work)

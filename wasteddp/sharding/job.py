@@ -45,14 +45,14 @@ class Options:
     def max_shard_bytes(self) -> int:
         return int(self.shard_mb * 1e6)
 
-    def check(self) -> None:
+    def check(self, *, may_lack_train: bool = False) -> None:
         """Check that each value is in its range.
 
         Raises:
             SourceError: a value is out of range.
         """
         if self.fractions is not None:
-            splits.check_fractions(self.fractions)
+            splits.check_fractions(self.fractions, may_lack_train=may_lack_train)
         ranges = (
             ("--max-side", self.max_side_px or 16, 16, 65_500),
             ("--quality", self.quality, 1, 100),
@@ -97,6 +97,7 @@ class Job:
     out: Path
     options: Options = field(default_factory=Options)
     classes: tuple[str, ...] = ()  # in order; empty: the sorted names
+    may_lack_classes: bool = False  # some of `classes` may have no image
     bins: Mapping[str, str] = field(default_factory=dict)
     split_files: Mapping[str, Path] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)  # stored in the manifest
@@ -135,10 +136,13 @@ def list_images(job: Job, work: Path) -> Listing:
     """
     source: Source
     if job.source.suffix.lower() == ".csv" and job.source.is_file():
-        source, layout = read_table(job.source, classes=job.classes)
+        source, layout = read_table(job.source, classes=job.classes, may_lack=job.may_lack_classes)
     else:
         source = open_source(job.source, work_folder=work)
-        layout = read_folders(source, job.source, classes=job.classes)
+        layout = read_folders(source, job.source, classes=job.classes, may_lack=job.may_lack_classes)
+    absent = sorted(set(layout.classes) - {image.class_name for image in layout.images})
+    if absent:
+        print(f"{job.source} has no image of {len(absent)} of the {len(layout.classes)} classes: {', '.join(absent)}")
     by_fractions = job.options.fractions or job.options.split_rule or job.options.least_per_class
     if layout.is_split and (job.split_files or by_fractions):
         raise SourceError(
@@ -165,11 +169,12 @@ def list_images(job: Job, work: Path) -> Listing:
     if not job.split_files:
         return Listing(source, layout)
     layout, not_listed, missing = splits.apply_lists(layout, splits.read_list_files(job.split_files))
-    check_classes({image.class_name for image in layout.images}, layout.classes, "the lists of the splits")
-    absent = [LeftOut(line.name, "unreadable", f"listed in {line.place}, but not there") for line in missing]
-    if len(absent) > scan.max_unusable(len(layout.images) + len(absent), job.options.max_left_out):
-        raise scan.too_many(absent, len(layout.images) + len(absent), job.options.max_left_out)
-    return Listing(source, layout, (*absent, *(LeftOut(path, "not_listed", "no list names it") for path in not_listed)))
+    listed = {image.class_name for image in layout.images}
+    check_classes(listed, layout.classes, "the lists of the splits", may_lack=job.may_lack_classes)
+    gone = [LeftOut(line.name, "unreadable", f"listed in {line.place}, but not there") for line in missing]
+    if len(gone) > scan.max_unusable(len(layout.images) + len(gone), job.options.max_left_out):
+        raise scan.too_many(gone, len(layout.images) + len(gone), job.options.max_left_out)
+    return Listing(source, layout, (*gone, *(LeftOut(path, "not_listed", "no list names it") for path in not_listed)))
 
 
 def load_sample(

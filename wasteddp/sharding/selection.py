@@ -42,6 +42,8 @@ def select(job: Job, listing: Listing, scanned: ScanResult) -> Selection:
         SourceError: a class has no usable image, or the options contradict the listing.
     """
     images, classes, records = listing.layout.images, listing.layout.classes, scanned.records
+    listed = {image.class_name for image in images}
+    classes = tuple(name for name in classes if name in listed)  # others may lack images
     usable = np.flatnonzero(records["problem"] == 0).tolist()
     check_usable(classes, [images[i] for i in usable], scanned.left_out(images))
     chosen, copies = leave_out_copies(
