@@ -402,3 +402,20 @@ def test_classes_are_taken_from_a_set_or_a_model_and_absent_ones_are_reported(
     with pytest.raises(SystemExit):
         main(["shard", str(own), "--out", str(tmp_path / "2"), "--classes-from", str(trained.folder)])
     assert "classes not expected: unknown" in capsys.readouterr().err
+
+
+def test_a_set_that_is_extended_keeps_each_image_in_its_split(image_folder: Folder, tmp_path: Path) -> None:
+    images = image_folder({"glass": 20, "metal": 20})
+    (images / "glass" / "turned.png").write_bytes((images / "glass" / "glass1.jpg").read_bytes())
+    Image.open(images / "glass" / "glass2.jpg").resize((50, 40)).save(images / "metal" / "encoded-again.png")
+    old = make_shards(Job(images, tmp_path / "old", Options(split_seed=3)), workers=2)
+    for number in range(60):
+        (images / "metal" / f"new{number}.jpg").write_bytes(jpeg(1000 + number))
+    new = make_shards(Job(images, tmp_path / "new", extends=old), workers=2)
+    before, after = ({s["source"]: name for name in m.splits for s in read_samples(m.folder, name)} for m in (old, new))
+    assert before.items() <= after.items()
+    assert abs(new.splits["train"].samples_per_class[1] - 0.7 * 81) <= 2  # a chain counts for one class
+    assert new.recipe["options"]["split_seed"] == 3
+    assert new.recipe["extends"]["sha256"] == old.sha256
+    with pytest.raises(SourceError, match="with other options for the split"):
+        make_shards(Job(images, tmp_path / "3", Options(fractions=(0.8, 0.1, 0.1)), extends=old), workers=2)

@@ -46,6 +46,12 @@ def _add_shard(commands: Commands) -> None:
         "or the rule of the set or recipe that is there)",
     )
     split.add_argument(
+        "--extend",
+        type=Path,
+        metavar="SET",
+        help="the images of this set keep their splits, new ones fill them up: for a set with added images",
+    )
+    split.add_argument(
         "--least-per-class", type=int, default=0, metavar="N", help="refuse a split with fewer images of a class"
     )
     split.add_argument(
@@ -137,6 +143,7 @@ def _shard_options(arguments: argparse.Namespace) -> Options:
 
 def _shard_job(arguments: argparse.Namespace) -> Job:
     """Return the sharding job of local images."""
+    from wasteddp.data.manifest import Manifest
     from wasteddp.sharding import build, recipe, splits
 
     options = _shard_options(arguments)
@@ -154,6 +161,7 @@ def _shard_job(arguments: argparse.Namespace) -> Job:
         out=arguments.out,
         options=options,
         classes=_classes_of(arguments.classes_from) if arguments.classes_from else (),
+        extends=Manifest.load(arguments.extend) if arguments.extend else None,
         may_lack_classes=bool(arguments.classes_from),
         bins=recipe.load_bins(arguments.bins) if arguments.bins else {},
         split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
@@ -175,9 +183,9 @@ def _is_recipe(source: Path) -> bool:
 
 
 def _refuse_own_split(arguments: argparse.Namespace) -> None:
-    if arguments.split_files or arguments.bins or arguments.classes_from:
+    if arguments.split_files or arguments.bins or arguments.classes_from or arguments.extend:
         raise SourceError(
-            "--split-files, --bins or --classes-from was given with a recipe",
+            "--split-files, --bins, --classes-from or --extend was given with a recipe",
             "the recipe has its own splits, bins and classes",
             "change them in a copy of the recipe",
         )

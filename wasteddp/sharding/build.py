@@ -22,10 +22,10 @@ from pathlib import Path
 
 from wasteddp import __version__
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
-from wasteddp.errors import ShardError, storage
+from wasteddp.errors import ShardError, SourceError, storage
 from wasteddp.files import sync_folder, try_lock, write_atomically
 from wasteddp.parallel import progress
-from wasteddp.sharding import scan
+from wasteddp.sharding import scan, splits
 from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample
 from wasteddp.sharding.selection import select
 from wasteddp.sharding.writer import ShardJournal, write_split
@@ -112,6 +112,8 @@ def _write_set(job: Job, listing: Listing, scanned: scan.ScanResult, work: Path,
 def settle(job: Job, listing: Listing, work: Path) -> Job:
     """Return the job with all options of the split. A set that is there already, or was begun, keeps its rule."""
     options, begun = job.options, work / _BEGUN_NAME
+    if job.extends:
+        options = _extended(job.extends, options, is_split=listing.layout.is_split)
     if not listing.layout.is_split and options.split_rule is None:
         if (job.out / MANIFEST_NAME).exists():
             recorded = Manifest.load(job.out).recipe.get("options", {"split_rule": None})
@@ -122,6 +124,31 @@ def settle(job: Job, listing: Listing, work: Path) -> Job:
         if options.split_rule == "hash":
             print(f"{job.out} keeps its rule for splits, hash; --split-rule stratified gives each class its fractions")
     return replace(job, options=options.settled(is_split=listing.layout.is_split))
+
+
+def _extended(old: Manifest, options: Options, *, is_split: bool) -> Options:
+    """Return the options with the rule, seed and fractions of the set that is extended.
+
+    Raises:
+        SourceError: one of the two sets is not split by fractions, or options contradict the old set.
+    """
+    recorded = old.recipe.get("options", {})
+    rule = recorded.get("split_rule", "hash")
+    if is_split or not recorded or (options.split_rule or rule) != rule or options.fractions or options.split_seed:
+        raise SourceError(
+            f"--extend {old.where} was given with images that are already split, with other options for the split, or "
+            "with a set that was indexed",
+            "images would move from one split to another",
+            "leave the options out: the new set has the rule, seed and fractions of the old one",
+        )
+    group = options.group_near_duplicates
+    return replace(
+        options,
+        split_rule=rule,
+        split_seed=recorded["split_seed"],
+        fractions=recorded["fractions"] and splits.check_fractions(recorded["fractions"]),
+        group_near_duplicates=recorded["group_near_duplicates"] if group is None else group,
+    )
 
 
 def find_finished(job: Job) -> Manifest | None:

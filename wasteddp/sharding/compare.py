@@ -6,6 +6,7 @@ images of both (`duplicates`).
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from wasteddp.data.decoding.decode import UndecodableError, decode_gray, is_plain_jpeg, size_px
 from wasteddp.data.manifest import Index, Manifest, Shard, read_index
 from wasteddp.data.reader import SplitReader
+from wasteddp.errors import storage
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.duplicates import PerceptualHash, find_near, perceptual_hash
 
@@ -58,6 +60,25 @@ def _samples(manifest: Manifest, read: Callable[[Shard], Index]) -> list[_Sample
         for split in manifest.splits.values()
         if split.num_samples
     ]
+
+
+def recorded_splits(manifest: Manifest) -> dict[str, str]:
+    """Return the split of each image of a set, by its sha256 in hex and by its path in the source."""
+    split_of: dict[str, str] = {}
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            index = read_index(manifest.folder, shard)
+            with (
+                storage("reading the paths of a set", manifest.folder),
+                (manifest.folder / shard.tar).open("rb") as file,
+            ):
+                for record in index:
+                    begin = int(record["offset"]) + -(-int(record["length"]) // _HEADER) * _HEADER
+                    label = os.pread(file.fileno(), 64 * _HEADER, begin)
+                    header = tarfile.TarInfo.frombuf(label[:_HEADER], "utf-8", "replace")
+                    split_of[json.loads(label[_HEADER : _HEADER + header.size])["source"]] = split.name
+            split_of |= dict.fromkeys((row.tobytes().hex() for row in index["sha256"]), split.name)
+    return split_of
 
 
 def find_repeats(manifest: Manifest, read: Callable[[Shard], Index] | None = None) -> list[str]:

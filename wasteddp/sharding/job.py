@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp.data.decoding.decode import DEFAULT_QUALITY, reencode
-from wasteddp.data.manifest import LeftOut
+from wasteddp.data.manifest import LeftOut, Manifest
 from wasteddp.errors import SourceError, storage
 from wasteddp.sharding import duplicates, scan, splits
 from wasteddp.sharding.sources.archives import Source, open_source
@@ -100,12 +100,16 @@ class Job:
     may_lack_classes: bool = False  # some of `classes` may have no image
     bins: Mapping[str, str] = field(default_factory=dict)
     split_files: Mapping[str, Path] = field(default_factory=dict)
+    extends: Manifest | None = None  # a set whose images keep their splits
     recipe: Mapping[str, Any] = field(default_factory=dict)  # stored in the manifest
 
     def described(self) -> dict[str, Any]:
         """Return how the set is created, as the manifest records it, in JSON types."""
-        described: dict[str, Any] = json.loads(json.dumps(dict(self.recipe) | {"options": self.options.described()}))
-        return described
+        described = dict(self.recipe) | {"options": self.options.described()}
+        if self.extends:
+            described["extends"] = {"name": self.extends.name, "sha256": self.extends.sha256}
+        in_json: dict[str, Any] = json.loads(json.dumps(described))
+        return in_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError
 from wasteddp.sharding import duplicates, splits
+from wasteddp.sharding.compare import recorded_splits
 from wasteddp.sharding.duplicates import Near, leave_out_copies
 from wasteddp.sharding.job import Job, Listing, Options
 from wasteddp.sharding.scan import ScanResult
@@ -62,7 +63,16 @@ def select(job: Job, listing: Listing, scanned: ScanResult) -> Selection:
             bits64, bits256, kinds, ~np.eye(len(SPLITS), dtype=bool), distance=job.options.near_duplicate_distance
         )
 
-    split_of, near = _choose_splits(job.options, [images[i] for i in kept], list(hashes.values()), find_near)
+    old = recorded_splits(job.extends) if job.extends else {}
+    paths = [images[i].file.path for i in kept]
+    own = [old.get(hashes[i].hex()) or old.get(path, "") for i, path in zip(kept, paths, strict=True)]
+    split_of, near = _choose_splits(
+        job.options,
+        [images[i] for i in kept],
+        list(hashes.values()),
+        find_near,
+        {number: split for number, split in enumerate(own) if split},
+    )
     members = {
         split: sorted((i for i, s in zip(kept, split_of, strict=True) if s == split), key=lambda i: hashes[i])
         for split in SPLITS
@@ -98,6 +108,7 @@ def _choose_splits(
     images: Sequence[SourceImage],
     hashes: Sequence[bytes],
     find_near: Callable[[Sequence[str]], Near],
+    old: Mapping[int, str],
 ) -> tuple[list[str], Near]:
     """Return the split of each kept image, its own or one chosen by fractions, and the near-duplicates."""
     if images[0].split:
@@ -115,13 +126,13 @@ def _choose_splits(
         near = find_near(["train"] * len(images))
         chains = near.chains_N
     if options.split_rule == "stratified":
-        chosen = splits.stratified(classes, hashes, chains, fractions, seed=options.split_seed, kept={})
+        chosen = splits.stratified(classes, hashes, chains, fractions, seed=options.split_seed, kept=old)
     else:
         chosen = splits.by_fractions(hashes, fractions, seed=options.split_seed)
         chosen = splits.group_splits(chosen, hashes, chains) if near else chosen
     if near or options.split_rule == "stratified":
         splits.check_sizes(chosen, classes, fractions, largest_chain=_largest(chains), least=options.least_per_class)
-    return chosen, near or find_near(chosen)
+    return chosen, near if near and not old else find_near(chosen)
 
 
 def _largest(chains: npt.NDArray[np.int64]) -> int:
