@@ -114,6 +114,7 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
     for command in (
         "shard",
         "verify",
+        "compare",
         "index",
         "draw",
         "plan",

@@ -24,6 +24,7 @@ import webdataset
 from pictures import jpeg
 from PIL import Image
 
+from wasteddp.cli import main
 from wasteddp.data.manifest import Manifest, read_index
 from wasteddp.errors import ShardError, SourceError, StorageError
 from wasteddp.sharding import build, scan, splits, writer
@@ -318,21 +319,41 @@ def test_a_split_source_is_not_split_again(image_folder: Folder, tmp_path: Path)
             make_shards(Job(images, tmp_path / "out", options), workers=2)
 
 
-def test_near_duplicates_across_splits_are_counted_and_grouped_when_asked(tmp_path: Path) -> None:
+def test_near_duplicates_across_splits_are_grouped_or_else_counted(tmp_path: Path) -> None:
     images = tmp_path / "images"
     draw_folder(images, kinds=KINDS[:2], images_per_class=20, size_px=96, seed=0)
     for path in sorted(images.rglob("*.jpg")):
         with Image.open(path) as image:
             image.save(path.with_name(f"again-{path.name}"), quality=70)
     options = {"fractions": (0.5, 0.25, 0.25)}
-    apart = make_shards(Job(images, tmp_path / "1", Options(**options)), workers=2)  # type: ignore[arg-type]
+    ungrouped = Options(group_near_duplicates=False, **options)  # type: ignore[arg-type]
+    apart = make_shards(Job(images, tmp_path / "1", ungrouped), workers=2)
     across = apart.near_duplicates["across_splits"]
     assert apart.near_duplicates["num_pairs"] >= 36
     assert sum(counts["pairs"] for counts in across.values()) == len(apart.near_duplicates["pairs"]) > 5
     first, _, second, _, _ = apart.near_duplicates["pairs"][0]
     assert Path(first).name.removeprefix("again-") == Path(second).name.removeprefix("again-")
-    together = make_shards(Job(images, tmp_path / "2", Options(group_near_duplicates=True, **options)), workers=2)  # type: ignore[arg-type]
+    together = make_shards(Job(images, tmp_path / "2", Options(**options)), workers=2)  # type: ignore[arg-type]
     assert together.near_duplicates["pairs"] == []
+    assert together.near_duplicates["largest_chain"] >= 2
+
+
+def test_a_set_split_by_the_older_rule_keeps_it_and_its_manifest_is_as_before(
+    image_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = image_folder()
+    before = make_shards(Job(images, tmp_path / "out", Options(split_rule="hash")), workers=2)
+    assert before.recipe["options"].keys() == {
+        *("fractions", "split_seed", "max_side_px", "quality", "shard_mb", "keep_conflicts"),
+        *("group_near_duplicates", "near_duplicate_distance", "max_left_out"),
+    }
+    assert before.recipe["options"]["fractions"] is None
+    assert before.recipe["options"]["group_near_duplicates"] is False
+    assert make_shards(Job(images, tmp_path / "out"), workers=2).sha256 == before.sha256
+    assert "keeps its rule for splits, hash" in capsys.readouterr().out
+    assert make_shards(Job(images, tmp_path / "out"), workers=2, overwrite=True).sha256 == before.sha256
+    other = make_shards(Job(images, tmp_path / "out", Options(split_rule="stratified")), workers=2, overwrite=True)
+    assert other.recipe["options"]["split_rule"] == "stratified"
 
 
 def test_an_image_that_changes_between_the_passes_is_noticed(
@@ -362,3 +383,39 @@ def test_trashnet_has_its_three_conflicting_pairs_and_2521_images_remain(trashne
     assert left_out == {"glass176", "plastic152", "glass389", "plastic332", "glass115", "metal91"}
     assert len(manifest.left_out) == 6
     assert manifest.near_duplicates["across_splits"]["train-test"]["test_images"] >= 9
+
+
+def test_classes_are_taken_from_a_set_or_a_model_and_absent_ones_are_reported(
+    image_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = make_shards(Job(image_folder(), tmp_path / "trained", classes=("paper", "metal", "glass")), workers=2)
+    own = image_folder({"glass": 2, "paper": 1}, name="own")
+    (own / "metal").mkdir()
+    command = ["shard", str(own), "--out", str(tmp_path / "out"), "--classes-from", str(trained.folder)]
+    assert main([*command, "--fractions", "0,0,1"]) == 0
+    assert "has no image of 1 of the 3 classes: metal" in capsys.readouterr().out
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.classes == trained.classes
+    assert {name: split.samples_per_class for name, split in manifest.splits.items()} == {"test": (1, 0, 2)}
+    (own / "metal").rename(own / "unknown")
+    (own / "unknown" / "1.jpg").write_bytes(jpeg(99))
+    with pytest.raises(SystemExit):
+        main(["shard", str(own), "--out", str(tmp_path / "2"), "--classes-from", str(trained.folder)])
+    assert "classes not expected: unknown" in capsys.readouterr().err
+
+
+def test_a_set_that_is_extended_keeps_each_image_in_its_split(image_folder: Folder, tmp_path: Path) -> None:
+    images = image_folder({"glass": 20, "metal": 20})
+    (images / "glass" / "turned.png").write_bytes((images / "glass" / "glass1.jpg").read_bytes())
+    Image.open(images / "glass" / "glass2.jpg").resize((50, 40)).save(images / "metal" / "encoded-again.png")
+    old = make_shards(Job(images, tmp_path / "old", Options(split_seed=3)), workers=2)
+    for number in range(60):
+        (images / "metal" / f"new{number}.jpg").write_bytes(jpeg(1000 + number))
+    new = make_shards(Job(images, tmp_path / "new", extends=old), workers=2)
+    before, after = ({s["source"]: name for name in m.splits for s in read_samples(m.folder, name)} for m in (old, new))
+    assert before.items() <= after.items()
+    assert abs(new.splits["train"].samples_per_class[1] - 0.7 * 81) <= 2  # a chain counts for one class
+    assert new.recipe["options"]["split_seed"] == 3
+    assert new.recipe["extends"]["sha256"] == old.sha256
+    with pytest.raises(SourceError, match="with other options for the split"):
+        make_shards(Job(images, tmp_path / "3", Options(fractions=(0.8, 0.1, 0.1)), extends=old), workers=2)

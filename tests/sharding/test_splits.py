@@ -41,28 +41,97 @@ def test_nothing_falls_into_a_split_of_fraction_zero(images: list[bytes]) -> Non
     assert "val" not in splits.by_fractions(images, (0.7, 0.0, 0.3), seed=0)
 
 
-@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.2, 0.2), (1.2, -0.1, -0.1), (0, 0.5, 0.5)])
+@pytest.mark.parametrize("fractions", [(), (0.5, 0.4), (0.5, 0.2, 0.2), (1.2, -0.1, -0.1), (0, 0.5, 0.5)])
 def test_fractions_that_say_nothing_are_refused(fractions: tuple[float, ...]) -> None:
     with pytest.raises(SourceError, match="add up to"):
         splits.check_fractions(fractions)
 
 
+def test_two_fractions_are_refused_with_the_two_ways_to_write_them() -> None:
+    with pytest.raises(SourceError, match=r"0\.8,0\.2,0 without a test split, or 0\.8,0,0\.2 without a val split"):
+        splits.check_fractions((0.8, 0.2))
+
+
 @given(st.data())
 def test_a_chain_of_near_duplicates_goes_where_its_smallest_hash_goes(data: st.DataObject) -> None:
     images = data.draw(st.lists(st.binary(min_size=2, max_size=2), min_size=2, max_size=20, unique=True))
-    index = st.integers(0, len(images) - 1)
-    pairs = data.draw(st.lists(st.tuples(index, index), max_size=15))
+    chains = [data.draw(st.integers(0, len(images) - 1)) for _ in images]
     chosen = [data.draw(st.sampled_from(("train", "val", "test"))) for _ in images]
-    grouped = splits.group_splits(chosen, images, np.array(pairs, np.int64).reshape(-1, 2))
-    groups = [{i} for i in range(len(images))]  # the slow way: merge until nothing changes
-    for first, second in pairs:
-        a, b = (next(g for g in groups if i in g) for i in (first, second))
-        if a is not b:
-            a |= b
-            groups.remove(b)
-    for group in groups:
+    grouped = splits.group_splits(chosen, images, np.array(chains, np.int64))
+    for chain in chains:
+        group = [i for i, other in enumerate(chains) if other == chain]
         smallest = min(group, key=lambda i: images[i])
         assert {grouped[i] for i in group} == {chosen[smallest]}
+
+
+def digests(count: int, first: int = 0) -> list[bytes]:
+    return [hashlib.sha256(b"%d" % n).digest() for n in range(first, first + count)]
+
+
+def stratify(
+    classes: list[str],
+    images: list[bytes],
+    chains: list[int] | None = None,
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
+    **kept: dict[int, str],
+) -> list[str]:
+    groups = np.array(list(range(len(images))) if chains is None else chains)
+    return splits.stratified(classes, images, groups, fractions, seed=0, **{"kept": {}, **kept})
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("count", "fractions", "sizes"),
+    [
+        (40, (0.7, 0.15, 0.15), (28, 6, 6)),
+        (1000, (0.8, 0.1, 0.1), (800, 100, 100)),
+        (40, (0.7, 0.3, 0.0), (28, 12, 0)),
+        (3, (0.7, 0.15, 0.15), (1, 1, 1)),
+        (2, (0.7, 0.15, 0.15), (1, 1, 0)),
+        (1, (0.1, 0.8, 0.1), (1, 0, 0)),
+    ],
+)
+def test_each_class_has_its_fractions_and_a_rare_class_is_in_train_first(
+    seed: int, count: int, fractions: tuple[float, float, float], sizes: tuple[int, int, int]
+) -> None:
+    images = digests(count + 10, first=1000 * seed)
+    found = stratify(["rare"] * count + ["other"] * 10, images, fractions=fractions)[:count]
+    assert tuple(found.count(split) for split in ("train", "val", "test")) == sizes
+
+
+def test_added_images_move_few_stratified_images_and_none_whose_split_is_kept() -> None:
+    images = digests(1100)
+    before = stratify(["a"] * 1000, images[:1000])
+    after = stratify(["a"] * 1100, images)
+    assert sum(old != new for old, new in zip(before, after, strict=False)) < 40
+    kept = stratify(["a"] * 1100, images, kept=dict(enumerate(before)))
+    assert kept[:1000] == before
+    assert kept.count("train") == 770
+
+
+@given(st.data())
+def test_a_chain_is_in_one_split_and_a_large_one_in_train(data: st.DataObject) -> None:
+    images = digests(40)
+    chains = [data.draw(st.integers(0, 30)) for _ in images]
+    classes = ["ab"[chain % 2] for chain in chains]
+    found = stratify(classes, images, chains)
+    for chain in set(chains):
+        assert len({found[i] for i, other in enumerate(chains) if other == chain}) == 1
+    assert set(stratify(["a"] * 40, images, [0] * 20 + list(range(20, 40)))[:20]) == {"train"}
+
+
+def test_an_empty_split_and_too_few_images_of_a_class_are_refused() -> None:
+    with pytest.raises(SourceError, match=r"val and test would have none .*5 of them are near-duplicates"):
+        splits.check_sizes(["train"] * 5, ["a"] * 5, (0.7, 0.15, 0.15), largest_chain=5, least=0)
+    splits.check_sizes(["train"] * 5, ["a"] * 5, (1, 0, 0), largest_chain=5, least=0)
+    with pytest.raises(SourceError, match="fewer than 2 images of a class in a split: b in val: 1"):
+        splits.check_sizes(
+            ["train", "train", "val", "val"] * 2 + ["train"],
+            [*"abaa", *"abab", "b"],
+            (0.7, 0.3, 0),
+            largest_chain=1,
+            least=2,
+        )
 
 
 def layout(*paths: str) -> Layout:

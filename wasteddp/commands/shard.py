@@ -39,7 +39,26 @@ def _add_shard(commands: Commands) -> None:
     split.add_argument(
         "--split-files", nargs="+", default=(), metavar="FILE", help="folder of list files, or train=F val=F test=F"
     )
-    split.add_argument("--group-near-duplicates", action="store_true", help="keep near-duplicates in one split")
+    split.add_argument(
+        "--split-rule",
+        choices=("stratified", "hash"),
+        help="stratified: each class has its fractions; hash: new images never move old ones (default: stratified, "
+        "or the rule of the set or recipe that is there)",
+    )
+    split.add_argument(
+        "--extend",
+        type=Path,
+        metavar="SET",
+        help="the images of this set keep their splits, new ones fill them up: for a set with added images",
+    )
+    split.add_argument(
+        "--least-per-class", type=int, default=0, metavar="N", help="refuse a split with fewer images of a class"
+    )
+    split.add_argument(
+        "--group-near-duplicates",
+        action=argparse.BooleanOptionalAction,
+        help="keep near-duplicates in one split (default with the rule stratified)",
+    )
     split.add_argument(
         "--near-duplicate-distance", type=int, metavar="BITS", help="differing bits of 64 (default: 8; 0 to 11)"
     )
@@ -50,6 +69,13 @@ def _add_shard(commands: Commands) -> None:
     images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side")
     images.add_argument("--quality", type=int, metavar="Q", help="quality of re-encoded JPEGs (default: 95)")
     images.add_argument("--shard-mb", type=float, metavar="MB", help="size of a tar (default: 256)")
+    images.add_argument(
+        "--classes-from",
+        type=Path,
+        metavar="RUN-or-SET",
+        help="the classes of a run or shard set, in their order; some may have no image (then also --fractions 0,0,1: "
+        "all images in test, to evaluate a model on them)",
+    )
     images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
     images.add_argument(
         "--max-left-out",
@@ -109,12 +135,15 @@ def _shard_options(arguments: argparse.Namespace) -> Options:
         "group_near_duplicates": arguments.group_near_duplicates,
         "near_duplicate_distance": arguments.near_duplicate_distance,
         "max_left_out": arguments.max_left_out,
+        "split_rule": arguments.split_rule,
+        "least_per_class": arguments.least_per_class,
     }
     return build.Options(**{name: value for name, value in names.items() if value is not None})
 
 
 def _shard_job(arguments: argparse.Namespace) -> Job:
     """Return the sharding job of local images."""
+    from wasteddp.data.manifest import Manifest
     from wasteddp.sharding import build, recipe, splits
 
     options = _shard_options(arguments)
@@ -131,9 +160,22 @@ def _shard_job(arguments: argparse.Namespace) -> Job:
         source=arguments.source,
         out=arguments.out,
         options=options,
+        classes=_classes_of(arguments.classes_from) if arguments.classes_from else (),
+        extends=Manifest.load(arguments.extend) if arguments.extend else None,
+        may_lack_classes=bool(arguments.classes_from),
         bins=recipe.load_bins(arguments.bins) if arguments.bins else {},
         split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
     )
+
+
+def _classes_of(run_or_set: Path) -> tuple[str, ...]:
+    from wasteddp.data.manifest import MANIFEST_NAME, Manifest
+
+    if (run_or_set / MANIFEST_NAME).exists():
+        return Manifest.load(run_or_set).classes
+    from wasteddp.inference.bundle import find_bundle, read_card
+
+    return read_card(find_bundle(run_or_set)).classes
 
 
 def _is_recipe(source: Path) -> bool:
@@ -141,9 +183,9 @@ def _is_recipe(source: Path) -> bool:
 
 
 def _refuse_own_split(arguments: argparse.Namespace) -> None:
-    if arguments.split_files or arguments.bins:
+    if arguments.split_files or arguments.bins or arguments.classes_from or arguments.extend:
         raise SourceError(
-            "--split-files or --bins was given with a recipe",
-            "the recipe has its own splits and bins",
+            "--split-files, --bins, --classes-from or --extend was given with a recipe",
+            "the recipe has its own splits, bins and classes",
             "change them in a copy of the recipe",
         )

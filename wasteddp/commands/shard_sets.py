@@ -1,4 +1,4 @@
-"""The commands for shard sets: verify, index, draw, plan."""
+"""The commands for shard sets: verify, compare, index, draw, plan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from wasteddp.errors import SourceError, storage
 
 def add(commands: Commands) -> None:
     _add_verify(commands)
+    _add_compare(commands)
     _add_index(commands)
     _add_draw(commands)
     _add_plan(commands)
@@ -52,6 +53,37 @@ def _verify(arguments: argparse.Namespace) -> None:
         f"{where} is whole: {verified.num_samples:,} samples in {verified.num_shards} shard(s), "
         f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes{counts} match the manifest"
     )
+    for line in verified.repeats:
+        print(line)
+
+
+def _add_compare(commands: Commands) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="find the images that two shard sets share",
+        description="Prints how many images of each split of the second set are in each split of the first, byte for "
+        "byte or nearly, with the first names. Exit code 1: an image of one set's train is in the other's test.",
+    )
+    command.add_argument("sets", metavar="SET", type=Path, nargs=2, help="folder of a shard set")
+    command.add_argument(
+        "--near-duplicate-distance", type=int, default=8, metavar="BITS", help="differing bits of 64 (default: 8)"
+    )
+    add_workers(command)
+    command.set_defaults(run=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from wasteddp.data.manifest import Manifest
+    from wasteddp.parallel import num_usable_cores
+    from wasteddp.sharding.compare import compare
+    from wasteddp.sharding.job import Options
+
+    distance = arguments.near_duplicate_distance
+    Options(near_duplicate_distance=distance).check()
+    first, second = (Manifest.load(folder) for folder in arguments.sets)
+    found = compare(first, second, workers=arguments.workers or num_usable_cores(), distance=distance)
+    print("\n".join(found.lines) or f"no image of {second.where} is in {first.where}, identical or nearly")
+    return int(found.leaks)
 
 
 def _add_index(commands: Commands) -> None:
@@ -81,6 +113,7 @@ def _index(arguments: argparse.Namespace) -> None:
     from wasteddp.data.summary import summarise
     from wasteddp.parallel import num_usable_cores
     from wasteddp.sharding import index as indexing
+    from wasteddp.sharding.compare import find_repeats
 
     classes: tuple[str, ...] = arguments.classes
     if arguments.classes_from:
@@ -106,6 +139,8 @@ def _index(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
     )
     print(summarise(manifest))
+    for line in find_repeats(manifest):
+        print(line)
     if remote:
         print(f"now copy {arguments.out}/*.idx and then {arguments.out}/manifest.json to {shown(arguments.folder)}")
 

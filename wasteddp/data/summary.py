@@ -32,6 +32,7 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     missing = [name for name in ("train", "val", "test") if name not in manifest.splits]
     if missing:
         yield f"warning: there are no samples in {', '.join(missing)}"
+    yield from _fractions(manifest)
     yield from _left_out(manifest.left_out)
     yield from _near_duplicates(manifest)
 
@@ -54,7 +55,23 @@ def _left_out(left_out: Sequence[LeftOut]) -> Iterator[str]:
             yield f"    ... and {count - len(named):,} more; manifest.json lists them all"
 
 
+def _fractions(manifest: Manifest) -> Iterator[str]:
+    """Compare the sizes of the splits with the fractions: more than a hundredth and than one image of each class."""
+    options, total = manifest.recipe.get("options", {}), sum(split.num_samples for split in manifest.splits.values())
+    if options.get("split_rule") == "stratified":
+        for name, fraction in zip(("train", "val", "test"), options["fractions"], strict=True):
+            found = manifest.splits[name].num_samples if name in manifest.splits else 0
+            if abs(found - fraction * total) > max(total / 100, len(manifest.classes)):
+                largest = manifest.near_duplicates["largest_chain"]
+                yield (
+                    f"warning: {name} has {found / total:.1%} of the images, {fraction:.1%} were asked for; "
+                    f"{largest:,} images are near-duplicates of each other and stay in one split"
+                )
+
+
 def _near_duplicates(manifest: Manifest) -> Iterator[str]:
+    if "numbers_are" in manifest.near_duplicates:
+        yield "near-duplicates: the numbers are lower bounds, since some images have very many"
     for where, counts in manifest.near_duplicates.get("across_splits", {}).items():
         if counts["pairs"]:
             one, _, other = where.partition("-")

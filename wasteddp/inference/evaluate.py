@@ -239,7 +239,8 @@ def check_classes(manifest: Manifest, classes: tuple[str, ...]) -> None:
             f"  model:  {', '.join(classes)}\n"
             f"  shards: {', '.join(manifest.classes)} ({len(manifest.classes)})",
             "the same number would mean different classes, and every metric would be wrong",
-            "name the set that the model was trained on with --shards, or shard these images with the model's classes",
+            "name the set that the model was trained on with --shards, or shard these images with the model's "
+            "classes: wasteddp shard IMAGES --out SET --classes-from RUN --fractions 0,0,1",
         )
 
 

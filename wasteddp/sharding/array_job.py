@@ -23,7 +23,7 @@ from wasteddp.errors import ShardError, SourceError, storage
 from wasteddp.files import appended_rows, read_rows
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import scan
-from wasteddp.sharding.build import prepare_folder, work_folder
+from wasteddp.sharding.build import prepare_folder, settle, work_folder
 from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample, stays_unchanged
 from wasteddp.sharding.selection import select
 from wasteddp.sharding.sources.archives import is_compressed_tar
@@ -76,7 +76,8 @@ def read_part(job: Job, part: Part, *, workers: int) -> None:
         return
     with work_folder(job.out, shared=True) as work:
         listing = list_images(job, work)
-        prepare_folder(job.out, work, overwrite=False)
+        job = settle(job, listing, work)
+        prepare_folder(job, work, overwrite=False)
         images = listing.layout.images
         mine = part.share(len(images))
         scanned = scan.scan(
@@ -114,7 +115,8 @@ def write_part(job: Job, part: Part, *, workers: int) -> None:
         return
     with work_folder(job.out, shared=True) as work:
         listing = list_images(job, work)
-        prepare_folder(job.out, work, overwrite=False)
+        job = settle(job, listing, work)
+        prepare_folder(job, work, overwrite=False)
         images, options = listing.layout.images, job.options
         scanned = scan.scan(
             listing.source,
@@ -153,7 +155,7 @@ def _nothing_to_do(job: Job) -> bool:
     Raises:
         SourceError: the source is a compressed tar, which cannot be read in parts.
     """
-    job.options.check()
+    job.options.check(may_lack_train=job.may_lack_classes)
     if job.source.is_file() and is_compressed_tar(job.source):
         raise SourceError(
             f"{job.source} is a compressed tar",

@@ -17,16 +17,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from wasteddp import __version__
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
-from wasteddp.errors import ShardError, storage
-from wasteddp.files import sync_folder, try_lock
+from wasteddp.errors import ShardError, SourceError, storage
+from wasteddp.files import sync_folder, try_lock, write_atomically
 from wasteddp.parallel import progress
-from wasteddp.sharding import scan
+from wasteddp.sharding import scan, splits
 from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample
 from wasteddp.sharding.selection import select
 from wasteddp.sharding.writer import ShardJournal, write_split
@@ -48,14 +49,15 @@ def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
         StorageError: the folder cannot be written.
     """
     started = time.monotonic()
-    job.options.check()
+    job.options.check(may_lack_train=job.may_lack_classes)
     with work_folder(job.out) as work:
         listing = list_images(job, work)
+        job = settle(job, listing, work)
         num_images = len(listing.layout.images)
         if (job.out / MANIFEST_NAME).exists() and not overwrite:
             hashes = list(scan.fingerprints(listing.source, listing.layout.images, workers=workers))
             return _load_finished(job, identity(job, listing, hashes), num_images)
-        prepare_folder(job.out, work, overwrite=overwrite)
+        prepare_folder(job, work, overwrite=overwrite)
         continues = any(work.glob("scan*.jsonl"))  # a rate would count images that an earlier start read
         scanned = scan.scan(
             listing.source,
@@ -112,6 +114,48 @@ def _write_set(job: Job, listing: Listing, scanned: scan.ScanResult, work: Path,
     return Manifest.load(job.out)
 
 
+def settle(job: Job, listing: Listing, work: Path) -> Job:
+    """Return the job with all options of the split. A set that is there already, or was begun, keeps its rule."""
+    options, begun = job.options, work / _BEGUN_NAME
+    if job.extends:
+        options = _extended(job.extends, options, is_split=listing.layout.is_split)
+    if not listing.layout.is_split and options.split_rule is None:
+        if (job.out / MANIFEST_NAME).exists():
+            recorded = Manifest.load(job.out).recipe.get("options", {"split_rule": None})
+            options = replace(options, split_rule=recorded.get("split_rule", "hash"))  # older sets do not name it
+        elif begun.exists():
+            with storage("reading the rule of the split", begun):
+                options = replace(options, split_rule=begun.read_text() or "hash")
+        if options.split_rule == "hash":
+            print(f"{job.out} keeps its rule for splits, hash; --split-rule stratified gives each class its fractions")
+    return replace(job, options=options.settled(is_split=listing.layout.is_split))
+
+
+def _extended(old: Manifest, options: Options, *, is_split: bool) -> Options:
+    """Return the options with the rule, seed and fractions of the set that is extended.
+
+    Raises:
+        SourceError: one of the two sets is not split by fractions, or options contradict the old set.
+    """
+    recorded = old.recipe.get("options", {})
+    rule = recorded.get("split_rule", "hash")
+    if is_split or not recorded or (options.split_rule or rule) != rule or options.fractions or options.split_seed:
+        raise SourceError(
+            f"--extend {old.where} was given with images that are already split, with other options for the split, or "
+            "with a set that was indexed",
+            "images would move from one split to another",
+            "leave the options out: the new set has the rule, seed and fractions of the old one",
+        )
+    group = options.group_near_duplicates
+    return replace(
+        options,
+        split_rule=rule,
+        split_seed=recorded["split_seed"],
+        fractions=recorded["fractions"] and splits.check_fractions(recorded["fractions"]),
+        group_near_duplicates=recorded["group_near_duplicates"] if group is None else group,
+    )
+
+
 def find_finished(job: Job) -> Manifest | None:
     """Return the finished set of a recipe that draws its images. They are not drawn: the recipe identifies them."""
     if not (job.out / MANIFEST_NAME).exists():
@@ -164,7 +208,7 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
                     out.rmdir()
 
 
-def prepare_folder(out: Path, work: Path, *, overwrite: bool) -> None:
+def prepare_folder(job: Job, work: Path, *, overwrite: bool) -> None:
     """Mark the set as started, and remove the manifest of the old set if there is one.
 
     The manifest is removed first, so that a kill never leaves the manifest of an incomplete set.
@@ -172,7 +216,7 @@ def prepare_folder(out: Path, work: Path, *, overwrite: bool) -> None:
     Raises:
         ShardError: without `overwrite`, the folder holds files that would be replaced.
     """
-    begun = work / _BEGUN_NAME
+    out, begun = job.out, work / _BEGUN_NAME
     if not begun.exists() and not overwrite:
         there = [path.name for path in out.iterdir() if _OWN_FILE.fullmatch(path.name)]
         if there:
@@ -182,7 +226,7 @@ def prepare_folder(out: Path, work: Path, *, overwrite: bool) -> None:
                 f"give another --out, use them with `wasteddp index {out}`, or replace them with --overwrite",
             )
     with storage("removing the old manifest", out):
-        begun.touch()
+        write_atomically(begun, (job.options.split_rule or "").encode())
         if (out / MANIFEST_NAME).exists():
             (out / MANIFEST_NAME).unlink()
             sync_folder(out)

@@ -1,7 +1,9 @@
 """Find byte-identical images and near-duplicates.
 
 Of byte-identical images one copy is kept. Near-duplicates are pairs of images whose perceptual hashes are within a
-distance; they are found without comparing every image with every other.
+distance; they are found without comparing every image with every other. Images that are joined by such pairs are a
+chain. Of thousands of images that are all alike, as of a standing camera, most pairs are never looked at: an image
+that has `MOST_PARTNERS` near-duplicates is not compared further, which still joins all of them in one chain.
 
 A hash has two parts, both the signs of DCT coefficients against their median: 64 bits (8x8 lowest frequencies) find
 candidates and 256 bits (16x16) confirm them. 64 bits alone are not enough for small objects on a white background: of
@@ -13,12 +15,12 @@ same pixels give the same hash on every machine.
 Source: Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions (2010); Norouzi et al., Fast Search
 in Hamming Space with Multi-Index Hashing (CVPR 2012).
 
-Legend: N images, U different 64-bit hashes, P pairs.
+Legend: N images, P pairs, K kinds of images, such as splits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -33,10 +35,13 @@ from wasteddp.sharding.sources.layout import SPLITS, SourceImage
 DEFAULT_DISTANCE = 8  # bits of 64
 MAX_DISTANCE = 11  # above it the search looks up too many neighbours of each band, and most pairs are chance
 CONFIRMED_DISTANCE = 48  # bits of 256
+MOST_PARTNERS = 128  # of one image; up to here, all pairs are found
+MOST_LISTED = 10_000
 
 _SIDE_PX = 32
-_BANDS, _BAND_BITS = 4, 16
+_BANDS = ((0, 22), (22, 21), (43, 21))  # first bit and number of bits
 _CHUNK = 1 << 20  # candidate pairs held at a time
+_LEADERS = 4  # images of one band that are always compared, so that one chain does not become several
 
 _frequency, _pixel = np.mgrid[0:16, 0:_SIDE_PX]
 _DCT = np.round(np.cos(np.pi * (2 * _pixel + 1) * _frequency / (2 * _SIDE_PX)) * 4096)  # [16, 32], whole numbers
@@ -84,11 +89,16 @@ class PerceptualHash(NamedTuple):
     bits256: bytes
 
 
-class NearPairs(NamedTuple):
-    """`pairs[k]` are two images, the lower index first; `distances[k]` is how many of the 256 bits differ."""
+class Near(NamedTuple):
+    """The near-duplicates among N images of K kinds."""
 
-    pairs: npt.NDArray[np.int64]  # [P, 2]
-    distances: npt.NDArray[np.int64]  # [P]
+    chains_N: npt.NDArray[np.int64]  # the first image of each image's chain; itself, if it has no near-duplicate
+    num_pairs: int
+    is_complete: bool  # else some images have more near-duplicates than were looked for, and all numbers are at least
+    pairs: npt.NDArray[np.int64]  # [P, 2] of kinds that are apart, the nearest first: the lower kind, the higher kind
+    distances: npt.NDArray[np.int64]  # [P] of 256 bits
+    pairs_KK: npt.NDArray[np.int64]  # number of pairs of a lower and a higher kind
+    images_KK: npt.NDArray[np.int64]  # number of images of the second kind with a near-duplicate of the first
 
 
 def perceptual_hash(grey: GreyHW) -> PerceptualHash:
@@ -100,75 +110,151 @@ def perceptual_hash(grey: GreyHW) -> PerceptualHash:
     return PerceptualHash(coarse, _signs(waves))
 
 
-def find_near_pairs(
-    bits64_N: npt.NDArray[np.uint64], bits256_N: npt.NDArray[np.uint8], *, distance: int = DEFAULT_DISTANCE
-) -> NearPairs:
-    """Return all pairs within `distance` of 64 bits that the 256 bits confirm.
+def find_near(
+    bits64_N: npt.NDArray[np.uint64],
+    bits256_N: npt.NDArray[np.uint8],
+    kinds_N: npt.NDArray[np.int64],
+    apart_KK: npt.NDArray[np.bool_],
+    *,
+    distance: int = DEFAULT_DISTANCE,
+) -> Near:
+    """Find all pairs within `distance` of 64 bits that the 256 bits confirm.
 
     Args:
         bits64_N: uint64 [N].
         bits256_N: uint8 [N, 32].
+        kinds_N: the kind of each image, 0 .. K-1.
+        apart_KK: between which kinds pairs are listed and counted, symmetric.
     """
-    pairs = candidate_pairs(bits64_N, distance)
-    differing = np.bitwise_xor(bits256_N[pairs[:, 0]], bits256_N[pairs[:, 1]])
-    distances = np.unpackbits(differing, axis=1).sum(axis=1, dtype=np.int64)
-    near = distances <= CONFIRMED_DISTANCE
-    return NearPairs(pairs[near], distances[near])
+    num_images, num_kinds = len(bits64_N), len(apart_KK)
+    chains, partners = np.arange(num_images), np.zeros(num_images, np.int64)
+    shown = np.zeros((num_kinds, num_images), bool)  # shown[k, i]: image i has a near-duplicate of kind k
+    num_pairs, pairs_KK = 0, np.zeros((num_kinds, num_kinds), np.int64)
+    listed = np.empty((0, 3), np.int64)
+    fine_N = np.ascontiguousarray(bits256_N).view(np.uint64)
+    for left, right in candidates(bits64_N, distance, partners):
+        bits = _popcount(fine_N[left] ^ fine_N[right]).sum(axis=1)
+        near = bits <= CONFIRMED_DISTANCE
+        left, right, bits = left[near], right[near], bits[near]
+        np.add.at(partners, left, 1)
+        _join(chains, left, right)
+        shown[kinds_N[right], left] = shown[kinds_N[left], right] = True
+        once = left < right  # each pair is found from both its images
+        num_pairs += int(once.sum())
+        once &= apart_KK[kinds_N[left], kinds_N[right]]
+        rows = np.stack([bits, left, right], axis=1)[once]
+        turned = kinds_N[rows[:, 1]] > kinds_N[rows[:, 2]]
+        rows[turned, 1:] = rows[turned, :0:-1]
+        np.add.at(pairs_KK, (kinds_N[rows[:, 1]], kinds_N[rows[:, 2]]), 1)
+        listed = _nearest(np.concatenate([listed, rows]))
+    images_KK = np.stack([np.bincount(kinds_N[shown[kind]], minlength=num_kinds) for kind in range(num_kinds)])
+    is_complete = not (partners >= MOST_PARTNERS).any()
+    return Near(
+        _first(chains, np.arange(num_images)), num_pairs, is_complete, listed[:, 1:], listed[:, 0], pairs_KK, images_KK
+    )
 
 
-def candidate_pairs(bits64_N: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.int64]:
-    """Return all pairs (i < j) whose 64 bits differ in at most `distance` places: int64 [P, 2], sorted. Exact.
+def candidates(
+    bits64_N: npt.NDArray[np.uint64], distance: int, partners_N: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Yield the pairs whose 64 bits differ in at most `distance` places, each from both its images, in parts.
 
-    Two hashes within `distance` differ in at most distance // 4 bits in at least one of four bands of 16 bits
-    (pigeonhole principle). It is therefore enough to compare images with such a band, 137 of 65,536 values at the
-    default.
+    Two hashes within `distance` differ in at most (distance - b) // 3 bits in band b for at least one of three bands of
+    22 and 21 bits (pigeonhole principle). It is therefore enough to compare images with such a band: at the default,
+    232 of 2 million values.
+
+    Args:
+        partners_N: is read again and again: images with `MOST_PARTNERS` are not compared further.
     """
-    values, inverse = np.unique(bits64_N, return_inverse=True)
-    order = np.argsort(inverse, kind="stable")
-    ends = np.cumsum(np.bincount(inverse, minlength=len(values)))
-    images_U = np.split(order, ends[:-1]) if len(values) else []
-    found = [np.empty((0, 2), dtype=np.int64)]
-    found.extend(np.array(list(combinations(images, 2)), dtype=np.int64) for images in images_U if len(images) > 1)
-    for left, right in _value_pairs(values, distance).tolist():
-        found.append(np.array([(i, j) for i in images_U[left] for j in images_U[right]], dtype=np.int64))
-    pairs = np.sort(np.concatenate(found), axis=1)
-    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    for band, (shift, num_bits) in enumerate(_BANDS):
+        places_N = _band(bits64_N, shift, num_bits)
+        order = np.argsort(places_N, kind="stable")
+        bits64, places = bits64_N[order], places_N[order]
+        look_up = _finder(places, num_bits)
+        leads = np.arange(len(places)) - look_up(places)[0] < _LEADERS
+        for mask in _masks((distance - band) // len(_BANDS), num_bits):
+            is_full = partners_N >= MOST_PARTNERS
+            rows = np.flatnonzero(leads | ~is_full[order]) if is_full.any() else np.arange(len(places))
+            (first, count), done = look_up(places[rows] ^ mask), 0
+            while (more := count > done).any():
+                rows, first, count = rows[more], first[more], count[more]
+                width = np.minimum(count - done, MOST_PARTNERS)
+                for part in _chunks(width):
+                    left, begin, size = (np.repeat(a[part], width[part]) for a in (rows, first, count))
+                    step = np.arange(len(left)) - np.repeat(np.cumsum(width[part]) - width[part], width[part]) + done
+                    right = begin + (left - begin + 1 + step) % size  # from the next one on: neighbours are linked
+                    differing = bits64[left] ^ bits64[right]
+                    near = (left != right) & (_popcount(differing) <= distance)
+                    for earlier, (low, size_bits) in enumerate(_BANDS[:band]):  # that band has found it
+                        near &= _popcount(_band(differing, low, size_bits).astype(np.uint64)) > (
+                            distance - earlier
+                        ) // len(_BANDS)
+                    yield order[left[near]], order[right[near]]
+                done += MOST_PARTNERS
+                is_open = partners_N[order[rows]] < MOST_PARTNERS
+                rows, first, count = rows[is_open], first[is_open], count[is_open]
 
 
-def _value_pairs(values_U: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.int64]:
-    """Return the pairs of different values within `distance`: indices [P, 2]."""
-    found = [np.empty((0, 2), dtype=np.int64)]
-    for band in range(_BANDS):
-        places = ((values_U >> np.uint64(band * _BAND_BITS)) & np.uint64(0xFFFF)).astype(np.int64)
-        by_place = np.argsort(places, kind="stable")
-        starts = np.searchsorted(places[by_place], np.arange((1 << _BAND_BITS) + 1))
-        for mask in _masks(distance // _BANDS):
-            wanted = places ^ mask
-            first, count = starts[wanted], starts[wanted + 1] - starts[wanted]
-            for rows in _chunks(count):
-                left = np.repeat(rows, count[rows])
-                offset = np.arange(len(left)) - np.repeat(np.cumsum(count[rows]) - count[rows], count[rows])
-                right = by_place[first[left] + offset]
-                near = (left < right) & (_popcount(values_U[left] ^ values_U[right]) <= distance)
-                found.append(np.stack([left[near], right[near]], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+def _finder(
+    places: npt.NDArray[np.int64], num_bits: int
+) -> Callable[[npt.NDArray[np.int64]], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Return a function that finds numbers in the sorted `places`: the first place of each, and how many there are."""
+    if len(places) < 1 << 16:  # the tables would cost more than the search
+
+        def search(wanted: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+            first = np.searchsorted(places, wanted)
+            return first, np.searchsorted(places, wanted, side="right") - first
+
+        return search
+    sizes = np.bincount(places, minlength=1 << num_bits)
+    starts = np.cumsum(sizes) - sizes
+    return lambda wanted: (starts[wanted], sizes[wanted])
 
 
-def _masks(radius: int) -> list[int]:
-    """Return all 16-bit numbers with at most `radius` bits set."""
-    return [sum(1 << bit for bit in bits) for n in range(radius + 1) for bits in combinations(range(_BAND_BITS), n)]
+def _band(bits64: npt.NDArray[np.uint64], shift: int, num_bits: int) -> npt.NDArray[np.int64]:
+    return ((bits64 >> np.uint64(shift)) & np.uint64((1 << num_bits) - 1)).astype(np.int64)
 
 
-def _chunks(count_U: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+def _masks(radius: int, num_bits: int) -> list[int]:
+    """Return all numbers with at most `radius` of `num_bits` bits set, those with the fewest first."""
+    return [sum(1 << bit for bit in bits) for n in range(radius + 1) for bits in combinations(range(num_bits), n)]
+
+
+def _chunks(count: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
     """Return row numbers in runs of about `_CHUNK` candidates each."""
-    run = np.cumsum(count_U) // _CHUNK
-    return np.split(np.arange(len(count_U)), np.flatnonzero(np.diff(run)) + 1)
+    run = np.cumsum(count) // _CHUNK
+    return np.split(np.arange(len(count)), np.flatnonzero(np.diff(run)) + 1)
 
 
 def _popcount(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    bits: npt.NDArray[np.uint8] = np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1)
-    counts: npt.NDArray[np.int64] = np.sum(bits, axis=1, dtype=np.int64)
-    return counts
+    """Source: Warren, Hacker's Delight, section 5-1."""
+    values = values - ((values >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    values = (values & np.uint64(0x3333333333333333)) + ((values >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    values = (values + (values >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return ((values * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.int64)
+
+
+def _first(chains: npt.NDArray[np.int64], images: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the first image of the chain of each image."""
+    first = chains[images]
+    while (chains[first] != first).any():
+        first = chains[first]
+    chains[images] = first
+    return first
+
+
+def _join(chains: npt.NDArray[np.int64], left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> None:
+    """Join the chains of each pair, in place."""
+    while len(left):
+        one, other = _first(chains, left), _first(chains, right)
+        apart = one != other
+        left, right, one, other = left[apart], right[apart], one[apart], other[apart]
+        np.minimum.at(chains, np.maximum(one, other), np.minimum(one, other))
+
+
+def _nearest(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the first `MOST_LISTED` rows in their order."""
+    return rows[np.lexsort(rows.T[::-1])[:MOST_LISTED]]
 
 
 def _signs(waves: npt.NDArray[np.float64]) -> bytes:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wasteddp.data.decoding.decode import DEFAULT_QUALITY, reencode
-from wasteddp.data.manifest import LeftOut
+from wasteddp.data.manifest import LeftOut, Manifest
 from wasteddp.errors import SourceError, storage
 from wasteddp.sharding import duplicates, scan, splits
 from wasteddp.sharding.sources.archives import Source, open_source
@@ -24,7 +24,10 @@ from wasteddp.sharding.writer import Sample
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the content of a set depends on, besides the images. `fractions` None: the default, if any are needed."""
+    """What the content of a set depends on, besides the images. `fractions` None: the default, if any are needed.
+
+    `split_rule` and `group_near_duplicates` None: stratified and grouped, if the images are not split yet (`settled`).
+    """
 
     fractions: tuple[float, float, float] | None = None
     split_seed: int = 0
@@ -32,32 +35,58 @@ class Options:
     quality: int = DEFAULT_QUALITY
     shard_mb: float = 256.0
     keep_conflicts: bool = False
-    group_near_duplicates: bool = False
+    group_near_duplicates: bool | None = None
     near_duplicate_distance: int = duplicates.DEFAULT_DISTANCE
     max_left_out: float | None = None
+    split_rule: str | None = None  # of `splits.RULES`; "" where images are already split
+    least_per_class: int = 0  # in each split
 
     @property
     def max_shard_bytes(self) -> int:
         return int(self.shard_mb * 1e6)
 
-    def check(self) -> None:
+    def check(self, *, may_lack_train: bool = False) -> None:
         """Check that each value is in its range.
 
         Raises:
             SourceError: a value is out of range.
         """
         if self.fractions is not None:
-            splits.check_fractions(self.fractions)
+            splits.check_fractions(self.fractions, may_lack_train=may_lack_train)
         ranges = (
             ("--max-side", self.max_side_px or 16, 16, 65_500),
             ("--quality", self.quality, 1, 100),
             ("--shard-mb", self.shard_mb, 0.001, 1_000_000),
             ("--near-duplicate-distance", self.near_duplicate_distance, 0, duplicates.MAX_DISTANCE),
             ("--max-left-out", self.max_left_out or 0, 0, float("inf")),
+            ("--least-per-class", self.least_per_class, 0, float("inf")),
         )
         for name, value, low, high in ranges:
             if not low <= value <= high:
                 raise SourceError(f"{name} is {value:g}", "it is out of range", f"give {low:g} to {high:g}")
+
+    def settled(self, *, is_split: bool) -> Options:
+        """Return the options without None where a set by fractions has a default."""
+        if is_split:
+            return replace(self, split_rule="", group_near_duplicates=bool(self.group_near_duplicates))
+        rule = self.split_rule or splits.RULES[0]
+        group = self.group_near_duplicates
+        fractions = self.fractions or (splits.DEFAULT_FRACTIONS if rule == "stratified" else None)
+        return replace(
+            self,
+            split_rule=rule,
+            group_near_duplicates=rule == "stratified" if group is None else group,
+            fractions=fractions,
+        )
+
+    def described(self) -> dict[str, Any]:
+        """Return the options as the manifest records them. The newer ones are left out where they do not matter."""
+        described = asdict(self)
+        if self.split_rule != "stratified":
+            del described["split_rule"]
+        if not self.least_per_class:
+            del described["least_per_class"]
+        return described
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +97,19 @@ class Job:
     out: Path
     options: Options = field(default_factory=Options)
     classes: tuple[str, ...] = ()  # in order; empty: the sorted names
+    may_lack_classes: bool = False  # some of `classes` may have no image
     bins: Mapping[str, str] = field(default_factory=dict)
     split_files: Mapping[str, Path] = field(default_factory=dict)
+    extends: Manifest | None = None  # a set whose images keep their splits
     recipe: Mapping[str, Any] = field(default_factory=dict)  # stored in the manifest
 
     def described(self) -> dict[str, Any]:
         """Return how the set is created, as the manifest records it, in JSON types."""
-        described: dict[str, Any] = json.loads(json.dumps(dict(self.recipe) | {"options": asdict(self.options)}))
-        return described
+        described = dict(self.recipe) | {"options": self.options.described()}
+        if self.extends:
+            described["extends"] = {"name": self.extends.name, "sha256": self.extends.sha256}
+        in_json: dict[str, Any] = json.loads(json.dumps(described))
+        return in_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +140,26 @@ def list_images(job: Job, work: Path) -> Listing:
     """
     source: Source
     if job.source.suffix.lower() == ".csv" and job.source.is_file():
-        source, layout = read_table(job.source, classes=job.classes)
+        source, layout = read_table(job.source, classes=job.classes, may_lack=job.may_lack_classes)
     else:
         source = open_source(job.source, work_folder=work)
-        layout = read_folders(source, job.source, classes=job.classes)
-    if layout.is_split and (job.split_files or job.options.fractions):
+        layout = read_folders(source, job.source, classes=job.classes, may_lack=job.may_lack_classes)
+    absent = sorted(set(layout.classes) - {image.class_name for image in layout.images})
+    if absent:
+        print(f"{job.source} has no image of {len(absent)} of the {len(layout.classes)} classes: {', '.join(absent)}")
+    by_fractions = job.options.fractions or job.options.split_rule or job.options.least_per_class
+    if layout.is_split and (job.split_files or by_fractions):
         raise SourceError(
             f"{job.source} is already split into {', '.join(sorted({p.split for p in layout.images}))}",
             "a second split would mix images that were kept apart",
-            "leave out --fractions and --split-files, or give the class folders without the split folders",
+            "leave out --fractions, --split-rule, --least-per-class and --split-files, or give the class folders "
+            "without the split folders",
         )
-    if job.split_files and job.options.fractions:
+    if job.split_files and by_fractions:
         raise SourceError(
-            "both list files and fractions are given", "an image would have two splits", "give only one of them"
+            "both list files and fractions, or an option of fractions, are given",
+            "an image would have two splits",
+            "give only one of them",
         )
     if job.bins and set(job.bins) != set(layout.classes):
         raise SourceError(
@@ -132,11 +173,12 @@ def list_images(job: Job, work: Path) -> Listing:
     if not job.split_files:
         return Listing(source, layout)
     layout, not_listed, missing = splits.apply_lists(layout, splits.read_list_files(job.split_files))
-    check_classes({image.class_name for image in layout.images}, layout.classes, "the lists of the splits")
-    absent = [LeftOut(line.name, "unreadable", f"listed in {line.place}, but not there") for line in missing]
-    if len(absent) > scan.max_unusable(len(layout.images) + len(absent), job.options.max_left_out):
-        raise scan.too_many(absent, len(layout.images) + len(absent), job.options.max_left_out)
-    return Listing(source, layout, (*absent, *(LeftOut(path, "not_listed", "no list names it") for path in not_listed)))
+    listed = {image.class_name for image in layout.images}
+    check_classes(listed, layout.classes, "the lists of the splits", may_lack=job.may_lack_classes)
+    gone = [LeftOut(line.name, "unreadable", f"listed in {line.place}, but not there") for line in missing]
+    if len(gone) > scan.max_unusable(len(layout.images) + len(gone), job.options.max_left_out):
+        raise scan.too_many(gone, len(layout.images) + len(gone), job.options.max_left_out)
+    return Listing(source, layout, (*gone, *(LeftOut(path, "not_listed", "no list names it") for path in not_listed)))
 
 
 def load_sample(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -38,10 +39,11 @@ class Draw(_Strict):
 
 
 class SplitRule(_Strict):
-    """Either `lists` (split -> list file) or `fractions`."""
+    """Either `lists` (split -> list file) or `fractions` by a `rule`. Recipes that name no rule keep the older one."""
 
     lists: Mapping[str, str] = Field(default_factory=dict)
     fractions: tuple[float, float, float] | None = None
+    rule: Literal["hash", "stratified"] = "hash"
 
 
 class Recipe(_Strict):
@@ -143,6 +145,10 @@ def plan_job(recipe: Recipe, out: Path, options: Options) -> Job:
     """Return the job of a recipe, still without its images. `options` have precedence over the recipe."""
     if options.fractions is None and recipe.split.fractions is not None:
         options = replace(options, fractions=recipe.split.fractions)
+    if not recipe.split.lists:
+        options = replace(options, split_rule=options.split_rule or recipe.split.rule)
+    if recipe.draw:
+        options = options.settled(is_split=False)
     described = recipe.model_dump(mode="json", exclude={"name", "classes", "bins"}, exclude_defaults=True)
     return Job(source=out, out=out, options=options, classes=recipe.classes, bins=recipe.bins, recipe=described)
 

@@ -6,21 +6,21 @@ The result depends only on the job, the listing and the records, so every machin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError
 from wasteddp.sharding import duplicates, splits
-from wasteddp.sharding.duplicates import NearPairs, leave_out_copies
+from wasteddp.sharding.compare import recorded_splits
+from wasteddp.sharding.duplicates import Near, leave_out_copies
 from wasteddp.sharding.job import Job, Listing, Options
 from wasteddp.sharding.scan import ScanResult
 from wasteddp.sharding.sources.layout import SPLITS, SourceImage
-
-_MAX_PAIRS_LISTED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ def select(job: Job, listing: Listing, scanned: ScanResult) -> Selection:
         SourceError: a class has no usable image, or the options contradict the listing.
     """
     images, classes, records = listing.layout.images, listing.layout.classes, scanned.records
+    listed = {image.class_name for image in images}
+    classes = tuple(name for name in classes if name in listed)  # others may lack images
     usable = np.flatnonzero(records["problem"] == 0).tolist()
     check_usable(classes, [images[i] for i in usable], scanned.left_out(images))
     chosen, copies = leave_out_copies(
@@ -52,11 +54,25 @@ def select(job: Job, listing: Listing, scanned: ScanResult) -> Selection:
     )
     kept = [usable[i] for i in chosen]
     check_usable(classes, [images[i] for i in kept], copies)
-    near = duplicates.find_near_pairs(
-        records["bits64"][kept], records["bits256"][kept], distance=job.options.near_duplicate_distance
-    )
     hashes = {i: records["sha256"][i].tobytes() for i in kept}
-    split_of = _choose_splits(job.options, [images[i] for i in kept], list(hashes.values()), near)
+
+    def find_near(split_of: Sequence[str]) -> Near:
+        kinds = np.array([SPLITS.index(split) for split in split_of], np.int64)
+        bits64, bits256 = records["bits64"][kept], records["bits256"][kept]
+        return duplicates.find_near(
+            bits64, bits256, kinds, ~np.eye(len(SPLITS), dtype=bool), distance=job.options.near_duplicate_distance
+        )
+
+    old = recorded_splits(job.extends) if job.extends else {}
+    paths = [images[i].file.path for i in kept]
+    own = [old.get(hashes[i].hex()) or old.get(path, "") for i, path in zip(kept, paths, strict=True)]
+    split_of, near = _choose_splits(
+        job.options,
+        [images[i] for i in kept],
+        list(hashes.values()),
+        find_near,
+        {number: split for number, split in enumerate(own) if split},
+    )
     members = {
         split: sorted((i for i, s in zip(kept, split_of, strict=True) if s == split), key=lambda i: hashes[i])
         for split in SPLITS
@@ -88,9 +104,13 @@ def check_usable(classes: Sequence[str], images: Sequence[SourceImage], left_out
 
 
 def _choose_splits(
-    options: Options, images: Sequence[SourceImage], hashes: Sequence[bytes], near: NearPairs
-) -> list[str]:
-    """Return the split of each kept image: its own, or one chosen by fractions."""
+    options: Options,
+    images: Sequence[SourceImage],
+    hashes: Sequence[bytes],
+    find_near: Callable[[Sequence[str]], Near],
+    old: Mapping[int, str],
+) -> tuple[list[str], Near]:
+    """Return the split of each kept image, its own or one chosen by fractions, and the near-duplicates."""
     if images[0].split:
         if options.group_near_duplicates:
             raise SourceError(
@@ -98,33 +118,51 @@ def _choose_splits(
                 "moving images would change the given splits",
                 "leave it out (pairs across splits are counted in any case), or split by fractions",
             )
-        return [image.split for image in images]
-    chosen = splits.by_fractions(hashes, options.fractions or splits.DEFAULT_FRACTIONS, seed=options.split_seed)
-    return splits.group_splits(chosen, hashes, near.pairs) if options.group_near_duplicates else chosen
+        own = [image.split for image in images]
+        return own, find_near(own)
+    fractions, classes = options.fractions or splits.DEFAULT_FRACTIONS, [image.class_name for image in images]
+    near, chains = None, np.arange(len(images))
+    if options.group_near_duplicates:
+        near = find_near(["train"] * len(images))
+        chains = near.chains_N
+    if options.split_rule == "stratified":
+        chosen = splits.stratified(classes, hashes, chains, fractions, seed=options.split_seed, kept=old)
+    else:
+        chosen = splits.by_fractions(hashes, fractions, seed=options.split_seed)
+        chosen = splits.group_splits(chosen, hashes, chains) if near else chosen
+    if near or options.split_rule == "stratified":
+        splits.check_sizes(chosen, classes, fractions, largest_chain=_largest(chains), least=options.least_per_class)
+    return chosen, near if near and not old else find_near(chosen)
+
+
+def _largest(chains: npt.NDArray[np.int64]) -> int:
+    return int(np.bincount(chains).max())
 
 
 def _near_report(
-    options: Options, images: Sequence[SourceImage], split_of: Sequence[str], near: NearPairs
+    options: Options, images: Sequence[SourceImage], split_of: Sequence[str], near: Near
 ) -> dict[str, Any]:
     """Return the near-duplicates in different splits: how many pairs, and the pairs by name, nearest first."""
-    across = [
-        (bits, *sorted((first, second), key=lambda i: SPLITS.index(split_of[i])))
-        for (first, second), bits in zip(near.pairs.tolist(), near.distances.tolist(), strict=True)
-        if split_of[first] != split_of[second]
-    ]
-    counts: dict[str, dict[str, int]] = {}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        pairs = [(i, j) for _, i, j in across if (split_of[i], split_of[j]) == (one, other)]
-        counts[f"{one}-{other}"] = {"pairs": len(pairs), f"{other}_images": len({j for _, j in pairs})}
-    return {
+    report = {
         "method": "64 DCT signs, confirmed by 256",
         "distance": options.near_duplicate_distance,
         "confirmed_distance": duplicates.CONFIRMED_DISTANCE,
         "grouped": options.group_near_duplicates,
-        "num_pairs": len(near.pairs),
-        "across_splits": counts,
+        "num_pairs": near.num_pairs,
+        "across_splits": {
+            f"{SPLITS[one]}-{SPLITS[other]}": {
+                "pairs": int(near.pairs_KK[one, other]),
+                f"{SPLITS[other]}_images": int(near.images_KK[one, other]),
+            }
+            for one, other in ((0, 1), (0, 2), (1, 2))
+        },
         "pairs": [
             [images[i].file.path, split_of[i], images[j].file.path, split_of[j], bits]
-            for bits, i, j in sorted(across)[:_MAX_PAIRS_LISTED]
+            for (i, j), bits in zip(near.pairs.tolist(), near.distances.tolist(), strict=True)
         ],
     }
+    if options.split_rule == "stratified":
+        report["largest_chain"] = _largest(near.chains_N)
+    if not near.is_complete:
+        report["numbers_are"] = "at least: images with more near-duplicates were not compared further"
+    return report

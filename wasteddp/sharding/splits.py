@@ -1,12 +1,17 @@
 """Assign images to splits, by fractions or by list files. Pure functions of names and content hashes.
 
-Splitting by fractions depends only on an image's content: u = hash(seed, sha256) in [0, 1) is in one of the intervals.
-Images that are added later therefore never move existing ones, and every class is split alike in expectation.
+There are two rules for fractions. Both place an image by its content: u = hash(seed, sha256) in [0, 1).
+    hash         u is in one of three intervals. Images that are added later never move existing ones, but every class
+                 is split alike only in expectation: of 40 images, 23 may be in train.
+    stratified   the images of each class are sorted by u; the first 70 % are train, the next 15 % val. Every class has
+                 its fractions. Images that are added later can move existing ones near the two edges, unless their
+                 splits are kept (`kept`).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +23,28 @@ from wasteddp.errors import SourceError, storage
 from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, Layout, SourceImage
 
 DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
+RULES = ("stratified", "hash")
 
 
-def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
+def check_fractions(fractions: Sequence[float], *, may_lack_train: bool = False) -> tuple[float, float, float]:
     """Return three fractions for train, val and test that add up to 1.
 
     Raises:
         SourceError: there are not three, they do not add up to 1, or one is out of range.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] == 0:
+    given = f"the fractions are {', '.join(f'{f:g}' for f in fractions)}"
+    if len(fractions) == 2 and min(fractions) > 0 and abs(sum(fractions) - 1) <= 1e-6:
+        first, second = (f"{f:g}" for f in fractions)
         raise SourceError(
-            f"the fractions {', '.join(f'{f:g}' for f in fractions)} add up to {sum(fractions):g}",
+            f"{given}: two numbers",
+            "the fraction of the third split is not known",
+            f"give three, for train, val and test: {first},{second},0 without a test split, or {first},0,{second} "
+            "without a val split",
+        )
+    train_is_wrong = fractions[0] == 0 and not may_lack_train if fractions else True
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or train_is_wrong:
+        raise SourceError(
+            f"{given}: {len(fractions)} number(s), which add up to {sum(fractions):g}",
             "they do not assign each image to one split",
             "give three that add up to 1, for train, val and test: 0.7,0.15,0.15 (val or test may be 0, train may not)",
         )
@@ -49,24 +65,133 @@ def by_fractions(sha256s: Sequence[bytes], fractions: Sequence[float], *, seed: 
     return ["train" if u < edge_val else "val" if u < edge_test else "test" for u in places]
 
 
-def group_splits(splits: Sequence[str], sha256s: Sequence[bytes], pairs: npt.NDArray[np.int64]) -> list[str]:
+def group_splits(splits: Sequence[str], sha256s: Sequence[bytes], chains: npt.NDArray[np.int64]) -> list[str]:
     """Return splits that keep each chain of near-duplicates together: in the split of its smallest content hash.
 
     Args:
-        pairs: [P, 2] indices of images that are near-duplicates.
+        chains: [N] a number for each image, the same for all images of a chain.
     """
-    root = list(range(len(splits)))
+    smallest = {members[0]: members for members in _members(sha256s, chains)}
+    split_of = {image: splits[first] for first, members in smallest.items() for image in members}
+    return [split_of[image] for image in range(len(splits))]
 
-    def find(item: int) -> int:
-        while root[item] != item:
-            root[item] = root[root[item]]
-            item = root[item]
-        return item
 
-    for first, second in pairs.tolist():
-        low, high = sorted((find(first), find(second)), key=lambda item: sha256s[item])
-        root[high] = low
-    return [splits[find(item)] for item in range(len(splits))]
+def stratified(
+    classes: Sequence[str],
+    sha256s: Sequence[bytes],
+    chains: npt.NDArray[np.int64],
+    fractions: Sequence[float],
+    *,
+    seed: int,
+    kept: Mapping[int, str],
+) -> list[str]:
+    """Return the split of each image: each class has its fractions, and each chain of near-duplicates is in one split.
+
+    A chain counts for the class of its smallest content hash. A chain of more images than val and test should have goes
+    to train: it shows one object, so an evaluation on it would mean little. A split of a fraction above 0 has at least
+    one image of each class, train first, where the class has enough chains.
+
+    Args:
+        kept: images that have a split already, and so has their chain: if it has several, the last of train, val, test.
+    """
+    split_of = [""] * len(classes)
+    of_class: dict[str, list[list[int]]] = {}
+    for members in _members(sha256s, chains):
+        of_class.setdefault(classes[members[0]], []).append(members)
+    for chains_of_class in of_class.values():
+        chains_of_class.sort(key=lambda members: unit_interval(seed, sha256s[members[0]]))
+        for split, placed in _place(chains_of_class, fractions, kept).items():
+            for image in (image for members in placed for image in members):
+                split_of[image] = kept.get(image, split)
+    return split_of
+
+
+def _members(sha256s: Sequence[bytes], chains: npt.NDArray[np.int64]) -> list[list[int]]:
+    """Return the images of each chain, those with the smallest content hash first."""
+    members: dict[int, list[int]] = {}
+    for image, chain in sorted(enumerate(chains.tolist()), key=lambda item: sha256s[item[0]]):
+        members.setdefault(chain, []).append(image)
+    return list(members.values())
+
+
+def _place(
+    chains: Sequence[list[int]], fractions: Sequence[float], kept: Mapping[int, str]
+) -> dict[str, list[list[int]]]:
+    """Return the chains of each split. `chains` are those of one class, in the order of u."""
+    wanted = _sizes(sum(map(len, chains)), fractions)
+    placed: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
+    free = []
+    for members in chains:
+        splits = {kept[image] for image in members if image in kept}
+        if splits:
+            placed[max(splits, key=SPLITS.index)].append(members)
+        elif fractions[0] > 0 and len(members) > max(1, *wanted[1:]):
+            placed["train"].append(members)
+        else:
+            free.append(members)
+    left = [max(0, size - sum(map(len, placed[split]))) for split, size in zip(SPLITS, wanted, strict=True)]
+    num_free = sum(map(len, free))
+    if num_free:
+        left = _sizes(num_free, [size / sum(left) for size in left])
+    position = 0.0
+    for members in free:
+        middle = position + len(members) / 2
+        placed["train" if middle < left[0] else "val" if middle < left[0] + left[1] else "test"].append(members)
+        position += len(members)
+    _give_each_split_one(placed, [split for split, f in zip(SPLITS, fractions, strict=True) if f > 0], kept)
+    return placed
+
+
+def _sizes(num_images: int, fractions: Sequence[float]) -> list[int]:
+    """Return how many images each split should have, in whole numbers that add up."""
+    edge_val = int(fractions[0] * num_images + 0.5)
+    edge_test = int((fractions[0] + fractions[1]) * num_images + 0.5) if fractions[2] > 0 else num_images
+    return [edge_val, edge_test - edge_val, num_images - edge_test]
+
+
+def _give_each_split_one(placed: dict[str, list[list[int]]], wanted: Sequence[str], kept: Mapping[int, str]) -> None:
+    """Move the smallest chain of the fullest split to each split that has none; train takes even the last one."""
+    for split in sorted(wanted, key=("train", "test", "val").index):
+        for other in sorted(wanted, key=lambda other: -sum(map(len, placed[other]))):
+            movable = [members for members in placed[other] if not any(image in kept for image in members)]
+            if not placed[split] and movable and len(placed[other]) > (split != "train"):
+                smallest = min(reversed(movable), key=len)  # of equal ones, the nearest to the edge
+                placed[other].remove(smallest)
+                placed[split].append(smallest)
+
+
+def check_sizes(
+    split_of: Sequence[str], classes: Sequence[str], fractions: Sequence[float], *, largest_chain: int, least: int
+) -> None:
+    """Check that no split of a fraction above 0 is empty or has fewer than `least` images of a class.
+
+    Raises:
+        SourceError: one is.
+    """
+    wanted = [split for split, fraction in zip(SPLITS, fractions, strict=True) if fraction > 0]
+    counts = Counter(zip(split_of, classes, strict=True))
+    sizes = ", ".join(f"{split} {split_of.count(split):,}" for split in wanted)
+    empty = [split for split in wanted if split not in split_of]
+    if empty:
+        alike = f"; {largest_chain:,} of them are near-duplicates, which stay in one split" if largest_chain > 1 else ""
+        raise SourceError(
+            f"of {len(split_of):,} images, {' and '.join(empty)} would have none ({sizes}){alike}",
+            "a model could not be trained, or not be judged on images that it has not seen",
+            "add images; or give splits that suit them, such as days or places, with --split-files; or other fractions "
+            "(1,0,0: train alone); or --no-group-near-duplicates, after which results on these splits mean little",
+        )
+    few = [
+        f"{name} in {split}: {n}"
+        for split in wanted
+        for name in sorted(set(classes))
+        if (n := counts[split, name]) < least
+    ]
+    if few:
+        raise SourceError(
+            f"fewer than {least} images of a class in a split: {'; '.join(few)}",
+            f"--least-per-class {least} asks for at least that many",
+            "add images of these classes, or give other fractions or a smaller number",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -13,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, read_index
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, parse_index, read_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
 from wasteddp.files import sha256_of
 from wasteddp.parallel import in_order, progress
+from wasteddp.sharding.compare import find_repeats
 
 _MAX_NAMED = 50  # samples of one shard; the rest are counted
 
@@ -30,6 +32,7 @@ class Verified:
     num_samples: int
     num_bytes: int
     damage: tuple[str, ...]
+    repeats: tuple[str, ...] = ()  # images in two splits or under two labels: no damage
 
 
 def verify(folder: Path, *, workers: int) -> Verified:
@@ -47,7 +50,7 @@ def verify(folder: Path, *, workers: int) -> Verified:
             damage += found
             advance()
     damage += [] if damage else _wrong_counts(manifest)
-    return Verified(len(shards), sum(s.num_samples for s in shards), sum(s.num_bytes for s in shards), tuple(damage))
+    return _verified(shards, damage, [] if damage else find_repeats(manifest))
 
 
 def verify_remote(url: str, *, workers: int) -> Verified:
@@ -65,9 +68,19 @@ def verify_remote(url: str, *, workers: int) -> Verified:
             for found in in_order(lambda shard: _remote_damage(folder, shard), shards, workers=workers):
                 damage += found
                 advance()
+
+        def read(shard: Shard) -> Index:
+            return parse_index(folder.read(shard.index), shard, f"{folder.url}/{shard.index}")
+
+        repeats = [] if damage else find_repeats(manifest, read)
     finally:
         folder.close()
-    return Verified(len(shards), sum(s.num_samples for s in shards), sum(s.num_bytes for s in shards), tuple(damage))
+    return _verified(shards, damage, repeats)
+
+
+def _verified(shards: Sequence[Shard], damage: Sequence[str], repeats: Sequence[str]) -> Verified:
+    num_samples, num_bytes = sum(s.num_samples for s in shards), sum(s.num_bytes for s in shards)
+    return Verified(len(shards), num_samples, num_bytes, tuple(damage), tuple(repeats))
 
 
 def require_whole(folder: Path | str, verified: Verified) -> None:

@@ -46,8 +46,10 @@ class Layout:
         return any(image.split for image in self.images)
 
 
-def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = ()) -> Layout:
+def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = (), may_lack: bool = False) -> Layout:
     """Read classes and splits from folder names. `classes`, if given, fixes the order and must be the same names.
+
+    With `may_lack`, some of `classes` may have no image.
 
     Raises:
         SourceError: there are no images, only one class, an empty class folder, unknown split folders, or other classes
@@ -67,6 +69,7 @@ def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = 
     found = {image.class_name for image in images}
     depth = skip + (2 if is_split else 1)
     empty = {f.split("/")[depth - 1] for f in source.folders if f.count("/") == depth - 1} - found
+    empty -= set(classes) if may_lack else set()
     if empty:
         raise SourceError(
             f"{len(empty)} class folder(s) of {where} hold no image: {', '.join(sorted(empty))}",
@@ -75,10 +78,10 @@ def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = 
         )
     used = {image.file.path for image in images}
     ignored = tuple(file.path for file in source.files if file.path not in used)
-    return Layout(images, check_classes(found, classes, where), ignored)
+    return Layout(images, check_classes(found, classes, where, may_lack=may_lack), ignored)
 
 
-def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource, Layout]:
+def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = False) -> tuple[PathsSource, Layout]:
     """Read a CSV with the columns path,label[,split]. Paths are relative to the CSV's folder.
 
     Raises:
@@ -120,16 +123,22 @@ def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource,
         )
     source = PathsSource(path.parent, list(labels))
     images = tuple(SourceImage(file, *labels[file.path]) for file in source.files)
-    return source, Layout(images, check_classes({p.class_name for p in images}, classes, path))
+    found = {image.class_name for image in images}
+    return source, Layout(images, check_classes(found, classes, path, may_lack=may_lack))
 
 
-def check_classes(found: set[str], wanted: Sequence[str], where: str | Path) -> tuple[str, ...]:
+def check_classes(
+    found: set[str], wanted: Sequence[str], where: str | Path, *, may_lack: bool = False
+) -> tuple[str, ...]:
     """Return the classes in order: `wanted` if given, otherwise sorted.
 
     Raises:
-        SourceError: there are fewer than two, or the names differ from `wanted`.
+        SourceError: there are fewer than two, or the names differ from `wanted`; with `may_lack`, only if a name is not
+            in `wanted`.
     """
-    if len(found) < 2:
+    if may_lack and found <= set(wanted):
+        return tuple(wanted)
+    if len(found) < 2 and not may_lack:
         raise SourceError(
             f"{where} has {len(found)} class(es): {', '.join(sorted(found)) or 'none'}",
             "a classifier needs at least two classes",
