@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from pictures import jpeg
+from PIL import Image
 
 from wasteddp.errors import SourceError
 from wasteddp.sharding import scan as intake
-from wasteddp.sharding.sources.archives import FolderSource
+from wasteddp.sharding.sources.files import FolderSource
 from wasteddp.sharding.sources.layout import SourceImage, read_folders
 
 
@@ -53,6 +54,21 @@ def test_each_unusable_image_is_listed_with_its_reason(image_folder: Callable[..
         "phone.heic": "unreadable",
     }
     assert (result.records["problem"] == 0).sum() == 8
+
+
+def test_an_image_wider_than_a_jpeg_is_left_out_unless_it_is_shrunk(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = image_folder({"a": 1, "b": 1})
+    Image.new("RGB", (70_000, 2)).save(folder / "a" / "wide.png")
+    for max_side_px, details in (
+        (None, {1: "70000x2 px, a JPEG has at most 65,500 px a side; --max-side shrinks it"}),
+        (1000, {}),
+        (None, {1: "70000x2 px, a JPEG has at most 65,500 px a side; --max-side shrinks it"}),
+    ):
+        result, _ = scan(folder, tmp_path / "journal", max_side_px=max_side_px)
+        assert result.details == details
+        assert (result.records["problem"] > 0).sum() == len(details)
 
 
 def test_too_many_unusable_images_stop_with_the_first_and_the_counts(

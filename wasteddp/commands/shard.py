@@ -12,6 +12,8 @@ from wasteddp.errors import SourceError
 if TYPE_CHECKING:
     from wasteddp.sharding.build import Job, Options
 
+_NOT_OF_A_RECIPE = ("split_files", "bins", "classes", "class_folders", "ignore", "encoding")
+
 
 def add(commands: Commands) -> None:
     _add_shard(commands)
@@ -51,6 +53,24 @@ def _add_shard(commands: Commands) -> None:
     images.add_argument("--quality", type=int, metavar="Q", help="quality of re-encoded JPEGs (default: 95)")
     images.add_argument("--shard-mb", type=float, metavar="MB", help="size of a tar (default: 256)")
     images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
+    names = command.add_argument_group("names")
+    names.add_argument(
+        "--classes", type=Path, metavar="FILE", help="YAML of `class: new name`; two with one new name are merged"
+    )
+    names.add_argument(
+        "--class-folders",
+        choices=("outer", "inner"),
+        default="",
+        help="which folders are the classes, if each outer folder holds the same inner folders (site/class: inner)",
+    )
+    names.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="ignore files and folders with such names, besides hidden ones, __MACOSX and @eaDir",
+    )
+    names.add_argument("--encoding", default="", help="of the names in an archive that is not UTF-8: cp932, gbk, cp437")
     images.add_argument(
         "--max-left-out",
         type=float,
@@ -131,7 +151,11 @@ def _shard_job(arguments: argparse.Namespace) -> Job:
         source=arguments.source,
         out=arguments.out,
         options=options,
-        bins=recipe.load_bins(arguments.bins) if arguments.bins else {},
+        bins=recipe.load_pairs(arguments.bins, "bin") if arguments.bins else {},
+        class_names=recipe.load_pairs(arguments.classes, "name") if arguments.classes else {},
+        class_folders=arguments.class_folders,
+        ignore=tuple(arguments.ignore),
+        encoding=arguments.encoding,
         split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
     )
 
@@ -141,9 +165,10 @@ def _is_recipe(source: Path) -> bool:
 
 
 def _refuse_own_split(arguments: argparse.Namespace) -> None:
-    if arguments.split_files or arguments.bins:
+    given = [name for name in _NOT_OF_A_RECIPE if getattr(arguments, name)]
+    if given:
         raise SourceError(
-            "--split-files or --bins was given with a recipe",
-            "the recipe has its own splits and bins",
-            "change them in a copy of the recipe",
+            f"--{given[0].replace('_', '-')} was given with a recipe",
+            "the recipe has its own splits, bins and classes, and knows its files",
+            "change them in a copy of the recipe, or give the folder or archive instead of the recipe",
         )

@@ -149,7 +149,8 @@ class Manifest:
 
     def save(self) -> None:
         """Writes `manifest.json` atomically. Call it last: a set with a manifest is a whole set."""
-        write_atomically(self.folder / MANIFEST_NAME, self.to_json().encode())
+        # A byte of a file name that is not UTF-8 becomes \udcXX: json.loads makes Python's name of that file of it.
+        write_atomically(self.folder / MANIFEST_NAME, self.to_json().encode("utf-8", "backslashreplace"))
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -186,7 +187,7 @@ class Manifest:
         """
         try:
             return cls._parse(text, folder, url)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ShardError(
                 f"{url or folder}/{MANIFEST_NAME} is not a manifest of this format: {type(error).__name__}: {error}",
                 "what it says of the shards cannot be trusted",
@@ -198,15 +199,21 @@ class Manifest:
         raw = json.loads(text)
         if raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format {raw.get('format')!r} version {raw.get('format_version')!r}, wanted {FORMAT!r} 1")
+        classes = raw["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
+            raise TypeError(f"the classes {classes!r:.200} are not a list of names")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"a class is named twice: {max(classes, key=classes.count)}")
+        "".join(classes).encode()  # a ValueError if one is not UTF-8
         splits = {}
         for name, part in raw["splits"].items():
             split = Split(name, tuple(Shard(**shard) for shard in part["shards"]), tuple(part["samples_per_class"]))
             if not split.num_samples == part["num_samples"] == sum(split.samples_per_class):
                 raise ValueError(f"split {name!r} does not add up")
-            if len(split.samples_per_class) != len(raw["classes"]):
+            if len(split.samples_per_class) != len(classes):
                 raise ValueError(f"split {name!r} counts {len(split.samples_per_class)} classes")
             for file in (f for shard in split.shards for f in (shard.tar, shard.index)):
-                if Path(file).name != file:
+                if not is_inside(file):
                     raise ValueError(f"{file!r} is not a plain file name")
             for sha256 in (s for shard in split.shards for s in (shard.sha256, shard.index_sha256)):
                 if not _SHA256.fullmatch(sha256):  # a cache uses it as a file name
@@ -215,7 +222,7 @@ class Manifest:
         return cls(
             folder=folder,
             name=raw["name"],
-            classes=tuple(raw["classes"]),
+            classes=tuple(classes),
             splits=splits,
             bins=raw["bins"],
             left_out=tuple(LeftOut(**left) for left in raw["left_out"]),
@@ -225,6 +232,12 @@ class Manifest:
             sha256=hashlib.sha256(text).hexdigest(),
             url=url,
         )
+
+
+def is_inside(file: str) -> bool:
+    """Return whether this is a plain file name, or one in a folder of the set: `train/000.tar`."""
+    parts = file.split("/")
+    return len(parts) <= 2 and not any(part in ("", ".", "..") or "\0" in part for part in parts)
 
 
 def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:

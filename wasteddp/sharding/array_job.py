@@ -85,6 +85,7 @@ def read_part(job: Job, part: Part, *, workers: int) -> None:
             workers=workers,
             journal=part.file(work, "scan", "jsonl"),
             limit=job.options.max_left_out,
+            max_side_px=job.options.max_side_px,
             part=mine,
         )
         unsized = _unsized(scanned, job.options, _read_sizes(work, job.options))
@@ -124,6 +125,7 @@ def write_part(job: Job, part: Part, *, workers: int) -> None:
             workers=workers,
             journal=part.file(work, "scan", "jsonl"),
             limit=options.max_left_out,
+            max_side_px=options.max_side_px,
             part=range(0),
         )
         sizes = _read_sizes(work, options)

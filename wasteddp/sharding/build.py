@@ -61,6 +61,7 @@ def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
             workers=workers,
             journal=work / "scan.jsonl",
             limit=job.options.max_left_out,
+            max_side_px=job.options.max_side_px,
         )
         manifest = _write_set(job, listing, scanned, work, workers=workers)
         elapsed_s = time.monotonic() - started

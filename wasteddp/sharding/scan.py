@@ -23,7 +23,7 @@ from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError, storage
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import duplicates
-from wasteddp.sharding.sources.archives import File, Source
+from wasteddp.sharding.sources.files import File, Source
 from wasteddp.sharding.sources.layout import SourceImage
 
 SCAN_DTYPE = np.dtype(
@@ -39,6 +39,7 @@ SCAN_DTYPE = np.dtype(
 )
 Scan = npt.NDArray[np.void]
 
+MAX_JPEG_SIDE_PX = 65_500  # of libjpeg
 MAX_FILE_BYTES = 256 << 20  # no photograph is larger; the whole file is read into memory
 DEFAULT_MAX_UNUSABLE = 0.1
 _ALWAYS_ALLOWED = 10  # a tenth of a tiny set is less than one image
@@ -90,6 +91,7 @@ def scan(
     journal: Path,
     limit: float | None = None,
     part: range | None = None,
+    max_side_px: int | None = None,
 ) -> ScanResult:
     """Examine the images in parallel, except those that are already in a journal.
 
@@ -97,6 +99,7 @@ def scan(
         journal: receives a line for each examined image. The other journals in its folder are read too.
         limit: see `max_unusable`.
         part: indices of the images to examine; None: all.
+        max_side_px: images with a longer side will be shrunk.
 
     Raises:
         SourceError: more images than `limit` allows cannot be used.
@@ -127,10 +130,27 @@ def scan(
                 advance()
                 if len(details) > allowed:
                     break
+    if max_side_px is None:
+        _leave_out_wide(records, details)
     result = ScanResult(records, dict(sorted(details.items())), is_read)
     if len(details) > allowed:
         raise too_many(result.left_out(images), len(images), limit)
     return result
+
+
+def _leave_out_wide(records: Scan, details: dict[int, str]) -> None:
+    """Mark images that must be encoded again and have a longer side than a JPEG can have.
+
+    This depends on an option, so the journal does not have it.
+    """
+    longest = np.maximum(records["height"], records["width"])
+    too_wide = (records["problem"] == 0) & ~records["is_plain"] & (longest > MAX_JPEG_SIDE_PX)
+    for index in np.flatnonzero(too_wide).tolist():
+        records["problem"][index] = 1 + manifest.REASONS.index("too_large")
+        width, height = records["width"][index], records["height"][index]
+        details[index] = (
+            f"{width}x{height} px, a JPEG has at most {MAX_JPEG_SIDE_PX:,} px a side; --max-side shrinks it"
+        )
 
 
 def examine(source: Source, file: File) -> tuple[Scan, str]:
@@ -190,7 +210,7 @@ def _replay(
             try:
                 path, stamp, record, detail = json.loads(line)
                 content = np.frombuffer(bytes.fromhex(record), SCAN_DTYPE)[0]
-            except (ValueError, TypeError, IndexError):  # truncated by a kill: that image is read again
+            except (ValueError, TypeError, IndexError, RecursionError):  # truncated by a kill: that image is read again
                 continue
             index = place.get((path, stamp))
             if index is not None:
