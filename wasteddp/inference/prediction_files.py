@@ -152,26 +152,27 @@ class JsonRecord:
 
 @contextmanager
 def csv_record(path: Path, card: BundleCard) -> Iterator[CsvRecord]:
-    # Names that are not UTF-8 keep their bytes, so that the row still names its file.
-    with _file_in_place(path, errors="surrogateescape") as file:
+    with _file_in_place(path) as file:
         yield CsvRecord(file, card)
 
 
 @contextmanager
 def json_record(path: Path, card: BundleCard, *, tta: str = "none") -> Iterator[JsonRecord]:
-    # JSON must be UTF-8: bytes that are not become \\udcXX, which json.loads turns into the name that Python uses.
-    with _file_in_place(path, errors="backslashreplace") as file:
+    with _file_in_place(path) as file:
         record = JsonRecord(file, card, tta)
         yield record
         record.finish()
 
 
 @contextmanager
-def _file_in_place(path: Path, *, errors: str) -> Iterator[TextIO]:
-    """Open a text file that gets its name when the block succeeds and is removed when it fails."""
+def _file_in_place(path: Path) -> Iterator[TextIO]:
+    """Open a text file that gets its name when the block succeeds and is removed when it fails.
+
+    It is UTF-8. A byte of a file name that is not becomes \\udcXX; json.loads makes Python's name of that file of it.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with storage("writing", path):
-        file = temporary.open("w", encoding="utf-8", errors=errors, newline="")
+        file = temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
     try:
         yield file
         with storage("writing", path):

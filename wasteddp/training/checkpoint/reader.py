@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from wasteddp.errors import CheckpointError
+from wasteddp.files import read_regular
 from wasteddp.training.checkpoint.compatibility import Lineage, changes_of_order, measure_of_settings
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 
@@ -189,8 +190,8 @@ def kept_choices(run: Path, resume: str) -> Kept:
         if not (paths and _step_in(paths[-1]) > _step_in(asked)):
             paths.append(asked)  # else the run has gone on from there already
     for path in reversed(paths):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            raw = json.loads((path / PROGRESS).read_bytes())
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            raw = json.loads(read_regular(path / PROGRESS))
             # until 2026-11 it was not written down: fp16 had a loss scale, and auto was bf16 otherwise
             return Kept(raw.get("precision") or ("fp16" if raw.get("scaler") else "bf16"), raw.get("compiles"))
     return NOTHING_KEPT
@@ -229,7 +230,7 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: not there, not whole, or of another format.
     """
     try:
-        complete = json.loads((path / COMPLETE).read_bytes())
+        complete = json.loads(read_regular(path / COMPLETE))
         if complete["format"] != FORMAT or complete["format_version"] not in _READERS:
             raise ValueError(
                 f"its format is {complete['format']} {complete['format_version']}; "
@@ -246,7 +247,16 @@ def read(path: Path) -> Checkpoint:
             raise ValueError(f"it has no state of: {', '.join(sorted(missing))}")
         raw.setdefault("best_in", measure_of_settings(yaml.safe_load(settings_yaml), lineage.manifest))  # until 2026-11
         return Checkpoint(path, Progress(lineage=lineage, **raw), states, settings_yaml)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+        yaml.YAMLError,
+    ) as error:
         reason = f"{error.args[0]!r} is missing in it" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path} is not a whole checkpoint: {reason}",
@@ -259,7 +269,7 @@ def _proved(folder: Path, name: str, sha256: str) -> bytes:
     """A file's content, if its hash is the one that was written down."""
     if Path(name).name != name:
         raise ValueError(f"{name!r} is not a plain file name")
-    content = (folder / name).read_bytes()
+    content = read_regular(folder / name)
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(f"{name} has {len(content)} bytes with sha256 {found[:12]}, not {sha256[:12]}")
