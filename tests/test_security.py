@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import pickle
 import random
+import re
 import shutil
 import struct
 import tarfile
@@ -34,13 +36,14 @@ from wasteddp.errors import (
     SettingsError,
     ShardError,
     SourceError,
+    WastedError,
     WeightsError,
 )
 from wasteddp.inference.bundle import load_bundle
 from wasteddp.model import pretrained, resnet
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.index import index_folder
-from wasteddp.sharding.recipe import load_bins, load_recipe
+from wasteddp.sharding.recipe import load_pairs, load_recipe
 from wasteddp.sharding.sources import archives
 from wasteddp.training.checkpoint import reader
 
@@ -244,9 +247,14 @@ def test_members_of_a_tar_that_point_elsewhere_lead_nowhere(tmp_path: Path) -> N
     names = [file.path for file in source.files]
     assert "glass/up.jpg" in names
     assert "glass/absolute.jpg" in names
-    assert not [name for name in names if name.endswith(("link.jpg", "hard.jpg", "device.jpg", "pipe.jpg"))]
     before = set(tmp_path.rglob("*"))
-    make_shards(Job(tmp_path / "evil.tar", tmp_path / "set", Options()), workers=1)
+    manifest = make_shards(Job(tmp_path / "evil.tar", tmp_path / "set", Options()), workers=1)
+    assert [(left.source, left.detail) for left in manifest.left_out] == [
+        ("glass/device.jpg", "it is a pipe or a device, not a file"),
+        ("glass/hard.jpg", "it is a link to ../../secret.jpg, which is not a file in the archive"),
+        ("glass/link.jpg", f"it is a link to {secret}, which is not a file in the archive"),
+        ("glass/pipe.jpg", "it is a pipe or a device, not a file"),
+    ]
     written = {path for path in set(tmp_path.rglob("*")) - before if tmp_path / "set" not in (path, *path.parents)}
     assert not written
 
@@ -277,6 +285,53 @@ def test_a_tar_whose_headers_are_bombs_is_refused_unread(kind: bytes, tmp_path: 
         archives.open_source(path, work_folder=tmp_path)
     with pytest.raises(ShardError, match=said):
         index_folder(tmp_path, workers=1)
+
+
+@pytest.mark.parametrize("is_pax", [False, True])
+def test_a_tar_whose_header_points_back_at_itself_is_refused(is_pax: bool, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train-000000.tar", good_images())
+    bad = tarfile.TarInfo("glass/n.jpg")
+    if is_pax:
+        bad.pax_headers = {"size": "-1024"}
+        header = bad.tobuf(tarfile.PAX_FORMAT)
+    else:
+        block = bytearray(bad.tobuf(tarfile.GNU_FORMAT))
+        block[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512 in base 256
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+        header = bytes(block)
+    content = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(content + bytes(-len(content) % 512) + header + bytes(2048))
+    with pytest.raises(SourceError, match="claims -"):
+        archives.open_source(path, work_folder=tmp_path)
+    with pytest.raises(ShardError, match="claims -"):
+        index_folder(tmp_path, workers=1)
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz"])
+def test_damaged_archives_end_in_a_message(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for info, data in good_images()[:4]:
+                archive.writestr(info.name, data)
+    else:
+        write_tar(path, good_images()[:4], "w:gz" if suffix == "tar.gz" else "w")
+    whole, draw = path.read_bytes(), random.Random(0)
+    headers = [match.start() for match in re.finditer(rb"PK\x01\x02|glass/", whole)] or [0]
+    for number in range(150):
+        content = bytearray(whole)
+        for _ in range(1 + number % 5):
+            begin = draw.choice([*headers, draw.randrange(len(whole))])
+            content[min(len(whole) - 1, begin + draw.randrange(200))] = draw.randrange(256)
+        path.write_bytes(content[: draw.randrange(len(whole))] if number % 10 == 0 else content)
+        with contextlib.suppress(WastedError):
+            source = archives.open_source(path, work_folder=tmp_path)
+            for file in source.files:
+                with contextlib.suppress(OSError):
+                    source.read(file.path)
+        for unpacked in tmp_path.glob("source-*"):
+            unpacked.unlink()
 
 
 def test_a_compressed_tar_that_swells_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
@@ -327,12 +382,14 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
     [
         "run: !!python/object/apply:os.system ['touch MARK']",
         "run: !!python/name:os.system",
+        f"run: {'9' * 5000}",
+        "run: 2024-13-45",
         "!!python/object/new:os.system ['touch MARK']",
         LAUGHS,
         "[" * 100_000,
         "x: " + "y" * 10_000_001,
     ],
-    ids=["apply", "name", "new", "aliases", "nesting", "length"],
+    ids=["apply", "name", "digits", "date", "new", "aliases", "nesting", "length"],
 )
 def test_yaml_that_is_more_than_values_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -343,7 +400,7 @@ def test_yaml_that_is_more_than_values_is_refused(text: str, tmp_path: Path, mon
     with pytest.raises(RecipeError, match="is not YAML"):
         load_recipe(path)
     with pytest.raises(RecipeError, match="is not YAML"):
-        load_bins(path)
+        load_pairs(path, "bin")
     assert not (tmp_path / "MARK").exists()
 
 

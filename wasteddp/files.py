@@ -8,11 +8,13 @@ would write the same checkpoints. The lock is the kernel's (flock), so that no k
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,22 @@ from wasteddp.errors import CheckpointError, storage
 
 LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
+
+
+def read_regular(path: Path) -> bytes:
+    """Returns the bytes of a regular file. A pipe or a device, which may never end, is not read.
+
+    Raises:
+        OSError: there is no such file, it cannot be read, or it is something else.
+    """
+    try:
+        # Opening a pipe would wait for its writer; for a regular file, O_NONBLOCK changes nothing.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+            return file.read()
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "its name has a NUL byte", str(path)) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

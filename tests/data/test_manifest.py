@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, REASONS, LeftOut, Manifest, Shard, Split, read_index
 from wasteddp.errors import ShardError, StorageError
-from wasteddp.files import write_atomically
+from wasteddp.files import read_regular, write_atomically
 
 
 @pytest.fixture
@@ -69,6 +70,10 @@ def test_a_missing_or_empty_split_is_refused_with_the_names_of_the_others(manife
         (lambda raw: raw["splits"]["train"].update(samples_per_class=[3]), "split 'train' has counts of 1 classes"),
         (lambda raw: raw["splits"]["train"]["shards"][0].update(tar="../../x.tar"), "is not a plain file name"),
         (lambda raw: raw.pop("classes"), "KeyError: 'classes'"),
+        (lambda raw: raw.update(classes=["a", "a"]), "a class is named twice: a"),
+        (lambda raw: raw.update(classes=["a", 1]), "are not a list of names"),
+        (lambda raw: raw.update(classes=["a", ""]), "are not a list of names"),
+        (lambda raw: raw.update(classes=["a", "m\udce9tal"]), "surrogates not allowed"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(
@@ -87,6 +92,9 @@ def test_no_folder_and_no_manifest_say_what_to_do(tmp_path: Path) -> None:
         Manifest.load(tmp_path)
     (tmp_path / MANIFEST_NAME).write_text("{")
     with pytest.raises(ShardError, match="is not a manifest of this format: JSONDecodeError"):
+        Manifest.load(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_text("[" * 100_000)
+    with pytest.raises(ShardError, match="is not a manifest of this format: RecursionError"):
         Manifest.load(tmp_path)
 
 
@@ -112,6 +120,13 @@ def test_a_failed_write_leaves_what_was_there_before(tmp_path: Path, monkeypatch
     with pytest.raises(StorageError, match="writing: No space left on device"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_a_pipe_or_a_name_that_no_file_can_have_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (("pipe", "a pipe or a device"), ("a\0b", "NUL"), ("x" * 300, "too long"), (".", "directory")):
+        with pytest.raises(OSError, match=reason):
+            read_regular(tmp_path / name)
 
 
 def test_every_reason_that_the_steps_give_is_known() -> None:

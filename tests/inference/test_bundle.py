@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_places_without_a_model_are_told_apart(tmp_path: Path) -> None:
             load_bundle(tmp_path / name)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "folder", "pipe"])
 def test_damaged_weights_are_refused_by_their_hash(tmp_path: Path, damage: str) -> None:
     path = tmp_path / save_bundle(tmp_path, CARD, SMALL).weights_name
     content = bytearray(path.read_bytes())
@@ -172,6 +173,14 @@ def test_damaged_weights_are_refused_by_their_hash(tmp_path: Path, damage: str) 
     elif damage == "cut":
         path.write_bytes(content[:-1])
         message = f"has {len(content) - 1} bytes"
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
+        message = "cannot be read: Is a directory"
+    elif damage == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+        message = "cannot be read: it is a pipe or a device, not a file"
     else:
         path.unlink()
         message = "cannot be read: No such file or directory"
@@ -212,7 +221,7 @@ def test_a_card_that_cannot_be_right_is_refused(
         load_bundle(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", '{"format": ', '"x"'])
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"format": ', '"x"', "[" * 100_000], ids=repr)
 def test_a_card_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     save_bundle(tmp_path, CARD, SMALL)
     (tmp_path / "model.json").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -11,17 +12,20 @@ from pathlib import Path
 import pytest
 from pictures import jpeg
 
+from wasteddp.cli import main
+from wasteddp.data.manifest import Manifest
 from wasteddp.errors import SourceError
-from wasteddp.sharding.sources.archives import FolderSource, open_source
-from wasteddp.sharding.sources.layout import Layout, read_folders, read_table
+from wasteddp.sharding.sources.archives import open_source
+from wasteddp.sharding.sources.files import FolderSource
+from wasteddp.sharding.sources.layout import Layout, read_folders, read_table, rename_classes, split_words
 
 
 def understood(path: Path, tmp_path: Path) -> Layout:
     return read_folders(open_source(path, work_folder=tmp_path), path)
 
 
-def write_zip(path: Path, names: list[str]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
+def write_zip(path: Path, names: list[str], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for number, name in enumerate(names):
             archive.writestr(name, b"" if name.endswith("/") else jpeg(number))
     return path
@@ -83,10 +87,164 @@ def test_members_that_point_outside_stay_names_and_write_nothing(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.zip", "inner"]
 
 
-def test_a_folder_that_links_to_its_parent_is_read_once(image_folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Training", "Testing"),
+        ("training_set/training_set", "test_set/test_set"),
+        ("train/train", "test/test"),
+        ("train_images", "eval-images"),
+        ("TrainSet", "valset2"),
+        ("dev", "test1"),
+        ("data/seg_train", "data/seg_test"),
+        ("train1", "train2", "test"),
+    ],
+)
+def test_split_folders_are_found_by_words(
+    image_folder: Callable[..., Path], tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    layout = understood(image_folder({f"{name}/{c}": 1 for name in names for c in ("a", "b")}), tmp_path)
+    assert layout.classes == ("a", "b")
+    assert {p.split for p in layout.images} == {next(iter(split_words(name))) for name in names}
+    assert layout.ignored == ()
+
+
+def test_a_lone_folder_train_is_a_split_and_words_in_class_names_are_not(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert {p.split for p in understood(image_folder({"Train/a": 1, "Train/b": 1}), tmp_path).images} == {"train"}
+    layout = understood(image_folder({"test_tube": 1, "toy-train": 1, "glass": 1}, name="other"), tmp_path)
+    assert (layout.classes, layout.is_split) == (("glass", "test_tube", "toy-train"), False)
+
+
+def test_sites_are_refused_until_the_class_folders_are_named(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    source = FolderSource(image_folder({f"{site}/{c}": 1 for site in ("site1", "site2") for c in ("glass", "metal")}))
+    with pytest.raises(SourceError, match="each of the 2 folders site1, site2 in here holds the folders glass, metal"):
+        read_folders(source, "here")
+    assert read_folders(source, "here", class_folders="inner").classes == ("glass", "metal")
+    assert read_folders(source, "here", class_folders="outer").classes == ("site1", "site2")
+
+
+def test_classes_are_renamed_and_merged(
+    image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder({"Glass": 1, "glass": 1, "m\u00e9tal": 1, "me\u0301tal": 1, "paper": 1})
+    (tmp_path / "names.yaml").write_text("Glass: glass\n'm\u00e9tal': metal\n'me\u0301tal': metal\n", encoding="utf-8")
+    assert main(["shard", str(folder), "--out", str(tmp_path / "plain")]) == 0
+    output = capsys.readouterr().out
+    assert r"differ only in case, spaces or Unicode form: 'Glass', 'glass'; to merge" in output
+    assert r"'me\u0301tal', 'm\xe9tal'" in output
+    out = tmp_path / "out"
+    assert main(["shard", str(folder), "--out", str(out), "--classes", str(tmp_path / "names.yaml")]) == 0
+    assert "differ only" not in capsys.readouterr().out
+    manifest = Manifest.load(out)
+    assert manifest.classes == ("glass", "metal", "paper")
+    assert manifest.recipe["class_names"]["Glass"] == "glass"
+    with pytest.raises(SourceError, match="has no class wood; its classes are Glass, glass"):
+        rename_classes(read_folders(FolderSource(folder), "here"), {"wood": "paper"}, "here")
+
+
+def test_links_to_folders_are_followed_once_in_sorted_order(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, other = image_folder({"a": 1, "b": 1}), image_folder({"x": 1, "x/deep": 1}, name="other")
+    for link, target in (
+        ("a/again", folder),
+        ("a/above", tmp_path),
+        ("z", other / "x"),
+        ("c", other / "x"),
+        ("b/same", folder / "a"),
+        ("loop", folder / "loop"),
+    ):
+        (folder / link).symlink_to(target)
+    source = FolderSource(folder)
+    assert [file.path for file in source.files] == ["a/a1.jpg", "b/b1.jpg", "c/deep/deep1.jpg", "c/x1.jpg", "loop"]
+    assert source.notes == [
+        f"followed 1 link(s) to folders: {folder}/c",
+        "did not follow 4 link(s) to folders that are read in another place or hold this one: "
+        + ", ".join(f"{folder}/{link}" for link in ("a/above", "a/again", "b/same", "z")),
+    ]
+
+
+def test_folders_of_the_system_are_ignored_and_the_list_can_be_added_to(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder({"a": 1, "b": 1, "@eaDir/a.jpg": 1, "__MACOSX/a": 1, "a/.thumbs": 1, "masks": 1})
+    source = FolderSource(folder, ignore=("mask*",))
+    assert [file.path for file in source.files] == ["a/a1.jpg", "b/b1.jpg"]
+    assert source.notes == [
+        "ignored 4 hidden or system file(s) or folder(s): "
+        + ", ".join(f"{folder}/{name}" for name in ("@eaDir", "__MACOSX", "masks", "a/.thumbs"))
+    ]
+
+
+def test_what_is_not_a_regular_file_is_left_out(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = image_folder({"a": 1, "b": 1})
-    (folder / "a" / "again").symlink_to(folder)
-    assert len(FolderSource(folder).files) == 2
+    os.mkfifo(folder / "a" / "pipe.jpg")
+    (folder / "a" / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "a" / "loop.jpg").symlink_to("loop.jpg")
+    wrong = {"pipe.jpg": "a pipe or a device", "zero.jpg": "a pipe or a device", "loop.jpg": "Too many levels"}
+    table = tmp_path / "images" / "t.csv"
+    lines = [f"a/{name},a" for name in (*wrong, "a1.jpg", "n\0.jpg", "x" * 300 + ".jpg")]
+    table.write_text("\n".join(["path,label", *lines, "b/b1.jpg,b"]))
+    wrong |= {"n\0.jpg": "NUL", "x" * 300 + ".jpg": "File name too long"}
+    for source in (FolderSource(folder), read_table(table)[0]):
+        for file in source.files:
+            if file.path.removeprefix("a/") in wrong:
+                with pytest.raises(OSError, match=wrong[file.path.removeprefix("a/")]):
+                    source.read(file.path)
+    assert len(source.files) == 7
+
+
+@pytest.mark.parametrize("encoding", ["", "utf-8", "cp932", "gbk"])
+def test_names_in_a_zip_are_decoded_as_stated_or_refused(tmp_path: Path, encoding: str) -> None:
+    class Raw(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+            return self.filename.encode(encoding or "cp932"), self.flag_bits & ~0x800
+
+    classes = ("\u8868\u793a\u677f", "\u8868\u7d19")  # in cp932 they have the byte 0x5C
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number, name in enumerate(classes):
+            archive.writestr(Raw(f"{name}/{number}.jpg"), jpeg(number))
+    if encoding:
+        stated = "" if encoding == "utf-8" else encoding
+        source = open_source(tmp_path / "a.zip", work_folder=tmp_path, encoding=stated)
+        assert read_folders(source, "here").classes == classes
+        assert source.read(f"{classes[1]}/1.jpg") == jpeg(1)
+    for wrong in ("", "ascii", "no-such") if encoding != "utf-8" else ("ascii",):
+        with pytest.raises(SourceError, match="has names that are not"):
+            open_source(tmp_path / "a.zip", work_folder=tmp_path, encoding=wrong)
+
+
+def test_links_in_a_tar_are_resolved_and_names_keep_their_bytes(tmp_path: Path) -> None:
+    def link(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, target
+        return member
+
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(link("./b/early.jpg", tarfile.SYMTYPE, "../a/1.jpg"))
+        member = tarfile.TarInfo("./a/1.jpg")
+        member.size = len(jpeg(1))
+        archive.addfile(member, io.BytesIO(jpeg(1)))
+        archive.addfile(link("./b/hard.jpg", tarfile.LNKTYPE, "./a/1.jpg"))
+        archive.addfile(link("./b/twice.jpg", tarfile.SYMTYPE, "early.jpg"))
+        archive.addfile(link("./b/self.jpg", tarfile.SYMTYPE, "self.jpg"))
+        archive.addfile(link("./b/x\udc95\\y.jpg", tarfile.SYMTYPE, "hard.jpg"))
+    source = open_source(tmp_path / "a.tar", work_folder=tmp_path)
+    names = ["a/1.jpg", "b/early.jpg", "b/hard.jpg", "b/self.jpg", "b/twice.jpg", "b/x\udc95\\y.jpg"]
+    assert [file.path for file in source.files] == names
+    for name in names:
+        if name == "b/self.jpg":
+            with pytest.raises(OSError, match=r"a link to self\.jpg, which is not a file in the archive"):
+                source.read(name)
+        else:
+            assert source.read(name) == jpeg(1)
+
+
+def test_a_damaged_header_within_a_tar_is_not_taken_for_its_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", ["a/1.jpg", "b/2.jpg", "c/3.jpg"], "w")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"b/2.jpg")] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match="is damaged: no header of a member at byte"):
+        open_source(path, work_folder=tmp_path)
 
 
 def test_a_changed_zip_member_is_an_os_error_not_other_bytes(tmp_path: Path) -> None:
@@ -96,6 +254,17 @@ def test_a_changed_zip_member_is_an_os_error_not_other_bytes(tmp_path: Path) -> 
     path.write_bytes(content)
     with pytest.raises(OSError, match="CRC"):
         open_source(path, work_folder=tmp_path).read("a/1.jpg")
+
+
+def test_a_damaged_deflated_member_is_an_os_error(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", ["a/1.jpg", "b/2.jpg"], zipfile.ZIP_DEFLATED)
+    content = bytearray(path.read_bytes())
+    content[37:87] = bytes(range(50, 100))
+    path.write_bytes(content)
+    source = open_source(path, work_folder=tmp_path)
+    with pytest.raises(OSError, match="damaged member: Error -3"):
+        source.read("a/1.jpg")
+    assert source.read("b/2.jpg") == jpeg(1)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +277,10 @@ def test_a_changed_zip_member_is_an_os_error_not_other_bytes(tmp_path: Path) -> 
             {"train/a": 1, "train/b": 1, "holdout/a": 3},
             r"mixes split folders and other folders: holdout \(3 images\)",
         ),
+        ({"train_images": 2, "test_images": 2}, "4 images are in no class folder"),
+        ({"train/a": 1, "val/a": 1, "dev/b": 1}, "has several folders for the split val"),
+        ({"glass/train": 1, "glass/val": 1, "metal/train": 1, "metal/val": 1}, "holds the folders train, val"),
+        ({"a": 1, "m\udce9tal": 1}, r"the class 'm\\udce9tal' has a name that is not UTF-8"),
     ],
 )
 def test_folders_that_are_no_data_set_are_refused(

@@ -49,6 +49,21 @@ def read_samples(folder: Path, split: str) -> list[dict[str, object]]:
     return [{"key": s["__key__"], "jpg": s["jpg"], **json.loads(s["json"])} for s in samples]
 
 
+def test_names_that_are_not_utf8_are_kept_and_the_files_are_utf8(
+    image_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = image_folder({"glass": 2, "metal": 2})
+    (images / "glass" / "glass1.jpg").rename(images / "glass" / "caf\udce9.jpg")
+    (images / "glass" / "br\udce9k.jpg").write_text("no image")
+    (images / "metal" / "t\udce9xt.txt").touch()
+    assert main(["shard", str(images), "--out", str(tmp_path / "out"), "--fractions", "1,0,0"]) == 0
+    assert "metal/t\\udce9xt.txt" in capsys.readouterr().out
+    manifest = Manifest.load(tmp_path / "out")
+    assert [left.source for left in manifest.left_out] == ["glass/br\udce9k.jpg"]
+    (tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")
+    assert "glass/caf\udce9.jpg" in {sample["source"] for sample in read_samples(tmp_path / "out", "train")}
+
+
 def test_webdataset_reads_what_the_index_points_at(image_folder: Folder, tmp_path: Path) -> None:
     images = image_folder()
     manifest = make_shards(Job(images, tmp_path / "out", SMALL), workers=2)
@@ -154,7 +169,7 @@ def test_killed_at_any_time_and_started_again_it_ends_with_the_same_bytes(tmp_pa
     program = (
         "import sys, time; from pathlib import Path\n"
         "from wasteddp.sharding import build\n"
-        "from wasteddp.sharding.sources.archives import FolderSource\n"
+        "from wasteddp.sharding.sources.files import FolderSource\n"
         "read = FolderSource.read\n"
         "FolderSource.read = lambda self, path: (time.sleep(0.004), read(self, path))[1]\n"
         "options = build.Options(shard_mb=0.02)\n"

@@ -18,7 +18,7 @@ from PIL import Image
 from wasteddp.cli import main
 from wasteddp.data.manifest import Manifest, read_index
 from wasteddp.errors import ShardError, SourceError
-from wasteddp.sharding.index import index_folder
+from wasteddp.sharding.index import choose_splits, index_folder
 from wasteddp.sharding.verify import verify
 
 
@@ -132,6 +132,10 @@ def test_a_tar_that_is_cut_in_or_between_members_is_named(tmp_path: Path, cut: i
             "of '1' are not consecutive",
         ),
         ({"1.txt": b""}, "holds no image"),
+        ({"1.cls": b"0"}, "holds no image"),
+        ({"1.jpg": b"", "1.json": b"[" * 100_000}, "sample '1' .* has no label"),
+        ({"1.jpg": b"", "1.cls": b"9" * 5000}, "has the label number 1,000,000, the limit is 999,999"),
+        ({"1.jpg": b"", "1.json": b'{"label": 123456789}'}, "has the label number 123,456,789"),
     ],
 )
 def test_samples_without_one_image_and_one_label_are_named(
@@ -140,6 +144,76 @@ def test_samples_without_one_image_and_one_label_are_named(
     write_tar(tmp_path / "a.tar", {name: data or jpeg(1) for name, data in members.items()})
     with pytest.raises(ShardError, match=message):
         index_folder(tmp_path, workers=1)
+
+
+def test_images_of_any_format_and_links_are_read_and_the_rest_is_named(tmp_path: Path) -> None:
+    pixels = Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
+    members: dict[str, bytes] = {}
+    for number, kind in enumerate(("BMP", "GIF", "TIFF")):
+        data = io.BytesIO()
+        pixels.save(data, kind)
+        members |= {f"{number}.{kind.lower()}": data.getvalue(), f"{number}.cls": b"%d" % (number % 2)}
+    members |= {"3.jpg": jpeg(3), "3.tiff": b"a depth map", "3.cls": b"0", "5.cls": b"1", "6.jpg": b"", "6.cls": b"0"}
+    members |= {"__MACOSX/._3.jpg": b"", "@eaDir/3.jpg/x.jpg": b""}
+    write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        for key, kind, target in (("7", tarfile.LNKTYPE, "3.jpg"), ("8", tarfile.SYMTYPE, "/etc/x.jpg")):
+            link, label = tarfile.TarInfo(f"{key}.jpg"), tarfile.TarInfo(f"{key}.cls")
+            link.type, link.linkname = kind, target
+            archive.addfile(link)
+            label.size = 1
+            archive.addfile(label, io.BytesIO(b"1"))
+    manifest = index_folder(tmp_path, workers=1)
+    images = [members["0.bmp"], members["1.gif"], members["2.tiff"], jpeg(3), jpeg(3)]
+    assert indexed_images(manifest) == [("train", n, image) for n, image in zip((0, 1, 0, 0, 1), images, strict=True)]
+    assert [(left.source, left.reason, left.detail) for left in manifest.left_out] == [
+        ("a.tar/5", "unreadable", "it has a label but no image (cls)"),
+        ("a.tar/6.jpg", "empty", "the file has 0 bytes"),
+        ("a.tar/8.jpg", "unreadable", "it is a link to /etc/x.jpg, which is not a file in the archive"),
+    ]
+    assert verify(tmp_path, workers=1).damage == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "expected"),
+    [
+        (["imagenet1k-train-0000", "imagenet1k-validation-00"], [], ["train", "val"]),
+        (["shard_train_0", "Shard_Val_0", "test0"], [], ["train", "val", "test"]),
+        (["00000", "a-strain-1"], [], ["train", "train"]),
+        (["train/0", "val/0"], [], ["train", "val"]),
+        (["a", "b"], [("val", "b*"), ("train", "*")], ["train", "val"]),
+        (["train-0", "hold-out"], [], "1 of the 2 tars of here have no word for one split in their names"),
+        (["train-val-0"], [], "1 of the 1 tars .* such as train-val-0.tar"),
+        (["train-val-0"], [("train", "*")], ["train"]),
+        (["a"], [("val", "b*")], r"--split val=b\* matches none of the 1 tars"),
+        (["a"], [("holdout", "a*")], "holdout is not a split"),
+    ],
+)
+def test_the_split_of_a_tar_is_a_word_of_its_name_or_as_stated(
+    names: list[str], splits: list[tuple[str, str]], expected: list[str] | str
+) -> None:
+    tars = [f"{name}.tar" for name in names]
+    if isinstance(expected, str):
+        with pytest.raises(ShardError, match=expected):
+            choose_splits(tars, splits, "here")
+    else:
+        assert list(choose_splits(tars, splits, "here").values()) == expected
+
+
+def test_folders_of_tars_by_split_and_a_map_of_classes(tmp_path: Path) -> None:
+    for split, seed in (("train", 1), ("val", 3)):
+        members = {"1.jpg": jpeg(seed), "1.cls": b"Glass", "2.jpg": jpeg(seed + 1), "2.cls": b"glass"}
+        write_tar(tmp_path / "s" / split / "0.tar", members | {"3.jpg": jpeg(seed + 5), "3.cls": b"metal"})
+    (tmp_path / "s" / "@eaDir").mkdir()
+    (tmp_path / "s" / "@eaDir" / "train.tar").touch()
+    (tmp_path / "s" / "._train.tar").touch()
+    (tmp_path / "names.yaml").write_text("Glass: glass")
+    assert main(["index", str(tmp_path / "s"), "--classes", str(tmp_path / "names.yaml")]) == 0
+    manifest = Manifest.load(tmp_path / "s")
+    assert [shard.index for split in manifest.splits.values() for shard in split.shards] == ["train/0.idx", "val/0.idx"]
+    assert manifest.classes == ("glass", "metal")
+    assert manifest.splits["val"].samples_per_class == (2, 1)
+    assert verify(tmp_path / "s", workers=1).damage == ()
 
 
 def test_labels_must_be_of_one_kind_and_have_names(tmp_path: Path) -> None:
@@ -152,6 +226,12 @@ def test_labels_must_be_of_one_kind_and_have_names(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(1), "1.cls": b"a", "2.jpg": jpeg(2), "2.cls": b"b"})
     with pytest.raises(SourceError, match="no images of: c"):
         index_folder(tmp_path, workers=1, classes=("a", "c"))
+    write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(1), "1.cls": b"m\xe9tal", "2.jpg": jpeg(2), "2.cls": b"m\xe8tal"})
+    with pytest.raises(SourceError, match="has a name that is not UTF-8"):
+        index_folder(tmp_path, workers=1)
+    write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(1), "1.cls": b"0", "2.jpg": jpeg(2), "2.cls": b"1"})
+    with pytest.raises(SourceError, match="the class 'a' is named twice"):
+        index_folder(tmp_path, workers=1, classes=("a", "a"))
 
 
 def test_folders_without_plain_tars_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from wasteddp.errors import SourceError
 from wasteddp.sharding import scan as intake
 from wasteddp.sharding.build import Job, make_shards
-from wasteddp.sharding.sources.archives import FolderSource
+from wasteddp.sharding.sources.files import FolderSource
 from wasteddp.sharding.sources.layout import SourceImage, read_folders
 
 

@@ -53,6 +53,8 @@ def test_a_checkpoint_of_an_older_format_is_read(version: int, size: str) -> Non
         ("path outside", "is not a plain file name"),
         ("not json", "Expecting property name"),
         ("a list", "list indices"),
+        ("deep", "recursion depth"),
+        ("a pipe", "it is a pipe or a device, not a file"),
         ("no model", "has no state of: model"),
         ("unknown progress", "unexpected keyword argument 'mood'"),
     ],
@@ -70,6 +72,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
         os.truncate(weights, weights.stat().st_size - 4)
     elif damage == "file missing":
         weights.unlink()
+    elif damage == "a pipe":
+        weights.unlink()
+        os.mkfifo(weights)
     elif damage == "not complete":
         complete.unlink()
     elif damage == "no model":
@@ -85,6 +90,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Pat
                 "path outside": text.replace("model.safetensors", "../../model.safetensors"),
                 "not json": "{",
                 "a list": "[]",
+                "deep": "[" * 100_000,
             }[damage]
         )
     said: list[str] = []

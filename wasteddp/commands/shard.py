@@ -12,6 +12,8 @@ from wasteddp.errors import SourceError
 if TYPE_CHECKING:
     from wasteddp.sharding.build import Job, Options
 
+_NOT_OF_A_RECIPE = ("split_files", "bins", "classes", "class_folders", "ignore", "encoding")
+
 
 def add(commands: Commands) -> None:
     _add_shard(commands)
@@ -77,6 +79,24 @@ def _add_shard(commands: Commands) -> None:
         "all images in test, to evaluate a model on them)",
     )
     images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
+    names = command.add_argument_group("names")
+    names.add_argument(
+        "--classes", type=Path, metavar="FILE", help="YAML of `class: new name`; two with one new name are merged"
+    )
+    names.add_argument(
+        "--class-folders",
+        choices=("outer", "inner"),
+        default="",
+        help="which folders are the classes, if each outer folder holds the same inner folders (site/class: inner)",
+    )
+    names.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="ignore files and folders with such names, besides hidden ones, __MACOSX and @eaDir",
+    )
+    names.add_argument("--encoding", default="", help="of the names in an archive that is not UTF-8: cp932, gbk, cp437")
     images.add_argument(
         "--max-left-out",
         type=float,
@@ -163,7 +183,11 @@ def _shard_job(arguments: argparse.Namespace) -> Job:
         classes=_classes_of(arguments.classes_from) if arguments.classes_from else (),
         extends=Manifest.load(arguments.extend) if arguments.extend else None,
         may_lack_classes=bool(arguments.classes_from),
-        bins=recipe.load_bins(arguments.bins) if arguments.bins else {},
+        bins=recipe.load_pairs(arguments.bins, "bin") if arguments.bins else {},
+        class_names=recipe.load_pairs(arguments.classes, "name") if arguments.classes else {},
+        class_folders=arguments.class_folders,
+        ignore=tuple(arguments.ignore),
+        encoding=arguments.encoding,
         split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
     )
 
@@ -183,9 +207,10 @@ def _is_recipe(source: Path) -> bool:
 
 
 def _refuse_own_split(arguments: argparse.Namespace) -> None:
-    if arguments.split_files or arguments.bins or arguments.classes_from or arguments.extend:
+    given = [name for name in _NOT_OF_A_RECIPE if getattr(arguments, name)]
+    if given:
         raise SourceError(
-            "--split-files, --bins, --classes-from or --extend was given with a recipe",
-            "the recipe has its own splits, bins and classes",
-            "change them in a copy of the recipe",
+            f"--{given[0].replace('_', '-')} was given with a recipe",
+            "the recipe has its own splits, bins and classes, and knows its files",
+            "change them in a copy of the recipe, or give the folder or archive instead of the recipe",
         )

@@ -91,16 +91,30 @@ def _add_index(commands: Commands) -> None:
         "index",
         help="write a manifest for tars of another tool",
         description="Reads WebDataset or img2dataset tars once and writes an index for each, and a manifest. The split "
-        "is the start of a tar's name (train, val, test), otherwise train. From a URL, each tar is fetched once and "
-        "not kept; indexes and manifest are written to --out, to be copied to the folder of the tars.",
+        "is a word in a tar's name or its folder (train, val, test); without any such word, all are train. "
+        "From a URL, each tar is fetched once and not kept; indexes and manifest are written to --out, to be copied to "
+        "the folder of the tars.",
     )
     command.add_argument("folder", metavar="FOLDER-OR-URL", help="folder of the .tar files")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="where to write, if the tars are at a URL")
     command.add_argument(
         "--tars", default="", metavar="NAMES", help="train-{000..146}.tar: needed if a web server does not list folders"
     )
-    command.add_argument("--classes", type=words, default=(), metavar="A,B,C", help="class names in their order")
+    command.add_argument(
+        "--classes",
+        type=words,
+        default=(),
+        metavar="A,B,C-or-YAML",
+        help="class names in their order, or a YAML file of `label: name`",
+    )
     command.add_argument("--classes-from", type=Path, metavar="FILE", help="the same, one per line")
+    command.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=GLOB",
+        help="split of the tars that match, such as val='*-validation-*.tar'; the first that matches counts",
+    )
     command.add_argument("--label-key", metavar="KEY", help="label field of the .json")
     command.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     add_workers(command)
@@ -114,8 +128,13 @@ def _index(arguments: argparse.Namespace) -> None:
     from wasteddp.parallel import num_usable_cores
     from wasteddp.sharding import index as indexing
     from wasteddp.sharding.compare import find_repeats
+    from wasteddp.sharding.recipe import load_pairs
 
     classes: tuple[str, ...] = arguments.classes
+    class_names: dict[str, str] = {}
+    if [Path(name).suffix for name in classes] in ([".yaml"], [".yml"]):
+        class_names = load_pairs(Path(classes[0]), "name")
+        classes = ()
     if arguments.classes_from:
         with storage("reading the class names", arguments.classes_from):
             lines = arguments.classes_from.read_text(encoding="utf-8").splitlines()
@@ -135,6 +154,8 @@ def _index(arguments: argparse.Namespace) -> None:
     manifest = index(
         workers=arguments.workers or num_usable_cores(),
         classes=classes,
+        class_names=class_names,
+        splits=indexing.parse_splits(arguments.split),
         label_keys=(arguments.label_key,) if arguments.label_key else indexing.DEFAULT_LABEL_KEYS,
         overwrite=arguments.overwrite,
     )

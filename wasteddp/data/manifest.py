@@ -156,7 +156,8 @@ class Manifest:
 
     def save(self) -> None:
         """Write `manifest.json` atomically. Write it last, since its presence means that the set is complete."""
-        write_atomically(self.folder / MANIFEST_NAME, self.to_json().encode())
+        # A byte of a file name that is not UTF-8 becomes \udcXX: json.loads makes Python's name of that file of it.
+        write_atomically(self.folder / MANIFEST_NAME, self.to_json().encode("utf-8", "backslashreplace"))
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -200,7 +201,7 @@ class Manifest:
         """
         try:
             return cls._parse(text, folder, url)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ShardError(
                 f"{url or folder}/{MANIFEST_NAME} is not a manifest of this format: {type(error).__name__}: {error}",
                 "its description of the shards cannot be trusted",
@@ -212,15 +213,21 @@ class Manifest:
         raw = json.loads(text)
         if raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format {raw.get('format')!r} version {raw.get('format_version')!r}, not {FORMAT!r} 1")
+        classes = raw["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
+            raise TypeError(f"the classes {classes!r:.200} are not a list of names")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"a class is named twice: {max(classes, key=classes.count)}")
+        "".join(classes).encode()  # a ValueError if one is not UTF-8
         splits = {}
         for name, part in raw["splits"].items():
             split = Split(name, tuple(Shard(**shard) for shard in part["shards"]), tuple(part["samples_per_class"]))
             if not split.num_samples == part["num_samples"] == sum(split.samples_per_class):
                 raise ValueError(f"the sample counts of split {name!r} do not add up")
-            if len(split.samples_per_class) != len(raw["classes"]):
+            if len(split.samples_per_class) != len(classes):
                 raise ValueError(f"split {name!r} has counts of {len(split.samples_per_class)} classes")
             for file in (f for shard in split.shards for f in (shard.tar, shard.index)):
-                if Path(file).name != file:
+                if not is_inside(file):
                     raise ValueError(f"{file!r} is not a plain file name")
             for sha256 in (s for shard in split.shards for s in (shard.sha256, shard.index_sha256)):
                 if not _SHA256.fullmatch(sha256):  # a cache uses it as a file name
@@ -229,7 +236,7 @@ class Manifest:
         return cls(
             folder=folder,
             name=raw["name"],
-            classes=tuple(raw["classes"]),
+            classes=tuple(classes),
             splits=splits,
             bins=raw["bins"],
             left_out=tuple(LeftOut(**left) for left in raw["left_out"]),
@@ -252,6 +259,12 @@ def write_index(path: Path, records: Iterable[tuple[int, int, int, bytes]]) -> s
     content = np.array(rows, INDEX_DTYPE).tobytes()
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def is_inside(file: str) -> bool:
+    """Return whether this is a plain file name, or one in a folder of the set: `train/000.tar`."""
+    parts = file.split("/")
+    return len(parts) <= 2 and not any(part in ("", ".", "..") or "\0" in part for part in parts)
 
 
 def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:

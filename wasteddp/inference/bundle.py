@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wasteddp.errors import BundleError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import read_regular, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -139,8 +139,8 @@ def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]
     folder = find_bundle(folder)
     card = read_card(folder)
     try:
-        content = (folder / card.weights_name).read_bytes()
-    except FileNotFoundError:
+        content = read_regular(folder / card.weights_name)
+    except OSError:
         # A running training replaced its model between the two reads. The new card names the new weights.
         card = read_card(folder)
         content = _read(folder / card.weights_name)
@@ -215,7 +215,7 @@ def read_card(folder: Path) -> BundleCard:
         if raw.pop("sha256", None) != _hash_of_card(raw) and raw["format_version"] > 2:
             raise ValueError("its content is not the one that was written: its sha256 differs")
         return _parse(raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(
             f"{path} is not a model's card: {type(error).__name__}: {error}",
             "neither the classes nor the preprocessing of these weights would be known",
@@ -256,7 +256,7 @@ def _parse(raw: dict[str, Any]) -> BundleCard:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise _damaged(path, f"cannot be read: {error.strerror}") from error
 

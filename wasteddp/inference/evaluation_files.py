@@ -143,7 +143,7 @@ def _save_figures(
         "worst_mistakes": [describe(mistake) for mistake in seen.mistakes.worst],
     }
     content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(folder / "metrics.json", content.encode("utf-8", "surrogateescape"))
+    write_atomically(folder / "metrics.json", content.encode("utf-8", "backslashreplace"))
 
 
 def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
@@ -186,7 +186,7 @@ def _csv(head: Iterable[Iterable[Any]], rows: Iterable[Iterable[Any]]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows(head)
     writer.writerows(rows)  # a float32 is written with as many digits as reading it back exactly needs
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> bytes:

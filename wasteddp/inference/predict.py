@@ -9,7 +9,7 @@ From folders and globs, files with an image suffix are used. A file that is name
 from __future__ import annotations
 
 import glob
-import os
+import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from pathlib import Path
 from wasteddp.data.decoding.crop import EvaluationView
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.file_loader import Unreadable, file_views
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, storage
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.prediction_files import Answer, Failure, Prediction, Record, Terminal, csv_record, json_record
+from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 
 
@@ -84,9 +85,9 @@ def predict(classifier: Classifier, paths: Iterable[str], workers: Workers) -> G
 def find_images(paths: Sequence[str]) -> Iterator[str]:
     """Return an iterator over the images in files, folders (with all subfolders) and globs (also `**`).
 
-    Images are sorted within each. Every path is checked before this returns, so that a misspelt one is reported
-    immediately. After that, memory holds only the names in one folder at a time. A folder that cannot be listed is
-    yielded itself; reading it gives the reason.
+    Images are sorted within each. Links to folders are followed once; see `files.walk`. Every path is checked before
+    this returns, so that a misspelt one is reported immediately. After that, memory holds only the names in one folder
+    at a time. A folder that cannot be listed is yielded itself; reading it gives the reason.
 
     Raises:
         SourceError: a path or glob has no images.
@@ -95,9 +96,11 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
 
 
 def _at_least_one(path: str) -> Iterator[str]:
-    if Path(path).is_dir():
+    with storage("looking for images", path):  # a name too long
+        is_folder, exists = Path(path).is_dir(), Path(path).exists()
+    if is_folder:
         images = _below(path)
-    elif Path(path).exists():  # before globs: a file may be called photo[1].jpg
+    elif exists:  # before globs: a file may be called photo[1].jpg
         images = iter([path])
     elif glob.has_magic(path):
         found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207, Path.glob takes no absolute pattern
@@ -107,7 +110,7 @@ def _at_least_one(path: str) -> Iterator[str]:
     first = next(images, None)
     if first is None:
         raise SourceError(
-            f"there is no image {'in' if Path(path).is_dir() else 'that matches'} {path}",
+            f"there is no image {'in' if is_folder else 'that matches'} {path}",
             "there is nothing to classify",
             f"check the path; folders and globs use files with these suffixes: {' '.join(sorted(IMAGE_SUFFIXES))}",
         )
@@ -115,17 +118,12 @@ def _at_least_one(path: str) -> Iterator[str]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    """Yield images in a folder, then in its subfolders, without hidden files (macOS adds `._photo.jpg` to zips)."""
-    try:
-        with os.scandir(folder) as entries:
-            listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
-    except OSError:
-        yield folder
-        return
-    yield from (entry.path for entry in listed if _is_image(entry.path))
-    for entry in listed:
-        if entry.is_dir(follow_symlinks=False):  # a link to a parent folder would never end
-            yield from _below(entry.path)
+    """Yield images in a folder, then in its subfolders; then report what was ignored, and which links were followed."""
+    walked = Walked()
+    for inside, files in walk(folder, (), walked):
+        yield from [inside] if isinstance(files, OSError) else (file.path for file in files if _is_image(file.path))
+    for line in walked.notes():
+        print(line, file=sys.stderr)
 
 
 def _is_image(path: str) -> bool:

@@ -151,14 +151,13 @@ class JsonRecord:
 
 @contextmanager
 def csv_record(path: Path, card: BundleCard) -> Iterator[CsvRecord]:
-    # Names that are not UTF-8 keep their bytes, so that the row still names its file.
-    with written_whole(path, errors="surrogateescape") as file:
+    # A byte of a file name that is not UTF-8 becomes \\udcXX; json.loads makes Python's name of that file of it.
+    with written_whole(path, errors="backslashreplace") as file:
         yield CsvRecord(file, card)
 
 
 @contextmanager
 def json_record(path: Path, card: BundleCard, *, tta: str = "none") -> Iterator[JsonRecord]:
-    # JSON must be UTF-8: bytes that are not become \\udcXX, which json.loads turns into the name that Python uses.
     with written_whole(path, errors="backslashreplace") as file:
         record = JsonRecord(file, card, tta)
         yield record

@@ -69,6 +69,8 @@ def plain_yaml(text: str) -> Any:
         return _PlainLoader(text).get_single_data()
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits, the date 2024-13-45
+        raise yaml.YAMLError(str(error)) from error
 
 
 def json_schema() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A sample is a run of consecutive members with one key: the name up to the first dot of its last component, as in
 WebDataset. Its label comes from `.cls` (a number or a name) or from `.json`. Other members are not read, and nothing is
-unpickled.
+unpickled. Links are resolved inside the tar. A sample whose image or label is missing is left out or refused.
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ from typing import Any
 
 from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.manifest import LeftOut
-from wasteddp.errors import ShardError, storage
+from wasteddp.errors import ShardError, WastedError, storage
 from wasteddp.files import sha256_of
-from wasteddp.sharding.sources.archives import BoundedTarInfo
+from wasteddp.sharding.scan import MAX_FILE_BYTES
+from wasteddp.sharding.sources.archives import BoundedTarInfo, tar_members
+from wasteddp.sharding.sources.files import is_ignored
+from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES
 
-_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_USUAL_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # others count only in a sample without one of these
+_OTHER_EXTENSIONS = tuple(sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - set(_USUAL_EXTENSIONS)))
+_LABEL_EXTENSIONS = ("cls", "json")
+_MAX_LABEL_BYTES = 16 << 20
+_MAX_LABEL = 999_999  # each number up to the largest becomes a class
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,7 @@ class _Member:
     extension: str  # after the first dot: `seg.png`
     offset: int
     size: int
+    problem: str = ""  # why it has no bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,47 +70,62 @@ class _Tar:
 
     path: Path
     where: str
+    name: str
 
     def __str__(self) -> str:
         return self.where
 
 
-def read_tar(path: Path, label_keys: Sequence[str], *, where: str = "") -> ReadTar:
+def read_tar(path: Path, label_keys: Sequence[str], *, where: str = "", name: str = "") -> ReadTar:
     """Read all samples of a tar. Each image is read, hashed and decoded once.
 
     Args:
         where: name of the tar in messages; by default its path.
+        name: of the tar in the set; by default its file name.
 
     Raises:
         ShardError: the tar is truncated, has sparse members or no images, or a sample does not have one image and one
             label.
     """
-    tar = _Tar(path, where or str(path))
+    tar = _Tar(path, where or str(path), name or path.name)
     with storage("reading a tar", path), path.open("rb") as file:
         samples = []
         for key, members in _samples(tar):
             image = _image_of(tar, key, members)
+            extensions = {member.extension: member for member in members}
             if image is None:
+                if any(extension in _LABEL_EXTENSIONS for extension in extensions):
+                    detail = f"it has a label but no image ({', '.join(extensions)})"
+                    samples.append(_left_out(tar, key, key, "unreadable", detail))
                 continue
-            data = os.pread(file.fileno(), image.size, image.offset)
-            label = _label_of(tar, key, {m.extension: m for m in members}, file.fileno(), label_keys)
-            samples.append(_examine(tar, key, image, data, label))
-        if not samples:
+            label = _label_of(tar, key, extensions, file.fileno(), label_keys)
+            samples.append(_examine(tar, key, image, file.fileno(), label))
+        if not any(sample.length for sample in samples):
             raise ShardError(
-                f"{tar} holds no image (.{', .'.join(_IMAGE_EXTENSIONS)})",
+                f"{tar} holds no image (.{', .'.join((*_USUAL_EXTENSIONS, *_OTHER_EXTENSIONS))})",
                 "it is not a tar of image samples",
                 "move it out of the folder",
             )
-        return ReadTar(path.name, path.stat().st_size, sha256_of(path), tuple(samples))
+        return ReadTar(tar.name, path.stat().st_size, sha256_of(path), tuple(samples))
 
 
-def _examine(tar: _Tar, key: str, image: _Member, data: bytes, label: str | int) -> TarSample:
+def _examine(tar: _Tar, key: str, image: _Member, descriptor: int, label: str | int) -> TarSample:
+    if image.problem:
+        return _left_out(tar, key, image.name, "unreadable", image.problem)
+    if image.size > MAX_FILE_BYTES:
+        detail = f"{image.size:,} bytes, the limit is {MAX_FILE_BYTES:,}"
+        return _left_out(tar, key, image.name, "too_large", detail)
+    data = os.pread(descriptor, image.size, image.offset)
     problem, is_tolerated = None, False
     try:
         is_tolerated = check_image(data).is_tolerated
     except UndecodableError as error:
-        problem = LeftOut(f"{tar.path.name}/{image.name}", error.reason, error.detail)
+        problem = LeftOut(f"{tar.name}/{image.name}", error.reason, error.detail)
     return TarSample(key, image.offset, image.size, hashlib.sha256(data).digest(), label, problem, is_tolerated)
+
+
+def _left_out(tar: _Tar, key: str, name: str, reason: str, detail: str) -> TarSample:
+    return TarSample(key, 0, 0, bytes(32), "", LeftOut(f"{tar.name}/{name}", reason, detail))
 
 
 def _samples(tar: _Tar) -> Iterator[tuple[str, list[_Member]]]:
@@ -130,29 +153,33 @@ def _samples(tar: _Tar) -> Iterator[tuple[str, list[_Member]]]:
 
 
 def _members(tar: _Tar) -> Iterator[_Member]:
-    """Yield the regular members; long names of GNU and PAX are resolved.
+    """Yield the members that have an extension; long names of GNU and PAX are resolved, and links.
 
     Raises:
         ShardError: the file is not a tar, has sparse members, or is truncated, in a member or between two.
     """
     size_bytes = tar.path.stat().st_size
     try:
-        with tarfile.open(tar.path, "r:", tarinfo=BoundedTarInfo) as archive:
-            for info in archive:
-                if info.issparse():
-                    raise ShardError(
-                        f"{tar}: {info.name} is stored as a sparse file",
-                        "its bytes are not contiguous in the file",
-                        "write the tar without --sparse",
-                    )
-                if info.offset_data + info.size > size_bytes:
-                    raise _cut_error(tar, f"in {info.name}, at byte {size_bytes:,}")
-                base = info.name.rpartition("/")[2]
-                if info.isreg() and "." in base and not base.startswith("."):
-                    yield _Member(info.name, base.partition(".")[2].lower(), info.offset_data, info.size)
+        with tarfile.open(tar.path, "r:", tarinfo=BoundedTarInfo, encoding="utf-8") as archive:
+            members = tar_members(tar.path, archive)
             end = archive.offset
-    except tarfile.ReadError as error:
+    except (OSError, WastedError):
+        raise
+    except Exception as error:  # `tarfile` is made for good tars
         raise _cut_error(tar, str(error)) from error
+    for info, place in members:
+        if info.issparse():
+            raise ShardError(
+                f"{tar}: {info.name} is stored as a sparse file",
+                "its bytes are not contiguous in the file",
+                "write the tar without --sparse",
+            )
+        offset, size, problem = (0, 0, place) if isinstance(place, str) else (*place, "")
+        if offset + size > size_bytes:
+            raise _cut_error(tar, f"in {info.name}, at byte {size_bytes:,}")
+        base = info.name.rpartition("/")[2]
+        if "." in base and not is_ignored(info.name):
+            yield _Member(info.name, base.partition(".")[2].lower(), offset, size, problem)
     with tar.path.open("rb") as file:
         # A complete tar ends in two blocks of zeros. tarfile, like most readers, also accepts the end of the file.
         file.seek(end)
@@ -167,14 +194,18 @@ def _cut_error(tar: _Tar, where: str) -> ShardError:
 
 
 def _image_of(tar: _Tar, key: str, members: Sequence[_Member]) -> _Member | None:
-    """Return the image among a sample's members. `a.jpg` has precedence over `a.mask.png`."""
-    images = [m for m in members if m.extension.rpartition(".")[2] in _IMAGE_EXTENSIONS]
-    plain = [m for m in images if m.extension in _IMAGE_EXTENSIONS] or images
+    """Return the image among a sample's members. `a.jpg` has precedence over `a.tiff`, and both over `a.mask.png`."""
+    candidates = (
+        [m for m in members if (m.extension.rpartition(".")[2] if is_last else m.extension) in extensions]
+        for is_last in (False, True)
+        for extensions in (_USUAL_EXTENSIONS, _OTHER_EXTENSIONS)
+    )
+    plain = next(filter(None, candidates), [])
     if len(plain) > 1:
         raise ShardError(
             f"{tar}: the sample {key!r} has {len(plain)} images: {', '.join(m.name for m in plain)}",
             "it is not clear which image belongs to the label",
-            "keep one image in each sample (.jpg, .jpeg, .png or .webp)",
+            "keep one image in each sample",
         )
     return plain[0] if plain else None
 
@@ -183,20 +214,28 @@ def _label_of(
     tar: _Tar, key: str, members: dict[str, _Member], descriptor: int, label_keys: Sequence[str]
 ) -> str | int:
     def read(member: _Member) -> bytes:
-        return os.pread(descriptor, member.size, member.offset)
+        return os.pread(descriptor, member.size, member.offset) if member.size <= _MAX_LABEL_BYTES else b""
 
     found: Any = None
     if "cls" in members:
-        found = read(members["cls"]).decode("utf-8", "replace").strip()
+        found = read(members["cls"]).decode("utf-8-sig", "surrogateescape").strip()
     elif "json" in members:
         try:
             fields = json.loads(read(members["json"]))
-        except ValueError:
+        except (ValueError, RecursionError):
             fields = {}
         if isinstance(fields, dict):
             found = next((fields[name] for name in label_keys if name in fields), None)
+    if isinstance(found, str) and found and not found.isdecimal():
+        return found
     if isinstance(found, str) and found:
-        return int(found) if found.isdecimal() else found
+        found = int(found) if len(found) < 100 else _MAX_LABEL + 1
+    if isinstance(found, int) and found > _MAX_LABEL:
+        raise ShardError(
+            f"{tar}: the sample {key!r} has the label number {found:,}, the limit is {_MAX_LABEL:,}",
+            "each number up to it would be a class",
+            "number the classes from 0, or write names as labels",
+        )
     if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
         return found
     raise ShardError(

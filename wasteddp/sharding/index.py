@@ -5,27 +5,36 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from braceexpand import braceexpand
 
 from wasteddp import __version__
-from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, write_index
+from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, is_inside, write_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.foreign_tar import ReadTar, TarSample, read_tar
 from wasteddp.sharding.scan import report_tolerated
-from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, check_classes
+from wasteddp.sharding.sources.files import is_ignored
+from wasteddp.sharding.sources.layout import (
+    SPLIT_WORDS,
+    SPLITS,
+    check_classes,
+    check_names,
+    split_words,
+    warn_of_similar,
+)
 
 DEFAULT_LABEL_KEYS = ("label", "class", "cls", "label_name")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_SPLIT_PREFIX = re.compile(rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 _NAME_THEM = "if the server does not list folders, name the tars: --tars 'train-{000..146}.tar'"
 
 
@@ -34,20 +43,32 @@ def index_folder(
     *,
     workers: int,
     classes: Sequence[str] = (),
+    class_names: Mapping[str, str] | None = None,
     label_keys: Sequence[str] = DEFAULT_LABEL_KEYS,
+    splits: Sequence[tuple[str, str]] = (),
     overwrite: bool = False,
 ) -> Manifest:
-    """Write an index next to each tar, then the manifest.
+    """Write an index next to each tar, then the manifest. Tars may be in the folder or in folders of splits in it.
+
+    Args:
+        class_names: other names of classes, by label.
+        splits: pairs of a split and a pattern of names of tars, which have precedence over words in the names.
 
     Raises:
-        ShardError: there are no tars, one is compressed, truncated or sparse, a sample has no label, or labels are
-            partly names and partly numbers.
+        ShardError: there are no tars, one is compressed, truncated or sparse, a sample has no label, labels are partly
+            names and partly numbers, or the split of a tar is not clear.
     """
     with storage("listing the tars", folder):
-        names = sorted(path.name for path in folder.iterdir())
+        names = sorted(path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*.tar")))
     tars = _select_tars(names, str(folder), overwrite=overwrite)
-    found = _collect(in_order(lambda name: read_tar(folder / name, label_keys), tars, workers=workers), len(tars))
-    return _write_set(folder, folder.resolve().name, str(folder), found, classes, label_keys)
+    split_of = choose_splits(tars, splits, str(folder))
+    found = _collect(
+        in_order(lambda name: read_tar(folder / name, label_keys, name=name), tars, workers=workers), len(tars)
+    )
+    found = [_renamed(tar, class_names) for tar in found]
+    return _write_set(
+        folder, folder.resolve().name, str(folder), found, classes, _recipe(label_keys, class_names), split_of
+    )
 
 
 def index_url(
@@ -57,7 +78,9 @@ def index_url(
     workers: int,
     tars: str = "",
     classes: Sequence[str] = (),
+    class_names: Mapping[str, str] | None = None,
     label_keys: Sequence[str] = DEFAULT_LABEL_KEYS,
+    splits: Sequence[tuple[str, str]] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Index tars at a URL as `index_folder` does. Each tar is fetched into `out` once and removed after it is read.
@@ -79,6 +102,7 @@ def index_url(
         if (out / MANIFEST_NAME).exists() and not overwrite:
             raise _finished_error(str(out))
         wanted = _select_tars(names, folder.url, overwrite=overwrite)
+        split_of = choose_splits(wanted, splits, folder.url)
         with storage("creating the folder for the indexes", out):
             out.mkdir(parents=True, exist_ok=True)
             work = TemporaryDirectory(prefix=".indexing-", dir=out)
@@ -87,15 +111,18 @@ def index_url(
             found = _collect(in_order(read, wanted, workers=workers), len(wanted))
     finally:
         folder.close()
-    return _write_set(out, folder.url.rpartition("/")[2], folder.url, found, classes, label_keys)
+    found = [_renamed(tar, class_names) for tar in found]
+    name = folder.url.rpartition("/")[2]
+    return _write_set(out, name, folder.url, found, classes, _recipe(label_keys, class_names), split_of)
 
 
 def _fetch_tar(folder: RemoteFolder, work: Path, label_keys: Sequence[str], name: str) -> ReadTar:
     path = work / name
     with storage("fetching a tar", path):
+        path.parent.mkdir(exist_ok=True)
         with path.open("wb") as file:
             folder.fetch(name, file)
-        found = read_tar(path, label_keys, where=f"{folder.url}/{name}")
+        found = read_tar(path, label_keys, where=f"{folder.url}/{name}", name=name)
         path.unlink()
     return found
 
@@ -124,7 +151,8 @@ def _select_tars(names: Sequence[str], where: str, *, overwrite: bool) -> list[s
         )
     if MANIFEST_NAME in names and not overwrite:
         raise _finished_error(where)
-    tars = [name for name in names if name.endswith(".tar") and Path(name).name == name]
+    tars = [name for name in names if name.endswith(".tar") and is_inside(name) and not is_ignored(name)]
+    tars = [name for name in tars if "/" not in name] or tars
     if not tars:
         raise ShardError(
             f"{where} holds no *.tar ({len(names)} other entries)",
@@ -154,18 +182,25 @@ def _collect(found: Iterable[ReadTar], total: int) -> list[ReadTar]:
 
 
 def _write_set(
-    out: Path, name: str, where: str, found: Sequence[ReadTar], classes: Sequence[str], label_keys: Sequence[str]
+    out: Path,
+    name: str,
+    where: str,
+    found: Sequence[ReadTar],
+    classes: Sequence[str],
+    recipe: Mapping[str, Any],
+    split_of: Mapping[str, str],
 ) -> Manifest:
     """Write the indexes, then the manifest."""
     good = [sample for tar in found for sample in tar.samples if sample.problem is None]
     names = _class_names({sample.label for sample in good}, classes, where)
+    warn_of_similar(names, where)
     number_of: dict[str | int, int] = {name: number for number, name in enumerate(names)}
     shards: dict[str, list[Shard]] = {}
     counts: dict[str, Counter[int]] = {}
     for tar in found:
         kept = [sample for sample in tar.samples if sample.problem is None]
         labels = [s.label if isinstance(s.label, int) else number_of[s.label] for s in kept]
-        split = _split_of(tar.name)
+        split = split_of[tar.name]
         if kept:
             shards.setdefault(split, []).append(_write_index(out, tar, kept, labels))
             counts.setdefault(split, Counter()).update(labels)
@@ -175,14 +210,13 @@ def _write_set(
         if split in shards
     }
     report_tolerated([f"{tar.name}/{s.key}" for tar in found for s in tar.samples if s.is_tolerated])
-    recipe = {"indexed": "made by another tool; labels from .cls or .json", "label_keys": list(label_keys)}
     Manifest(
         folder=out,
         name=name,
         classes=names,
         splits=splits,
         left_out=tuple(s.problem for tar in found for s in tar.samples if s.problem is not None),
-        recipe=recipe,
+        recipe=dict(recipe),
         tool=f"wasteddp {__version__}",
     ).save()
     return Manifest.load(out)
@@ -207,20 +241,67 @@ def _class_names(labels: set[str | int], classes: Sequence[str], where: str) -> 
             "each label needs a name, and training needs at least two classes",
             f"name {max(numbers[-1] + 1, 2)} classes with --classes or --classes-from, starting with class 0",
         )
+    check_names(names, where)
     return names
 
 
-def _split_of(tar: str) -> str:
-    match = _SPLIT_PREFIX.match(tar)
-    return SPLIT_WORDS[match[1].lower()] if match else "train"
+def parse_splits(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Parse the values of `--split`: NAME=GLOB."""
+    parts = [argument.partition("=") for argument in arguments]
+    return [(split, pattern) for split, _, pattern in parts]
+
+
+def choose_splits(tars: Sequence[str], splits: Sequence[tuple[str, str]], where: str) -> dict[str, str]:
+    """Return the split of each tar: the first whose pattern matches, or the one that its name has as a word.
+
+    Without any such word in any name, all are train.
+
+    Raises:
+        ShardError: a name has words of two splits, only some names have one, or a pattern matches no tar.
+    """
+    for split, pattern in splits:
+        if SPLIT_WORDS.get(split) is None or not any(fnmatchcase(tar, pattern) for tar in tars):
+            raise ShardError(
+                f"--split {split}={pattern} matches none of the {len(tars)} tars of {where}, or {split} is not a split",
+                "its tars would go into another split",
+                f"give --split NAME=GLOB with one of {', '.join(SPLITS)}, such as --split val='*-validation-*.tar'",
+            )
+    words = {
+        tar: next(({SPLIT_WORDS[split]} for split, pattern in splits if fnmatchcase(tar, pattern)), split_words(tar))
+        for tar in tars
+    }
+    unclear = [tar for tar, found in words.items() if len(found) != 1]
+    if unclear and any(words.values()):
+        raise ShardError(
+            f"{len(unclear)} of the {len(tars)} tars of {where} have no word for one split in their names, such as "
+            f"{unclear[0]}; the others have",
+            "images for validation or test could be trained on",
+            "rename them, or give --split NAME=GLOB, such as --split val='*-validation-*.tar' --split train='*'",
+        )
+    return {tar: min(found, default="train") for tar, found in words.items()}
+
+
+def _renamed(tar: ReadTar, class_names: Mapping[str, str] | None) -> ReadTar:
+    names = dict(class_names or {})
+    samples = tuple(
+        replace(s, label=names.get(s.label, s.label)) if isinstance(s.label, str) else s for s in tar.samples
+    )
+    return replace(tar, samples=samples)
+
+
+def _recipe(label_keys: Sequence[str], class_names: Mapping[str, str] | None) -> dict[str, Any]:
+    recipe = {"indexed": "made by another tool; labels from .cls or .json", "label_keys": list(label_keys)}
+    return recipe | ({"class_names": dict(class_names)} if class_names else {})
 
 
 def _write_index(out: Path, tar: ReadTar, samples: Sequence[TarSample], labels: Sequence[int]) -> Shard:
-    path = out / Path(tar.name).with_suffix(".idx")
+    name = str(Path(tar.name).with_suffix(".idx"))
+    path = out / name
+    path.parent.mkdir(exist_ok=True)
     records = ((s.offset, s.length, label, s.sha256) for s, label in zip(samples, labels, strict=True))
     return Shard(
         tar=tar.name,
-        index=path.name,
+        index=name,
         num_samples=len(samples),
         num_bytes=tar.num_bytes,
         sha256=tar.sha256,

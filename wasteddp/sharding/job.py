@@ -13,12 +13,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wasteddp.data.decoding.decode import DEFAULT_QUALITY, reencode
+from wasteddp.data.decoding.decode import DEFAULT_QUALITY, UndecodableError, reencode
 from wasteddp.data.manifest import LeftOut, Manifest
 from wasteddp.errors import SourceError, storage
 from wasteddp.sharding import duplicates, scan, splits
-from wasteddp.sharding.sources.archives import Source, open_source
-from wasteddp.sharding.sources.layout import Layout, SourceImage, check_classes, read_folders, read_table
+from wasteddp.sharding.sources.archives import open_source
+from wasteddp.sharding.sources.files import Names, Source
+from wasteddp.sharding.sources.layout import (
+    ClassFolders,
+    Layout,
+    SourceImage,
+    check_classes,
+    read_folders,
+    read_table,
+    rename_classes,
+    warn_of_similar,
+)
 from wasteddp.sharding.writer import Sample
 
 
@@ -102,10 +112,15 @@ class Job:
     split_files: Mapping[str, Path] = field(default_factory=dict)
     extends: Manifest | None = None  # a set whose images keep their splits
     recipe: Mapping[str, Any] = field(default_factory=dict)  # stored in the manifest
+    class_names: Mapping[str, str] = field(default_factory=dict)  # name in the source -> name in the set
+    class_folders: ClassFolders = ""
+    ignore: tuple[str, ...] = ()  # patterns of names
+    encoding: str = ""  # of the names in an archive; empty: UTF-8
 
     def described(self) -> dict[str, Any]:
         """Return how the set is created, as the manifest records it, in JSON types."""
-        described = dict(self.recipe) | {"options": self.options.described()}
+        renamed = {"class_names": dict(self.class_names)} if self.class_names else {}
+        described = dict(self.recipe) | renamed | {"options": self.options.described()}
         if self.extends:
             described["extends"] = {"name": self.extends.name, "sha256": self.extends.sha256}
         in_json: dict[str, Any] = json.loads(json.dumps(described))
@@ -142,8 +157,13 @@ def list_images(job: Job, work: Path) -> Listing:
     if job.source.suffix.lower() == ".csv" and job.source.is_file():
         source, layout = read_table(job.source, classes=job.classes, may_lack=job.may_lack_classes)
     else:
-        source = open_source(job.source, work_folder=work)
-        layout = read_folders(source, job.source, classes=job.classes, may_lack=job.may_lack_classes)
+        source = open_source(job.source, work_folder=work, ignore=job.ignore, encoding=job.encoding)
+        layout = read_folders(
+            source, job.source, classes=job.classes, may_lack=job.may_lack_classes, class_folders=job.class_folders
+        )
+    if job.class_names:
+        layout = rename_classes(layout, job.class_names, job.source)
+    warn_of_similar(layout.classes, job.source)
     absent = sorted(set(layout.classes) - {image.class_name for image in layout.images})
     if absent:
         print(f"{job.source} has no image of {len(absent)} of the {len(layout.classes)} classes: {', '.join(absent)}")
@@ -167,9 +187,9 @@ def list_images(job: Job, work: Path) -> Listing:
             "a classified image could have no bin",
             "give one bin for each class",
         )
-    if layout.ignored:
-        shown = ", ".join(layout.ignored[:5]) + (", ..." if len(layout.ignored) > 5 else "")
-        print(f"ignored {len(layout.ignored)} file(s) that are not images in a class folder: {shown}")
+    unused = Names(len(layout.ignored), list(layout.ignored[:5]))
+    for line in (*source.notes, *unused.note("ignored {} file(s) that are not images in a class folder")):
+        print(line)
     if not job.split_files:
         return Listing(source, layout)
     layout, not_listed, missing = splits.apply_lists(layout, splits.read_list_files(job.split_files))
@@ -198,11 +218,11 @@ def load_sample(
     if not stays_unchanged(record, options):
         try:
             data = reencode(data, max_side_px=options.max_side_px, quality=options.quality)
-        except ValueError as error:  # the scan decoded it
+        except (UndecodableError, ValueError) as error:
             raise SourceError(
-                f"{path} cannot be encoded as JPEG: {error}",
-                "the set would miss an image that was counted",
-                "remove the image or convert it to JPEG",
+                f"{path} was read, but cannot be encoded as a JPEG: {error}",
+                "the set would not have all the images that were read",
+                "remove or repair that image, and run the command again",
             ) from error
         sha256 = hashlib.sha256(data).digest()
     label = classes.index(image.class_name)

@@ -94,17 +94,17 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def load_bins(path: Path) -> dict[str, str]:
-    """Read a YAML file with one line `class: bin` for each class."""
-    with storage("reading the bins", path):
+def load_pairs(path: Path, value: str) -> dict[str, str]:
+    """Read a YAML file with lines such as `class: bin`; `value` is the second word, for messages."""
+    with storage(f"reading the {value}s of classes", path):
         text = path.read_text(encoding="utf-8")
     try:
         return TypeAdapter(dict[str, str]).validate_python(plain_yaml(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise RecipeError(
-            f"{path} is not YAML with lines `class: bin`: {error}",
-            "the bins are not known",
-            "write one line `class: bin` for each class",
+            f"{path} is not YAML with lines `class: {value}`: {error}",
+            f"the {value}s of the classes are not known",
+            f"write one line `class: {value}` for each class",
         ) from error
 
 

@@ -23,7 +23,7 @@ from wasteddp.errors import SourceError
 from wasteddp.files import appended_rows, read_rows
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import duplicates
-from wasteddp.sharding.sources.archives import File, Source
+from wasteddp.sharding.sources.files import File, Source
 from wasteddp.sharding.sources.layout import SourceImage
 
 SCAN_DTYPE = np.dtype(

@@ -164,7 +164,7 @@ def _label(descriptor: int, offset: int) -> dict[str, Any]:
     header = _header(descriptor, offset)
     try:
         label = json.loads(os.pread(descriptor, header.size, offset + BLOCKSIZE)) if header else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return label if isinstance(label, dict) else {}
 

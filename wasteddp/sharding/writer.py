@@ -44,7 +44,7 @@ class Sample:
             "source": self.source,
             "sha256": self.sha256.hex(),
         }
-        return json.dumps(fields, ensure_ascii=False).encode()
+        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")  # \\udcXX: not UTF-8
 
 
 class ShardJournal:

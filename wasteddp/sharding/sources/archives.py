@@ -1,4 +1,4 @@
-"""Sources of images: a folder, a zip, a tar or a list of paths. The files of each can be listed and read.
+"""Archives as sources of images: a zip or a tar. Their files can be listed and read like those of a folder.
 
 A source knows names and bytes; `layout` reads classes and splits from the names. Members of an archive are read in
 place and never extracted, so a member called `../../x` cannot be written anywhere. Reading is thread-safe.
@@ -13,14 +13,17 @@ import bz2
 import gzip
 import lzma
 import os
+import posixpath
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from wasteddp.errors import SourceError, storage
+from wasteddp.sharding.sources.files import File, FolderSource, Names, Source, is_ignored
 
 MAX_MEMBERS = 10_000_000  # while an archive is listed, each member takes about a kilobyte of memory
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of PAX fields; tarfile reads all of it into memory
@@ -36,6 +39,9 @@ _HEADER_TYPES = (
 Member = TypeVar("Member")
 
 _COPY_BYTES = 1 << 20
+_MAX_LINKS = 40  # as Linux: a longer chain of symbolic links is a loop
+_UTF8_NAME = 0x800  # flag of a zip member
+_IGNORED_NOTE = "ignored {} hidden or system file(s)"
 _UNPACKERS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZ": bz2.open,
@@ -44,126 +50,140 @@ _UNPACKERS: dict[bytes, Callable[..., Any]] = {
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Refuses headers that claim to be huge, before they are read. Use: `tarfile.open(..., tarinfo=BoundedTarInfo)`."""
+    """Refuses headers that claim to be huge or negative, before `tarfile` uses the size.
+
+    Use: `tarfile.open(..., tarinfo=BoundedTarInfo)`.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError(f"a header claims {header.size:,} bytes")
         if header.type in _HEADER_TYPES and header.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header claims {header.size:,} bytes, the limit is {MAX_HEADER_BYTES:,}")
         return header
 
 
-@dataclass(frozen=True, slots=True)
-class File:
-    """One file of a source. `stamp` changes with the content: size and time, or the checksum of an archive."""
-
-    path: str  # relative to the source, components separated by "/"
-    size_bytes: int
-    stamp: str
+Place = tuple[int, int]  # of a member's bytes in the tar: offset and size
 
 
-class Source(Protocol):
-    @property
-    def files(self) -> Sequence[File]:
-        """All files, sorted by path, without hidden files and those that macOS adds to archives."""
+def tar_members(path: Path, archive: tarfile.TarFile) -> list[tuple[tarfile.TarInfo, Place | str]]:
+    """Return the members that are not folders, each with its place or with the reason why it has none.
 
-    @property
-    def folders(self) -> Sequence[str]:
-        """All folders that the source names, so that empty ones are detected."""
+    Links are resolved inside the archive. `tarfile` loops at a header of negative size: it is refused.
 
-    def read(self, path: str) -> bytes:
-        """Return the bytes of one file. Safe to call from several threads.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-
-
-class FolderSource:
-    """A folder and all its subfolders. Symbolic links are followed, each once."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        files: list[File] = []
-        folders: list[str] = []
-        with storage("listing the images", root):
-            for where in _walk(root):
-                relative = where.relative_to(root).as_posix()
-                if where != root:
-                    folders.append(relative)
-                for entry in os.scandir(where):
-                    if not entry.name.startswith(".") and not entry.is_dir():
-                        files.append(_stat(Path(entry.path), Path(entry.path).relative_to(root).as_posix()))
-        self.files = sorted(files, key=lambda file: file.path)
-        self.folders = sorted(folders)
-
-    def read(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
+    Raises:
+        tarfile.ReadError: the tar is damaged.
+        SourceError: there are too many members.
+    """
+    members: list[tarfile.TarInfo] = []
+    places: dict[str, Place] = {}
+    links: dict[str, str] = {}
+    for member in _bounded(path, archive):
+        if member.size < 0 or member.offset_data < 0:
+            raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
+        name = plain_name(member.name)
+        members.append(member)
+        if member.issym():
+            links[name] = _target_of(name, member.linkname)
+        elif member.islnk() and (place := places.get(plain_name(member.linkname))):
+            places[name] = place
+        elif member.isreg() and not member.issparse():
+            places[name] = member.offset_data, member.size
+    with path.open("rb") as file:
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # for `tarfile`, a damaged header is the end
+            raise tarfile.ReadError(f"no header of a member at byte {archive.offset:,}")
+    return [(member, _place(member, places, links)) for member in members if not member.isdir()]
 
 
-class PathsSource:
-    """The files that a table names, relative to `root`. A missing file raises an error when it is read, not here."""
+def _target_of(name: str, link: str) -> str:
+    """Return the name that a symbolic link leads to, or "" if it leads out of the archive."""
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
+    return "" if target.startswith(("/", "..")) else target
 
-    folders: Sequence[str] = ()
 
-    def __init__(self, root: Path, paths: Sequence[str]) -> None:
-        self._root = root
-        self.files = [_stat(root / path, path) for path in sorted(paths)]
-
-    def read(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
+def _place(member: tarfile.TarInfo, places: Mapping[str, Place], links: Mapping[str, str]) -> Place | str:
+    if member.issparse():
+        return "it is stored as a sparse file"
+    if member.isreg():
+        return member.offset_data, member.size
+    if not (member.issym() or member.islnk()):
+        return "it is a pipe or a device, not a file"
+    name = plain_name(member.name)
+    for _ in range(_MAX_LINKS if member.issym() else 0):
+        name = links.get(name, name)
+    return places.get(name, f"it is a link to {member.linkname}, which is not a file in the archive")
 
 
 class ZipSource:
-    def __init__(self, path: Path) -> None:
-        try:
+    def __init__(self, path: Path, *, ignore: Sequence[str] = (), encoding: str = "") -> None:
+        with _readable(path):
             self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise _broken_archive(path, error) from error
-        members = [member for member in _bounded(path, self._zip.infolist()) if not _is_hidden(member.filename)]
-        if any(member.flag_bits & 1 for member in members):
-            raise SourceError(
-                f"{path} is encrypted", "its images cannot be read", "unpack it with its password and give the folder"
-            )
-        self.files = _last_of_each(
-            [
-                File(_plain(member.filename), member.file_size, f"{member.file_size}-{member.CRC:08x}")
-                for member in members
-                if not member.is_dir()
-            ],
-        )
-        self._names = {_plain(member.filename): member for member in members}
-        self.folders = sorted({_plain(member.filename) for member in members if member.is_dir()} - {""})
+        self._names: dict[str, zipfile.ZipInfo] = {}
+        ignored = Names()
+        folders: set[str] = set()
+        for member in _bounded(path, self._zip.infolist()):
+            name = plain_name(_decoded(path, member, encoding))
+            if is_ignored(name, ignore):
+                ignored.add(name)
+            elif member.flag_bits & 1:
+                raise SourceError(
+                    f"{path} is encrypted",
+                    "its images cannot be read",
+                    "unpack it with its password and give the folder",
+                )
+            elif member.is_dir():
+                folders.add(name)
+            else:
+                self._names[name] = member
+        self.files = [File(name, m.file_size, f"{m.file_size}-{m.CRC:08x}") for name, m in sorted(self._names.items())]
+        self.folders = sorted(folders - {""})
+        self.notes = ignored.note(_IGNORED_NOTE)
 
     def read(self, path: str) -> bytes:
         try:
             return self._zip.read(self._names[path])
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:  # CRC, method, cut
+        except OSError:
+            raise
+        except Exception as error:  # of the decompressor, or a wrong checksum, method or header
             raise OSError(f"damaged member: {error}") from error
 
 
 class TarSource:
     """An uncompressed tar, read by offset, so that threads can read in parallel."""
 
-    def __init__(self, path: Path, stamp_of: Path) -> None:
+    def __init__(self, path: Path, stamp_of: Path, *, ignore: Sequence[str] = (), encoding: str = "") -> None:
         """Args: stamp_of: the file whose time identifies the content: the archive or, if unpacked, the original."""
-        try:
-            with tarfile.open(path, "r:", tarinfo=BoundedTarInfo) as archive:
-                members = [member for member in _bounded(path, archive) if not _is_hidden(member.name)]
-        except (tarfile.TarError, EOFError) as error:
-            raise _broken_archive(path, error) from error
+        with (
+            _readable(path),
+            tarfile.open(path, "r:", tarinfo=BoundedTarInfo, encoding=encoding or "utf-8") as archive,
+        ):
+            members = tar_members(path, archive)
+            folders = {plain_name(member.name) for member in archive.getmembers() if member.isdir()}
         time_ns = stamp_of.stat().st_mtime_ns
-        regular = [member for member in members if member.isreg() and not member.issparse()]
-        self._places = {_plain(member.name): (member.offset_data, member.size) for member in regular}
-        self.files = _last_of_each(
-            [File(_plain(m.name), m.size, f"{m.size}-{m.offset_data}-{time_ns}") for m in regular]
-        )
-        self.folders = sorted({_plain(member.name) for member in members if member.isdir()} - {""})
+        self._places: dict[str, Place | str] = {}
+        ignored = Names()
+        for member, place in members:
+            name = plain_name(member.name)
+            if is_ignored(name, ignore):
+                ignored.add(name)
+            else:
+                self._places[name] = place
+        self.files = [
+            File(name, 0, place) if isinstance(place, str) else File(name, place[1], f"{place[1]}-{place[0]}-{time_ns}")
+            for name, place in sorted(self._places.items())
+        ]
+        self.folders = sorted(name for name in folders if name and not is_ignored(name, ignore))
+        self.notes = ignored.note(_IGNORED_NOTE)
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, path: str) -> bytes:
-        offset, size = self._places[path]
+        place = self._places[path]
+        if isinstance(place, str):
+            raise OSError(place)
+        offset, size = place
         data = os.pread(self._descriptor, size, offset)
         if len(data) != size:
             raise OSError(f"the archive ends after {len(data)} of this member's {size} bytes")
@@ -174,16 +194,21 @@ class TarSource:
             os.close(self._descriptor)
 
 
-def open_source(path: Path, *, work_folder: Path) -> Source:
+def open_source(path: Path, *, work_folder: Path, ignore: Sequence[str] = (), encoding: str = "") -> Source:
     """Open a folder, zip or tar as a source.
 
     A compressed tar has no random access: it is unpacked once, to an uncompressed tar in `work_folder`.
 
+    Args:
+        ignore: patterns of names to ignore, besides `IGNORED`.
+        encoding: of the names in an archive, if it is not UTF-8.
+
     Raises:
-        SourceError: the file or folder does not exist, or is not an archive of a known kind.
+        SourceError: the file or folder does not exist, is not an archive of a known kind, is damaged, or has names in
+            another encoding.
     """
     if path.is_dir():
-        return FolderSource(path)
+        return FolderSource(path, ignore=ignore)
     if not path.exists():
         raise SourceError(
             f"there is no {path}",
@@ -194,11 +219,12 @@ def open_source(path: Path, *, work_folder: Path) -> Source:
         with path.open("rb") as file:
             start = file.read(6)
         if zipfile.is_zipfile(path):
-            return ZipSource(path)
+            return ZipSource(path, ignore=ignore, encoding=encoding)
         if start[:2] in _UNPACKERS:
-            return TarSource(_unpack(path, work_folder, start[:2]), stamp_of=path)
+            plain = _unpack(path, work_folder, start[:2])
+            return TarSource(plain, stamp_of=path, ignore=ignore, encoding=encoding)
         if _is_tar(path):
-            return TarSource(path, stamp_of=path)
+            return TarSource(path, stamp_of=path, ignore=ignore, encoding=encoding)
     raise SourceError(
         f"{path} is neither a zip nor a tar (it starts with {start!r})",
         "its images cannot be read",
@@ -238,47 +264,32 @@ def _unpack(path: Path, work_folder: Path, magic: bytes) -> Path:
         except SourceError:
             temporary.unlink()
             raise
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
             raise _broken_archive(path, error) from error
         temporary.replace(plain)
     return plain
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Yield `root` and its folders, each once even if links form a cycle."""
-    seen: set[tuple[int, int]] = set()
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        yield folder
-        waiting.extend(Path(e.path) for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-
-
-def _stat(file: Path, path: str) -> File:
-    try:
-        status = file.stat()
-    except OSError:  # a dangling link or a missing file: reading it fails, and the image is left out with that reason
-        return File(path, 0, "missing")
-    return File(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
-
-
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return a member's name as a path below the source. Components that would lead above it are dropped."""
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
+    if name.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in name):
+        name = name.replace("\\", "/")  # of Windows; in a name that is not UTF-8, this byte may be part of a letter
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
-def _is_hidden(name: str) -> bool:
-    parts = _plain(name).split("/")
-    return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in parts)
-
-
-def _last_of_each(files: list[File]) -> list[File]:
-    """Return the files by path. Of several members with one name the last counts, as when unpacking."""
-    return sorted({file.path: file for file in files}.values(), key=lambda file: file.path)
+def _decoded(path: Path, member: zipfile.ZipInfo, encoding: str) -> str:
+    """Return the name of a member. Without the flag for UTF-8, a zip does not say how its names are encoded."""
+    if member.flag_bits & _UTF8_NAME or member.orig_filename.isascii():
+        return member.filename
+    raw = member.orig_filename.encode("cp437")
+    try:
+        return raw.decode(encoding or "utf-8")
+    except (UnicodeDecodeError, LookupError) as error:
+        raise SourceError(
+            f"{path} has names that are not {encoding or 'UTF-8'}, such as {raw!r}",
+            "classes would get wrong names, and two could become one",
+            "give --encoding: cp932 (Japanese Windows), gbk (Chinese), euc_kr (Korean), cp437 or cp1252 (western)",
+        ) from error
 
 
 def _bounded(path: Path, members: Iterable[Member]) -> Iterator[Member]:
@@ -294,6 +305,17 @@ def _too_much(path: Path, what: str) -> SourceError:
         "it would fill the disk or the memory; no collection of photographs does that",
         "do not use it; if you trust it, unpack it yourself and give the folder",
     )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Report any error that the readers of an archive raise: they are made for good archives."""
+    try:
+        yield
+    except (OSError, SourceError):
+        raise
+    except Exception as error:
+        raise _broken_archive(path, error) from error
 
 
 def _broken_archive(path: Path, error: Exception) -> SourceError:

@@ -1,7 +1,8 @@
 """Read the names of a source: which files are images, their classes and, if the source is already split, their splits.
 
 glass/a.jpg  metal/b.jpg                    class folders
-train/glass/a.jpg  validation/metal/b.jpg   split folders of class folders
+train/glass/a.jpg  validation/metal/b.jpg   split folders of class folders; also Training, test_set, train/train
+site1/glass/a.jpg  site2/glass/b.jpg        refused, unless `class_folders` says which folders are the classes
 anything/around/glass/a.jpg                 outer folders that hold everything are skipped
 a table with the columns path,label[,split] a CSV
 """
@@ -9,16 +10,34 @@ a table with the columns path,label[,split] a CSV
 from __future__ import annotations
 
 import csv
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from wasteddp.errors import SourceError, storage
-from wasteddp.sharding.sources.archives import File, PathsSource, Source
+from wasteddp.sharding.sources.files import File, PathsSource, Source
 
 SPLITS = ("train", "val", "test")
-SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "eval": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+_MAX_SHOWN = 5
+_LETTERS = re.compile(r"[^\W\d_]+")
+_SPLIT_WORD = re.compile(rf"({'|'.join(SPLIT_WORDS)})(set|data|images?|imgs?)?")
+
+ClassFolders = Literal["", "outer", "inner"]  # "": not known
 
 # HEIC, HEIF and AVIF may have no decoder here. They are then left out as unreadable, not ignored.
 IMAGE_SUFFIXES = frozenset(
@@ -46,14 +65,23 @@ class Layout:
         return any(image.split for image in self.images)
 
 
-def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = (), may_lack: bool = False) -> Layout:
+def read_folders(
+    source: Source,
+    where: str | Path,
+    *,
+    classes: Sequence[str] = (),
+    may_lack: bool = False,
+    class_folders: ClassFolders = "",
+) -> Layout:
     """Read classes and splits from folder names. `classes`, if given, fixes the order and must be the same names.
 
-    With `may_lack`, some of `classes` may have no image.
+    Args:
+        may_lack: some of `classes` may have no image.
+        class_folders: which folders are the classes, where outer folders hold the same inner folders.
 
     Raises:
-        SourceError: there are no images, only one class, an empty class folder, unknown split folders, or other classes
-            than `classes`.
+        SourceError: there are no images, only one class, an empty class folder, unknown split folders, folders that may
+            be sites, or other classes than `classes`.
     """
     files = [file for file in source.files if is_image(file.path)]
     if not files:
@@ -62,13 +90,20 @@ def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = 
             "there is nothing to shard",
             "give a folder that holds one folder of images for each class",
         )
-    skip = _num_wrappers([file.path.split("/") for file in files])
-    inside = [file for file in files if file.path.count("/") > skip]
-    is_split = _is_split(inside, skip, where)
-    images = tuple(_source_image(file, skip, is_split) for file in inside)
+    paths = [file.path.split("/") for file in files]
+    levels = _Levels.of(paths, where)
+    if class_folders == "inner":
+        levels = replace(levels, is_inner=True)
+    elif not class_folders:
+        _refuse_sites(paths, levels, where)
+    images = tuple(
+        SourceImage(file, parts[at], levels.split(parts))
+        for file, parts in zip(files, paths, strict=True)
+        if (at := levels.class_at(parts)) < len(parts) - 1
+    )
     found = {image.class_name for image in images}
-    depth = skip + (2 if is_split else 1)
-    empty = {f.split("/")[depth - 1] for f in source.folders if f.count("/") == depth - 1} - found
+    named = [parts for parts in (folder.split("/") for folder in source.folders) if len(parts) > levels.skip]
+    empty = {parts[-1] for parts in named if len(parts) == levels.class_at(parts) + 1} - found
     empty -= set(classes) if may_lack else set()
     if empty:
         raise SourceError(
@@ -79,6 +114,22 @@ def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = 
     used = {image.file.path for image in images}
     ignored = tuple(file.path for file in source.files if file.path not in used)
     return Layout(images, check_classes(found, classes, where, may_lack=may_lack), ignored)
+
+
+def rename_classes(layout: Layout, names: Mapping[str, str], where: str | Path) -> Layout:
+    """Return the layout with other names of classes. Two that get one name become one class.
+
+    Raises:
+        SourceError: a class that `names` has does not exist, or less than two classes remain.
+    """
+    if unknown := sorted(names.keys() - set(layout.classes)):
+        raise SourceError(
+            f"{where} has no class {', '.join(unknown)}; its classes are {', '.join(layout.classes)}",
+            "the classes would not become those that the file of --classes describes",
+            "fix the names in it; they are written as the folders or labels are",
+        )
+    images = tuple(replace(image, class_name=names.get(image.class_name, image.class_name)) for image in layout.images)
+    return replace(layout, images=images, classes=check_classes({image.class_name for image in images}, (), where))
 
 
 def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = False) -> tuple[PathsSource, Layout]:
@@ -106,7 +157,8 @@ def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = Fals
     for number, row in enumerate(rows, start=2):
         name, label = (row["path"] or "").strip(), (row["label"] or "").strip()
         word = (row.get("split") or "").strip().lower()
-        if not name or not label or name in labels or (word and word not in SPLIT_WORDS):
+        is_wrong = not name or not label or "\0" in label or (word and word not in SPLIT_WORDS)
+        if is_wrong or name in labels:
             problem = "is listed twice" if name in labels else "has no path, no label or an unknown split"
             raise SourceError(
                 f"{path}, line {number}: {name!r},{label!r},{word!r} {problem}",
@@ -133,8 +185,8 @@ def check_classes(
     """Return the classes in order: `wanted` if given, otherwise sorted.
 
     Raises:
-        SourceError: there are fewer than two, or the names differ from `wanted`; with `may_lack`, only if a name is not
-            in `wanted`.
+        SourceError: there are fewer than two, one is not text or is named twice, or the names differ from `wanted`;
+            with `may_lack`, only if a name is not in `wanted`.
     """
     if may_lack and found <= set(wanted):
         return tuple(wanted)
@@ -144,6 +196,7 @@ def check_classes(
             "a classifier needs at least two classes",
             "give a folder that holds one folder of images for each class, at least two",
         )
+    check_names([*wanted, *(found - set(wanted))], where)
     if wanted and set(wanted) != found:
         missing, unknown = sorted(set(wanted) - found), sorted(found - set(wanted))
         raise SourceError(
@@ -154,8 +207,81 @@ def check_classes(
     return tuple(wanted) or tuple(sorted(found))
 
 
+def check_names(names: Sequence[str], where: str | Path) -> None:
+    """Check the names of classes.
+
+    Raises:
+        SourceError: one is not UTF-8, empty or named twice.
+    """
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    broken = [name for name in names if not name or not is_text(name)]
+    if broken or twice:
+        problem = "has a name that is not UTF-8" if broken else "is named twice"
+        raise SourceError(
+            f"{where}: the class {(broken or twice)[0]!a} {problem}",
+            "reports and model files could not name it, or two outputs would have one name",
+            "rename the folder or label, or give --encoding for an archive" if broken else "name each class once",
+        )
+
+
+def warn_of_similar(names: Iterable[str], where: str | Path) -> None:
+    """Print a warning for names that are equal but for case, spaces at the ends and Unicode form."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
+    for group in groups.values():
+        if len(group) > 1:
+            print(
+                f"warning: {where} has classes that differ only in case, spaces or Unicode form: "
+                f"{', '.join(map(ascii, group))}; to merge them, give --classes FILE"
+            )
+
+
+def is_text(name: str) -> bool:
+    """Return whether a name is UTF-8. Bytes of a file name that are not become lone surrogates."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def split_words(name: str) -> set[str]:
+    """Return the splits that words of a name stand for: {"val"} for `imagenet1k-validation-00`."""
+    matches = (_SPLIT_WORD.fullmatch(letters.lower()) for letters in _LETTERS.findall(name))
+    return {SPLIT_WORDS[match[1]] for match in matches if match}
+
+
 def is_image(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    """At which place of a path the split and the class are."""
+
+    skip: int  # outer folders that hold everything
+    doubled: frozenset[str] | None  # split folders whose only folder is called alike; None: there are no split folders
+    is_inner: bool = False  # classes are one level further in
+
+    @classmethod
+    def of(cls, paths: list[list[str]], where: str | Path) -> _Levels:
+        skip = _num_wrappers(paths)
+        inside = [parts for parts in paths if len(parts) > skip + 1]
+        if not _is_split(inside, skip, where):
+            return cls(skip, None)
+        inner: dict[str, set[str]] = {}
+        for parts in inside:
+            inner.setdefault(parts[skip], set()).add(parts[skip + 1] if len(parts) > skip + 3 else "")
+        doubled = {
+            name for name, inside in inner.items() if len(inside) == 1 and split_words(name) == split_words(*inside)
+        }
+        return cls(skip, frozenset(doubled))
+
+    def class_at(self, parts: list[str]) -> int:
+        at = self.skip + self.is_inner
+        if self.doubled is not None:
+            at += 2 if self.doubled.intersection(parts[self.skip : self.skip + 1]) else 1
+        return at
+
+    def split(self, parts: list[str]) -> str:
+        return "" if self.doubled is None else min(split_words(parts[self.skip]))
 
 
 def _num_wrappers(paths: list[list[str]]) -> int:
@@ -164,33 +290,55 @@ def _num_wrappers(paths: list[list[str]]) -> int:
     while True:
         deep = [parts for parts in paths if len(parts) > skip + 2]
         outer = {parts[skip] for parts in paths if len(parts) > skip + 1}
-        if len(outer) != 1 or not deep or outer & SPLIT_WORDS.keys():
+        if len(outer) != 1 or not deep or any(name.lower() in SPLIT_WORDS for name in outer):
             return skip
         skip += 1
 
 
-def _is_split(files: list[File], skip: int, where: str | Path) -> bool:
+def _is_split(paths: list[list[str]], skip: int, where: str | Path) -> bool:
     """Return whether the outermost folders are splits.
 
     Raises:
-        SourceError: only some of them are, so that images would be lost or a split would become a class.
+        SourceError: only some of them are, so that images would be lost or a split would become a class; or two are one
+            split by different words.
     """
-    counts = Counter(file.path.split("/")[skip] for file in files)
-    words = {word for word in counts if word.lower() in SPLIT_WORDS}
-    if not words:
+    counts = Counter(parts[skip] for parts in paths)
+    splits = {name: split_words(name) for name in counts}
+    all_named = all(len(named) == 1 for named in splits.values()) and len(set().union(*splits.values())) > 1
+    if not all_named and not any(name.lower() in SPLIT_WORDS for name in counts):
         return False
-    others = sorted(counts.keys() - words)
-    flat = sum(file.path.count("/") == skip + 1 for file in files)
-    if others or flat:
-        listed = ", ".join(f"{name} ({count} images)" for name, count in sorted(counts.items()))
+    flat = sum(len(parts) == skip + 2 for parts in paths)
+    listed = ", ".join(f"{name} ({count} images)" for name, count in sorted(counts.items()))
+    if flat or not all(len(named) == 1 for named in splits.values()):
         raise SourceError(
             f"{where} mixes split folders and other folders: {listed}; {flat} images are in no class folder",
             "a split would be taken for a class, or a class for a split",
             f"name all outer folders as splits ({', '.join(SPLIT_WORDS)}) with class folders in each, or none of them",
         )
+    words: dict[str, set[str]] = {}
+    for name, (split,) in splits.items():
+        words.setdefault(split, set()).add("".join(_LETTERS.findall(name.lower())))
+    if split := next((split for split, names in words.items() if len(names) > 1), ""):
+        raise SourceError(
+            f"{where} has several folders for the split {split}: {listed}",
+            "images that were kept apart would be mixed",
+            f"keep one folder for {split}, or put them into one",
+        )
     return True
 
 
-def _source_image(file: File, skip: int, is_split: bool) -> SourceImage:
-    parts = file.path.split("/")[skip:]
-    return SourceImage(file, parts[1], SPLIT_WORDS[parts[0].lower()]) if is_split else SourceImage(file, parts[0])
+def _refuse_sites(paths: list[list[str]], levels: _Levels, where: str | Path) -> None:
+    """Refuse outer folders that all hold the same inner folders: either could be the classes."""
+    inner: dict[str, set[str]] = {}
+    for parts in paths:
+        if (at := levels.class_at(parts)) < len(parts) - 1:
+            inner.setdefault(parts[at], set()).add(parts[at + 1] if at < len(parts) - 2 else "")
+    common = sorted(set.intersection(*inner.values()) - {""}) if len(inner) > 1 else []
+    if len(common) > 1 and not any("" in names for names in inner.values()):
+        outer = ", ".join(sorted(inner)[:_MAX_SHOWN])
+        raise SourceError(
+            f"each of the {len(inner)} folders {outer} in {where} holds the folders {', '.join(common[:_MAX_SHOWN])}",
+            "sites, cameras or splits would be taken for classes",
+            f"give --class-folders inner if {common[0]} is a class, or --class-folders outer if {min(inner)} is one; "
+            "name folders of splits train, val and test",
+        )

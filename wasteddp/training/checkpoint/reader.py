@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from wasteddp.errors import CheckpointError
+from wasteddp.files import read_regular
 from wasteddp.training.checkpoint.compatibility import Lineage, changes_of_order, measure_of_settings
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 
@@ -189,8 +190,8 @@ def kept_choices(run: Path, resume: str) -> Kept:
         if not (paths and _step_in(paths[-1]) > _step_in(asked)):
             paths.append(asked)  # otherwise the run has already continued it
     for path in reversed(paths):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            raw = json.loads((path / PROGRESS).read_bytes())
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            raw = json.loads(read_regular(path / PROGRESS))
             # not recorded until 2026-11: fp16 had a loss scale, and auto was bf16 otherwise
             return Kept(raw.get("precision") or ("fp16" if raw.get("scaler") else "bf16"), raw.get("compiles"))
     return NOTHING_KEPT
@@ -229,7 +230,7 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: the checkpoint is missing, damaged, or of another format.
     """
     try:
-        proof = (path / COMPLETE).read_bytes()
+        proof = read_regular(path / COMPLETE)
         complete = json.loads(proof)
         if complete["format"] != FORMAT or complete["format_version"] not in _READERS:
             raise ValueError(
@@ -250,7 +251,16 @@ def read(path: Path) -> Checkpoint:
         if _step_in(path) not in (0, progress.step):  # a checkpoint that was copied to an arbitrary name has step 0
             raise ValueError(f"its name says step {_step_in(path)}, and it holds step {progress.step}")
         return Checkpoint(path, progress, states, settings_yaml, hashlib.sha256(proof).hexdigest())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+        yaml.YAMLError,
+    ) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path} is not an intact checkpoint: {reason}",
@@ -263,7 +273,7 @@ def _proved(folder: Path, name: str, sha256: str) -> bytes:
     """Return the content of a file, after its hash is verified."""
     if Path(name).name != name:
         raise ValueError(f"{name!r} is not a plain file name")
-    content = (folder / name).read_bytes()
+    content = read_regular(folder / name)
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(f"{name} has {len(content)} bytes with sha256 {found[:12]}, not {sha256[:12]}")

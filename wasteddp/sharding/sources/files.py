@@ -1,0 +1,201 @@
+"""Files of a source on a disk: a folder or a list of paths. Also what all sources have in common.
+
+The same rules hold for each source and for `wasteddp predict`: which names are ignored, which links are followed, and
+that only regular files are read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import heapq
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from wasteddp.errors import storage
+from wasteddp.files import read_regular
+
+# Hidden files, and the folders of macOS, Synology, QNAP and Windows that hold thumbnails and deleted files.
+IGNORED = (".*", "__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information")
+_MAX_SHOWN = 5
+
+Listed = list[os.DirEntry[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a source. `stamp` changes with the content: size and time, or the checksum of an archive."""
+
+    path: str  # relative to the source, components separated by "/"
+    size_bytes: int
+    stamp: str
+
+
+class Source(Protocol):
+    @property
+    def files(self) -> Sequence[File]:
+        """All files, sorted by path, without ignored ones. A file without content is listed; reading it says why."""
+
+    @property
+    def folders(self) -> Sequence[str]:
+        """All folders that the source names, so that empty ones are detected."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines for the user: what was ignored, and which links were followed."""
+
+    def read(self, path: str) -> bytes:
+        """Return the bytes of one file. Safe to call from several threads.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+
+
+class FolderSource:
+    """A folder and all its subfolders; see `walk`."""
+
+    def __init__(self, root: Path, *, ignore: Sequence[str] = ()) -> None:
+        self._root = root
+        files: list[File] = []
+        folders: list[str] = []
+        walked = Walked()
+        with storage("listing the images", root):
+            for folder, listed in walk(str(root), ignore, walked):
+                if isinstance(listed, OSError):
+                    raise listed
+                inside = Path(folder).relative_to(root).as_posix()
+                folders.append(inside)
+                prefix = "" if inside == "." else f"{inside}/"
+                files += [_stat(Path(entry.path), prefix + entry.name) for entry in listed]
+        self.files = sorted(files, key=lambda file: file.path)
+        self.folders = sorted(folders[1:])
+        self.notes = walked.notes()
+
+    def read(self, path: str) -> bytes:
+        return read_regular(self._root / path)
+
+
+class PathsSource:
+    """The files that a table names, relative to `root`. A missing file raises an error when it is read, not here."""
+
+    folders: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    def __init__(self, root: Path, paths: Sequence[str]) -> None:
+        self._root = root
+        self.files = [_stat(root / path, path) for path in sorted(paths)]
+
+    def read(self, path: str) -> bytes:
+        return read_regular(self._root / path)
+
+
+@dataclass(slots=True)
+class Names:
+    """Counts names, of which there may be millions, and keeps the first."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if self.count <= _MAX_SHOWN:
+            self.first.append(name)
+
+    def note(self, text: str) -> list[str]:
+        """Return a line with the number and the first of the names, or no line if there are none."""
+        more = ", ..." if self.count > len(self.first) else ""
+        return [f"{text.format(self.count)}: {', '.join(self.first)}{more}"] if self.count else []
+
+
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """What a walk met besides files and folders."""
+
+    ignored: Names = field(default_factory=Names)
+    followed: Names = field(default_factory=Names)  # links to folders
+    repeated: Names = field(default_factory=Names)  # links to folders that are listed in another place
+
+    def notes(self) -> list[str]:
+        return [
+            *self.ignored.note("ignored {} hidden or system file(s) or folder(s)"),
+            *self.followed.note("followed {} link(s) to folders"),
+            *self.repeated.note("did not follow {} link(s) to folders that are read in another place or hold this one"),
+        ]
+
+
+def walk(root: str, ignore: Sequence[str], walked: Walked) -> Iterator[tuple[str, Listed | OSError]]:
+    """Yield each folder with its files, sorted, or with the error if it cannot be listed; then its subfolders.
+
+    Links to folders are followed last, in sorted order, so that the result does not depend on the file system. Each
+    folder is read once, whatever links lead to it. A link to a folder that holds `root` is not followed.
+    """
+    seen = {_identity(str(folder)) for folder in Path(root).resolve().parents}
+    links: list[str] = []
+    waiting = [root]
+    while waiting or links:
+        is_link = not waiting
+        folder = heapq.heappop(links) if is_link else waiting.pop()
+        try:
+            identity = _identity(folder)
+            if identity in seen:
+                walked.repeated.add(folder)
+                continue
+            seen.add(identity)
+            with os.scandir(folder) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+        except OSError as error:
+            yield folder, error
+            continue
+        if is_link:
+            walked.followed.add(folder)
+        files, folders = [], []
+        for entry in entries:
+            if is_ignored(entry.name, ignore):
+                walked.ignored.add(entry.path)
+            elif not _is_folder(entry):
+                files.append(entry)
+            elif entry.is_symlink():
+                heapq.heappush(links, entry.path)
+            else:
+                folders.append(entry.path)
+        yield folder, files
+        waiting.extend(reversed(folders))
+
+
+def is_ignored(path: str, more: Sequence[str] = ()) -> bool:
+    """Return whether a component of the path matches one of `IGNORED` or `more`, patterns of `fnmatch`."""
+    matches = _pattern((*IGNORED, *more)).match
+    return any(part not in ("", ".", "..") and matches(part) is not None for part in path.split("/"))
+
+
+@lru_cache
+def _pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, patterns)))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)  # noqa: PTH116, a path object for each folder is slow
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _stat(file: Path, path: str) -> File:
+    try:
+        status = file.stat()
+    except (OSError, ValueError):  # missing, a link to itself, a name with a NUL: reading it gives the reason
+        return File(path, 0, "missing")
+    if not stat.S_ISREG(status.st_mode):
+        return File(path, 0, "not a file")
+    return File(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
