@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -131,6 +132,25 @@ def test_a_second_start_reads_only_what_the_journal_does_not_know(
     read.clear()
     scan(folder, journal)
     assert read == []
+
+
+def test_an_image_is_read_again_when_its_decoder_has_been_installed(
+    image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_folder({"a": 2, "b": 2})
+    phone = folder / "a" / "phone.heic"
+    phone.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0heic")
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    result, images = scan(folder, tmp_path / "journal")
+    (left,) = result.left_out(images)
+    assert left.detail == "HEIC has no decoder here: pip install 'wasteddp[phone]'"
+    stat = phone.stat()
+    phone.write_bytes(b"\0\0\0\x18____heic\0\0\0\0heic")  # seen only if it is read again
+    os.utime(phone, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert scan(folder, tmp_path / "journal")[0].details == result.details
+    monkeypatch.setitem(Image.OPEN, "HEIF", (None, None))
+    (detail,) = scan(folder, tmp_path / "journal")[0].details.values()
+    assert detail == "cannot identify image file"
 
 
 def test_a_scan_is_the_same_with_any_number_of_workers(image_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from wasteddp.data import manifest
 from wasteddp.data.decoding.decode import MAX_JPEG_SIDE_PX, UndecodableError, check_image
+from wasteddp.data.decoding.formats import is_decoder_here_now
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError
 from wasteddp.files import appended_rows, read_rows
@@ -204,7 +205,7 @@ def _replay(
         except (ValueError, TypeError, IndexError):  # that image is read again
             continue
         index = place.get((path, stamp))
-        if index is not None:
+        if index is not None and not is_decoder_here_now(detail):
             records[index], done[index] = content, True
             if detail:
                 details[index] = detail

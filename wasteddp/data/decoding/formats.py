@@ -31,6 +31,11 @@ _FORMATS: list[str] = [
 # Source: ISO/IEC 23008-12, brands of the ftyp box
 _BRANDS = re.compile(rb"....ftyp.{0,64}?(avif|avis|heic|heix|hevc|hevx|heim|heis|mif1|msf1)", re.DOTALL)
 
+_MISSING = {
+    name: f"{known_as} has no decoder here: pip install 'wasteddp[phone]'"
+    for name, known_as in (("HEIF", "HEIC"), ("AVIF", "AVIF"))
+}
+
 
 def _silence_libtiff() -> None:
     """Its messages go to stderr without the name of a file. Pillow's error, which follows, is reported with the name.
@@ -59,5 +64,9 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
 def missing_decoder(data: bytes) -> str:
     """Return what to install for a HEIC or AVIF that Pillow does not identify; '' for other bytes."""
     brand = _BRANDS.match(data)
-    name = "AVIF" if brand and brand[1].startswith(b"avi") else "HEIC"
-    return f"{name} has no decoder here: pip install 'wasteddp[phone]'" if brand else ""
+    return "" if brand is None else _MISSING["AVIF" if brand[1].startswith(b"avi") else "HEIF"]
+
+
+def is_decoder_here_now(detail: str) -> bool:
+    """Whether `detail` names a missing decoder, as `missing_decoder` does, that has been installed since."""
+    return any(detail == missing and name in Image.OPEN for name, missing in _MISSING.items())
