@@ -151,7 +151,7 @@ def _extended(old: Manifest, options: Options, *, is_split: bool) -> Options:
         options,
         split_rule=rule,
         split_seed=recorded["split_seed"],
-        fractions=recorded["fractions"] and splits.check_fractions(recorded["fractions"]),
+        fractions=recorded["fractions"] and splits.check_fractions(recorded["fractions"], may_lack_train=True),
         group_near_duplicates=recorded["group_near_duplicates"] if group is None else group,
     )
 
