@@ -69,6 +69,18 @@ def reports() -> Iterator[None]:
 
 
 @pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks that wasteddp starts are forked, and have a narrow network."""
+    import forked
+    from trainings import PROGRAM
+
+    from wasteddp.training.distributed import ranks
+
+    monkeypatch.setattr(ranks, "subprocess", forked)
+    monkeypatch.setattr(ranks, "_TRAIN", PROGRAM)
+
+
+@pytest.fixture
 def trashnet_zip() -> Path:
     path = TRASHNET / "trashnet.zip"
     if not path.exists():

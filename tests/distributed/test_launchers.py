@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from trainings import CPU2, REAL_PROGRAM, ROOT, config_of, launch, launch_command, rows
+from trainings import CPU2, PROGRAM, REAL_PROGRAM, ROOT, config_of, launch, launch_command, rows
 
 from wasteddp.files import RunLock
 from wasteddp.training.checkpoint import reader
@@ -18,9 +18,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def command_of(launcher: str, arguments: list[str]) -> list[str]:
     return {
-        "accelerate": launch_command(arguments, program=REAL_PROGRAM),
-        "accelerate 2": launch_command(arguments, "--config_file", str(CPU2), program=REAL_PROGRAM),
-        "torchrun 2": [*TORCHRUN, str(REAL_PROGRAM), *arguments],
+        "accelerate": launch_command(arguments),
+        "accelerate 2": launch_command(arguments, "--config_file", str(CPU2)),
+        "torchrun 2": [*TORCHRUN, str(PROGRAM), *arguments],
     }[launcher]
 
 
@@ -53,7 +53,8 @@ def test_a_signal_to_the_launcher_saves_the_run(launcher: str, name: str, small_
 
 def test_a_restart_waits_for_ranks_that_still_save(small_shards: Path, tmp_path: Path) -> None:
     arguments = [*config_of(tmp_path, small_shards), "--set", "train.stop_at_step=6"]
-    with subprocess.Popen(command_of("accelerate", arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    command = launch_command(arguments, program=REAL_PROGRAM)  # with a report, which takes seconds
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step 2/"):

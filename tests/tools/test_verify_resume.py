@@ -130,6 +130,7 @@ def test_more_kills_than_steps_are_refused(tmp_path: Path, capsys: pytest.Captur
     assert "2 kills and 2 steps" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_real_training_is_killed_and_proved(
     small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -228,6 +228,7 @@ def test_a_signal_ends_the_wait_for_a_manifest(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_two_processes_of_which_one_waits_for_a_store_leave_together(
     split: str, small_shards: Path, tmp_path: Path
