@@ -8,6 +8,7 @@ would write the same checkpoints. The lock is the kernel's (flock), so that no k
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -19,6 +20,7 @@ from wasteddp.errors import CheckpointError, storage
 
 LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)  # CIFS and some FUSE file systems
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -33,13 +35,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
+def sync_folder(folder: Path) -> bool:
+    """Make renames inside `folder` survive a power cut. Return False where the file system has no such call."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
@@ -55,6 +62,15 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def try_lock_or_warn(descriptor: int, what: str, say: Callable[[str], None], *, shared: bool = False) -> bool:
+    """The same, but where the file system has no locks: warn once and return True."""
+    try:
+        return try_lock(descriptor, shared=shared)
+    except OSError as error:
+        say(f"{what} cannot be locked ({error.strerror}): make sure that nothing else writes there at the same time")
+        return True
 
 
 class RunLock:
@@ -88,13 +104,7 @@ class RunLock:
 
     def _lock(self, folder: Path, say: Callable[[str], None], wait_s: float) -> None:
         until, told = time.monotonic() + wait_s, False
-        while True:
-            try:
-                if try_lock(self._file):
-                    break
-            except OSError as error:  # a file system without locks: said once, and trusted as before
-                say(f"{folder} cannot be locked ({error.strerror}): take care that no other training writes there")
-                return
+        while not try_lock_or_warn(self._file, str(folder), say):
             holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
             if time.monotonic() >= until:
                 raise CheckpointError(

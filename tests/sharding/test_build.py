@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import hashlib
 import io
@@ -362,3 +363,14 @@ def test_trashnet_has_its_three_conflicting_pairs_and_2521_images_remain(trashne
     assert left_out == {"glass176", "plastic152", "glass389", "plastic332", "glass115", "metal91"}
     assert len(manifest.left_out) == 6
     assert manifest.near_duplicates["across_splits"]["train-test"]["test_images"] >= 9
+
+
+def test_a_file_system_without_locks_is_named_and_used(
+    image_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    make_shards(Job(image_folder({"glass": 3, "metal": 3}), tmp_path / "out"), workers=1)
+    assert f"{tmp_path / 'out'} cannot be locked (Function not implemented): make sure" in capsys.readouterr().out
