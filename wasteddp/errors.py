@@ -19,6 +19,7 @@
     ├── RunError               a run's folder
     ├── TrackingError          W&B, when a command asks for it; a training goes on without
     ├── StoppedError           a wait for a store that was ended because the run is to save and leave: nobody's mistake
+    ├── TextError              a text file that is not in UTF-8
     └── StorageError           disk full, no permission, no such place
 
 A user's mistake ends with the message and exit code 2, never with a traceback.
@@ -126,6 +127,10 @@ class TrackingError(WastedError):
 
 
 class StoppedError(WastedError):
+    pass
+
+
+class TextError(WastedError):
     pass
 
 

@@ -1,4 +1,4 @@
-"""Files and locks that survive kills and power cuts. No torch.
+"""Files and locks that survive kills and power cuts, and text files from elsewhere. No torch.
 
 One training at a time writes into a run's folder.
 
@@ -8,6 +8,7 @@ would write the same checkpoints. The lock is the kernel's (flock), so that no k
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import os
@@ -16,10 +17,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from wasteddp.errors import CheckpointError, storage
+from wasteddp.errors import CheckpointError, TextError, storage
 
 LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
+_MARKS = {  # byte order marks; the longer first
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)  # CIFS and some FUSE file systems
 
 
@@ -47,6 +55,38 @@ def sync_folder(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def expand_home(path: str) -> str:
+    """Replace a ~ at the start by the home folder. The rest stays as it is written."""
+    return os.path.expanduser(path)  # noqa: PTH111, Path.expanduser changes more, and raises for unknown users
+
+
+def read_text(path: str | Path, doing: str) -> str:
+    """Read a text file that somebody wrote: in UTF-8, or in the encoding of its byte order mark.
+
+    Args:
+        doing: for the message, such as "reading the settings".
+
+    Raises:
+        TextError: it is in another encoding, or not text. StorageError: it cannot be read.
+    """
+    with storage(doing, path):
+        content = Path(path).read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        problem, at = f"byte 0x{content[error.start : error.start + 1].hex()}", content.count(b"\n", 0, error.start)
+    else:
+        if "\0" not in text:
+            return text
+        problem, at = "a NUL character", text.count("\n", 0, text.index("\0"))
+    raise TextError(
+        f"{doing}: {path} is not text in {encoding.removesuffix('-sig').upper()}: {problem} in line {at + 1}",
+        "its names and values would be read wrongly",
+        f"save it as UTF-8; if it is from Windows: iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW",
+    )
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from wasteddp.commands.arguments import Commands, add_workers, integers, words
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError
+from wasteddp.files import read_text
 
 
 def add(commands: Commands) -> None:
@@ -75,8 +76,7 @@ def _index(arguments: argparse.Namespace) -> None:
 
     classes: tuple[str, ...] = arguments.classes
     if arguments.classes_from:
-        with storage("reading the class names", arguments.classes_from):
-            lines = arguments.classes_from.read_text(encoding="utf-8").splitlines()
+        lines = read_text(arguments.classes_from, "reading the class names").splitlines()
         classes = tuple(line.strip() for line in lines if line.strip())
     remote = is_url(arguments.folder)
     if remote != bool(arguments.out) or (arguments.tars and not remote):

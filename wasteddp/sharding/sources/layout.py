@@ -9,12 +9,14 @@ a table with the columns path,label[,split] a CSV
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError
+from wasteddp.files import expand_home, read_text
 from wasteddp.sharding.sources.archives import File, PathsSource, Source
 
 SPLITS = ("train", "val", "test")
@@ -79,20 +81,20 @@ def read_folders(source: Source, where: str | Path, *, classes: Sequence[str] = 
 
 
 def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource, Layout]:
-    """Read a CSV with the columns path,label[,split]. Paths are relative to the CSV's folder.
+    """Read a CSV with the columns path,label[,split]. Paths are relative to the CSV's folder, with / or \\ between
+    folders. Columns are separated by commas, semicolons or tabs.
 
     Raises:
         SourceError: the file is not a CSV with these columns, or a row is incomplete or repeats an image.
     """
-    with storage("reading the table", path), path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            table = csv.DictReader(file, strict=True)
-            columns = table.fieldnames or []
-            rows = list(table)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise SourceError(
-                f"{path} is not a CSV file in UTF-8: {error}", "its images are not known", "save it as CSV in UTF-8"
-            ) from error
+    text = read_text(path, "reading the table")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    try:
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+        table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
+        rows = list(table)
+    except csv.Error as error:
+        raise SourceError(f"{path} is not a CSV file: {error}", "its images are not known", "fix it") from error
     if not {"path", "label"} <= set(columns) or not rows:
         raise SourceError(
             f"{path} has {len(rows)} rows and the columns {', '.join(columns) or 'none'}",
@@ -101,7 +103,7 @@ def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource,
         )
     labels: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows, start=2):
-        name, label = (row["path"] or "").strip(), (row["label"] or "").strip()
+        name, label = _path_of((row["path"] or "").strip(), path.parent), (row["label"] or "").strip()
         word = (row.get("split") or "").strip().lower()
         if not name or not label or name in labels or (word and word not in SPLIT_WORDS):
             problem = "is listed twice" if name in labels else "has no path, no label or an unknown split"
@@ -121,6 +123,12 @@ def read_table(path: Path, *, classes: Sequence[str] = ()) -> tuple[PathsSource,
     source = PathsSource(path.parent, list(labels))
     images = tuple(SourceImage(file, *labels[file.path]) for file in source.files)
     return source, Layout(images, check_classes({p.class_name for p in images}, classes, path))
+
+
+def _path_of(text: str, folder: Path) -> str:
+    """Return a path of a table as this machine writes it: another system may separate folders by a backslash."""
+    path = expand_home(text)
+    return path.replace("\\", "/") if "\\" in path and not (folder / path).exists() else path
 
 
 def check_classes(found: set[str], wanted: Sequence[str], where: str | Path) -> tuple[str, ...]:
