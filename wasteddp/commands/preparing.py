@@ -109,7 +109,7 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
 
 
 def _add_settings(commands: Commands) -> None:
-    add = commands.add_parser("settings", help="print all settings of a config, or their JSON Schema")
+    add = commands.add_parser("settings", help="print all settings with their meanings, or their JSON Schema")
     add.add_argument("config", nargs="?", metavar="YAML", help="default: only the defaults")
     add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     add.add_argument("--schema", action="store_true", help="print the JSON Schema, for editors")
@@ -123,7 +123,7 @@ def _settings(arguments: argparse.Namespace) -> None:
 
     if arguments.schema:
         print(json.dumps(settings.json_schema(), indent=1))
-    elif arguments.config:
-        print(settings.load(arguments.config, arguments.set).to_yaml(), end="")
     else:
-        print(settings.parse("", arguments.set).to_yaml(), end="")
+        config, overrides = arguments.config, arguments.set
+        loaded = settings.load(config, overrides) if config else settings.parse("", overrides)
+        print(settings.explained_yaml(loaded), end="")

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from wasteddp.files import expand_home
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Location = Annotated[str, AfterValidator(expand_home)]
 
 _MOST_PATIENCE_S = 400  # for one read, so that its error comes before the collectives' timeout
 
@@ -41,7 +45,7 @@ class _Section(BaseModel):
 
 
 class Run(_Section):
-    out: str = "runs/resnet50"
+    out: Location = "runs/resnet50"
     """Folder of the run: settings, log, metrics, checkpoints and the model."""
     seed: Count = 0
     """Order, augmentation and initial weights are functions of it."""
@@ -58,9 +62,9 @@ class Run(_Section):
 
 
 class Data(_Section):
-    shards: str = "shards/trashnet"
+    shards: Location = "shards/trashnet"
     """Folder of the shard set, or its URL: https://, s3://, gs://, hf:// and whatever else fsspec opens."""
-    staged: str = ""
+    staged: Location = ""
     """Folder of a verified copy of `shards` on the node's own disk, which is read instead; '': no copy."""
     train_split: str = "train"
     eval_split: str = "val"
@@ -187,7 +191,7 @@ class Augment(_Section):
 class Model(_Section):
     arch: str = "resnet50"
     """Any ResNet of torchvision by its name there: resnet18, resnet50, resnext50_32x4d, wide_resnet50_2, ..."""
-    weights: str = "imagenet"
+    weights: Location = "imagenet"
     """imagenet: torchvision's default weights; none: random; or the path of a .safetensors or .pth file, or of a run,
     whose head is taken too for the classes that both have."""
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "backbone"] = "none"
@@ -279,7 +283,7 @@ class Train(_Section):
     logit_adjustment: NotNegative = 0.0
     """tau: in training tau * ln(share of the class) is added to each logit, so that rare classes get larger logits at
     prediction; 1 compensates the imbalance, 0: off. The shares are those drawn: with data.balance 1 it does nothing."""
-    teacher: str = ""
+    teacher: Location = ""
     """Knowledge distillation: folder of a run or model with the same classes, whose answers to the augmented images are
     learned too; '': none. Its network and image size may differ; its calibration is not used."""
     teacher_weight: Fraction = 0.5
