@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,8 @@ def test_an_override_wins_over_the_file() -> None:
         ("optimizer: {lr: -0.1}", [], ["optimizer.lr: found -0.1", "greater than 0"]),
         ("optimizer: {lr: .nan}", [], ["optimizer.lr: found nan"]),
         ("precision: fp8", [], ["precision: found 'fp8'", "'auto', 'fp32', 'bf16' or 'fp16'"]),
-        ("track: {wandb: off}", [], ["track.wandb: found False", "truth value"]),
-        ("train: {epochs: yes}", [], ["train.epochs: found True", "truth value"]),
+        ("track: {wandb: off}", [], ["track.wandb: found False", "boolean"]),
+        ("train: {epochs: yes}", [], ["train.epochs: found True", "boolean"]),
         ("train: {epochs: 2.5}", [], ["train.epochs: found 2.5", "integer"]),
         ("run: 3", [], ["run: found 3"]),
         ("augment: {crop_scale: [0.9, 0.1]}", [], ["augment.crop_scale: found [0.9, 0.1]", "smaller first"]),
@@ -62,7 +63,7 @@ def test_an_override_wins_over_the_file() -> None:
         ("", ["run.seed=1:30"], ["--set run.seed=1:30: run.seed: found '1:30'"]),
         ("", ["data.eval_resize=32"], ["the settings with --set data.eval_resize=32: eval_resize 32 is smaller"]),
         ("", ["data.lanes=7"], ["the settings with --set data.lanes=7: data.lanes 7 does not divide"]),
-        ("- 1", [], ["is a list, not sections"]),
+        ("- 1", [], ["is a list, not a mapping of sections"]),
         ("a: [", [], ["is not YAML"]),
         ("", ["lr"], ["--set 'lr' has no '='"]),
     ],
@@ -114,10 +115,12 @@ def test_the_printed_settings_have_their_meanings_and_are_the_same_settings() ->
     loaded = settings.parse("track: {tags: [a, 'b #2']}", ["run.out=runs/exp #2"])
     text = settings.explained_yaml(loaded)
     assert settings.parse(text) == loaded
-    assert "\n  # The global batch: all processes, all micro-batches.\n  batch_size: 256\n" in text
+    assert (
+        "\n  # The global batch: images in a step, over all processes and micro-batches.\n  batch_size: 256\n" in text
+    )
 
 
-def test_all_mistakes_are_named_at_once() -> None:
+def test_all_mistakes_are_named_together() -> None:
     with pytest.raises(SettingsError) as caught:
         settings.parse("optimizer: {lr: -1, momentum: 2}\nrunn: {}")
     assert all(part in caught.value.found for part in ("optimizer.lr", "optimizer.momentum", "'runn'"))

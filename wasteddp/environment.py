@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, commit. For `environment.json`, the log's first lines, the bundle."""
+"""The environment of a run: versions, machine, commit; for `environment.json`, the start of the log and the bundle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def launched(name: str, default: int) -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Plain values; no host name, user or path: a run folder is passed on."""
+    """Return the environment as plain values, without host name, user or paths: run folders are shared."""
     return {
         "wasteddp": __version__,
         "commit": commit(),
@@ -46,7 +46,7 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with a + where tracked files differ from it; the version where there is no checkout."""
+    """Return the checkout's commit, with a + if tracked files differ from it; the version if there is no checkout."""
     root = Path(__file__).resolve().parents[1]
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")

@@ -1,28 +1,28 @@
-"""Every error that a user can cause or meet, in one tree, and how it is said.
+"""The errors that a user can cause or meet, as one tree of exceptions, and the exit codes of the commands.
 
     WastedError                what was found; what would go wrong; what to do
-    ├── SettingsError          the YAML or --set
-    ├── SourceError            the images that are to be sharded
-    ├── RecipeError            a recipe, or a download it asks for
+    ├── SettingsError          the YAML file or --set
+    ├── SourceError            the images to shard
+    ├── RecipeError            a recipe, or a download that it needs
     ├── ShardError             a shard set: manifest, index or tar
-    │   ├── DamagedSampleError one sample of it
-    │   ├── DamagedShardError  one tar of a remote set that is missing, cut or not the one of the manifest
-    │   └── RemoteError        a store that cannot be reached, or refuses
+    │   ├── DamagedSampleError one sample of a set
+    │   ├── DamagedShardError  a tar of a remote set that is missing, cut short or different from the manifest's
+    │   └── RemoteError        a store that cannot be reached, or refuses the request
     ├── WeightsError           initial weights
     ├── LaunchError            processes, devices, precision
-    ├── WorkerError            decoding processes that cannot be kept alive
-    ├── DeviceMemoryError      a GPU that cannot take as many images at once
+    ├── WorkerError            decoding processes that keep dying
+    ├── DeviceMemoryError      a micro-batch that does not fit into the GPU's memory
     ├── CheckpointError        a run's checkpoints
-    ├── DivergedError          a loss that is no number any more
+    ├── DivergedError          a loss or gradient that is not finite, or a loss that exploded
     ├── CoverageError          an epoch that did not see each of its samples exactly once
     ├── BundleError            a model bundle
     ├── RunError               a run's folder
-    ├── TrackingError          W&B, when a command asks for it; a training goes on without
-    ├── StoppedError           a wait for a store that was ended because the run is to save and leave: nobody's mistake
+    ├── TrackingError          W&B, where a command needs it; training continues without it
+    ├── StoppedError           a wait for a store that ended because the run must save and exit; not a user's mistake
     ├── TextError              a text file that is not in UTF-8
-    └── StorageError           disk full, no permission, no such place
+    └── StorageError           disk full, no permission, no such path
 
-A user's mistake ends with the message and exit code 2, never with a traceback.
+A user's mistake ends with its message and exit code 2, never with a traceback.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from typing import NoReturn
 
 EXIT_FINISHED = 0
 EXIT_USER_ERROR = 2
-EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h: a rank failed, hung or vanished, and all were stopped
-EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, saved, start it again
+EXIT_FAILED = 70  # EX_SOFTWARE of sysexits.h: a rank failed, hung or disappeared, and all ranks were stopped
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving a checkpoint; start the run again
 
 
 class WastedError(Exception):
-    """Something that the user can fix, said in three parts.
+    """An error that the user can fix. Its message has three parts.
 
     Args:
-        found: what is the case, with numbers and paths.
-        consequence: what would go wrong if the program went on.
-        remedy: what to do about it.
+        found: what was found, with numbers and paths.
+        consequence: what would go wrong if the program continued.
+        remedy: what the user can do.
     """
 
     def __init__(self, found: str, consequence: str = "", remedy: str = "") -> None:
@@ -95,7 +95,7 @@ class LaunchError(WastedError):
 
 
 class WorkerError(WastedError):
-    """The decoding processes cannot be kept alive."""
+    pass
 
 
 class DeviceMemoryError(WastedError):
@@ -139,31 +139,30 @@ class StorageError(WastedError):
 
 
 _STORAGE_REMEDIES = {
-    errno.ENOSPC: "free some space, or name a folder on another disk; what was complete before is untouched",
+    errno.ENOSPC: "free some space, or name a folder on another disk; files that were complete are unchanged",
     errno.EDQUOT: "your quota is used up: free some space, or name a folder on another disk",
     errno.EACCES: "give yourself write permission there, or name another folder",
     errno.EPERM: "give yourself write permission there, or name another folder",
     errno.EROFS: "this file system is read-only: name another folder",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "a part of this path is a file, not a folder: name another folder",
-    errno.EISDIR: "this path is a folder where a file is wanted: name another path",
+    errno.ENOTDIR: "part of this path is a file, not a folder: name another folder",
+    errno.EISDIR: "this path is a folder, and a file is needed: name another path",
 }
 
 
 @contextmanager
 def storage(doing: str, path: str | Path) -> Iterator[None]:
-    """Turns an `OSError` of the block into a `StorageError`; `doing` is a phrase such as "writing a checkpoint"."""
+    """Convert an `OSError` of the block into a `StorageError`; `doing` is a phrase such as "writing a checkpoint"."""
     try:
         yield
     except OSError as error:
         where = error.filename or path
         reason = error.strerror or str(error)
         remedy = _STORAGE_REMEDIES.get(error.errno or 0, "see the reason above")
-        raise StorageError(f"{doing}: {reason}: {where}", f"{path} cannot be used as it is", remedy) from error
+        raise StorageError(f"{doing}: {reason}: {where}", f"{path} cannot be read or written", remedy) from error
 
 
-def exit_with(error: WastedError, *, speak: bool = True) -> NoReturn:
-    """Ends the process with the message and code 2; `speak` is false on all ranks but the one that tells the user."""
-    if speak:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+def exit_with(error: WastedError) -> NoReturn:
+    """Print the message and end the process with exit code 2."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_USER_ERROR)

@@ -1,8 +1,9 @@
-"""Many calls at once, results in the order of the items, and never more than a window of them in memory; progress bars.
+"""An ordered parallel map with bounded memory, the number of usable cores, and progress reports.
 
-Threads, not processes: reading, inflating, sha256, JPEG decoding and Pillow's resize all release the GIL. Measured on
-two cores with 512x384 JPEGs: 2,000 decodes in each of two threads took 0.48 s, in each of two processes 0.49 s, and in
-one thread alone 0.46 s. Threads start at once, share the open archive, and copy no image between processes.
+The map uses threads, not processes: reading, inflating, sha256, JPEG decoding and Pillow's resize all release the GIL.
+Measured on two cores with 512x384 JPEGs: 2,000 decodes in each of two threads took 0.48 s, in each of two processes
+0.49 s, and in one thread alone 0.46 s. Threads start without delay, share the open archive, and need no copy of an
+image between processes.
 """
 
 from __future__ import annotations
@@ -21,23 +22,25 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_BATCH = 8  # items handed to a thread at once: one by one, handing over costs half as much as decoding a small JPEG
-_BATCHES_IN_FLIGHT = 2  # for each worker: one being worked on, one waiting; this bounds memory
+_BATCH = 8  # items in one task: with one item, starting a task costs half as much as decoding a small JPEG
+_BATCHES_IN_FLIGHT = 2  # for each worker: one running, one waiting; this bounds memory
 _LINE_EVERY_S = 10.0
 
 
 def usable_cores() -> frozenset[int]:
-    """The numbers of the cores that this process may run on; a cluster often grants fewer than the node has."""
+    """Return the numbers of the cores that this process may run on; a cluster often grants fewer than the node has."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def num_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many cores' time this process may use: a container often sees all cores and is granted the time of a few.
+    """Return how many cores' worth of CPU time this process may use.
+
+    A container often sees all cores but has a quota of only a few cores' time.
 
     Args:
-        cgroup: where the kernel tells the grant: cpu.max of version 2, cpu/cpu.cfs_quota_us of version 1.
+        cgroup: folder where the kernel reports the quota: cpu.max in version 2, cpu/cpu.cfs_quota_us in version 1.
             Source: Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst of Linux.
     """
     grant, cores = "", len(usable_cores())
@@ -53,7 +56,10 @@ def num_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
-    """Yields `function(item)` for each item, in their order; an exception comes out in place of its batch."""
+    """Yield `function(item)` for each item, in the order of the items.
+
+    An exception of `function` is raised in place of the results of its batch of items.
+    """
     if workers <= 1:
         yield from map(function, items)
         return
@@ -77,7 +83,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, worke
 
 
 def duration(seconds: float) -> str:
-    """3725 -> 1 h 2 min"""
+    """Return a readable duration: 3725 -> "62 min", 7500 -> "2 h 5 min"."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
@@ -86,7 +92,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(doing: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yields a function to call once for each item done."""
+    """Yield a function to call once for each item done; it shows a bar on a terminal, and prints lines elsewhere."""
     if sys.stderr.isatty() and total:
         with _bar(doing, total) as advance:
             yield advance

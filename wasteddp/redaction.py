@@ -1,7 +1,7 @@
-"""Finds secrets in texts: nothing that a run writes or sends may hold one. No imports from the package.
+"""Hide secrets in text: nothing that a run writes or sends may contain one. No imports from the package.
 
-What counts as one: the password in a URL, a signature or token in its query, what is shaped like a known service's key,
-and the value of an environment variable whose name says so.
+These count as secrets: the password in a URL, a signature or token in its query, a string in the form of a known
+service's key, and the value of an environment variable with a name such as API_KEY or TOKEN.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "[hidden]"
-_SHORTEST = 12  # characters of an environment variable's value: shorter ones are words as often as secrets
+_SHORTEST = 12  # characters of an environment variable's value: shorter values are often ordinary words
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)|(?<=://)[^/\s@:]{20,}(?=@)")
 _IN_QUERY = re.compile(
     r"(?<=[?&])((?:[\w.-]*(?:signature|token|secret|passw|credential|key))[\w.-]*|sig)=[^&\s]+", re.IGNORECASE
 )
-# Sources: the services' documentation of their keys' forms; GitHub's list of secret scanning patterns.
+# Sources: the services' documentation of their key formats; GitHub's list of secret scanning patterns.
 _KEY = re.compile(
     r"\b(?:wandb_v1_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}|sk-[\w-]{20,}|xox[abp]-[\w-]{10,}|AIza[\w-]{30,})"
@@ -27,7 +27,7 @@ _KEY = re.compile(
 
 
 def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text with `[hidden]` in the place of each secret; itself where there is none."""
+    """Return the text with `[hidden]` in place of each secret."""
     text = _USER_IN_URL.sub(HIDDEN, text)
     text = _IN_QUERY.sub(rf"\1={HIDDEN}", text)
     text = _KEY.sub(HIDDEN, text)
@@ -39,7 +39,7 @@ def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def redacted_tree(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
-    """The same for every text inside lists and mappings; keys stay."""
+    """Apply `redacted` to every string inside lists and mappings; the keys of mappings stay unchanged."""
     if isinstance(value, str):
         return redacted(value, environment)
     if isinstance(value, Mapping):

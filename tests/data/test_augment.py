@@ -1,4 +1,4 @@
-"""Augmentation on the device: a function of (seed, epoch, sample), whatever else is in the batch."""
+"""Augmentation on the device depends on (seed, epoch, sample), not on the other samples of the batch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_colour_stays_in_range_and_changes_brightness_both_ways() -> None:
 
 
 def test_colour_is_torchvisions_where_nothing_is_clamped() -> None:
-    batch = images(8) // 4 + 64  # 64 to 127: factors of 0.7 to 1.3 keep it inside 0 to 255
+    batch = images(8) // 4 + 64  # 64 to 127, so that factors of 0.7 to 1.3 stay between 0 and 255
     b, c, s = 1 + 0.3 * (2 * uniform(COLOUR, 0, 5, np.arange(8), num=3).T - 1)
     coloured = Augment(0, brightness=0.3, contrast=0.3, saturation=0.3)(batch, np.arange(8), 5)
     for image, found, brightness, contrast, saturation in zip(batch, coloured, b, c, s, strict=True):
@@ -78,7 +78,7 @@ def test_colour_is_torchvisions_where_nothing_is_clamped() -> None:
         expected = functional.adjust_saturation(functional.adjust_contrast(expected, contrast), saturation)
         assert torch.allclose(
             found, normalise(255 * expected[None])[0], atol=0.02
-        )  # 0.02: torchvision's luma has 4 digits
+        )  # 0.02, since torchvision's luma has 4 digits
 
 
 def test_the_memory_format_is_kept() -> None:

@@ -1,4 +1,4 @@
-"""Views: the right part of the image, the right size, near what a slow reference gives."""
+"""Views: the right part of the image at the right size, close to a slow reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB, crop_box, evaluation_
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """Smooth, so that two good ways of resizing it agree."""
+    """Return a smooth image, so that two good resizing methods agree."""
     rows, columns = np.mgrid[0:height, 0:width]
     waves = [127 + 100 * np.sin(columns / width * a + rows / height * b) for a, b in ((5, 1), (2, 7), (9, 3))]
     return Image.fromarray(np.stack(waves, -1).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Sets behind a URL: what is read, what is fetched and when, and what happens to damage."""
+"""Sets at a URL: what is read, what is fetched and when, and how damage is handled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_it_reads_what_the_folder_holds_and_fetches_each_file_once(
 
 
 def steps_of(reader: SplitReader, plan: TrainPlan, *, in_flight: int, rank: int = 0, world_size: int = 1) -> list[int]:
-    """Takes every step of two epochs and reads all its samples; returns the samples."""
+    """Take every step of two epochs, read all its samples, and return them."""
     steps = training_steps(plan, 0, 2 * plan.steps_per_epoch, rank=rank, world_size=world_size)
     taken = []
     for _, _, samples in reader.ahead(steps, in_flight=in_flight):
@@ -144,7 +144,7 @@ def test_processes_that_share_a_cache_fetch_each_shard_once(
     assert set(server.fetches(".idx").values()) == {1}
 
 
-def test_bytes_that_went_bad_in_the_cache_are_fetched_anew(
+def test_bytes_damaged_in_the_cache_are_fetched_again(
     server: FaultyServer, data: Callable[..., Data], small_shards: Path
 ) -> None:
     shard = Manifest.load(small_shards).split("train").shards[0]
@@ -224,7 +224,7 @@ def test_closing_does_not_wait_for_a_stalled_store(data: Callable[..., Data], se
     with dataset.open_dataset(data(read_timeout_s=100, read_attempts=4)) as shards, shards.reader("train") as reader:
         server.faults = lambda name, number: "stall"
         steps = reader.ahead(training_steps(plan, 0, 5, rank=0, world_size=1), in_flight=1)
-        next(steps)  # `steps` is kept: what is let go of is not fetched any more
+        next(steps)  # `steps` is kept, since a deleted iterator fetches nothing
         until(lambda: server.fetches())
 
 
@@ -235,7 +235,7 @@ def test_the_caches_folder_is_resolved_on_each_machine(monkeypatch: pytest.Monke
     assert cache_folder("$SCRATCH/shards") == Path("/scratch/me/shards")
     assert cache_folder("~/shards") == Path.home() / "shards"
     monkeypatch.delenv("SCRATCH")
-    with pytest.raises(SettingsError, match=r"data.cache is '\$SCRATCH/shards', and that is"):
+    with pytest.raises(SettingsError, match=r"data.cache is '\$SCRATCH/shards', which is"):
         cache_folder("$SCRATCH/shards")
 
 

@@ -1,4 +1,4 @@
-"""Bytes to pixels: every format, every EXIF orientation, every way to be broken."""
+"""Bytes to pixels: every format, every EXIF orientation, every kind of damage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def picture(width: int = 60, height: int = 44) -> Image.Image:
+def make_image(width: int = 60, height: int = 44) -> Image.Image:
     return Image.open(io.BytesIO(jpeg(3, size=(width, height))))
 
 
@@ -35,7 +35,7 @@ def picture(width: int = 60, height: int = 44) -> Image.Image:
 def test_every_exif_orientation_is_turned_as_pillow_turns_it(turn: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = turn
-    data = saved(picture(), "JPEG", quality=95, exif=exif)
+    data = saved(make_image(), "JPEG", quality=95, exif=exif)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), float)
     pixels = decode_rgb(data)
@@ -58,7 +58,7 @@ def test_every_exif_orientation_is_turned_as_pillow_turns_it(turn: int) -> None:
     ],
 )
 def test_formats_and_colour_modes_become_rgb(kind: str, mode: str) -> None:
-    source = picture()
+    source = make_image()
     pixels = decode_rgb(saved(source.convert(mode), kind))
     expected = np.asarray(source.convert("L" if mode == "L" else "RGB").convert("RGB"), float)
     assert pixels.dtype == np.uint8
@@ -84,7 +84,7 @@ def test_a_large_jpeg_may_come_back_smaller_but_not_below_what_was_asked() -> No
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_truncated_images_are_refused_by_the_full_decode_and_by_the_cheap_proof(decode: object, kind: str) -> None:
-    data = saved(picture(300, 200), kind)
+    data = saved(make_image(300, 200), kind)
     for cut in (len(data) // 2, len(data) - 200):
         with pytest.raises(UndecodableError) as refused:
             decode(data[:cut])  # type: ignore[operator]
@@ -94,7 +94,7 @@ def test_truncated_images_are_refused_by_the_full_decode_and_by_the_cheap_proof(
 @pytest.mark.parametrize(
     ("data", "reason"), [(b"", "empty"), (b"no image", "unreadable"), (b"\xff\xd8\xff\xe0 nothing", "unreadable")]
 )
-def test_what_is_no_image_has_a_reason(data: bytes, reason: str) -> None:
+def test_data_that_is_not_an_image_has_a_reason(data: bytes, reason: str) -> None:
     for function in (size_px, decode_rgb):
         with pytest.raises(UndecodableError) as refused:
             function(data)
@@ -103,10 +103,10 @@ def test_what_is_no_image_has_a_reason(data: bytes, reason: str) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_too_many_pixels_are_refused_before_any_is_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = saved(picture(), kind)
+    data = saved(make_image(), kind)
     monkeypatch.setattr(decoding, "MAX_PIXELS", 60 * 44 - 1)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(UndecodableError, match=r"too_large: 60x44 px, the limit is 2,639 pixels"):
+    with pytest.raises(UndecodableError, match=r"too_large: 60x44 px; the limit is 2,639 pixels"):
         decode_rgb(data)
 
 
@@ -117,7 +117,7 @@ def test_grey_pixels_of_a_jpeg_are_small_but_not_too_small() -> None:
 
 
 def test_reencoding_shrinks_never_enlarges_and_is_deterministic() -> None:
-    data = saved(picture(300, 200), "PNG")
+    data = saved(make_image(300, 200), "PNG")
     small = reencode(data, max_side_px=150, quality=95)
     assert size_px(small) == (100, 150)
     assert small == reencode(data, max_side_px=150, quality=95)

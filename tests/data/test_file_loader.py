@@ -1,4 +1,4 @@
-"""Views of files: by processes those of threads, bit for bit, whatever the files are and whatever process dies."""
+"""Views of files by processes equal those by threads, bit for bit, for all files and even if processes die."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HERE = Path(__file__).parents[1] / "support"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[DecodeServer]:
-    """One for all tests of the module: importing torch takes seconds, forking milliseconds. It finds this folder."""
+    """Start one server for all tests, since importing torch takes seconds. It can import modules of this folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE))
         with DecodeServer() as found:
@@ -44,7 +44,7 @@ def server() -> Iterator[DecodeServer]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> list[str]:
-    """Files of all kinds, good and bad, the good ones all different."""
+    """Return files of all kinds, good and bad; the good files all differ."""
     folder = tmp_path / "photos"
     for seed, suffix in enumerate((".jpg", ".png", ".webp", ".bmp", ".gif", ".tiff")):
         write_image(folder / f"plain{suffix}", seed, (48 + seed, 40))
@@ -62,7 +62,7 @@ def photos(tmp_path: Path) -> list[str]:
     (folder / "text.png").write_text("hello")
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     found = [str(path) for path in sorted(folder.iterdir())] + [str(folder)]
-    if sys.platform == "linux":  # a file whose size is not known, and one that cannot be read
+    if sys.platform == "linux":  # a file of unknown size, and one that cannot be read
         found += ["/proc/self/status", "/proc/self/mem"]
     return found
 

@@ -1,4 +1,4 @@
-"""The augmentation's one kernel gives the bits of `Augment`: here in Triton's interpreter, in tests/gpu on a GPU."""
+"""The fused kernel has the bits of `Augment`: here in Triton's interpreter, in tests/gpu on a GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bits(images_BCHW: torch.Tensor) -> torch.Tensor:
         Augment(3),
         Augment(3, horizontal_flip=0.5),
         Augment(3, vertical_flip=0.5),
-        Augment(3, brightness=0.9, contrast=0.9, saturation=0.9),  # much is clamped
+        Augment(3, brightness=0.9, contrast=0.9, saturation=0.9),  # many values are clamped
         Augment(3, saturation=0.2),
         Augment(3, erase=1),
         replace(ALL, policy="randaugment"),
@@ -81,7 +81,7 @@ def test_what_is_not_channels_last_goes_the_other_way(fused: ModuleType) -> None
     assert torch.equal(augment(batch, np.arange(4), 0), ALL(batch, np.arange(4), 0))
 
 
-def test_where_the_kernel_cannot_be_had_it_is_said_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_kernel_is_reported_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from wasteddp.data.augmentation import fused as fused_augment
 
     def fail(_: torch.device) -> str:

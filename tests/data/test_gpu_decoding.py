@@ -1,4 +1,4 @@
-"""Decoding on the device, as far as a CPU can try it: the same crops of the same samples, and nothing else changed."""
+"""Decoding on the device, as far as a CPU can test it: the same crops of the same samples, and no other change."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def run(shards: Path, view: TrainingView) -> list[Batch]:
             return list(loader.batches(training_steps(plan, 0, 4, rank=0, world_size=1)))
 
 
-def test_what_is_left_to_the_device_are_the_crops_that_the_loader_would_have_made(small_shards: Path) -> None:
+def test_the_crops_left_to_the_device_are_those_of_the_loader(small_shards: Path) -> None:
     for ours, left in zip(run(small_shards, VIEW), run(small_shards, LEFT), strict=True):
         assert (ours.samples == left.samples).all()
         assert (ours.read_B == left.read_B).all()
         assert torch.equal(ours.labels_B, left.labels_B)
         assert not ours.encoded_B
-        assert all(left.encoded_B)  # the small set is of plain JPEGs only
+        assert all(left.encoded_B)  # the small set has only plain JPEGs
         gpu_decoding.fill(left.images_BCHW, left.encoded_B)
         apart = (ours.images_BCHW.int() - left.images_BCHW.int()).abs().float()
         assert apart.mean() < 2, "colour at half resolution is interpolated here, and repeated in the loader"
@@ -84,7 +84,7 @@ def test_what_the_decoder_of_the_device_refuses_is_decoded_on_the_cpu(monkeypatc
     assert (images_BCHW.int() - expected.int()).abs().max() <= 2  # another build of libjpeg
 
 
-def test_the_pictures_of_what_the_network_sees_are_of_decoded_images(small_shards: Path) -> None:
+def test_galleries_show_the_images_that_the_device_decodes(small_shards: Path) -> None:
     manifest, plan = Manifest.load(small_shards), TrainPlan(50, 12, 0, 12)
     shown = []
     with SplitReader(manifest, "train") as reader:
@@ -105,7 +105,7 @@ def test_without_a_gpu_it_is_refused() -> None:
 
 
 def photos(count: int, seed: int, *, most_px: int = 90) -> tuple[list[torch.Tensor], np.ndarray]:
-    """Noise, the hardest to resize alike, and a box in each: single pixels, lines, parts and the whole."""
+    """Return noise, which shows differences in resizing best, with a box in each: pixel, line, part or whole image."""
     rng = np.random.default_rng(seed)
     images, boxes = [], []
     for i in range(count):
@@ -117,7 +117,7 @@ def photos(count: int, seed: int, *, most_px: int = 90) -> tuple[list[torch.Tens
 
 
 def one_by_one(images: Sequence[torch.Tensor], boxes: np.ndarray, view_px: tuple[int, int]) -> torch.Tensor:
-    """What torch's own resize makes of each crop."""
+    """Resize each crop with torch's own function."""
     resized = []
     for image, (top, left, height, width) in zip(images, boxes, strict=True):
         crop = image[None, :, top : top + height, left : left + width].float()
@@ -138,13 +138,13 @@ def test_crops_are_resized_together_as_torch_resizes_each(
     gpu_decoding.resize_crops(out, rows, images, boxes)
     apart = (out[rows].int() - one_by_one(images, boxes, view_px).int()).abs()
     assert apart.max() <= 1
-    assert apart.float().mean() < 1e-3, "only what lies half way between two levels may be rounded otherwise"
+    assert apart.float().mean() < 1e-3, "only values half way between two levels may be rounded differently"
     assert (out[sorted(set(range(64)) - set(rows))] == 77).all()
 
 
 def test_factors_of_11_bits_are_a_level_apart_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     def tf32(factor: torch.Tensor) -> torch.Tensor:
-        """To 10 bits after the leading one, to nearest."""
+        """Round to 10 bits after the leading one."""
         return ((factor.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
     bmm = torch.bmm
@@ -173,7 +173,7 @@ def test_chunks_hold_each_image_once_within_the_memory(monkeypatch: pytest.Monke
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operations that are not a view of their argument."""
+    """Counts operations that do not return a view of their argument."""
 
     count = 0
 
@@ -182,7 +182,7 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_as_many_operations_are_begun_for_many_images_as_for_few() -> None:
+def test_as_many_operations_are_started_for_many_images_as_for_few() -> None:
     counts = []
     for count in (7, 70):
         images, boxes = photos(count, seed=3)

@@ -1,4 +1,4 @@
-"""The loader: the plan's samples, the same pixels for any number of workers, and what happens to damage."""
+"""The loader: the plan's samples, the same pixels for any number of workers, and how damage is handled."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_what_the_network_sees_of_a_sample_is_the_same_bit_for_bit_on_every_rank
     )
 
     def seen(**how: int) -> dict[tuple[int, int], bytes]:
-        """(epoch, sample) -> its pixels after the augmentation, of three steps on both sides of an epoch's end."""
+        """Return {(epoch, sample): pixels after augmentation} for three steps around the end of an epoch."""
         return {
             (batch.epoch, int(sample)): pixels.numpy().tobytes()
             for batch in run(small_shards, 2, 6, **how)

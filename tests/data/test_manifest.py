@@ -1,4 +1,4 @@
-"""A manifest says what it said when it was written, or says that it cannot be trusted."""
+"""A manifest is read as it was written, or refused."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_it_reads_back_what_was_written_and_its_hash_is_that_of_its_file(manifes
     assert len(read_index(loaded.folder, loaded.split("train").shards[0])) == 3
 
 
-def test_a_split_that_is_missing_or_empty_is_named_with_those_there_are(manifest: Manifest) -> None:
+def test_a_missing_or_empty_split_is_refused_with_the_names_of_the_others(manifest: Manifest) -> None:
     for name in ("val", "test"):
-        with pytest.raises(ShardError, match=rf"no samples in a split called '{name}'; splits there: train \(3\), val"):
+        with pytest.raises(ShardError, match=rf"no samples in a split called '{name}'; its splits: train \(3\), val"):
             manifest.split(name)
 
 
@@ -65,8 +65,8 @@ def test_a_split_that_is_missing_or_empty_is_named_with_those_there_are(manifest
     [
         (lambda raw: raw.update(format="other"), "format 'other'"),
         (lambda raw: raw.update(format_version=2), "version 2"),
-        (lambda raw: raw["splits"]["train"].update(num_samples=4), "split 'train' does not add up"),
-        (lambda raw: raw["splits"]["train"].update(samples_per_class=[3]), "split 'train' counts 1 classes"),
+        (lambda raw: raw["splits"]["train"].update(num_samples=4), "sample counts of split 'train' do not add up"),
+        (lambda raw: raw["splits"]["train"].update(samples_per_class=[3]), "split 'train' has counts of 1 classes"),
         (lambda raw: raw["splits"]["train"]["shards"][0].update(tar="../../x.tar"), "is not a plain file name"),
         (lambda raw: raw.pop("classes"), "KeyError: 'classes'"),
     ],

@@ -1,4 +1,4 @@
-"""MixUp and CutMix: what the papers say, in pixels and in targets, the same wherever the micro-batch is computed."""
+"""MixUp and CutMix: pixels and targets as in the papers, and the same on every rank."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_both_are_used_and_the_share_that_stays_is_spread_as_asked() -> None:
     kinds, shares = [], []
     for epoch in range(400):
         mixed, targets = mixing(pixels, LABELS, SAMPLES, epoch)
-        kinds.append(bool((mixed == pixels).any()))  # a blend leaves no pixel as it was
+        kinds.append(bool((mixed == pixels).any()))  # a blend changes every pixel
         shares.append(float(targets[0, 0]))
     assert 0.4 < np.mean(kinds) < 0.6
     blends = [share for share, cut in zip(shares, kinds, strict=True) if not cut]
@@ -73,7 +73,7 @@ def test_both_are_used_and_the_share_that_stays_is_spread_as_asked() -> None:
 
 
 def test_the_loss_of_mixed_targets_is_the_blend_of_the_losses() -> None:
-    """With label smoothing, as training uses it."""
+    """With label smoothing, as in training."""
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
     _, targets = Mixing(0, 3, mixup=1.0)(images(), LABELS, SAMPLES, 0)
     own = float(targets[0, 0])

@@ -1,4 +1,4 @@
-"""Each operation of a policy does to an image what torchvision does, with the same bits however it is computed."""
+"""Each operation of a policy equals torchvision's, and has the same bits for any batch and number of threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from wasteddp.data.augmentation.operations import FILL_RGB, apply
 from wasteddp.data.augmentation.randaugment import F64, Operation
 
-# Magnitudes of both policies: the ends, zero and between.
+# Magnitudes of both policies: the ends, zero and values in between.
 SHEARS = (-0.99, -0.3, 0.0, 0.1, 0.99)
 SHIFTS = (-32.0, -7.9, 0.0, 3.2, 32.0)
 BLENDS = (-0.99, -0.5, 0.0, 0.033, 0.9, 0.99)
@@ -32,7 +32,7 @@ MAGNITUDES = {
     Operation.AUTOCONTRAST: (0.0,),
     Operation.EQUALIZE: (0.0,),
 }
-# The others differ by a level here and there: torchvision computes with floats where these have integers, or in another
+# The other operations differ by one level in some pixels: torchvision uses floats instead of integers, or another
 # order, and rounds a half to the even level.
 EXACT = {
     Operation.IDENTITY,
@@ -45,7 +45,7 @@ EXACT = {
 
 
 def pictures(height: int, width: int) -> torch.Tensor:
-    """Noise, a soft picture of few levels, one light and one dark, and one of a single colour: uint8 [5, 3, H, W]."""
+    """Return noise, a smooth image of few levels, a light, a dark and a single-colour image: uint8 [5, 3, H, W]."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (1, 3, height, width))
     slopes = np.linspace(60, 140, height)[:, None] + np.linspace(0, 30, width) + np.arange(3)[:, None, None] * 20
@@ -55,7 +55,7 @@ def pictures(height: int, width: int) -> torch.Tensor:
 
 
 def moved_by_torchvision(images_BCHW: torch.Tensor, operation: Operation, magnitude: float) -> torch.Tensor:
-    """Zeros come in from outside; nothing is rounded."""
+    """Move with torchvision: pixels from outside are zero, and the result is not rounded."""
     degrees, shift, bilinear = math.degrees(math.atan(magnitude)), int(magnitude), InterpolationMode.BILINEAR
     if operation == Operation.ROTATE:
         return functional.rotate(images_BCHW, magnitude, interpolation=bilinear)
@@ -69,9 +69,9 @@ def moved_by_torchvision(images_BCHW: torch.Tensor, operation: Operation, magnit
 
 
 def torchvisions(images_BCHW: torch.Tensor, operation: Operation, magnitude: float) -> torch.Tensor:
-    """As RandAugment and TrivialAugmentWide of torchvision call it."""
+    """Apply an operation as torchvision's RandAugment and TrivialAugmentWide do."""
     if Operation.SHEAR_X <= operation <= Operation.ROTATE:
-        # The fill is blended in here: torchvision's own (0.29) multiplies what is partly outside by its share twice.
+        # The fill colour is blended here, since torchvision (0.29) applies the area of a partly outside pixel twice.
         fill_C11 = torch.tensor(FILL_RGB, dtype=torch.float32).view(3, 1, 1)
         inside_B1HW = moved_by_torchvision(torch.ones(images_BCHW[:, :1].shape), operation, magnitude)
         moved_BCHW = moved_by_torchvision(images_BCHW.float(), operation, magnitude)
@@ -97,7 +97,7 @@ def torchvisions(images_BCHW: torch.Tensor, operation: Operation, magnitude: flo
 
 
 def every_operation(images: int) -> tuple[np.ndarray, F64]:
-    """All operations and magnitudes in turn, for so many images."""
+    """Return all operations and magnitudes in turn, for this many images."""
     pairs = [(operation, magnitude) for operation, values in MAGNITUDES.items() for magnitude in values]
     operations, magnitudes = np.array([pairs[i % len(pairs)] for i in range(images)]).T
     return operations.astype(np.int64), magnitudes
@@ -135,7 +135,7 @@ def test_an_image_is_changed_alike_whatever_else_is_in_the_batch() -> None:
     assert torch.equal(apply(images[order], operations[order], magnitudes[order]), together[order])
     for part in (slice(0, 7), slice(7, 8), slice(8, 60)):
         assert torch.equal(apply(images[part], operations[part], magnitudes[part]), together[part])
-    assert torch.equal(images, pictures(20, 24).repeat(12, 1, 1, 1))  # and what came is left as it was
+    assert torch.equal(images, pictures(20, 24).repeat(12, 1, 1, 1))  # the input is unchanged
 
 
 def test_one_and_two_threads_give_the_same_bits() -> None:

@@ -1,4 +1,4 @@
-"""Decoding processes: the batches of threads, bit for bit, whatever happens to a process, its parent or the memory."""
+"""Decoding processes yield the batches of threads, bit for bit, whatever happens to a process, its parent or memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ PLAN = TrainPlan(50, 12, 0, 12)
 VIEW = TrainingView(seed=0, scale=(0.3, 1.0), ratio=(0.75, 1.33))
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SUPPORT = HERE.parent / "support"  # of what is started here too
+SUPPORT = HERE.parent / "support"  # also of processes that the tests start
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[DecodeServer]:
-    """One for all tests of the module: importing torch takes seconds, forking milliseconds. It finds this folder."""
+    """Start one server for all tests, since importing torch takes seconds. It can import modules of this folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(SUPPORT))
         with DecodeServer() as found:
@@ -101,7 +101,7 @@ def test_a_run_from_the_middle_and_sides_that_grow(small_shards: Path, server: D
     def side(epoch: int) -> int:
         return 24 + 16 * epoch
 
-    for largest in (0, 56):  # memory is reserved once, or again when the side grows
+    for largest in (0, 56):  # memory is reserved once, or again after the side grows
         ours = run(small_shards, server, 3, 10, image_size_px=side, largest_px=largest)
         require_equal(ours, run(small_shards, None, 3, 10, image_size_px=side))
     assert {batch.images_BCHW.shape[2] for batch in ours} == {24, 40, 56}
@@ -113,13 +113,13 @@ def test_a_batch_that_is_kept_is_not_written_again(small_shards: Path, server: D
         for batch in loader.batches(training_steps(PLAN, 0, 20, rank=0, world_size=1)):
             kept.append(batch.images_BCHW[2:7])
             copies.append(kept[-1].clone())
-            kept = kept[-4:]  # more than there are slots for, and slots come back
+            kept = kept[-4:]  # more than there are slots, so slots are reused
             copies = copies[-4:]
             assert all(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(kept, copies, strict=True)), "after the loader is closed"
 
 
-def test_batches_that_nobody_took_do_not_disturb_those_that_follow(small_shards: Path, server: DecodeServer) -> None:
+def test_abandoned_batches_do_not_disturb_those_that_follow(small_shards: Path, server: DecodeServer) -> None:
     with SplitReader(Manifest.load(small_shards), "train") as reader, loader_of(reader, server) as loader:
         for _ in range(4):
             batches = loader.batches(training_steps(PLAN, 0, 6, rank=0, world_size=1))
@@ -143,7 +143,7 @@ def test_evaluation_pads_the_last_batch(small_shards: Path, server: DecodeServer
 
 
 def test_what_is_left_to_the_device_is_left(small_shards: Path, server: DecodeServer) -> None:
-    for size in (24, 8):  # a JPEG fits into its row, and does not
+    for size in (24, 8):  # a JPEG fits into its row, or does not
         ours = run(small_shards, server, on_device=True, image_size_px=size)
         threads = run(small_shards, None, on_device=True, image_size_px=size)
         assert all(all(batch.encoded_B) for batch in ours)
@@ -233,7 +233,7 @@ def test_a_sample_that_kills_ends_what_may_not_replace(small_shards: Path, serve
         deadly_run(small_shards, server, None, 3, replace=False)
 
 
-def test_a_server_that_is_killed_takes_its_workers_along_and_all_are_replaced(small_shards: Path) -> None:
+def test_workers_of_a_killed_server_die_and_all_are_replaced(small_shards: Path) -> None:
     notes: list[str] = []
     with (
         SplitReader(Manifest.load(small_shards), "train") as reader,
@@ -349,10 +349,10 @@ def test_a_small_dev_shm_is_passed_over_and_never_a_bus_error() -> None:
     assert done.stdout.split("\n")[:2] == ["a temporary file", "/dev/shm"], done.stderr
 
 
-# --- what it is at --------------------------------------------------------------------------------------------------
+# --- what a worker is doing -----------------------------------------------------------------------------------------
 
 
-def test_what_a_stuck_worker_is_at_is_known(small_shards: Path, server: DecodeServer) -> None:
+def test_the_sample_of_a_stuck_worker_is_known(small_shards: Path, server: DecodeServer) -> None:
     with SplitReader(Manifest.load(small_shards), "train") as reader, loader_of(reader, server) as loader:
         assert isinstance(loader, ProcessLoader)
         assert loader.at_work() == ""
@@ -360,6 +360,6 @@ def test_what_a_stuck_worker_is_at_is_known(small_shards: Path, server: DecodeSe
         assert loader.at_work() == f"decoding process 1 has been at {reader.describe(7)} for 5 s"
 
 
-def test_threads_are_still_to_be_had(small_shards: Path) -> None:
+def test_threads_are_still_available(small_shards: Path) -> None:
     with SplitReader(Manifest.load(small_shards), "train") as reader, loader_of(reader, None) as loader:
         assert isinstance(loader, Loader)

@@ -1,4 +1,4 @@
-"""What a policy draws: torchvision's operations and magnitudes, equally often, keyed by (seed, epoch, sample)."""
+"""A policy draws torchvision's operations and magnitudes equally often, keyed by (seed, epoch, sample)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def images(count: int) -> torch.Tensor:
 
 
 def torchvisions_magnitudes(policy: str, operation: Operation) -> F64:
-    """The 31 of them, without sign; solarize as a level."""
+    """Return the 31 magnitudes, without sign; those of solarize as a level."""
     transform: Any = v2.TrivialAugmentWide if policy == "trivialaugment" else v2.RandAugment
     name = operation.name.title().replace("_", "").replace("Autocontrast", "AutoContrast")
     magnitudes, is_signed = transform._AUGMENTATION_SPACE[name]
@@ -113,12 +113,12 @@ def test_a_sample_looks_the_same_in_every_batch_and_order(augment: Augment) -> N
 def test_epochs_samples_and_seeds_differ(policy: str) -> None:
     same = images(1).expand(40, -1, -1, -1)
     first = Augment(0, policy=policy)(same, np.arange(40), 0)
-    assert len({image.numpy().tobytes() for image in first}) > 25  # the identity and others come more than once
+    assert len({image.numpy().tobytes() for image in first}) > 25  # the identity, for example, occurs more than once
     for other in (Augment(0, policy=policy)(same, np.arange(40), 1), Augment(1, policy=policy)(same, np.arange(40), 0)):
         assert (first != other).flatten(1).any(1).sum() > 25
 
 
-def test_flips_come_before_the_policy_and_erasing_behind_it() -> None:
+def test_flips_come_before_the_policy_and_erasing_after_it() -> None:
     batch, samples = images(20), np.arange(20)
     expected = batch.flip(3)
     for found, magnitudes in drawn(samples, 2, height=20, width=24, strength=0.5):

@@ -1,4 +1,4 @@
-"""Reading by offset: the foreign reader's bytes, and a name for everything that is damaged."""
+"""Reading by offset: the same bytes as webdataset reads, and an error that names each kind of damage."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from wasteddp.errors import DamagedSampleError, ShardError
 
 @pytest.fixture
 def shards(small_shards: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Return a copy that a test may damage."""
     return Path(shutil.copytree(small_shards, tmp_path / "shards"))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its tars open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset does not close its tars
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_it_reads_what_webdataset_reads(small_shards: Path, split: str) -> None:
     manifest = Manifest.load(small_shards)
@@ -36,11 +36,11 @@ def test_it_reads_what_webdataset_reads(small_shards: Path, split: str) -> None:
         for sample, theirs in enumerate(foreign):
             assert reader.read(sample) == theirs["jpg"]
             assert reader.key(sample) == theirs["__key__"]
-            told = json.loads(theirs["json"])
-            assert int(reader.labels[sample]) == told["label_number"]
-            assert manifest.classes[reader.labels[sample]] == told["label"]
-            assert reader.source(sample) == told["source"]
-            assert hashlib.sha256(theirs["jpg"]).hexdigest() == told["sha256"]
+            metadata = json.loads(theirs["json"])
+            assert int(reader.labels[sample]) == metadata["label_number"]
+            assert manifest.classes[reader.labels[sample]] == metadata["label"]
+            assert reader.source(sample) == metadata["source"]
+            assert hashlib.sha256(theirs["jpg"]).hexdigest() == metadata["sha256"]
         assert np.bincount(reader.labels).tolist() == list(manifest.split(split).samples_per_class)
     if split == "train":
         assert len(urls) > 1
@@ -68,7 +68,7 @@ def test_a_damaged_set_is_refused_before_it_is_read(shards: Path, damage: str) -
     shard = manifest.split("train").shards[1]
     if damage == "cut":
         os.truncate(shards / shard.tar, shard.num_bytes - 512)
-        expected = rf"{shard.tar} has {shard.num_bytes - 512} bytes; the manifest says {shard.num_bytes}"
+        expected = rf"{shard.tar} has {shard.num_bytes - 512} bytes; in the manifest it has {shard.num_bytes}"
     elif damage == "missing":
         (shards / shard.tar).unlink()
         expected = rf"{shard.tar} cannot be opened: No such file"

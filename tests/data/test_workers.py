@@ -1,4 +1,4 @@
-"""What decodes: the default, and that `evaluate` and `predict` answer the same by threads and by processes."""
+"""Decoding workers: the default, and the same results of `evaluate` and `predict` with threads and processes."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_evaluate_writes_the_same_bytes_by_processes(run: Path, capfd: pytest.Ca
 
 
 def damage(run: Path, to: Path, content: bytes, *, is_in_index: bool) -> Path:
-    """A copy of the shards with `content` over the test split's third image, which the index may know of."""
+    """Return a copy of the shards with `content` as the test split's third image; the index may contain its hash."""
     shards = Path(shutil.copytree(run.parent / "shards", to / "shards"))
     manifest = json.loads((shards / "manifest.json").read_text())
     shard = manifest["splits"]["test"]["shards"][0]
@@ -211,7 +211,7 @@ def test_workers_that_are_killed_change_no_evaluation(
             found.append(evaluate(classifier, reader, split, workers=workers, advance=advance))
     ours, others = found
     assert kills >= 8
-    assert "another takes its place" in capfd.readouterr().err
+    assert "a new one replaces it" in capfd.readouterr().err
     assert np.array_equal(ours.probabilities_NK, others.probabilities_NK)
     assert ours.sources == others.sources
     assert np.array_equal(ours.seen.confusion, others.seen.confusion)
@@ -222,7 +222,7 @@ def test_workers_that_are_killed_change_no_evaluation(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with good files and bad ones, more than are on their way at once."""
+    """Return a folder with good and bad files, more than are in flight at the same time."""
     folder = write_images(tmp_path_factory.mktemp("photos"), {"some": (30, 20, 12)})
     (folder / "some" / "glass" / "empty.jpg").write_bytes(b"")
     (folder / "some" / "metal" / "cut.jpg").write_bytes((folder / "some" / "metal" / "1.jpg").read_bytes()[:-200])
@@ -264,7 +264,7 @@ def test_workers_that_are_killed_change_no_prediction(
         if number % 32 == 0:
             kills += kill_workers(server)
     assert kills >= 8
-    assert "another takes its place" in capfd.readouterr().err
+    assert "a new one replaces it" in capfd.readouterr().err
     expected = list(predicting.predict(classifier, all_paths, THREADS))
     for ours, others in zip(found, expected, strict=True):
         assert type(ours) is type(others)
@@ -275,11 +275,11 @@ def test_workers_that_are_killed_change_no_prediction(
             assert ours.probabilities.tobytes() == others.probabilities.tobytes()
 
 
-# --- what is left behind ----------------------------------------------------------------------------------------------
+# --- processes and files that remain ----------------------------------------------------------------------------------
 
 
 def in_session(session: int) -> list[str]:
-    """Processes of a session that still run."""
+    """Return the processes of a session that still run."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""The moving average of the weights: equal to a plain loop, untouched by a skipped step, and what a run hands on."""
+"""The moving average of the weights: equal to a plain loop, unchanged by a skipped step, and exported by a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wasteddp.model import ema
 from wasteddp.model.ema import Ema, NoAverage, decay_at
 from wasteddp.training.distributed import runtime
 
-DECAY = 0.5  # reached at step 8, so that a run of 8 steps has the warm-up and a little more than it
+DECAY = 0.5  # reached at step 8, so that a run of 8 steps has the warm-up and a little more
 
 
 def network() -> nn.Module:
@@ -31,7 +31,7 @@ def network() -> nn.Module:
 
 
 def move(model: nn.Module, step: int) -> None:
-    """As a training step does: other weights, and BatchNorm has seen a batch."""
+    """Change the weights and BatchNorm's statistics as a training step does."""
     generator = torch.Generator().manual_seed(step)
     model.train()
     model(torch.randn(6, 3, 4, 4, generator=generator))
@@ -41,7 +41,7 @@ def move(model: nn.Module, step: int) -> None:
 
 
 def plainly(states: list[dict[str, torch.Tensor]], decay: float) -> dict[str, torch.Tensor]:
-    """The average of what a network was at first and after each step, number by number in float64."""
+    """Return the average of a network's states at the start and after each step, number by number in float64."""
     average = {name: tensor.double() for name, tensor in states[0].items()}
     for step, state in enumerate(states[1:]):
         d = min(decay, (1 + step) / (10 + step))
@@ -74,8 +74,8 @@ def test_the_average_is_that_of_a_plain_loop_with_its_statistics_and_count(may_s
     assert int(found.pop("1.num_batches_tracked")) == 12
     for name, tensor in found.items():
         assert torch.allclose(tensor.double(), expected[name], atol=1e-6), name
-        assert not torch.allclose(tensor, states[-1][name], atol=1e-3), "the weights are no average"
-    assert average.network[0].weight.stride() == model[0].weight.stride(), "channels-last stays so"  # type: ignore[index]
+        assert not torch.allclose(tensor, states[-1][name], atol=1e-3), "the weights are not an average"
+    assert average.network[0].weight.stride() == model[0].weight.stride(), "channels-last kept"  # type: ignore[index]
 
 
 def test_a_skipped_step_does_not_count() -> None:
@@ -146,7 +146,7 @@ def state(run_folder: Path, step: int, name: str = "ema") -> dict[str, torch.Ten
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Iterator[Path]:
-    """A finished run of 8 steps, each of which left a checkpoint."""
+    """Return a finished run of 8 steps with a checkpoint after each."""
     yield run(tmp_path_factory.mktemp("averaged"), small_shards, *KEEPS)
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -165,9 +165,7 @@ def test_each_checkpoint_holds_the_average_of_those_before_it(averaged: Path) ->
     assert not torch.equal(state(averaged, 8)["fc.weight"], state(averaged, 8, "model")["fc.weight"])
 
 
-def test_the_average_is_what_is_evaluated_chosen_and_handed_on(
-    averaged: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_average_is_evaluated_chosen_and_exported(averaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card, weights = load_bundle(averaged)
     assert card.averaged == Averaged(ema_decay=DECAY)
     best = state(averaged, card.trained.step)
@@ -191,7 +189,7 @@ def test_an_average_changes_nothing_of_the_training(averaged: Path, small_shards
     assert losses[0] != losses[1]
 
 
-def test_a_run_that_goes_on_in_the_middle_of_an_epoch_ends_with_the_same_average(
+def test_a_run_resumed_in_the_middle_of_an_epoch_ends_with_the_same_average(
     averaged: Path, small_shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

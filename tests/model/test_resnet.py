@@ -1,10 +1,14 @@
-"""Networks by name, frozen stages that stay as they are, initial weights that are never silently random."""
+"""Networks by name, frozen stages that do not change, and initial weights that are never silently random."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,15 +18,16 @@ from wasteddp import settings
 from wasteddp.errors import SettingsError, WeightsError
 from wasteddp.model import pretrained, resnet
 
-pytestmark = pytest.mark.usefixtures("full_width")  # the share of each stage is counted
+EVIDENCE = Path("/none")  # the file that `Evil` creates where it is unpickled
+pytestmark = pytest.mark.usefixtures("full_width")  # the tests count the parameters of each stage
 
 
 def test_every_resnet_of_torchvision_can_be_named() -> None:
     assert {"resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2"} <= set(resnet.architectures())
 
 
-def test_an_unknown_name_is_answered_with_those_there_are() -> None:
-    with pytest.raises(SettingsError, match=r"'resnet51' is no ResNet(.|\n)*resnet50"):
+def test_an_unknown_name_is_refused_with_the_known_names() -> None:
+    with pytest.raises(SettingsError, match=r"'resnet51' is not a ResNet(.|\n)*resnet50"):
         resnet.build("resnet51", 3)
 
 
@@ -64,7 +69,7 @@ def test_stages_are_unfrozen_one_after_another_from_the_last() -> None:
     assert found("layer2", 0) == ["layer2"] * 16
     assert found("layer2", 2.0) == ["layer2"] * 4 + ["layer1"] * 4 + ["stem"] * 4 + ["none"] * 4
     assert found("backbone", 0.5)[:7] == ["backbone", "layer3", "layer2", "layer1", "stem", "none", "none"]
-    # 3 tenths are not quite three times 0.1: steps of an epoch must not be late by one
+    # 0.3 / 0.1 is below 3 in floating point; a stage must not be unfrozen one step late
     assert (resnet.frozen_at("layer3", 0.1, 3 / 10), resnet.frozen_at("layer3", 0.1, 0.2999)) == ("stem", "layer1")
 
 
@@ -72,15 +77,15 @@ def test_stages_are_unfrozen_one_after_another_from_the_last() -> None:
     ("every", "epochs", "expected"),
     [(0, 90, "layer2"), (2, 2, "layer2"), (2, 3, "layer1"), (1, 3, "stem"), (1, 4, "none")],
 )
-def test_only_what_is_never_trained_is_frozen_for_good(every: float, epochs: int, expected: str) -> None:
+def test_only_what_is_never_trained_is_frozen_permanently(every: float, epochs: int, expected: str) -> None:
     parsed = settings.parse(f"model: {{freeze: layer2, unfreeze_every_epochs: {every}}}").model
     assert resnet.frozen_to_the_end(parsed, epochs) == expected
-    last = resnet.frozen_at("layer2", every, epochs - 1 / 1000)  # of 1000 steps an epoch
+    last = resnet.frozen_at("layer2", every, epochs - 1 / 1000)  # with 1,000 steps in an epoch
     assert last == expected
 
 
 def test_unfreezing_what_is_not_frozen_is_refused() -> None:
-    with pytest.raises(SettingsError, match="unfreeze_every_epochs is 2 and freeze is none"):
+    with pytest.raises(SettingsError, match="unfreeze_every_epochs is 2, but freeze is none"):
         settings.parse("model: {unfreeze_every_epochs: 2}")
 
 
@@ -100,7 +105,7 @@ def test_weights_of_a_file_go_into_the_backbone_and_not_into_the_head(tmp_path: 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file(resnet.build("resnet34", 3).state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match=r"\d+ of \d+ tensors are missing, unknown or of another shape than resnet1"):
+    with pytest.raises(WeightsError, match=r"\d+ of \d+ tensors are missing, .* different shape than in resnet1"):
         pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
 
 
@@ -111,17 +116,17 @@ class _RunsCode:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"fc.weight": _RunsCode()}, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="holds no weights that can be loaded safely"):
+    with pytest.raises(WeightsError, match="does not hold weights that can be loaded safely"):
         pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.pth"))
     assert "code ran" not in capsys.readouterr().out
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(WeightsError, match=r"'/none/w.pth' and there is no such file"):
+    with pytest.raises(WeightsError, match=r"'/none/w.pth', and there is no such file"):
         pretrained.initialise(resnet.build("resnet18", 3), "resnet18", "/none/w.pth")
 
 
-def test_imagenet_weights_that_cannot_be_had_are_no_silent_random_start(
+def test_unavailable_imagenet_weights_are_an_error_not_a_random_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_network(*_: object, **__: object) -> None:
@@ -134,11 +139,11 @@ def test_imagenet_weights_that_cannot_be_had_are_no_silent_random_start(
     message = str(caught.value)
     assert "Name or service not known" in message
     assert str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in message
-    assert all(way in message for way in ("where there is a network", "set model.weights to its path", "to none"))
+    assert all(way in message for way in ("with internet access", "set model.weights to its path", "to none"))
 
 
 def test_imagenet_weights_are_taken_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real loading code, on a file that carries the name and the hash that the hub checks."""
+    """Run the real loading code on a file with the name and hash that the hub checks."""
     import hashlib
 
     import torchvision
@@ -157,8 +162,50 @@ def test_imagenet_weights_are_taken_from_the_hub_cache(tmp_path: Path, monkeypat
     assert torch.equal(model.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
 
 
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.system, (f"touch {EVIDENCE}",))
+
+
+@pytest.mark.parametrize("has_the_promised_hash", [False, True])
+def test_a_foreign_file_in_the_cache_is_refused_and_runs_no_code(
+    has_the_promised_hash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    import torchvision
+
+    monkeypatch.setattr(sys.modules[__name__], "EVIDENCE", tmp_path / "code ran")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"a": Evil()}, tmp_path / "made.pth")
+    digest = hashlib.sha256((tmp_path / "made.pth").read_bytes()).hexdigest()[:8]
+    name = f"resnet18-{digest if has_the_promised_hash else 'f37072fd'}.pth"
+    shutil.move(tmp_path / "made.pth", tmp_path / "checkpoints" / name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cached = type("Weights", (), {"DEFAULT": _Cached(name)})
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: cached)
+    message = "loaded safely" if has_the_promised_hash else r"published f37072fd\.\.\. under this name"
+    with pytest.raises(WeightsError, match=message):
+        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", "imagenet")
+    assert not (tmp_path / "code ran").exists()
+
+
+def test_damaged_weights_are_one_message(tmp_path: Path) -> None:
+    """torch raises many kinds of errors for them."""
+    path = tmp_path / "w.pth"
+    torch.save({"fc.weight": torch.zeros(3, 8), "epoch": 3}, path)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(whole)
+        for place in random.integers(0, len(whole), random.integers(1, 20)):
+            content[place] = random.integers(256)
+        path.write_bytes(content[: random.integers(1, len(whole) + 1)])
+        with contextlib.suppress(WeightsError):
+            pretrained._local(path)
+
+
 class _Cached:
-    """torchvision's own loading, of another file."""
+    """torchvision's own loading code, for another file."""
 
     def __init__(self, name: str) -> None:
         self.url = f"https://nowhere.invalid/{name}"

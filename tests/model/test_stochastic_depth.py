@@ -1,4 +1,4 @@
-"""Stochastic depth against a loop over the images, and what must not change because of it."""
+"""Stochastic depth, compared with a loop over the images, and what it must not change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLES = np.array([3, 90, 17, 4, 55, 6])
 
 
 def small(arch: str = "basic") -> nn.Module:
-    """torchvision's network with few blocks; of bottlenecks, thin ones."""
+    """Return a ResNet of torchvision with few blocks; bottlenecks are thin."""
     torch.manual_seed(0)
     if arch == "basic":
         return ResNet(BasicBlock, [1, 2, 1, 1], num_classes=3)
@@ -36,7 +36,7 @@ def images(num: int = len(SAMPLES)) -> torch.Tensor:
 
 
 def plain_forward(model: nn.Module, x: torch.Tensor, probability: float, epoch: int) -> torch.Tensor:
-    """The network without hooks, block by block; each image's branch counts or not by a draw of its own."""
+    """Run the network without hooks, block by block; each image's branch is kept or dropped by a random number."""
     x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
     blocks = [block for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for block in layer]
     for number, block in enumerate(blocks):
@@ -65,7 +65,7 @@ def test_branches_are_dropped_image_by_image_as_a_plain_loop_drops_them(arch: st
 
 def test_gradients_flow_through_what_was_kept_only() -> None:
     model, depth = network(0.9)
-    depth.draw(np.array([17, 17]), 1, CPU)  # twice the same: BatchNorm needs two
+    depth.draw(np.array([17, 17]), 1, CPU)  # the same sample twice, since BatchNorm needs two
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     gone = [bool((factors == 0).all()) for factors in depth._factors_LB111]
     assert any(gone)
@@ -75,7 +75,7 @@ def test_gradients_flow_through_what_was_kept_only() -> None:
 
 
 def test_evaluation_names_and_frozen_blocks_are_those_of_a_network_without_it() -> None:
-    model, _ = network(0.9)  # nothing was drawn, and nothing is needed
+    model, _ = network(0.9)  # evaluation needs no `draw`
     bare = small()
     assert list(model.state_dict()) == list(bare.state_dict())
     assert torch.equal(model.eval()(images()), bare.eval()(images()))
@@ -97,7 +97,7 @@ def test_draws_are_of_the_sample_and_the_epoch_not_of_its_place() -> None:
     assert not torch.equal(drawn([5, 8, 1, 9], epoch=4), whole)
 
 
-def test_each_block_is_passed_by_as_often_as_the_linear_rule_says_and_the_mean_stays() -> None:
+def test_each_block_is_skipped_as_often_as_the_linear_rule_says_and_the_mean_stays() -> None:
     _, depth = network(0.4)
     depth.draw(np.arange(20_000), 0, CPU)
     factors_LB = torch.stack(depth._factors_LB111)[:, :, 0, 0, 0]
@@ -107,7 +107,7 @@ def test_each_block_is_passed_by_as_often_as_the_linear_rule_says_and_the_mean_s
 
 
 def test_a_copy_of_the_network_evaluates() -> None:
-    """As an average of the weights keeps one."""
+    """The average of the weights is such a copy."""
     model, depth = network(0.5)
     depth.draw(SAMPLES, 0, CPU)
     model(images())

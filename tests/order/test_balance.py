@@ -1,4 +1,4 @@
-"""Balanced draws: exact quotas, no image favoured within its class, at any number of ranks, from any place; proved."""
+"""Balanced draws: exact quotas, no image preferred within its class, for any number of ranks and any first step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVENNESS = st.sampled_from([1e-9, 0.3, 0.5, 1.0])
 
 
 def labels_of(sizes: list[int], seed: int = 0) -> np.ndarray:
-    """Labels in a mixed order, as in a split."""
+    """Return labels in a shuffled order, as in a split."""
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
 
 
@@ -65,7 +65,7 @@ def test_quotas_add_up_to_the_epoch_and_are_within_one_of_their_share(
     assert found.min() >= 1
     weights = [Fraction(size ** (1 - evenness)) for size in sizes]
     shares = [num_draws * weight / sum(weights) for weight in weights]
-    if min(shares) >= 1:  # else a class is given the one draw that it would not have
+    if min(shares) >= 1:  # otherwise a class gets one draw instead of none
         assert all(abs(quota - share) < 1 for quota, share in zip(found.tolist(), shares, strict=True))
 
 
@@ -79,7 +79,7 @@ def test_the_two_ends_are_all_images_alike_and_all_classes_alike(sizes: list[int
 
 def test_a_class_is_never_left_without_a_draw() -> None:
     assert quotas([1, 1, 1000, 0], 0.0, 100).tolist() == [1, 1, 98, 0]
-    with pytest.raises(SettingsError, match=r"an epoch has 3 draws and there are 4 classes(.|\n)*never be drawn"):
+    with pytest.raises(SettingsError, match=r"an epoch has 3 draws, and 4 classes have samples(.|\n)*never be drawn"):
         quotas([5, 5, 5, 5], 1.0, 3)
 
 
@@ -136,12 +136,12 @@ def test_ranks_are_parts_of_the_same_batch_for_every_number_that_divides_the_lan
         assert np.array_equal(np.concatenate(parts), whole)
 
 
-def test_a_run_resumed_at_any_step_at_any_number_of_ranks_goes_on_as_if_uninterrupted() -> None:
+def test_a_run_resumed_at_any_step_with_any_number_of_ranks_continues_as_if_uninterrupted() -> None:
     last = 4 * plan_of([30, 9, 2], 1.0, 12).steps_per_epoch
     whole = list(training_steps(plan_of([30, 9, 2], 1.0, 12), 0, last, rank=0, world_size=1))
     for first in range(last):
         for world_size in (1, 3, 4):
-            resumed = plan_of([30, 9, 2], 1.0, 12)  # nothing but the settings and the step is carried over
+            resumed = plan_of([30, 9, 2], 1.0, 12)  # a resumed run keeps only the settings and the step
             ranks = [training_steps(resumed, first, last, rank=r, world_size=world_size) for r in range(world_size)]
             for uninterrupted, parts in zip(whole[first:], zip(*ranks, strict=True), strict=True):
                 assert np.array_equal(np.concatenate([part[2] for part in parts]), uninterrupted[2])
@@ -149,7 +149,7 @@ def test_a_run_resumed_at_any_step_at_any_number_of_ranks_goes_on_as_if_uninterr
 
 @settings(deadline=None, max_examples=60)
 @given(sizes=SIZES, evenness=EVENNESS, batch=st.integers(1, 9), epoch=st.integers(0, 9), parts=st.integers(1, 5))
-def test_what_an_epoch_should_see_is_what_its_order_sees_in_any_number_of_parts(
+def test_the_hash_of_an_epoch_is_that_of_its_order_in_any_number_of_parts(
     sizes: list[int], evenness: float, batch: int, epoch: int, parts: int
 ) -> None:
     if sum(sizes) // batch * batch < len(sizes):
@@ -161,23 +161,23 @@ def test_what_an_epoch_should_see_is_what_its_order_sees_in_any_number_of_parts(
 
 @settings(deadline=None, max_examples=30)
 @given(num_samples=st.integers(8, 100), batch=st.integers(1, 8), epoch=st.integers(0, 9), parts=st.integers(1, 5))
-def test_so_it_is_of_an_order_that_is_not_balanced(num_samples: int, batch: int, epoch: int, parts: int) -> None:
+def test_the_same_holds_for_an_order_without_balance(num_samples: int, batch: int, epoch: int, parts: int) -> None:
     plan = TrainPlan(num_samples, batch, 3, batch)
     seen = digest(plan.seed, epoch_samples(plan, epoch))
     assert signed(sum(digest_of_epoch(plan, epoch, part=part, parts=parts) for part in range(parts))) == seen
 
 
 @pytest.mark.parametrize("module", [plans, balancing], ids=["shuffle", "pass through a class"])
-def test_an_order_that_is_no_permutation_does_not_confirm_itself(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_order_that_is_not_a_permutation_is_detected(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of([30, 9, 4], 0.7, 7)
 
     def faulty(position: np.ndarray, size: Any, *key: Any) -> np.ndarray:
-        return permute(np.where(position == 2, 1, position), size, *key)  # one place twice, another never
+        return permute(np.where(position == 2, 1, position), size, *key)  # one position twice, another never
 
     monkeypatch.setattr(module, "permute", faulty)
     for epoch in range(3):
         seen = epoch_samples(plan, epoch) % plan.num_samples
-        assert len(seen) == plan.steps_per_epoch * plan.global_batch, "only the hash can tell"
+        assert len(seen) == plan.steps_per_epoch * plan.global_batch, "only the hash differs"
         assert digest_of_epoch(plan, epoch) != digest(plan.seed, seen)
 
 
@@ -205,7 +205,7 @@ def test_a_plan_and_draws_that_do_not_fit_are_a_fault_of_the_program() -> None:
 
 
 def test_blocks_are_refused_with_the_reason() -> None:
-    with pytest.raises(SettingsError, match=r"balance 0.5 needs block 1, and it is 8: .* brings its neighbours along"):
+    with pytest.raises(SettingsError, match=r"balance 0.5 needs block 1, and block is 8: .* include their neighbours"):
         settings_file.parse("data: {balance: 0.5, block: 8}")
 
 
@@ -228,7 +228,7 @@ def test_the_plan_says_how_many_draws_each_class_has(small_shards: Path, capsys:
         "balance 1: draws in an epoch: glass 16 of 20 images (0.80 times each), metal 16 of 17 images (0.94 times "
         "each), paper 16 of 13 images (1.23 times each)\n"
     ) in said
-    assert "by its classes a batch of 12 is worth 1" in said
+    assert "judged by its classes, a batch of 12 is worth 1" in said
 
 
 def test_the_same_image_is_cropped_otherwise_each_time_that_an_epoch_draws_it(small_shards: Path) -> None:
@@ -266,7 +266,7 @@ def test_the_shares_are_those_of_what_is_trained_on() -> None:
 
 @pytest.fixture(scope="module")
 def balanced(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Path:
-    """A finished run of two epochs with all classes alike."""
+    """Return a finished run of two epochs that draws all classes equally often."""
     folder = tmp_path_factory.mktemp("balanced")
     assert train.main([*config_of(folder, small_shards), "--set", "data.balance=1"]) == 0
     return folder / "run"

@@ -1,4 +1,4 @@
-"""Block mode's order: whole blocks, inside their shards, in every order equally often."""
+"""The order of block mode: whole blocks, inside their shards, in every order equally often."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def order_of(shard_samples: list[int], block: int, epoch: int = 0) -> BlockOrder
 
 
 def walked(order: BlockOrder, num_samples: int) -> list[list[int]]:
-    """The samples of an epoch, cut where the order says that blocks begin."""
+    """Return the samples of an epoch, cut at the positions where blocks begin."""
     samples = order.samples(np.arange(num_samples))
     return [part.tolist() for part in np.split(samples, order.begins()[1:])] if num_samples else []
 

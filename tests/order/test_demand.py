@@ -1,4 +1,4 @@
-"""When a shard is needed next, and that letting go of the one needed latest fetches no more than the best can."""
+"""When a shard is needed next; evicting the shard that is needed latest fetches as few shards as possible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHARDS = st.sampled_from("abcdefg")
 
 
 def demand_of(needs: Sequence[str], others: Sequence[str] = (), **how: int) -> Demand[int]:
-    """Each step needs the shards that are the letters of its word."""
+    """Each step needs the shards named by the letters of its word."""
     return Demand(((n, frozenset(word)) for n, word in enumerate(needs)), map(frozenset, others), **how)
 
 
@@ -42,7 +42,7 @@ def test_other_ranks_count_for_distance_and_are_not_fetched() -> None:
     assert demand.distance("b") == NEVER
 
 
-def test_only_so_many_steps_are_read_before_their_time() -> None:
+def test_the_lookahead_limits_how_many_steps_are_read() -> None:
     read: list[int] = []
 
     def steps() -> object:
@@ -68,7 +68,7 @@ def test_distances_are_those_that_counting_gives(needs: list[set[str]], in_fligh
 
 
 def fewest_fetches(needs: Sequence[str], room: int) -> int:
-    """Belady's rule on a list: what is needed again last, or never, makes way. No order of fetching needs fewer."""
+    """Belady's rule on a list: evict the shard that is needed again last, or never. No other rule fetches fewer."""
     there: set[str] = set()
     fetches = 0
     for n, shard in enumerate(needs):
@@ -82,7 +82,7 @@ def fewest_fetches(needs: Sequence[str], room: int) -> int:
 
 
 @given(st.lists(SHARDS, max_size=60), st.integers(1, 5))
-def test_letting_go_of_the_most_distant_is_as_good_as_the_best(needs: list[str], room: int) -> None:
+def test_evicting_the_most_distant_fetches_as_few_as_possible(needs: list[str], room: int) -> None:
     demand = demand_of(needs)
     there: set[str] = set()
     fetches = 0

@@ -1,4 +1,4 @@
-"""Draws: uniform, independent between keys, and permutations that are permutations."""
+"""Random numbers are uniform and independent between keys, and `permute` computes permutations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_permutation_of_four_is_equally_frequent() -> None:
     for key in range(4800):
         order = tuple(permute(np.arange(4), 4, key).tolist())
         counts[order] = counts.get(order, 0) + 1
-    # 24 orders, 200 expected of each; chi-square with 23 degrees of freedom exceeds 49.7 once in 1,000 times
+    # 24 orders, each expected 200 times; chi-square with 23 degrees of freedom exceeds 49.7 once in 1,000 times
     assert len(counts) == 24
     assert sum((n - 200) ** 2 / 200 for n in counts.values()) < 49.7
 

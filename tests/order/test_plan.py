@@ -1,4 +1,4 @@
-"""The order of samples: once each, the same for every number of ranks, from any place."""
+"""The order of samples: each once, the same for every number of ranks and any first step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wasteddp.order import plan as plans
 from wasteddp.order.keyed_random import permute
 from wasteddp.order.plan import PADDING, EvaluationPlan, TrainPlan, micro_batch
 
-# Samples of each shard, 97 together: what users have, and what breaks plans that deal out shards.
+# Samples of each shard, 97 in total: usual sizes, and sizes that break plans which assign whole shards to ranks.
 SHARDS = {
     "one": (97,),
     "of one sample": (1,) * 97,
@@ -106,14 +106,14 @@ def test_every_rank_has_the_same_steps_and_no_sample_of_another(
 
 @grid
 @orders
-def test_a_run_resumed_at_any_offset_at_any_number_of_ranks_goes_on_as_if_uninterrupted(
+def test_a_run_resumed_at_any_offset_with_any_number_of_ranks_continues_as_if_uninterrupted(
     shards: tuple[int, ...], block: int, window: int
 ) -> None:
     last = 3 * plan_of(shards, block, window).steps_per_epoch
     whole = list(training_steps(plan_of(shards, block, window), 0, last, rank=0, world_size=1))
     for first in range(last):
         for world_size in (1, 3, 4):
-            resumed = plan_of(shards, block, window)  # nothing but the settings and the step is carried over
+            resumed = plan_of(shards, block, window)  # a resumed run keeps only the settings and the step
             ranks = [training_steps(resumed, first, last, rank=r, world_size=world_size) for r in range(world_size)]
             for uninterrupted, parts in zip(whole[first:], zip(*ranks, strict=True), strict=True):
                 assert {part[:2] for part in parts} == {uninterrupted[:2]}
@@ -141,7 +141,7 @@ def test_every_sample_is_left_out_equally_often(block: int) -> None:
     times = np.zeros(100)
     for epoch in range(2500):
         times[plan.left_out_samples(epoch)] += 1
-    # 4 of 100 in 2,500 epochs: 100 expected of each, standard deviation 9.8; of 100 draws none is 5 of these away
+    # 4 of 100 samples in 2,500 epochs: each is expected 100 times, with a standard deviation of 9.8
     assert np.abs(times - 100).max() < 5 * 9.8
 
 
@@ -191,7 +191,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(block: int) -> None:
 
 
 def test_shards_that_do_not_add_up_are_a_fault_of_the_program() -> None:
-    with pytest.raises(ValueError, match="shards of 90 samples together, and a plan for 100"):
+    with pytest.raises(ValueError, match="the shards have 90 samples, the plan has 100"):
         TrainPlan(100, 10, 0, 10, shard_samples=(50, 40))
 
 

@@ -1,4 +1,4 @@
-"""Shuffle quality: one for a uniform order, what theory says for blocks, and advice that holds when it is followed."""
+"""Shuffle quality: one for a uniform order, the theoretical value for blocks, and advice that is true if followed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_uniform_order_is_as_good_as_uniform(num_samples: int) -> None:
 
 
 class _UniformDraws(TrainPlan):
-    """Steps drawn by numpy: what uniform means, without the plan's own permutation."""
+    """Steps of a permutation by numpy, as a reference without the plan's own permutation."""
 
     def steps_samples(self, epoch: int, steps: range, *, rank: int = 0, world_size: int = 1) -> np.ndarray:
         order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
@@ -30,21 +30,21 @@ class _UniformDraws(TrainPlan):
         return batches.reshape(len(steps), self.global_batch)
 
 
-def test_the_yardstick_is_numpys_uniform_permutation() -> None:
+def test_the_reference_is_numpys_uniform_permutation() -> None:
     effects = [shuffle_quality.measure(_UniformDraws(6400, 64, seed, 64), most_groups=16) for seed in range(8)]
     assert np.mean([found.batch for found in effects]) > 0.96
     assert np.mean([found.recent for found in effects]) > 0.9
 
 
 def test_one_lane_without_a_window_is_worth_its_blocks() -> None:
-    # a batch is 64 neighbours, all of one kind or of two: worth one sample, 1/64
+    # a batch has 64 neighbours of one or two kinds, so its share is that of one sample, 1/64
     assert shuffle_quality.measure(replace(SORTED, lanes=1)).batch == pytest.approx(1 / 64, rel=0.1)
 
 
 def test_a_lane_for_each_sample_makes_good_batches_that_are_alike() -> None:
     found = shuffle_quality.measure(SORTED)
-    assert found.batch > 0.9  # of 64 random blocks
-    # of the same 64 blocks, ten times; and 64 of 128 blocks without replacement err less than 64 of many
+    assert found.batch > 0.9  # from 64 random blocks
+    # ten batches of the same 64 blocks; 64 of 128 blocks without replacement vary less than 64 of many
     assert found.recent == pytest.approx(1 / 10 * 127 / 64, rel=0.1)
 
 
@@ -73,7 +73,7 @@ def test_advice_holds_when_it_is_followed(plan: TrainPlan) -> None:
     assert min(found.batch, found.recent) > 0.8 * shuffle_quality.GOOD_SHARE
     changed = [name for name in ("block", "window") if getattr(better, name) != getattr(plan, name)]
     said = shuffle_quality.describe(plan)
-    assert all(f"data.{name} to {getattr(better, name)}" in said for name in changed)
+    assert all(f"data.{name} {getattr(better, name)}" in said for name in changed)
 
 
 def test_a_good_order_is_left_alone() -> None:

@@ -1,4 +1,4 @@
-"""What nodes fetch: against a walk through every sample, and the least possible where blocks are shards."""
+"""What nodes fetch: compared with a loop over every sample, and the minimum if blocks are shards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_it_counts_what_a_walk_through_every_step_finds(block: int, window: int,
 def test_blocks_of_a_shard_keep_each_shard_on_one_node() -> None:
     plan = TrainPlan(64 * 100, 64, 0, 64, block=100, shard_samples=(100,) * 64)
     found = traffic.measure(plan, [1] * 64, num_nodes=8)
-    assert found.most_shards <= 8 + 1  # a node's 800 samples are 8 shards, of which one may be cut in two
+    assert found.most_shards <= 8 + 1  # a node's 800 samples are 8 shards, one of which may be cut in two
     assert found.fetched < 1.13
     uniform = traffic.measure(TrainPlan(64 * 100, 64, 0, 64, shard_samples=(100,) * 64), [1] * 64, num_nodes=8)
     assert (uniform.most_shards, uniform.fetched) == (64, 8)

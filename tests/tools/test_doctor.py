@@ -69,7 +69,7 @@ def test_damage_is_red_and_named(small_shards: Path, tmp_path: Path) -> None:
     assert "val-000000.tar, sample" in finding.found
     assert "wasteddp verify" in finding.do
     tar.write_bytes(whole[:-512])
-    assert "the manifest says" in run_checks.check_shards(settings, 0)[0].found
+    assert "in the manifest it has" in run_checks.check_shards(settings, 0)[0].found
     assert run_checks.check_shards(parse("data: {shards: /nowhere}"), 0)[0].colour == "red"
 
 

@@ -13,8 +13,8 @@ def test_it_says_steps_shuffle_and_what_nodes_fetch(small_shards: Path, capsys: 
     assert cli.main(["plan", str(small_shards), "--set", "train.batch_size=12", "--nodes", "1,2,5"]) == 0
     said = capsys.readouterr().out
     assert "50 train samples in " in said
-    assert "4 steps an epoch of 12, 360 in 90 epochs; each epoch leaves out 2, others each time" in said
-    assert "order: blocks of 1, window 0, 12 lanes; by its classes a batch of 12 is worth 1" in said
+    assert "4 steps an epoch of 12, 360 in 90 epochs; each epoch leaves out 2, different ones each time" in said
+    assert "order: blocks of 1, window 0, 12 lanes; judged by its classes, a batch of 12 is worth 1" in said
     first, second, fifth = said.splitlines()[-3:]
     assert first.split()[2] == "1.00"
     assert float(second.split()[2]) > 1

@@ -90,7 +90,7 @@ def test_a_run_that_loses_or_doubles_a_sample_is_stopped_with_the_numbers(
     said = capsys.readouterr().err
     assert f"epoch 1 trained on {num} samples with hash " in said
     assert "the manifest and the plan say 48 with hash " in said
-    assert "from a checkpoint of step 4 or before" in said
+    assert "from a checkpoint of step 4 or earlier" in said
     last = rows(tmp_path / "run")[-1]
     assert (last["step"], last["coverage/samples"], last["coverage/ok"]) == (8, num, 0)
     assert not (tmp_path / "run" / "checkpoints" / "step-00000008").exists()

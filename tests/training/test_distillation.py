@@ -149,7 +149,7 @@ def test_a_teacher_of_other_classes_or_colours_is_refused(teacher: Path) -> None
 
 @pytest.mark.parametrize("folder", ["runs/a", "runs/a/model", "./runs/b/../a"])
 def test_a_run_cannot_teach_itself(folder: str) -> None:
-    with pytest.raises(SettingsError, match="which changes while it trains"):
+    with pytest.raises(SettingsError, match="which changes during training"):
         settings_file.parse("", ["run.out=runs/a", f"train.teacher={folder}"])
 
 

@@ -168,7 +168,7 @@ def test_memory_that_ends_later_says_which_number_to_lower() -> None:
     error = explained(torch.OutOfMemoryError("CUDA out of memory. Tried"), AUTO, "computing")
     assert isinstance(error, DeviceMemoryError)
     assert "with the micro-batch that was chosen when this run started: CUDA out of memory" in error.found
-    assert "set train.max_micro_batch to less than log.txt names" in error.remedy
+    assert "set train.max_micro_batch to less than the size in log.txt" in error.remedy
 
 
 def test_a_resumed_run_takes_the_micro_batch_it_began_with_and_ends_the_same(

@@ -196,3 +196,24 @@ class _Poison:
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
         return open, (self.path, "w")
+
+
+def test_a_checkpoint_in_a_folder_of_another_step_is_skipped(tmp_path: Path) -> None:
+    for step in (5, 7):
+        save(tmp_path, step)
+    (tmp_path / "step-00000005").rename(tmp_path / "step-00000999")
+    lines: list[str] = []
+    found = reader.newest(tmp_path, lines.append)
+    assert found is not None
+    assert found.progress.step == 7
+    assert "its name says step 999, and it holds step 5" in lines[0]
+
+
+def test_a_run_is_taken_for_its_newest_intact_checkpoint(tmp_path: Path) -> None:
+    for step in (5, 7):
+        save(tmp_path / "old" / "checkpoints", step)
+    (tmp_path / "old" / "checkpoints" / "step-00000007" / "model.safetensors").write_bytes(b"cut")
+    for path in (tmp_path / "old", tmp_path / "old" / "checkpoints"):
+        found = reader.starting_point(tmp_path / "new" / "checkpoints", str(path), print)
+        assert found is not None
+        assert found.progress.step == 5

@@ -236,7 +236,7 @@ def test_wrong_settings_are_one_message(small_shards: Path, tmp_path: Path, refu
     assert "unknown key 'optimizer.rl'" in refused(arguments, "optimizer.rl=1")
     assert "optimizer.lr: found -1" in refused(arguments, "optimizer.lr=-1")
     assert "precision is fp16 and there is no GPU" in refused(arguments, "precision=fp16")
-    assert "'resnet51' is no ResNet" in refused(arguments, "model.arch=resnet51")
+    assert "'resnet51' is not a ResNet" in refused(arguments, "model.arch=resnet51")
     assert "has no samples in a split called 'dev'; splits there: " in refused(arguments, "data.eval_split=dev")
     assert "50 samples and train.batch_size is 64" in refused(arguments, "train.batch_size=64")
     assert "there is no folder /nowhere" in refused(arguments, "data.shards=/nowhere")
@@ -336,7 +336,7 @@ def test_a_diverged_loss_is_one_message_and_no_checkpoint(
     # and the weights after it overflow in the second.
     said = refused(config_of(tmp_path, small_shards), "optimizer.lr=1e30", "train.log_every_steps=100")
     assert re.search(r"error: the weights are as large as \d.*e\+\d\d after this step", said)
-    assert "lower optimizer.lr (it is 1e+30)" in said
+    assert "lower optimizer.lr (now 1e+30)" in said
     for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
         loss = next(row["train/loss"] for row in rows(tmp_path / "run") if row["step"] == int(path.name[5:]))
         assert np.isfinite(loss)

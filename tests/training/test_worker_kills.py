@@ -73,7 +73,7 @@ def test_killed_workers_change_nothing(small_shards: Path, tmp_path: Path) -> No
     assert training.returncode == 0, errors
     assert kills == KILLS
     # three for training and three for evaluation: a killed idle worker may stay unnoticed until the end
-    deaths = re.findall(r"warning: rank 0: decoding process \d+ .* another takes its place", errors)
+    deaths = re.findall(r"warning: rank 0: decoding process \d+ .* a new one replaces it", errors)
     assert KILLS - 6 <= len(deaths) <= KILLS
     ours, others = (final_weights(tmp_path / name / "run") for name in ("killed", "quiet"))
     assert ours == others

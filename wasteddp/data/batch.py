@@ -1,4 +1,4 @@
-"""One rank's part of a step, as it goes from the loader to the loop.
+"""One rank's part of a step, as the loader passes it to the training loop.
 
 Legend: B images of the batch, C = 3, H W pixels.
 """
@@ -20,7 +20,7 @@ MAX_REPLACEMENTS = 100
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A training sample that could not be read; another stands in its place."""
+    """A training sample that could not be read and was replaced by another."""
 
     sample: int
     where: str
@@ -35,21 +35,21 @@ class Batch:
     epoch: int
     step_in_epoch: int
     images_BCHW: torch.Tensor  # uint8, channels-last in memory
-    labels_B: torch.Tensor  # int64; of no meaning where `samples` is PADDING
-    samples: I64  # [B], numbered as in `TrainPlan`: what the randomness of each row is keyed by
-    read_B: I64  # 0 .. N-1, whose pixels stand in each row: the sample of `samples`, or its replacement
+    labels_B: torch.Tensor  # int64; without meaning where `samples` is PADDING
+    samples: I64  # [B], numbered as in `TrainPlan`; keys of each row's random choices
+    read_B: I64  # 0 .. N-1: the sample that was read for each row, which is that of `samples` or its replacement
     damage: tuple[Damage, ...]
-    encoded_B: tuple[Encoded | None, ...] = ()  # what is still to be decoded into its row, on the device
-    failure: WastedError | None = None  # why there is no such batch, told in its place: the other ranks must hear of it
+    encoded_B: tuple[Encoded | None, ...] = ()  # images that the device still has to decode into their rows
+    failure: WastedError | None = None  # why the batch could not be loaded; the other ranks must be informed
 
     @classmethod
     def failed(cls, error: WastedError) -> Batch:
-        """The last batch of a rank that cannot go on."""
+        """Return the last batch of a rank that cannot continue; it carries the error instead of images."""
         nothing, none = torch.empty(0, dtype=torch.int64), np.empty(0, np.int64)
         return cls(-1, -1, nothing, nothing, none, none, (), failure=error)
 
     def split(self, size: int) -> Iterator[Batch]:
-        """Micro-batches of `size` samples, views of this one."""
+        """Yield micro-batches of `size` samples, which are views of this batch."""
         for at in range(0, len(self.samples), size):
             part = slice(at, at + size)
             yield Batch(
@@ -64,10 +64,10 @@ class Batch:
 
 
 def refuse_damaged(where: str, reason: str, *, is_replaced: bool) -> DamagedSampleError:
-    """The error of a sample that cannot be used, nor replaced."""
+    """Return the error for a sample that can be neither used nor replaced."""
     return DamagedSampleError(
         f"{where} cannot be used: {reason}"
-        + (f"; nor can the {MAX_REPLACEMENTS - 1} samples after it" if is_replaced else ""),
+        + (f"; the {MAX_REPLACEMENTS - 1} samples after it cannot be used either" if is_replaced else ""),
         "the result would not cover the whole split",
-        "find all that is damaged with `wasteddp verify`, then copy or make the set again",
+        "find all damaged samples with `wasteddp verify`, then copy the set or create it again",
     )

@@ -1,4 +1,4 @@
-"""A shard set, open for reading, wherever it lies: in a folder, or behind a URL with a cache on this machine."""
+"""A shard set, open for reading: in a local folder, or at a URL with a cache on this machine."""
 
 from __future__ import annotations
 
@@ -21,32 +21,37 @@ Needs = Mapping[str, int]  # sha256 of shards and their sizes, bytes
 
 
 class ShardSet:
-    """The manifest and readers of its splits. Made by `opened`."""
+    """The manifest of a set in a folder, and readers of its splits. Created by `open_dataset`."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
 
     def reader(self, split: str, stopped: Stopped = never) -> SplitReader:
-        """The split, open for reading.
+        """Open a split for reading.
 
         Args:
-            stopped: once it is true, a read waits for no store: it raises StoppedError. A folder is always read.
+            split: its name.
+            stopped: once it returns true, reads do not wait for a store but raise StoppedError. It does not affect
+                reads from a folder.
         """
         return SplitReader(self.manifest, split)
 
     def require_room(self, *windows: Iterable[Needs]) -> None:
-        """Refuses a set that would not be readable as it is going to be read.
+        """Check that the cache has room for the shards that are read at the same time.
 
         Args:
-            windows: for each reader that will be in use at the same time, what it holds at once at some moments.
+            windows: for each reader in use at the same time, the shards that it needs at some moments.
+
+        Raises:
+            SettingsError: the cache or its disk is too small.
         """
 
     def end_fetching(self) -> None:
-        """Whoever waits for a shard from now on hears an error."""
+        """Stop fetching: a thread that waits for a shard, now or later, receives an error."""
 
 
 class RemoteShardSet(ShardSet):
-    """The same for a set behind a URL."""
+    """A `ShardSet` at a URL."""
 
     def __init__(self, manifest: Manifest, fetcher: Fetcher, cache: ShardCache) -> None:
         super().__init__(manifest)
@@ -62,18 +67,18 @@ class RemoteShardSet(ShardSet):
         total = sum(shard.num_bytes for split in self.manifest.splits.values() for shard in split.shards)
         if num_bytes > self._cache.limit_bytes:
             raise SettingsError(
-                f"the steps that are read at once need {num_shards} shards, {num_bytes:,} bytes; data.cache_gb allows "
-                f"{self._cache.limit_bytes:,}",
-                "shards would be fetched again and again, for every step",
-                f"set data.cache_gb to {_gb(num_bytes)} or more ({_gb(total)} holds the whole set), or let fewer "
-                "shards be read at once: a data.block as long as a shard, and few data.lanes",
+                f"the steps that are read at the same time need {num_shards} shards, {num_bytes:,} bytes; "
+                f"data.cache_gb allows {self._cache.limit_bytes:,}",
+                "every step would fetch shards again",
+                f"set data.cache_gb to {_gb(num_bytes)} or more ({_gb(total)} holds the whole set), or read fewer "
+                "shards at the same time: set data.block to the size of a shard, and data.lanes to a small number",
             )
-        with storage("looking at the cache's disk", self._cache.folder):
+        with storage("reading the free space of the cache's disk", self._cache.folder):
             free = shutil.disk_usage(self._cache.folder).free + self._cache.used_bytes()
         if num_bytes > free:
             raise SettingsError(
-                f"the steps that are read at once need {num_bytes:,} bytes in {self._cache.folder}; its disk has "
-                f"{free:,} for them",
+                f"the steps that are read at the same time need {num_bytes:,} bytes in {self._cache.folder}; its disk "
+                f"has {free:,} free",
                 "the disk would be full before the first step",
                 "free some space, or name a folder on another disk with data.cache",
             )
@@ -84,14 +89,17 @@ class RemoteShardSet(ShardSet):
 
 @contextmanager
 def open_dataset(data: Data, *, rank: int = 0, stopped: Stopped = never) -> Iterator[ShardSet]:
-    """The set at `data.staged`, where that is set, or else at `data.shards`.
+    """Open the set at `data.staged` if that is set, else at `data.shards`.
 
     Args:
-        rank: spreads the waits after an error, so that not all ranks come back to a store in the same moment.
-        stopped: once it is true, the manifest is not waited for: StoppedError.
+        data: settings of the set and its cache.
+        rank: varies the waits after an error, so that the ranks do not all return to a store at the same time.
+        stopped: once it returns true, reading the manifest from a store raises StoppedError.
 
     Raises:
-        ShardError: there is none, or it cannot be reached. SettingsError: the URL or the cache's folder.
+        ShardError: there is no set, or it cannot be reached.
+        SettingsError: the URL or the cache's folder is wrong.
+        StoppedError: see `stopped`.
     """
     if data.staged or not is_url(data.shards):
         yield ShardSet(Manifest.load(data.staged or data.shards))
@@ -115,18 +123,18 @@ def open_dataset(data: Data, *, rank: int = 0, stopped: Stopped = never) -> Iter
 
 
 def cache_folder(setting: str) -> Path:
-    """Where fetched shards are kept on this machine.
+    """Return the folder for fetched shards on this machine.
 
     Raises:
-        SettingsError: a $VARIABLE that is not set here.
+        SettingsError: a $VARIABLE is not set on this machine.
     """
     default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/wasteddp"
     resolved = os.path.expandvars(setting or default)
     if "$" in resolved:
         raise SettingsError(
-            f"data.cache is {setting!r}, and that is {resolved!r} on this machine",
-            "the shards would be kept in a folder of that name",
-            "set the variable on every machine, or write the folder out",
+            f"data.cache is {setting!r}, which is {resolved!r} on this machine",
+            "the shards would be stored in a folder of that name",
+            "set the variable on every machine, or write the full path of the folder",
         )
     return Path(resolved).expanduser()
 
@@ -137,9 +145,9 @@ def _manifest(folder: RemoteFolder, cache: Path, stopped: Stopped) -> Manifest:
     except DamagedShardError as error:
         raise ShardError(
             error.found,
-            "without a manifest nobody knows how many samples there are, so no epoch could be proved whole",
-            "check data.shards; if other tools made the tars, run `wasteddp index URL --out FOLDER` and copy what it "
-            "writes beside them, the manifest last",
+            "without a manifest the number of samples is unknown, so no epoch could be checked for completeness",
+            "check data.shards; if other tools created the tars, run `wasteddp index URL --out FOLDER` and copy the "
+            "files that it writes next to the tars, the manifest last",
         ) from error
 
 

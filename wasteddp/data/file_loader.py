@@ -1,9 +1,10 @@
 """Image files -> square views, in the order of the files, decoded ahead by threads or by processes.
 
-Legend: R files that a worker is given at once, C = 3, S the side.
+Legend: R files in one task of a worker, C = 3, S the side.
 
-For processes this process opens each file and sends its descriptor, so a name means what it means here (/dev/stdin,
-<(command)), and what cannot be opened has the same reason. A pipe can be read only once: it is read and decoded here.
+With processes, this process opens each file and sends its descriptor. So names such as /dev/stdin and <(command) refer
+to the files of this process, and a file that cannot be opened has the same error as with threads. A pipe can be read
+only once, so this process reads and decodes it.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from wasteddp.parallel import in_order
 
 _FILES_AT_ONCE = 8  # R: a message costs a tenth of what decoding a small JPEG does
 _PARTS_IN_FLIGHT = 2  # for each worker: one being decoded, one waiting
-_OPENERS = 4  # threads: to open a file on a network file system takes a millisecond
+_OPENERS = 4  # threads: opening a file on a network file system takes a millisecond
 _NO_DRAWS = np.zeros(0)
 _KEYS = 1 << 31  # of descriptors, int32
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Why there is no view of a file."""
+    """The reason why a file has no view."""
 
     reason: str
 
@@ -57,14 +58,16 @@ def file_views(
     workers: Workers,
     warn: Callable[[str], None] = print_warning,
 ) -> Generator[FileView, None, None]:
-    """(path, uint8 [S, S, C]) of each file, or why there is none. The same for any number and kind of workers.
+    """Yield (path, uint8 [S, S, C] or `Unreadable`) for each file; the same for any number and kind of workers.
 
-    Memory by processes: 2 workers + 1 times R views in a mapping, R <= 8, and as many open files.
+    Memory with processes: (2 * workers + 1) * R views in a mapping, R <= 8, and as many open files.
 
     Args:
-        view: one that needs no random numbers.
+        paths: of the files.
+        view: one that does not need random numbers.
         side_px: S.
-        warn: is told of each process that died and was replaced.
+        workers: that decode.
+        warn: called with a message for each process that died and was replaced.
     """
     if workers.server is None:
 
@@ -84,10 +87,10 @@ def file_views(
 
 @dataclass(slots=True)
 class _Part:
-    """R neighbouring files, for one worker."""
+    """R consecutive files, for one worker."""
 
     number: int
-    first: int  # number of its first file
+    first: int  # number of the first file
     paths: list[str]
     slot: int
     unreadable: dict[int, str] = field(default_factory=dict)  # by row
@@ -107,7 +110,7 @@ class _Processes:
         stack: ExitStack,
     ) -> None:
         self._view, self._side = view, side_px
-        # by key, open until a worker has answered: it may have to be sent again
+        # by key; open until a worker has answered, since a file may have to be sent again
         files = self._files = dict[int, io.FileIO]()
         stack.callback(self._close_files)
         self._num_parts = _PARTS_IN_FLIGHT * number + 1
@@ -140,11 +143,11 @@ class _Processes:
             yield from found
 
     def _send(self, part: _Part) -> None:
-        """Opens the files and gives a worker those that it can read."""
+        """Open the files and send a worker those that it can read; read and decode pipes here."""
         images, rows = self._images(part), []
         for row, path in enumerate(part.paths):
             try:
-                file = Path(path).open("rb", buffering=0)  # noqa: SIM115, closed when a worker has answered
+                file = Path(path).open("rb", buffering=0)  # noqa: SIM115, closed after a worker has answered
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     with file:
                         self._view.fill(images[row], file.readall(), _NO_DRAWS)
@@ -193,12 +196,12 @@ class _Processes:
 
 
 def _describe(error: OSError | UndecodableError) -> str:
-    if isinstance(error, IsADirectoryError):  # `find_images` gives out a folder only if it could not list it
+    if isinstance(error, IsADirectoryError):  # `find_images` returns a folder only if it cannot be listed
         return "unreadable: this folder cannot be listed"
     return f"unreadable: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _most_files() -> int:
-    """That may be open at once: part of what the system allows this process, 1,024 by default."""
+    """Return how many files may be open at the same time: at most half of the process's limit (1,024 by default)."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 400 if allowed == resource.RLIM_INFINITY else min(400, allowed // 2)

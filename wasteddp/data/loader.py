@@ -2,13 +2,14 @@
 
 Legend: B images of one rank's batch, C = 3, S the side.
 
-For a network that trains on the same CPU: libjpeg-turbo, torch's resize and hashlib release the GIL, so threads decode
-in parallel, need no memory and no start of their own, and die with the process. Beside a GPU they take the GIL from the
-thread that launches kernels: `process_loader` is for that.
+Threads are for a network that trains on the CPU. libjpeg-turbo, torch's resize and hashlib release the GIL, so threads
+decode in parallel; they start quickly, share the memory of the process and end with it. With a GPU they would take the
+GIL from the thread that launches kernels, so `process_loader` is used there.
 
-Where the network trains on the same cores, the threads take only what it leaves (Linux's idle class): a decoding thread
-that displaced one of OpenMP's threads would make the others wait for it at the end of every layer. 5 % of a ResNet50's
-speed on two cores. They cannot starve it either: a batch that is due is finished by the thread that needs it.
+If the network trains on the same cores, the threads run only when it leaves a core idle (Linux's idle class). Otherwise
+a decoding thread could displace one of OpenMP's threads, and the other OpenMP threads would wait for it at the end of
+every layer; this costs 5 % of a ResNet50's speed on two cores. Idle threads cannot block training: the thread that
+needs a batch decodes what they have not started.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from wasteddp.errors import DamagedSampleError
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING, EvaluationPlan, TrainPlan
 
-_PLANNED_SAMPLES = 1 << 12  # of a rank, computed at once
+_PLANNED_SAMPLES = 1 << 12  # samples of a rank whose order is computed in one call
 _TASKS_PER_WORKER = 4  # more and smaller tasks than workers, so that a batch does not wait for one slow worker
 
-Filled = tuple[int, Encoded | None]  # the sample whose view was made, and what of it is left to the device
+Filled = tuple[int, Encoded | None]  # the sample that was read, and what the device still has to decode
 
 
 @dataclass(slots=True)
@@ -53,23 +54,23 @@ class _Pending:
     read: I64  # the samples that were used
     draws: Draws
     encoded: list[Encoded | None]
-    tasks: list[tuple[range, Future[list[Damage]]]]  # rows of the batch, and the thread's promise to fill them
+    tasks: list[tuple[range, Future[list[Damage]]]]  # rows of the batch, and the task that fills them
 
 
 class Loader:
     """Decodes batches ahead of their use.
 
-    Memory: (prefetch + 1) batches of B * 3 * S^2 bytes, S the largest, and one decoded image a worker.
+    Memory: (prefetch + 1) batches of B * 3 * S^2 bytes, with the largest S, and one decoded image for each worker.
 
     Args:
         reader: of the split.
-        view: what a sample's bytes become.
-        image_size_px: S, or what it is in each epoch: batches of two epochs may be on their way at once.
+        view: converts the bytes of a sample to an image.
+        image_size_px: S, or a function that returns S for an epoch; batches of two epochs may be pending together.
         workers: decoding threads.
         prefetch: batches decoded ahead.
-        replace: whether a sample that cannot be decoded is replaced (training) or raises (evaluation).
-        pin_memory: page-locked batches, for copies that run beside a GPU's work.
-        idle: decode only when nothing else wants the core, for training on a CPU.
+        replace: whether a sample that cannot be decoded is replaced (training) or raises an error (evaluation).
+        pin_memory: use page-locked memory for the batches, so that copies to a GPU overlap with its work.
+        idle: decode only when a core has no other work, for training on a CPU.
     """
 
     def __init__(
@@ -88,12 +89,12 @@ class Loader:
         self._labels = reader.labels
         self._workers, self._prefetch = workers, prefetch
         self._replace, self._pin, self._idle = replace, pin_memory, idle
-        self._at_work: dict[str, tuple[int, float]] = {}  # thread -> its sample, and since when
+        self._at_work: dict[str, tuple[int, float]] = {}  # thread -> its sample, and its start time
         self._pool = ThreadPoolExecutor(workers, "decode")
         _start_threads(self._pool, workers, idle=idle)
 
     def batches(self, steps: Iterable[tuple[int, int, I64]]) -> Iterator[Batch]:
-        """A batch for each (epoch, step in epoch, sample numbers), in order."""
+        """Yield a batch for each (epoch, step in epoch, sample numbers), in order."""
         pending: deque[_Pending] = deque()
         steps = self._reader.ahead(steps, in_flight=self._prefetch + 1)
         try:
@@ -109,7 +110,10 @@ class Loader:
                     task.cancel()
 
     def at_work(self) -> str:
-        """What the thread that has been longest at one sample is at; '' where all are idle. From any thread."""
+        """Describe the sample that a thread has been decoding for the longest time; '' if all threads are idle.
+
+        May be called from any thread.
+        """
         longest = min(self._at_work.copy().items(), key=lambda item: item[1][1], default=None)
         if longest is None:
             return ""
@@ -142,7 +146,7 @@ class Loader:
     def _finish(self, pending: _Pending) -> Batch:
         damage: list[Damage] = []
         for rows, task in pending.tasks:
-            # idle threads may get no turn at all: what none has begun, the one that waits for it does itself
+            # idle threads may never get a core: this thread runs the tasks that they have not started
             damage += self._fill(pending, rows) if self._idle and task.cancel() else task.result()
         return Batch(
             pending.epoch,
@@ -171,7 +175,7 @@ class Loader:
         return damage
 
     def _fill_row(self, out: ImageHWC, sample: int, draws: Draws, epoch: int, damage: list[Damage]) -> Filled:
-        """As `_read_row`, so that a thread that hangs or fails in it can be named."""
+        """Call `_read_row`, and record what the thread is doing for the messages about a hang or an error."""
         name = threading.current_thread().name
         self._at_work[name] = sample, time.monotonic()
         try:
@@ -183,7 +187,7 @@ class Loader:
             del self._at_work[name]
 
     def _read_row(self, out: ImageHWC, sample: int, draws: Draws, epoch: int, damage: list[Damage]) -> Filled:
-        """Writes the view of `sample`, or of the next sample that can be read."""
+        """Write the view of `sample`, or of the next sample that can be read."""
         try:
             return sample, self._view.fill(out, self._reader.read(sample), draws)
         except (UndecodableError, DamagedSampleError) as error:
@@ -192,7 +196,7 @@ class Loader:
             return replacement.replaced_by, left
 
     def _replaced(self, out: ImageHWC, sample: int, epoch: int, error: Exception) -> tuple[Damage, Encoded | None]:
-        """Writes the view of the next sample that can be read in the place of `sample`, which cannot."""
+        """Write the view of the next sample that can be read, in place of `sample`, which cannot."""
         where = self._reader.describe(sample)
         reason = error.found.removeprefix(f"{where}: ") if isinstance(error, DamagedSampleError) else str(error)
         for after in range(1, MAX_REPLACEMENTS if self._replace else 0):
@@ -224,14 +228,16 @@ def training_loader(
     server: DecodeServer | None = None,
     warn: Callable[[str], None] = print_warning,
 ) -> AnyLoader:
-    """Loader of random crops; what cannot be decoded is replaced.
+    """Return a loader of random crops, which replaces samples that cannot be decoded.
+
+    Args not listed here are those of `Loader` and `TrainingView`.
 
     Args:
-        on_device: plain JPEGs are left to be decoded.
-        processes: the workers are processes, as is right beside a GPU; else threads. The batches are the same.
-        largest_px: the largest side that will come.
-        server: that forks the processes; one of the loader's own, if left out.
-        warn: is told of each process that died.
+        on_device: leave plain JPEGs to be decoded on the device.
+        processes: decode in processes, as is best with a GPU, instead of threads. The batches are the same.
+        largest_px: the largest side that will be needed.
+        server: forks the processes; if left out, the loader starts its own.
+        warn: called with a message for each process that died.
     """
     return _loader(
         reader,
@@ -261,7 +267,7 @@ def evaluation_loader(
     server: DecodeServer | None = None,
     warn: Callable[[str], None] = print_warning,
 ) -> AnyLoader:
-    """Loader of the centre views that evaluation and prediction use."""
+    """Return a loader of the centre views that evaluation and prediction use."""
     return _loader(
         reader,
         EvaluationView(resize_px),
@@ -291,8 +297,10 @@ def _loader(
 
 
 def _start_threads(pool: ThreadPoolExecutor, workers: int, *, idle: bool) -> None:
-    """Starts the threads with OpenMP teams of one: torch's resize would start a team of its own in each of them, whose
-    members then wait actively for the next image; two decoding threads on two cores are 10 to 25 % faster without.
+    """Start the threads with OpenMP teams of one thread.
+
+    Otherwise torch's resize starts a team in each of them, whose threads wait actively for the next image. Without
+    these teams, two decoding threads on two cores are 10 to 25 % faster.
     """
     threads = torch.get_num_threads()
     all_started = threading.Barrier(workers + 1)
@@ -300,9 +308,9 @@ def _start_threads(pool: ThreadPoolExecutor, workers: int, *, idle: bool) -> Non
     def start() -> None:
         if idle and hasattr(os, "SCHED_IDLE"):  # Linux; elsewhere the threads compete
             os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
-        torch.set_num_threads(1)  # of this thread, and of every thread that asks for the first time from now on
-        torch.get_num_threads()  # this one has asked
-        all_started.wait()  # so that none takes the start of two
+        torch.set_num_threads(1)  # for this thread, and for every thread whose first query comes later
+        torch.get_num_threads()  # the first query of this thread
+        all_started.wait()  # so that each thread runs `start` once
 
     for _ in range(workers):
         pool.submit(start)
@@ -313,8 +321,8 @@ def _start_threads(pool: ThreadPoolExecutor, workers: int, *, idle: bool) -> Non
 def training_steps(
     plan: TrainPlan, first: int, last: int, *, rank: int, world_size: int
 ) -> Iterator[tuple[int, int, I64]]:
-    """(epoch, step in epoch, samples of the rank) for the optimizer steps `first` .. `last` - 1 of a run."""
-    at_once = max(1, _PLANNED_SAMPLES * world_size // plan.global_batch)  # a step alone costs nearly as much as these
+    """Yield (epoch, step in epoch, samples of the rank) for the optimizer steps `first` .. `last` - 1 of a run."""
+    at_once = max(1, _PLANNED_SAMPLES * world_size // plan.global_batch)  # planning one step costs nearly as much
     step = first
     while step < last:
         epoch, begin = divmod(step, plan.steps_per_epoch)
@@ -325,6 +333,6 @@ def training_steps(
 
 
 def evaluation_steps(plan: EvaluationPlan, *, rank: int, world_size: int) -> Iterator[tuple[int, int, I64]]:
-    """(0, number, samples of the rank) for each batch of an evaluation."""
+    """Yield (0, number, samples of the rank) for each batch of an evaluation."""
     for number in range(plan.num_batches(world_size)):
         yield 0, number, plan.batch_samples(number, rank=rank, world_size=world_size)

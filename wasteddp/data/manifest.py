@@ -1,10 +1,10 @@
-"""What a shard set contains: `manifest.json` and one binary index a shard, read, written and checked.
+"""The contents of a shard set: reading, writing and checking `manifest.json` and the binary index of each shard.
 
-Legend: N samples of a split, K classes. Pure files and numpy; nothing here opens a tar or decodes an image.
+Legend: N samples of a split, K classes. This module does not open tars or decode images.
 
-    shards/trashnet/manifest.json       everything below, hashes of all other files, what was left out and why
+    shards/trashnet/manifest.json       classes, splits and shards, hashes of all other files, images left out and why
     shards/trashnet/train-000000.tar    members <key>.jpg, <key>.json
-    shards/trashnet/train-000000.idx    one record of INDEX_DTYPE a sample, in the tar's order
+    shards/trashnet/train-000000.idx    one record of INDEX_DTYPE for each sample, in the order of the tar
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
-# Little-endian and packed: 48 bytes a sample, the same file on every machine.
+# Little-endian and packed, 48 bytes a sample: the file is the same on every machine.
 INDEX_DTYPE = np.dtype(
     [
         ("offset", "<u8"),  # of the image's first byte in the tar
@@ -42,7 +42,7 @@ Index = npt.NDArray[np.void]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar and its index: file names relative to the set's folder."""
+    """One tar and its index; the file names are relative to the set's folder."""
 
     tar: str
     index: str
@@ -65,7 +65,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """An image of the source that is in no shard. `reason` is one of `REASONS`."""
+    """An image of the source that was not put into a shard. `reason` is one of `REASONS`."""
 
     source: str
     reason: str
@@ -73,34 +73,35 @@ class LeftOut:
 
 
 REASONS = (
-    "unreadable",  # no decoder takes it, or the file cannot be read
+    "unreadable",  # no decoder accepts it, or the file cannot be read
     "truncated",  # the decoder ran out of bytes
     "empty",  # zero bytes
     "too_large",  # more pixels or bytes than the limit: a decompression bomb or a mistake
     "duplicate",  # the same bytes as another image of the same class, which is kept
-    "conflicting_label",  # the same bytes stand under two classes: none of them is kept
-    "not_listed",  # list files were given and none names it
+    "conflicting_label",  # the same bytes occur in two classes; none of the images is kept
+    "not_listed",  # list files were given and do not name it
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A shard set. `sha256` is that of `manifest.json` itself: it names the whole set, bytes and all.
+    """A shard set.
 
-    `folder` is where its files are; of a set behind a URL, the cache that they are fetched into.
+    `sha256` is the hash of `manifest.json`, which contains the hashes of all files, so it identifies the whole set.
+    `folder` holds the files of the set; for a set at a URL, it is the cache.
     """
 
     folder: Path
     name: str
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
-    bins: Mapping[str, str] = field(default_factory=dict)  # class -> bin it is thrown into; may be empty
+    bins: Mapping[str, str] = field(default_factory=dict)  # class -> waste bin for it; may be empty
     left_out: tuple[LeftOut, ...] = ()
     near_duplicates: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # source, licence, citation, options: how it was made
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # source, licence, citation and options of its creation
     tool: str = ""
     sha256: str = ""
-    url: str = ""  # without passwords; empty where the set is a folder
+    url: str = ""  # without passwords; empty for a folder
 
     @property
     def where(self) -> str:
@@ -108,18 +109,22 @@ class Manifest:
         return self.url or str(self.folder)
 
     def split(self, name: str) -> Split:
-        """The split called `name`, or an error that lists those there are."""
+        """Return the split called `name`.
+
+        Raises:
+            ShardError: there is no such split, or it is empty; the message lists the splits.
+        """
         if name not in self.splits or self.splits[name].num_samples == 0:
             there = ", ".join(f"{s.name} ({s.num_samples})" for s in self.splits.values()) or "none"
             raise ShardError(
-                f"{self.where} has no samples in a split called {name!r}; splits there: {there}",
+                f"{self.where} has no samples in a split called {name!r}; its splits: {there}",
                 "there would be nothing to read",
-                "name another split, or shard the images again with a split of that name",
+                "use one of its splits, or shard the images again with a split of that name",
             )
         return self.splits[name]
 
     def to_json(self) -> str:
-        """The text of `manifest.json`: sorted nowhere, so that its order is the order written here."""
+        """Return the text of `manifest.json`; its keys are in the order written here, not sorted."""
         return (
             json.dumps(
                 {
@@ -148,15 +153,16 @@ class Manifest:
         )
 
     def save(self) -> None:
-        """Writes `manifest.json` atomically. Call it last: a set with a manifest is a whole set."""
+        """Write `manifest.json` atomically. Write it last, since its presence means that the set is complete."""
         write_atomically(self.folder / MANIFEST_NAME, self.to_json().encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """Reads and checks a manifest; the tars themselves are checked when they are opened, or by `wasteddp verify`.
+        """Read and check a manifest. The tars are checked when they are opened, and by `wasteddp verify`.
 
         Raises:
-            ShardError: no such folder, no manifest in it, another format, or counts that contradict each other.
+            ShardError: the folder or the manifest does not exist, the format is unknown, or the counts are
+                inconsistent.
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
@@ -164,14 +170,15 @@ class Manifest:
             raise ShardError(
                 f"there is no folder {folder}",
                 "there is nothing to read",
-                f"make the shards first (wasteddp shard SOURCE --out {folder}), or set data.shards to where they are",
+                f"create the shards first (wasteddp shard SOURCE --out {folder}), or set data.shards to their folder",
             )
         if not path.exists():
             tars = len(list(folder.glob("*.tar")))
             raise ShardError(
                 f"{folder} holds {tars} tar file(s) but no {MANIFEST_NAME}",
-                "without it nobody knows how many samples there are, so no epoch could be proved whole",
-                f"if another tool made the tars: wasteddp index {folder}; if `wasteddp shard` stopped: run it again",
+                "without it the number of samples is unknown, so no epoch could be checked for completeness",
+                f"if another tool created the tars, run `wasteddp index {folder}`; if `wasteddp shard` stopped, run it "
+                "again",
             )
         with storage("reading the manifest", path):
             text = path.read_bytes()
@@ -179,38 +186,43 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: bytes, folder: Path, *, url: str = "") -> Manifest:
-        """The manifest that stands in `text`.
+        """Return the manifest in `text`.
+
+        Args:
+            text: content of `manifest.json`.
+            folder: of the set's files.
+            url: of the set, if it is not a folder.
 
         Raises:
-            ShardError: another format, or counts that contradict each other.
+            ShardError: the format is unknown, or the counts are inconsistent.
         """
         try:
             return cls._parse(text, folder, url)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardError(
                 f"{url or folder}/{MANIFEST_NAME} is not a manifest of this format: {type(error).__name__}: {error}",
-                "what it says of the shards cannot be trusted",
-                "make the set again with `wasteddp shard` or `wasteddp index`",
+                "its description of the shards cannot be trusted",
+                "create the set again with `wasteddp shard` or `wasteddp index`",
             ) from error
 
     @classmethod
     def _parse(cls, text: bytes, folder: Path, url: str) -> Manifest:
         raw = json.loads(text)
         if raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format {raw.get('format')!r} version {raw.get('format_version')!r}, wanted {FORMAT!r} 1")
+            raise ValueError(f"format {raw.get('format')!r} version {raw.get('format_version')!r}, not {FORMAT!r} 1")
         splits = {}
         for name, part in raw["splits"].items():
             split = Split(name, tuple(Shard(**shard) for shard in part["shards"]), tuple(part["samples_per_class"]))
             if not split.num_samples == part["num_samples"] == sum(split.samples_per_class):
-                raise ValueError(f"split {name!r} does not add up")
+                raise ValueError(f"the sample counts of split {name!r} do not add up")
             if len(split.samples_per_class) != len(raw["classes"]):
-                raise ValueError(f"split {name!r} counts {len(split.samples_per_class)} classes")
+                raise ValueError(f"split {name!r} has counts of {len(split.samples_per_class)} classes")
             for file in (f for shard in split.shards for f in (shard.tar, shard.index)):
                 if Path(file).name != file:
                     raise ValueError(f"{file!r} is not a plain file name")
             for sha256 in (s for shard in split.shards for s in (shard.sha256, shard.index_sha256)):
                 if not _SHA256.fullmatch(sha256):  # a cache uses it as a file name
-                    raise ValueError(f"{sha256!r} is no sha256")
+                    raise ValueError(f"{sha256!r} is not a sha256")
             splits[name] = split
         return cls(
             folder=folder,
@@ -228,10 +240,10 @@ class Manifest:
 
 
 def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:
-    """The index of one shard: array of `num_samples` records, read-only.
+    """Return the index of one shard: a read-only array of `num_samples` records.
 
     Raises:
-        ShardError: missing, of another length, or with another sha256 than the manifest says.
+        ShardError: the file is missing, or its length or sha256 differs from the manifest's.
     """
     path = folder / shard.index
     try:
@@ -239,20 +251,20 @@ def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:
     except OSError as error:
         raise ShardError(
             f"the index {path} cannot be read: {error.strerror}",
-            f"{shard.num_samples} samples of {shard.tar} cannot be found",
-            "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",
+            f"{shard.num_samples} samples of {shard.tar} cannot be located",
+            "copy the whole set again, or create it again with `wasteddp shard` or `wasteddp index`",
         ) from error
     return parse_index(text, shard, path, check=check)
 
 
 def parse_index(text: bytes, shard: Shard, where: str | Path, *, check: bool = True) -> Index:
-    """As `read_index`, from the bytes of the index; `where` they come from is for messages."""
+    """Do as `read_index`, from the bytes of the index; `where` is their path or URL, for messages."""
     found = hashlib.sha256(text).hexdigest() if check else shard.index_sha256
     if len(text) != shard.num_samples * INDEX_DTYPE.itemsize or found != shard.index_sha256:
         raise ShardError(
-            f"the index {where} has {len(text)} bytes and sha256 {found[:12]}; the manifest says "
+            f"the index {where} has {len(text)} bytes and sha256 {found[:12]}; in the manifest it has "
             f"{shard.num_samples * INDEX_DTYPE.itemsize} bytes and {shard.index_sha256[:12]}",
-            "samples would be read from wrong places",
-            "copy the whole set again, or make it again with `wasteddp shard` or `wasteddp index`",
+            "samples would be read from the wrong places",
+            "copy the whole set again, or create it again with `wasteddp shard` or `wasteddp index`",
         )
     return np.frombuffer(text, dtype=INDEX_DTYPE)

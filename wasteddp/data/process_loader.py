@@ -2,9 +2,10 @@
 
 Legend: B images of one rank's batch, C = 3, S the side.
 
-Beside a GPU: threads that decode hold the GIL that the thread which launches kernels needs, and leave it a third of its
-speed (docs/streaming.md). The batches are those of `loader`, bit for bit. They stand in slots of one shared mapping
-that workers write to and the GPU copies from. A slot is used again when the last tensor that looks into it is gone.
+Processes are for training on a GPU. Decoding threads hold the GIL, which the thread that launches kernels needs, and
+reduce its speed to a third (docs/streaming.md). The batches are those of `loader`, bit for bit. They are stored in
+slots of one shared mapping, which workers write to and the GPU copies from. A slot is reused after the last tensor that
+refers to it is deleted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from wasteddp.errors import DamagedSampleError
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING
 
-_HANDED_OUT = 2  # slots that whoever takes the batches may hold; what is more is copied
+_HANDED_OUT = 2  # slots that the user of the batches may hold; further batches are copied
 _ALIGNED = 4096  # bytes; a batch begins on a page
 
 
@@ -46,7 +47,7 @@ class _Pending:
     rows: Rows  # [B] in the slot
     tasks: list[Task]
     shards: frozenset[int]
-    sent: Future[None] | None = None  # where sending may wait for a store
+    sent: Future[None] | None = None  # set if sending may wait for a store
 
 
 @dataclass(slots=True, frozen=True)
@@ -54,7 +55,7 @@ class _Slot:
     memory: int  # its key in the pool
     shared: SharedMemory
     offset: int
-    num_bytes: int  # of images; the rows' records stand after them
+    num_bytes: int  # of images; the rows' records follow them
 
     def rows(self, size: int) -> Rows:
         return self.shared.view(self.offset + self.num_bytes, size * ROW_DTYPE.itemsize).view(ROW_DTYPE)
@@ -62,7 +63,7 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Slots:
-    """The mapping that batches stand in, as long as batches are no larger."""
+    """The slots of one mapping, used until a larger batch is needed."""
 
     key: int
     shared: SharedMemory
@@ -77,17 +78,18 @@ def print_warning(words: str) -> None:
 
 
 class ProcessLoader:
-    """Decodes batches ahead of their use, in processes. The same batches as `loader.Loader` for the same arguments.
+    """Decodes batches ahead of their use, in processes; yields the same batches as `loader.Loader`.
 
-    Memory: (prefetch + 3) batches of B * 3 * S^2 bytes, S the largest so far, in one mapping; a decoded image a worker.
+    Memory: (prefetch + 3) batches of B * 3 * S^2 bytes in one mapping, with the largest S so far, and one decoded image
+    for each worker.
 
     Args:
         reader, view, image_size_px, prefetch, replace: as in `loader.Loader`.
         workers: decoding processes.
-        pin_memory: the mapping is registered with CUDA, for copies that run beside a GPU's work.
-        idle: decode only when nothing else wants the core, for training on a CPU.
-        largest_px: the largest S that will come, so that memory is reserved once.
-        warn: is told of each process that died and was replaced.
+        pin_memory: register the mapping with CUDA, so that copies to the GPU overlap with its work.
+        idle: decode only when a core has no other work, for training on a CPU.
+        largest_px: the largest S that will be needed, so that memory is reserved once.
+        warn: called with a message for each process that died and was replaced.
         server: see `DecodePool`.
     """
 
@@ -115,10 +117,10 @@ class ProcessLoader:
         self._slots: _Slots | None = None
         self._shared: list[SharedMemory] = []
         self._pending: deque[_Pending] = deque()
-        self._abandoned: list[_Pending] = []  # batches that nobody took
+        self._abandoned: list[_Pending] = []  # batches that were not taken
 
     def batches(self, steps: Iterable[tuple[int, int, I64]]) -> Iterator[Batch]:
-        """A batch for each (epoch, step in epoch, sample numbers), in order."""
+        """Yield a batch for each (epoch, step in epoch, sample numbers), in order."""
         self._settle_abandoned()
         pending = self._pending
         steps = self._reader.ahead(steps, in_flight=self._prefetch + 1)
@@ -137,7 +139,10 @@ class ProcessLoader:
             pending.clear()
 
     def at_work(self) -> str:
-        """What the worker that has been longest at one sample is at; '' where all are idle. From any thread."""
+        """Describe the sample that a worker has been decoding for the longest time; '' if all workers are idle.
+
+        May be called from any thread.
+        """
         longest = self._pool.longest()
         if longest is None:
             return ""
@@ -159,7 +164,7 @@ class ProcessLoader:
     ) -> None:
         self.close()
 
-    # --- a batch on its way -----------------------------------------------------------------------------------------
+    # --- loading a batch --------------------------------------------------------------------------------------------
 
     def _started(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
         side = self._size(epoch) if callable(self._size) else self._size
@@ -180,7 +185,15 @@ class ProcessLoader:
         return pending
 
     def _describe(self, records: Rows, rows: I64, stored: I64, samples: I64, epoch: int) -> None:
-        """Writes what a worker must know of each row. `stored` is 0 .. N-1; `samples`: what the draws are keyed by."""
+        """Write the records of some rows for a worker.
+
+        Args:
+            records: to write.
+            rows: their rows in the batch.
+            stored: samples to read, 0 .. N-1.
+            samples: numbers that key the random choices.
+            epoch: of the batch.
+        """
         shards, index = self._reader.records(stored)
         draws = self._view.draws(samples, epoch)
         records["row"], records["shard"], records["sample"] = rows, shards, stored
@@ -188,7 +201,7 @@ class ProcessLoader:
         records["draws"][:, : draws.shape[1]] = draws
 
     def _send(self, batch: _Pending, num_pending: int) -> None:
-        # remote shards are let go of when no batch needs them, or their disk could not be freed
+        # workers close remote shards that no batch needs, so that their disk space can be freed
         wanted = frozenset().union(*(other.shards for other in self._pending)) if self._sender else None
 
         def send() -> None:
@@ -202,7 +215,7 @@ class ProcessLoader:
 
     def _finished(self, pending: _Pending) -> Batch:
         if pending.sent:
-            pending.sent.result()  # what could not be fetched is raised here
+            pending.sent.result()  # raises the error of a shard that could not be fetched
         self._pool.wait(pending.tasks)
         size = len(pending.samples)
         read = np.where(pending.samples == PADDING, PADDING, pending.samples % self._reader.num_samples)
@@ -241,7 +254,7 @@ class ProcessLoader:
             encoded[row] = Encoded(in_row, box)
 
     def _settle_abandoned(self) -> None:
-        """Waits until no worker writes any more to the slots of batches that nobody took."""
+        """Wait until no worker writes to the slots of batches that were not taken."""
         for left in self._abandoned:
             if left.sent and not left.sent.cancel():
                 left.sent.exception()
@@ -252,12 +265,12 @@ class ProcessLoader:
     # --- a row that failed ------------------------------------------------------------------------------------------
 
     def _tried_again(self, pending: _Pending, failure: Failure, sample: int) -> tuple[Damage | None, Encoded | None]:
-        """The row again, where its bytes can be had after all, or else with the next sample that can be read."""
+        """Fill a failed row again: with the same sample if it can be read now, else with the next readable sample."""
         row, kind, reason = failure
         cause: Exception | None = None
         if kind == UNREAD:
             try:
-                self._reader.read(sample)  # it fetches a damaged copy again, and says what is wrong
+                self._reader.read(sample)  # fetches a damaged copy again, or raises the exact error
             except DamagedSampleError as error:
                 cause, reason = error, error.found.removeprefix(f"{self._reader.describe(sample)}: ")
             else:
@@ -265,7 +278,7 @@ class ProcessLoader:
                 found, encoded = self._alone(pending, row, sample, int(pending.samples[row]))
                 if not found:
                     return None, encoded
-                reason = "its bytes cannot be read by a decoding process, and can by the training process"
+                reason = "the training process can read its bytes, but a decoding process cannot"
         for after in range(1, MAX_REPLACEMENTS if self._replace else 0):
             used = (sample + after) % self._reader.num_samples
             found, encoded = self._alone(pending, row, used, used)
@@ -275,7 +288,7 @@ class ProcessLoader:
         raise refuse_damaged(where, reason, is_replaced=self._replace) from cause
 
     def _alone(self, pending: _Pending, row: int, stored: int, sample: int) -> tuple[list[Failure], Encoded | None]:
-        """One row in a task of its own: its failures, and what is left to the device."""
+        """Fill one row in a separate task; return its failures, and the image that is left to the device."""
         record = pending.rows[row : row + 1]
         self._describe(record, np.array([row]), np.array([stored]), np.array([sample]), pending.epoch)
         at = pending.slot.offset + pending.slot.num_bytes + row * ROW_DTYPE.itemsize
@@ -296,7 +309,7 @@ class ProcessLoader:
         return slots.free.popleft()
 
     def _reserved(self, rows: int, side: int) -> _Slots:
-        """Slots for the batches on their way and those handed out. What stands in smaller ones before is not moved."""
+        """Reserve slots for the pending batches and those in use. Batches in earlier, smaller slots stay there."""
         image_bytes = _aligned(rows * side * side * 3)
         slot_bytes = _aligned(image_bytes + rows * ROW_DTYPE.itemsize)
         num_slots = self._prefetch + 1 + _HANDED_OUT
@@ -304,8 +317,8 @@ class ProcessLoader:
         self._shared.append(shared)
         if self._pin and not shared.register_with_cuda():
             self._warn(
-                f"{shared.num_bytes:,} bytes of batches could not be page-locked: copies to the GPU wait "
-                "(ulimit -l, the container's memory lock limit)"
+                f"{shared.num_bytes:,} bytes of batches could not be page-locked, so copies to the GPU are slower; "
+                "raise `ulimit -l` or the container's limit of locked memory"
             )
         self._pool.share(key, shared)
         slots = _Slots(key, shared, rows, image_bytes)
@@ -313,7 +326,7 @@ class ProcessLoader:
         return slots
 
     def _handed_out(self, pending: _Pending) -> torch.Tensor:
-        """The images, in their slot; copied where the one who takes batches still holds those before."""
+        """Return the images in their slot, or a copy if the user of the batches still holds earlier ones."""
         slots, slot = self._slots, pending.slot
         if slots is None or slot.shared is not slots.shared or slots.num_out >= _HANDED_OUT:
             copy = torch.empty(pending.images.shape, dtype=torch.uint8, pin_memory=self._pin)
@@ -331,7 +344,7 @@ class ProcessLoader:
 
 
 def _returned(slots: _Slots, slot: _Slot) -> None:
-    """The last tensor that looked into the slot is gone."""
+    """Free a slot after the last tensor that refers to it was deleted."""
     slots.num_out -= 1
     slots.free.append(slot)
 

@@ -1,6 +1,7 @@
-"""Sample number -> bytes: read at (offset, length) in its shard, checked against the index's sha256.
+"""Sample number -> bytes: read at (offset, length) in its shard and checked against the sha256 in the index.
 
-The check costs about 10 us for 17 KB and turns a flipped bit into an error with a name instead of a wrong pixel.
+The check takes about 10 us for 17 KB. It reports a flipped bit as a damaged sample, which would otherwise be a wrong
+pixel.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from wasteddp.order.plan import PADDING
 from wasteddp.parallel import in_order
 
 _TAR_BLOCK = 512
-_INDEXES_AT_ONCE = 16  # waiting for a store takes no core
+_INDEXES_AT_ONCE = 16  # more than there are cores, since waiting for a store needs none
 
 
 class SplitReader:
@@ -32,10 +33,10 @@ class SplitReader:
     Args:
         manifest: of the set.
         name: of the split.
-        tars: of the split; those in the manifest's folder, if left out. Closed with the reader.
+        tars: of the split; if left out, those in the manifest's folder. Closed with the reader.
 
     Raises:
-        ShardError: an index or a tar is missing or has another size than the manifest says.
+        ShardError: an index or a tar is missing, or its size differs from the manifest's.
     """
 
     def __init__(self, manifest: Manifest, name: str, tars: Tars | None = None) -> None:
@@ -46,7 +47,7 @@ class SplitReader:
             workers = _INDEXES_AT_ONCE if manifest.url else 1
             indexes = list(in_order(self._tars.index, range(len(split.shards)), workers=workers))
             self._index = np.concatenate(indexes) if indexes else np.zeros(0, INDEX_DTYPE)
-            # first sample of each shard, and the total: [num_shards + 1]
+            # first sample of each shard, then the total: [num_shards + 1]
             self._starts = np.cumsum([0, *(shard.num_samples for shard in split.shards)])
             self._begins: list[int] = self._starts.tolist()
             self._check_labels(len(manifest.classes))
@@ -60,14 +61,14 @@ class SplitReader:
 
     @property
     def labels(self) -> npt.NDArray[np.int32]:
-        """Label of each sample: int32 [N]."""
+        """The label of each sample: int32 [N]."""
         return np.ascontiguousarray(self._index["label"])
 
     def read(self, sample: int) -> bytes:
-        """The image's bytes as stored.
+        """Return the image's bytes as stored.
 
         Raises:
-            DamagedSampleError: the tar ends before the image does, or the bytes are not those of the index.
+            DamagedSampleError: the tar ends before the image does, or the sha256 differs from the index's.
         """
         record = self._index[sample]
         length, offset, digest = int(record["length"]), int(record["offset"]), record["sha256"].tobytes()
@@ -80,16 +81,16 @@ class SplitReader:
             raise DamagedSampleError(
                 f"{self.describe(sample)}: its {len(data)} bytes do not have the sha256 of the index",
                 "the image would not be the one that was sharded",
-                f"find all that is damaged with `wasteddp verify {self._where}`, then copy or make the set again",
+                f"find all damaged samples with `wasteddp verify {self._where}`, then copy the set or create it again",
             )
         return data
 
     def records(self, samples: I64) -> tuple[I64, Index]:
-        """(shard number, index record) of each sample, 0 .. N-1."""
+        """Return (shard number, index record) for each sample, 0 .. N-1."""
         return np.searchsorted(self._starts, samples, side="right") - 1, self._index[samples]
 
     def opened(self, shard: int) -> AbstractContextManager[int]:
-        """The descriptor of a shard, see `Tars.opened`."""
+        """Return a context with the descriptor of a shard; see `Tars.opened`."""
         return self._tars.opened(shard)
 
     @property
@@ -98,9 +99,9 @@ class SplitReader:
         return self._tars.may_wait
 
     def source(self, sample: int) -> str:
-        """The path that the image was sharded from, or its key where the set was made by another tool."""
+        """Return the path of the source image, or the sample's key if another tool created the set."""
         record = self._index[sample]
-        # Our own tars: the image is followed by its padding, the header of the .json member, and that member.
+        # In tars of `wasteddp shard`, padding follows the image, then the header of the .json member and the member.
         image_end = int(record["offset"]) + int(record["length"])
         header_at = -(-image_end // _TAR_BLOCK) * _TAR_BLOCK
         key = self.key(sample)
@@ -114,13 +115,13 @@ class SplitReader:
             return key
 
     def key(self, sample: int) -> str:
-        """The WebDataset key: the member's name up to the first dot of its last part."""
+        """Return the WebDataset key: the member's path up to the first dot in its file name."""
         header_at = int(self._index[sample]["offset"]) - _TAR_BLOCK
         folder, _, name = _member_name(self._pread(sample, _TAR_BLOCK, header_at)).rpartition("/")
         return f"{folder}/{name.split('.')[0]}" if folder else name.split(".")[0]
 
     def describe(self, sample: int) -> str:
-        """Where a sample lies, for messages."""
+        """Return the location of a sample, for messages."""
         shard = self._shard_of(sample)
         return (
             f"{self._tars.where(shard)}, sample {sample - self._begins[shard]} "
@@ -128,30 +129,31 @@ class SplitReader:
         )
 
     def describe_with_source(self, sample: int) -> str:
-        """The same with the path that the image was sharded from, where that can be read."""
+        """Return the location of a sample, with the path of the source image if that can be read."""
         with suppress(DamagedSampleError):
             return f"{self.describe(sample)} ({self.source(sample)})"
         return self.describe(sample)
 
     def ahead(self, steps: Iterable[Step], *, in_flight: int) -> Iterator[Step]:
-        """The same steps, to be taken one by one; the shards of those to come may be fetched meanwhile.
+        """Yield the same steps; meanwhile, the shards of later steps may be fetched.
 
         Args:
-            in_flight: steps that may still be read from when the last of them is taken.
+            steps: to come, in order.
+            in_flight: steps that were taken last and may still be in use.
         """
         return self._tars.ahead(steps, self.shards_of, in_flight=in_flight)
 
     def shards_of(self, samples: I64) -> frozenset[int]:
-        """Numbers of the shards that the samples lie in, numbered as in `TrainPlan`; `PADDING` lies in none."""
+        """Return the numbers of the shards that hold the samples, which are numbered as in `TrainPlan` or `PADDING`."""
         numbers = np.searchsorted(self._starts, samples[samples != PADDING] % self.num_samples, side="right") - 1
         return frozenset(np.unique(numbers).tolist())
 
     def needs(self, samples: I64) -> dict[str, int]:
-        """sha256 and bytes of those shards."""
+        """Return {sha256: bytes} of the shards that hold the samples."""
         return {self._shards[n].sha256: self._shards[n].num_bytes for n in self.shards_of(samples)}
 
     def expect(self, others: Iterable[frozenset[str]]) -> None:
-        """What else this machine needs (sha256) in the first step that `ahead` will be given, the second, and so on."""
+        """Set the shards (sha256) that other readers on this machine need, for each of the steps passed to `ahead`."""
         self._tars.expect(others)
 
     def close(self) -> None:
@@ -166,7 +168,7 @@ class SplitReader:
         self.close()
 
     def _shard_of(self, sample: int) -> int:
-        return bisect_right(self._begins, sample) - 1  # 0.3 us; numpy's search takes 5 of one number
+        return bisect_right(self._begins, sample) - 1  # 0.3 us; numpy's search takes 5 us
 
     def _pread(self, sample: int, length: int, offset: int) -> bytes:
         try:
@@ -175,7 +177,7 @@ class SplitReader:
             raise DamagedSampleError(
                 f"{self.describe(sample)}: {error.strerror}",
                 "the sample cannot be read",
-                "look after the disk, then copy or make the set again",
+                "check the disk, then copy the set or create it again",
             ) from error
         except DamagedShardError as error:
             raise DamagedSampleError(
@@ -184,8 +186,8 @@ class SplitReader:
         if len(data) != length:
             raise DamagedSampleError(
                 f"{self.describe(sample)}: the tar ends after {len(data)} of {length} bytes",
-                "the sample is not whole",
-                f"find all that is damaged with `wasteddp verify {self._where}`, then copy or make the set again",
+                "the image would be incomplete",
+                f"find all damaged samples with `wasteddp verify {self._where}`, then copy the set or create it again",
             )
         return data
 
@@ -196,12 +198,12 @@ class SplitReader:
             raise ShardError(
                 f"{self.describe(int(wrong[0]))} has label {label}; the manifest has {num_classes} classes",
                 "the loss would be computed against a class that does not exist",
-                "make the set again with `wasteddp shard` or `wasteddp index`",
+                "create the set again with `wasteddp shard` or `wasteddp index`",
             )
 
 
 def _member_name(header: bytes) -> str:
-    """Name of a POSIX tar member, with its ustar prefix."""
+    """Return the name of a POSIX tar member, with its ustar prefix."""
     name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
     prefix = header[345:500].split(b"\0")[0].decode("utf-8", "replace") if header[257:262] == b"ustar" else ""
     return f"{prefix}/{name}" if prefix and header[263:265] == b"00" else name

@@ -1,4 +1,4 @@
-"""A shard set in words: what is in it, what was left out, and what its owner should look at."""
+"""Text summary of a shard set: its contents, the images that were left out, and warnings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_NAMED = 10
 
 
 def summarise(manifest: Manifest) -> str:
-    """Lines for a terminal or a log; no colours."""
+    """Return the summary as lines for a terminal or a log, without colours."""
     return "\n".join(_lines(manifest))
 
 
@@ -28,10 +28,10 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     for split in splits:
         none = [name for name, count in zip(manifest.classes, split.samples_per_class, strict=True) if not count]
         if none:
-            yield f"warning: {split.name} has no sample of {', '.join(none)}"
+            yield f"warning: {split.name} has no samples of {', '.join(none)}"
     missing = [name for name in ("train", "val", "test") if name not in manifest.splits]
     if missing:
-        yield f"warning: no samples in {', '.join(missing)}"
+        yield f"warning: there are no samples in {', '.join(missing)}"
     yield from _left_out(manifest.left_out)
     yield from _near_duplicates(manifest)
 
@@ -51,7 +51,7 @@ def _left_out(left_out: Sequence[LeftOut]) -> Iterator[str]:
         named = [left for left in left_out if left.reason == reason][:_MAX_NAMED]
         yield from (f"    {left.source}: {left.detail}" for left in named)
         if count > len(named):
-            yield f"    ... and {count - len(named):,} more, all of them in manifest.json"
+            yield f"    ... and {count - len(named):,} more; manifest.json lists them all"
 
 
 def _near_duplicates(manifest: Manifest) -> Iterator[str]:
@@ -60,6 +60,6 @@ def _near_duplicates(manifest: Manifest) -> Iterator[str]:
             one, _, other = where.partition("-")
             share = counts[f"{other}_images"] / manifest.splits[other].num_samples
             yield (
-                f"near-duplicates: {counts[f'{other}_images']} images of {other} ({share:.1%}) also show in {one} "
+                f"near-duplicates: {counts[f'{other}_images']} images of {other} ({share:.1%}) also occur in {one} "
                 f"({counts['pairs']} pairs); --group-near-duplicates keeps such images in one split"
             )

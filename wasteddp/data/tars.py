@@ -1,6 +1,6 @@
-"""The tars of a split: what a reader asks of them, and those that lie in a folder.
+"""The tars of a split: the interface that a reader uses, and its implementation for a local folder.
 
-`remote_tars` has those behind a URL.
+`remote.tars` has the implementation for a URL.
 """
 
 from __future__ import annotations
@@ -16,63 +16,66 @@ from wasteddp.errors import ShardError
 from wasteddp.order.keyed_random import I64
 
 Step = tuple[int, int, I64]  # epoch, step in epoch, sample numbers
-ShardsOf = Callable[[I64], frozenset[int]]  # the shards, by number, that samples lie in
+ShardsOf = Callable[[I64], frozenset[int]]  # numbers of the shards that hold the samples
 
 
 class Tars(Protocol):
     """The shards of one split by number, open for reading by many threads."""
 
     def index(self, number: int) -> Index:
-        """The shard's index.
+        """Return the shard's index.
 
         Raises:
-            ShardError: it cannot be had, or is not the one of the manifest.
+            ShardError: the index cannot be read, or is not the manifest's.
         """
 
     def opened(self, number: int) -> AbstractContextManager[int]:
-        """The shard's descriptor, waited for where the shard is still to be fetched; valid inside the block.
+        """Return a context with the shard's descriptor, which is valid inside it. Waits until the shard is fetched.
 
         Raises:
-            as `pread`, and StoppedError: a signal ended the wait.
+            StoppedError: a signal ended the wait.
+            OSError, DamagedShardError, RemoteError: as in `pread`.
         """
 
     @property
     def may_wait(self) -> bool:
-        """Whether `opened` may wait for a store, and shards should be let go of soon."""
+        """Whether `opened` may wait for a store; if so, shards should be closed soon after use."""
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
-        """So many bytes from there on; fewer where the tar ends.
+        """Return `length` bytes from `offset` on; fewer at the end of the tar.
 
         Raises:
             OSError: the disk fails.
-            DamagedShardError: there is no such tar.
+            DamagedShardError: the tar is missing or damaged.
             RemoteError: the store cannot be reached.
         """
 
     def renew(self, number: int) -> bool:
-        """Whether the shard's bytes were found to be wrong and were replaced, so that reading again may help."""
+        """Fetch the shard again if its local copy is damaged; return whether that was done and a new read may help."""
 
     def where(self, number: int) -> str:
-        """Path or URL, for messages."""
+        """Return the shard's path or URL, for messages."""
 
     def ahead(self, steps: Iterable[Step], shards_of: ShardsOf, *, in_flight: int) -> Iterator[Step]:
-        """The same steps; what they will read may be brought nearer meanwhile.
+        """Yield the same steps; meanwhile, the shards of later steps may be fetched.
 
         Args:
-            in_flight: steps that may still be read from when the last of them is taken.
+            steps: to come, in order.
+            shards_of: returns the shards that samples need.
+            in_flight: steps that were taken last and may still be in use.
         """
 
     def expect(self, others: Iterable[frozenset[str]]) -> None:
-        """What else this machine needs (sha256) in the first step that `ahead` will be given, the second, and so on."""
+        """Set the shards (sha256) that other readers on this machine need, for each of the steps passed to `ahead`."""
 
     def close(self) -> None: ...
 
 
 class LocalTars:
-    """Tars in a folder, all opened at once.
+    """Tars in a folder, all opened at the start.
 
     Raises:
-        ShardError: one is missing, or has another size than the manifest says.
+        ShardError: a tar is missing, or its size differs from the manifest's.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
@@ -108,7 +111,7 @@ class LocalTars:
         return iter(steps)
 
     def expect(self, others: Iterable[frozenset[str]]) -> None:
-        pass  # all of a folder is there
+        pass  # a folder needs no fetching
 
     def close(self) -> None:
         while self._descriptors:
@@ -123,14 +126,14 @@ def _open(folder: Path, shard: Shard) -> int:
         raise ShardError(
             f"the shard {path} cannot be opened: {error.strerror}",
             "its samples would be missing from every epoch",
-            "copy the whole set again, or make it again with `wasteddp shard`",
+            "copy the whole set again, or create it again with `wasteddp shard`",
         ) from error
     found = os.fstat(descriptor).st_size
     if found != shard.num_bytes:
         os.close(descriptor)
         raise ShardError(
-            f"the shard {path} has {found} bytes; the manifest says {shard.num_bytes}",
+            f"the shard {path} has {found} bytes; in the manifest it has {shard.num_bytes}",
             "samples would be missing or damaged",
-            f"find which with `wasteddp verify {folder}`, then copy the set again or make it again",
+            f"find the damaged samples with `wasteddp verify {folder}`, then copy the set or create it again",
         )
     return descriptor

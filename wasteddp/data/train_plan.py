@@ -1,4 +1,4 @@
-"""What a training would do with a shard set, from its manifest alone: the command `wasteddp plan`."""
+"""The training order of a split, and the command `wasteddp plan`, which previews it from the manifest and indexes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from wasteddp.settings import Settings
 
 
 def train_plan(split: Split, settings: Settings, labels: shuffle_quality.Labels | None = None) -> TrainPlan:
-    """The order that these settings give to a split. `labels` of its samples, [N], are needed for data.balance."""
+    """Return the order that the settings define for a split.
+
+    Args:
+        split: to train on.
+        settings: of the run.
+        labels: of its samples, [N]; needed only for data.balance.
+    """
     plan = TrainPlan(
         num_samples=split.num_samples,
         global_batch=settings.train.batch_size,
@@ -28,7 +34,7 @@ def train_plan(split: Split, settings: Settings, labels: shuffle_quality.Labels 
     if not settings.data.balance:
         return plan
     if labels is None:
-        raise ValueError("balanced draws are made of the labels")
+        raise ValueError("data.balance needs labels")
     balance = Balance.of(
         labels,
         settings.data.balance,
@@ -40,11 +46,16 @@ def train_plan(split: Split, settings: Settings, labels: shuffle_quality.Labels 
 
 
 def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) -> str:
-    """Lines on the steps, the shuffle and what each of `nodes` nodes would fetch.
+    """Return lines about the steps, the shuffle and what each node would fetch.
+
+    Args:
+        manifest: of the set.
+        settings: of the run.
+        nodes: numbers of nodes to compare.
 
     Raises:
-        ShardError: no such split, or an index that cannot be read.
-        SettingsError: a batch that the split cannot fill.
+        ShardError: there is no such split, or an index cannot be read.
+        SettingsError: the split has fewer samples than a batch.
     """
     split = manifest.split(settings.data.train_split)
     labels = np.concatenate([read_index(manifest.folder, shard)["label"] for shard in split.shards])
@@ -53,7 +64,8 @@ def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) ->
     lines = [
         f"{manifest.name}: {plan.num_samples} {split.name} samples in {plan.num_shards} shards",
         f"{plan.steps_per_epoch} steps an epoch of {plan.global_batch}, {plan.steps_per_epoch * epochs} in {epochs} "
-        + ("epochs" if plan.balance else f"epochs; each epoch leaves out {plan.left_out_per_epoch}, others each time"),
+        + "epochs"
+        + ("" if plan.balance else f"; each epoch leaves out {plan.left_out_per_epoch}, different ones each time"),
         *([plan.balance.describe(manifest.classes)] if plan.balance else []),
         shuffle_quality.describe(plan, labels),
         "",

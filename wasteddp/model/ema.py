@@ -1,20 +1,22 @@
-"""A moving average of a network's weights: what a run with train.ema_decay evaluates, keeps as its best and hands on.
+"""Exponential moving average of a network's weights, which a run with train.ema_decay evaluates, saves and exports.
 
-Behind optimizer step t (the first is 0), for every parameter and every running statistic of BatchNorm:
+After optimizer step t (the first is 0), for every parameter and every running statistic of BatchNorm:
 
     average <- average + (1 - d(t)) * (network - average)        d(t) = min(decay, (1 + t) / (10 + t))
 
-SGD's weights jump about a minimum and their mean lies nearer to it. d(t) is a function of the step alone; while it is
-small, the first weights, which are worth nothing, are soon forgotten.
-Source: Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging"; the exponential form as in
-EfficientNet's program (Tan and Le 2019); d(t) as in TensorFlow's tf.train.ExponentialMovingAverage with num_updates.
+SGD's weights oscillate around a minimum, and their mean is closer to it. d(t) depends on the step only. It is small in
+the first steps, so the average soon forgets the useless first weights.
+Sources: Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging"; the exponential form is that
+of EfficientNet's program (Tan and Le 2019); d(t) is that of TensorFlow's tf.train.ExponentialMovingAverage with
+num_updates.
 
-The statistics are averaged like the weights: those of the network belong to its newest weights, and the average's
-weights are older by 1 / (1 - decay) steps; in one pass both stay of one age. Other buffers, which count, are copied.
+The running statistics are averaged like the weights. The network's statistics belong to its newest weights, but the
+averaged weights are older by about 1 / (1 - decay) steps; averaging both keeps them of the same age. Other buffers,
+which are counters, are copied.
 
-The average is a network of its own. Its memory would be needed anyway, for the numbers; and nothing is swapped in and
-out of the network that trains, so no error in an evaluation can leave it with other weights than its optimizer's.
-It is finite as long as the network is, so whoever looks at the network's weights before a save looks at both.
+The average is a separate network. The averaged numbers need its memory anyway, and no weights are swapped in and out of
+the network that trains, so an error in an evaluation cannot leave it with the wrong weights. The average is finite as
+long as the network is, so a check of the network's weights before a save covers both.
 """
 
 from __future__ import annotations
@@ -26,31 +28,32 @@ from typing import Protocol
 import torch
 from torch import nn
 
-STATE = "ema"  # its name in a checkpoint
+STATE = "ema"  # name of the average in a checkpoint
 
 
 class Average(Protocol):
-    """What a run makes of its weights, step by step."""
+    """An average of a network's weights, updated after each step."""
 
     network: nn.Module
-    """To be evaluated and handed on."""
+    """The network to evaluate and export."""
     states: Mapping[str, nn.Module]
-    """What a checkpoint must hold of it."""
+    """Modules that a checkpoint must contain, by name."""
 
     def update(self, step: int, skipped: torch.Tensor | None) -> None:
-        """Behind the optimizer's step, which must not wait for the device.
+        """Update the average after an optimizer step, without waiting for the device.
 
         Args:
             step: optimizer steps done before this one.
-            skipped: where steps may be: whether this one was, and changed nothing; bool [] on the device.
+            skipped: whether this step was skipped, so that the average must not change: bool [] on the device. None if
+                steps are never skipped.
         """
 
 
 class NoAverage:
-    """The weights as the optimizer leaves them.
+    """No average: evaluations use the weights of the network itself.
 
     Args:
-        network: as Accelerate prepared it.
+        network: as prepared by Accelerate.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -62,13 +65,14 @@ class NoAverage:
 
 
 class Ema:
-    """The average of `model`; at first a copy of it.
+    """Exponential moving average of `model`; it starts as a copy of it.
 
-    Parameters are the same on all ranks; running statistics are this rank's own, as those of `model` are.
+    Its parameters are the same on all ranks. Its running statistics belong to this rank, as do those of `model`.
 
     Args:
-        model: bare, after Accelerate's `prepare`: with rank 0's weights, and with the autocast that it lays around
-            `forward`, of which the copy has one of its own.
+        model: the unwrapped network, after Accelerate's `prepare`: it has the weights of rank 0, and the autocast that
+            Accelerate wraps around `forward`, which the copy also gets.
+        decay: of the average, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -89,8 +93,8 @@ class Ema:
         if skipped is None:
             torch._foreach_lerp_(self._averages, self._live, weight)
         else:
-            # In place, like the line above; a difference that is made and scaled first would be fresh memory for all
-            # the weights: 250 ms of a ResNet50 instead of 20 on a CPU. On a GPU it is a kernel for each tensor.
+            # In place, like the line above. Computing and scaling a difference first would allocate memory for all the
+            # weights: 250 ms for a ResNet50 on a CPU instead of 20. On a GPU this is one kernel for each tensor.
             weights = [torch.where(skipped, 0.0, weight)] * len(self._averages)
             torch._foreach_lerp_(self._averages, self._live, weights)
         if self._copies:  # torch refuses empty lists
@@ -98,10 +102,10 @@ class Ema:
 
 
 def average_of(decay: float, model: nn.Module, prepared: nn.Module) -> Average:
-    """The average that train.ema_decay asks for; `model` is what lies bare inside of `prepared`."""
+    """Return the average for train.ema_decay; `model` is the unwrapped network of `prepared`."""
     return Ema(model, decay) if decay else NoAverage(prepared)
 
 
 def decay_at(step: int, decay: float) -> float:
-    """d(t) for `step` steps done before."""
+    """Return d(t) after `step` earlier steps."""
     return min(decay, (1 + step) / (10 + step))

@@ -1,7 +1,8 @@
-"""Initial weights: ImageNet's, a local file's, or none; never a silent random start."""
+"""Initial weights: from ImageNet, from a local file, or random if the settings say so; never silently random."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,15 +21,15 @@ _HEAD = "fc."
 
 
 def initialise(model: nn.Module, arch: str, weights: str) -> str:
-    """Loads the backbone's initial weights; the head stays fresh. Returns where they came from, for the log.
+    """Load the initial weights of the backbone and return their source, for the log; the head stays random.
 
     Args:
         model: from `resnet.build`.
-        arch: its name.
+        arch: name of its architecture.
         weights: "imagenet", "none" or a path.
 
     Raises:
-        WeightsError: they cannot be had, or are those of another network.
+        WeightsError: the weights are not available, or belong to another network.
     """
     if weights == "none":
         return "random weights"
@@ -38,7 +38,7 @@ def initialise(model: nn.Module, arch: str, weights: str) -> str:
     else:
         state, source = _local(Path(weights)), weights
     load_backbone(model, arch, state, source)
-    return f"weights from {source}, fresh head"
+    return f"weights from {source}, random head"
 
 
 def load_backbone(model: nn.Module, arch: str, state: Mapping[str, torch.Tensor], source: str) -> None:
@@ -61,10 +61,10 @@ def load_backbone(model: nn.Module, arch: str, state: Mapping[str, torch.Tensor]
     )  # fmt: skip
     if wrong:
         raise WeightsError(
-            f"{source}: {len(wrong)} of {len(wanted)} tensors are missing, unknown or of another shape than "
-            f"{arch} has, {wrong[0]!r} first",
+            f"{source}: {len(wrong)} of {len(wanted)} tensors are missing, unknown or have a different shape than in "
+            f"{arch}; the first is {wrong[0]!r}",
             "the network would start from a mixture of learned and random weights",
-            f"give weights of torchvision's {arch}, or set model.arch to the network that they belong to",
+            f"use weights of torchvision's {arch}, or set model.arch to the network that the weights belong to",
         )
     model.load_state_dict(backbone, strict=False)
 
@@ -89,15 +89,19 @@ def load_head(model: nn.Module, state: Mapping[str, torch.Tensor], *, old: Seque
 def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:
     weights = torchvision.models.get_model_weights(arch).DEFAULT
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    _refuse_other_content(cached)
     try:
         with _socket_timeout(_DOWNLOAD_TIMEOUT_S):
-            return weights.get_state_dict(progress=False, check_hash=True), f"{weights} ({cached})"
+            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return state, f"{weights} ({cached})"
+    except pickle.UnpicklingError as error:
+        raise _unsafe(cached, error) from error
     except (OSError, RuntimeError) as error:  # URLError, timeout, a hash that differs
         raise WeightsError(
-            f"the ImageNet weights of {arch} are neither at {cached} nor to be had from {weights.url}: {error}",
-            "a random start in their place would cost many points of accuracy without a word",
-            "three ways: run once where there is a network; or copy that file to that path, or anywhere and set "
-            "model.weights to its path; or set model.weights to none for a random start",
+            f"the ImageNet weights of {arch} are not at {cached} and cannot be downloaded from {weights.url}: {error}",
+            "random weights in their place would silently cost many points of accuracy",
+            "run once on a machine with internet access; or copy that file to that path; or copy it anywhere and set "
+            "model.weights to its path; or set model.weights to none for random weights",
         ) from error
 
 
@@ -110,25 +114,49 @@ def _local(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(
-            f"model.weights is {str(path)!r} and there is no such file",
-            "there is nothing to start from",
-            "fix the path, or set model.weights to imagenet (needs a network or the cached file) or none (random)",
+            f"model.weights is {str(path)!r}, and there is no such file",
+            "the network would have no initial weights",
+            "fix the path, or set model.weights to imagenet (needs internet or the cached file) or none (random)",
         ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise WeightsError(
-            f"{path} holds no weights that can be loaded safely: {str(error).splitlines()[0][:200]}",
-            "loading it another way could run code that lies in the file",
-            "save it again as .safetensors, or as a state_dict of tensors only",
-        ) from error
+    except Exception as error:  # of a damaged file torch raises many kinds: KeyError, IndexError, AssertionError, ...
+        raise _unsafe(path, error) from error
+    if not isinstance(state, dict):
+        raise _unsafe(path, TypeError(f"it holds a {type(state).__name__}, not a dict of tensors"))
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     return {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def _refuse_other_content(cached: Path) -> None:
+    """Raise a WeightsError if the file in torchvision's cache is not the published one: torch checks downloads only.
+
+    torchvision's names end in the first digits of the content's sha256, such as resnet50-11ad3fa6.pth.
+    """
+    promised = cached.stem.rpartition("-")[2]
+    if cached.exists():
+        with cached.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if not found.startswith(promised):
+            raise WeightsError(
+                f"{cached} has sha256 {found[:12]}..., and torchvision published {promised}... under this name",
+                "these are not the ImageNet weights, and the file may hold code",
+                "remove it and get the file of that name again, or set model.weights to the path of other weights",
+            )
+
+
+def _unsafe(path: Path, error: Exception) -> WeightsError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return WeightsError(
+        f"{path} does not hold weights that can be loaded safely: {reason}",
+        "an unsafe load could run code from the file",
+        "save the weights again as .safetensors, or as a state_dict of tensors only",
+    )
+
+
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """A compute node without internet answers nothing: without a limit the download hangs for minutes."""
+    """Limit the waits of sockets: on a compute node without internet access a download would hang for minutes."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,10 +1,10 @@
-"""torchvision's ResNets by name, with a head for our classes, and what freezing a part of one means.
+"""torchvision's ResNets by name, with a head for the classes of a shard set; freezing of stages; stochastic depth.
 
-Stochastic depth: in training an image passes by some blocks, so that a deep network learns as a shallow one does.
+Stochastic depth: in training an image skips some residual blocks, so that a deep network trains like a shallow one.
 
-Source: Huang et al. 2016, "Deep Networks with Stochastic Depth": section 3, with the linear decay rule. As in timm the
-rule counts from the first block, which is never passed by, to the last; each image is drawn for itself, and what
-remains is divided by its probability in training, instead of multiplied by it in use.
+Source: Huang et al. 2016, "Deep Networks with Stochastic Depth": section 3, with the linear decay rule. As in timm, the
+rule starts at the first block, which is never skipped, and ends at the last; each image has its own random choice; and
+the branches that are kept are divided by their probability in training, instead of multiplied by it in evaluation.
 
 Legend: B images of a micro-batch, L blocks.
 """
@@ -25,7 +25,7 @@ from wasteddp.errors import SettingsError
 from wasteddp.order.keyed_random import DEPTH, I64, uniform
 from wasteddp.settings import Model
 
-# In the order of the forward pass; freezing up to a stage freezes those before it too.
+# In the order of the forward pass. Freezing a stage also freezes the stages before it.
 STAGES = {
     "stem": ("conv1", "bn1"),
     "layer1": ("layer1",),
@@ -36,28 +36,28 @@ STAGES = {
 
 
 def architectures() -> list[str]:
-    """Names that `build` takes."""
+    """Return the names that `build` accepts."""
     return list(torchvision.models.list_models(module=torchvision.models, include="*resne*"))  # resnet and resnext
 
 
 def build(arch: str, num_classes: int, *, zero_init: bool = True) -> nn.Module:
-    """A ResNet with random weights and a linear head of `num_classes`.
+    """Return a ResNet with random weights and a linear head.
 
     Args:
         arch: its name in torchvision.
-        num_classes: outputs.
-        zero_init: the last BatchNorm of each block starts at zero, so that each block starts as the identity:
-            without it the first epochs from random weights are unstable at useful learning rates (Source: Goyal et al.
+        num_classes: outputs of the head.
+        zero_init: initialise the last BatchNorm of each block to zero, so that each block starts as the identity.
+            Without it, the first epochs from random weights are unstable at useful learning rates (Source: Goyal et al.
             2017, section 5.1).
 
     Raises:
-        SettingsError: no ResNet of that name.
+        SettingsError: torchvision has no ResNet of that name.
     """
     if arch not in architectures():
         raise SettingsError(
-            f"model.arch {arch!r} is no ResNet of torchvision {torchvision.__version__}",
-            "there is no network to train",
-            f"take one of {', '.join(architectures())}",
+            f"model.arch {arch!r} is not a ResNet of torchvision {torchvision.__version__}",
+            "there would be no network to train",
+            f"set model.arch to one of {', '.join(architectures())}",
         )
     model: nn.Module = torchvision.models.get_model(
         arch, weights=None, num_classes=num_classes, zero_init_residual=zero_init
@@ -66,34 +66,34 @@ def build(arch: str, num_classes: int, *, zero_init: bool = True) -> nn.Module:
 
 
 def freeze(model: nn.Module, upto: str) -> None:
-    """Stops gradients for every stage up to and with `upto`; "none" leaves all trainable."""
+    """Disable gradients for every stage up to and including `upto`; "none": all stages stay trainable."""
     for module in frozen_stages(model, upto):
         module.requires_grad_(False)
 
 
 def frozen_at(freeze: str, unfreeze_every_epochs: float, epoch: float) -> str:
-    """The stage up to which a network is frozen after `epoch` epochs, with their fraction; "none" if it is not.
+    """Return the last frozen stage after `epoch` epochs, which may be a fraction; "none" if no stage is frozen.
 
-    Gradual unfreezing: the last frozen stage is trained too after so many epochs (0: never), then the one before it.
+    Gradual unfreezing: every `unfreeze_every_epochs` epochs (0: never) the last frozen stage becomes trainable.
     Source: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.3.
     """
     if freeze == "none" or not unfreeze_every_epochs:
         return freeze
     names = ["none", *STAGES]
-    num_unfrozen = floor(epoch / unfreeze_every_epochs + 1e-9)  # 3 steps of 10 are not quite three times 0.1 epochs
+    num_unfrozen = floor(epoch / unfreeze_every_epochs + 1e-9)  # 0.3 / 0.1 is below 3 in floating point
     return names[max(0, names.index(freeze) - num_unfrozen)]
 
 
 def frozen_to_the_end(settings: Model, epochs: int) -> str:
-    """What is frozen in the last step of `epochs` epochs still, and so is never trained."""
+    """Return the last stage that is still frozen in the last step of `epochs` epochs, and so is never trained."""
     return frozen_at(settings.freeze, settings.unfreeze_every_epochs, epochs - 1e-6)  # an epoch has < 1e6 steps
 
 
 def drop_gradients(model: nn.Module, upto: str) -> None:
-    """Forgets the gradients of what is frozen now and trained later: neither momentum nor decay then moves it.
+    """Delete the gradients of stages that are frozen now but trained later, so that the optimizer does not change them.
 
-    It keeps `requires_grad`, because DDP plans its messages once, for the parameters that have it at the start. The
-    price is a backward pass through what is frozen.
+    Their parameters keep `requires_grad`, because DDP plans its messages once, for the parameters that have it at the
+    start. The cost is a backward pass through the frozen stages.
     """
     for module in frozen_stages(model, upto):
         for parameter in module.parameters():
@@ -101,9 +101,9 @@ def drop_gradients(model: nn.Module, upto: str) -> None:
 
 
 def train_mode(model: nn.Module, upto: str) -> None:
-    """Training mode, except for the frozen stages: their BatchNorm must use, and keep, its running statistics.
+    """Set training mode, except for the frozen stages: their BatchNorm must use and keep its running statistics.
 
-    Without it a frozen network still drifts: the statistics move with every batch although no weight does.
+    Otherwise the statistics of frozen stages would change with every batch, although no weight does.
     """
     model.train()
     for module in frozen_stages(model, upto):
@@ -111,6 +111,7 @@ def train_mode(model: nn.Module, upto: str) -> None:
 
 
 def frozen_stages(model: nn.Module, upto: str) -> list[nn.Module]:
+    """Return the modules of all stages up to and including `upto`."""
     if upto == "none":
         return []
     names = list(STAGES)
@@ -118,32 +119,35 @@ def frozen_stages(model: nn.Module, upto: str) -> list[nn.Module]:
 
 
 def distance_from_head(name: str) -> int:
-    """How many stages a parameter's is before the head, by the parameter's name: "fc.weight" 0, "conv1.weight" 5."""
+    """Return how many stages before the head a parameter is, from its name: "fc.weight" 0, "conv1.weight" 5."""
     stages = list(STAGES.values())
     number = next((i for i, parts in enumerate(stages) if name.partition(".")[0] in parts), len(stages))
     return len(stages) - number
 
 
 def is_head(name: str) -> bool:
-    """Whether the parameter of that name is after all stages."""
+    """Return whether the parameter of that name belongs to the head."""
     return distance_from_head(name) == 0
 
 
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:
-    """BatchNorm's running means and variances, which each rank gathers from its own micro-batches."""
+    """Return BatchNorm's running means and variances, which each rank computes from its own micro-batches."""
     return [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 
 class StochasticDepth:
-    """Of one network. torchvision's ResNets have none, so hooks on the last BatchNorm of each block, whose output is
-    the residual branch, do it: the network, its names and its evaluation stay what they are. A branch is multiplied by
-    zero rather than left out, so that every step has the same graph, for DDP and for `torch.compile`.
+    """Stochastic depth for one network.
 
-    Blocks that are frozen, their BatchNorm in evaluation mode, are as in evaluation.
+    torchvision's ResNets do not have it. Forward hooks on the last BatchNorm of each block, whose output is the
+    residual branch, add it without changing the network, its parameter names or its evaluation. A branch is multiplied
+    by zero rather than left out, so that every step has the same graph for DDP and `torch.compile`.
+
+    Frozen blocks, whose BatchNorm is in evaluation mode, are never skipped.
 
     Args:
-        model: a ResNet with its BatchNorm as it will be: converted later, it would lose the hooks.
-        probability: of passing by the last block.
+        model: a ResNet. Convert its BatchNorm layers before, if at all: a conversion removes the hooks.
+        probability: of skipping the last block.
+        seed: of the run.
     """
 
     def __init__(self, model: nn.Module, probability: float, seed: int) -> None:
@@ -156,8 +160,11 @@ class StochasticDepth:
                 norm.register_forward_hook(partial(self._scaled, number))
 
     def draw(self, samples: I64, epoch: int, device: torch.device) -> None:
-        """Before each forward pass in training: which of its images pass by which blocks, a function of (seed, epoch,
-        sample, block), so the same at any number of ranks and after a resume."""
+        """Draw which images skip which blocks in the next forward pass. Call it before each one in training.
+
+        The choice is a function of (seed, epoch, sample, block), so it is the same for any number of ranks and after a
+        resume.
+        """
         draws_BL = uniform(DEPTH, self._seed, epoch, samples, num=len(self._dropped_L))
         factors_BL = np.where(draws_BL < self._dropped_L, 0, 1 / (1 - self._dropped_L))
         factors_LB = to_device(np.ascontiguousarray(factors_BL.T, dtype=np.float32), device)
@@ -166,12 +173,12 @@ class StochasticDepth:
     def _scaled(self, number: int, norm: nn.Module, _: object, branch_BCHW: torch.Tensor) -> torch.Tensor:
         if not norm.training:
             return branch_BCHW
-        # in place: BatchNorm's backward pass needs its input, not its output; of the same type: bf16 must stay bf16
+        # in place, since BatchNorm's backward pass does not need its output; same dtype, so that bf16 stays bf16
         return branch_BCHW.mul_(self._factors_LB111[number].to(branch_BCHW.dtype))
 
 
 def _last_norms(model: nn.Module) -> list[nn.Module]:
-    """The last BatchNorm of each block, in the order of the forward pass."""
+    """Return the last BatchNorm of each block, in the order of the forward pass."""
     return [
         block.bn3 if isinstance(block, Bottleneck) else block.bn2
         for block in model.modules()

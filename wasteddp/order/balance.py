@@ -1,21 +1,22 @@
-"""How often each class is drawn in an epoch, and which of its images then: balanced sampling as arithmetic. No torch.
+"""Balanced sampling as arithmetic: how often each class is drawn in an epoch, and which of its samples. No torch.
 
-Legend: N samples of the split, K classes, n_c samples of class c; D draws of an epoch, q_c of them of class c; b how
-even the classes are to be.
+Legend: N samples of the split, K classes, n_c samples of class c; D draws in an epoch, q_c of them from class c; b the
+evenness of the classes.
 
-q_c is in proportion to n_c^(1 - b), rounded so that all are D together. Each class is walked through again and again,
-each time in another order, and an epoch goes on where the one before it ended:
+q_c is proportional to n_c^(1 - b), rounded so that the q_c add up to D. The draws of a class pass through its samples
+repeatedly. Each pass has a different order, and an epoch continues where the previous epoch ended:
 
-    class c    [ n_c samples      ][ n_c samples      ][ n_c samples      ]     each pass a keyed permutation of its own
+    class c    [ n_c samples      ][ n_c samples      ][ n_c samples      ]     each pass has its own keyed permutation
     epochs     |- q_c -|- q_c -|- q_c -|- q_c -|- q_c -|- q_c -|
 
-So q_c is exact in each epoch, after any number of epochs the samples of a class differ by at most one in how often they
-were drawn, and every draw follows from (seed, epoch, its number): nothing is counted or stored as training goes.
-`TrainPlan` shuffles the D draws and deals them out as it does with samples. Memory: 8 bytes a sample, for the classes'
-lists; the index that the labels come from has 48.
+So each epoch has exactly q_c draws of class c. After any number of epochs, the numbers of draws of two samples of a
+class differ by at most one. Every draw is a function of (seed, epoch, draw number), so training keeps no counters.
+`TrainPlan` shuffles the D draws and assigns them to lanes as it does with samples. Memory: 8 bytes a sample for the
+lists of the classes' samples; the index that holds the labels takes 48.
 
 Source: Kang et al. 2020, "Decoupling Representation and Classifier for Long-Tailed Recognition", section 3, whose
-exponent q is 1 - b: 0 draws images alike, 1 classes alike, 1/2 is square-root sampling (Mahajan et al. 2018).
+exponent q is 1 - b: with b = 0 all images are drawn equally often, with b = 1 all classes; b = 1/2 is square-root
+sampling (Mahajan et al. 2018).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy.typing as npt
 from wasteddp.errors import SettingsError
 from wasteddp.order.keyed_random import BALANCE, I64, permute
 
-_UNIT = 1 << 40  # weights are whole multiples of 1 / _UNIT: the last bit of a machine's pow() decides about no draw
+_UNIT = 1 << 40  # weights are multiples of 1 / _UNIT, so that the last bit of a machine's pow() changes no draw
 _MOST_NAMED = 12
 
 
@@ -41,14 +42,21 @@ class Balance:
     evenness: float  # b
     quotas: I64  # q_c: [K]
     sizes: I64  # n_c: [K]
-    members: I64  # the samples, class by class: [N]
+    members: I64  # the samples, sorted by class: [N]
 
     @classmethod
     def of(cls, labels: npt.ArrayLike, evenness: float, *, num_classes: int, num_draws: int, seed: int) -> Balance:
-        """Args: labels of the samples, [N]; b in [0, 1]; K; D.
+        """Compute the draws for a split.
+
+        Args:
+            labels: of the samples, [N].
+            evenness: b, in [0, 1].
+            num_classes: K.
+            num_draws: D.
+            seed: of the run.
 
         Raises:
-            SettingsError: fewer draws than classes.
+            SettingsError: there are fewer draws than classes that have samples.
         """
         labels = np.asarray(labels)
         sizes = np.bincount(labels, minlength=num_classes).astype(np.int64)
@@ -57,14 +65,15 @@ class Balance:
 
     @property
     def num_draws(self) -> int:
-        """D."""
+        """Draws in an epoch, D."""
         return int(self.quotas.sum())
 
     def samples(self, epoch: int, draw: I64) -> I64:
-        """What the draws 0 .. D-1 of an epoch are, before they are shuffled.
+        """Return the sample numbers of some draws (0 .. D-1) of an epoch, before they are shuffled.
 
-        In the k-th pass through its class that the epoch has a part of, from 0, a sample has the number sample + k * N:
-        none comes twice in an epoch, so what is keyed by it (crop, flip, ...) differs each time.
+        An epoch may draw a sample in several passes through its class. In the k-th of them, from 0, the sample has the
+        number sample + k * N. No number occurs twice in an epoch, so crop, flip and the other random choices, which
+        the number keys, differ each time.
         """
         ends = np.cumsum(self.quotas)
         label = np.searchsorted(ends, draw, side="right")
@@ -75,10 +84,11 @@ class Balance:
         return numbers
 
     def walk(self, label: int | npt.NDArray[np.integer], position: I64) -> I64:
-        """The samples at some positions of the endless walk through a class, 0 being the first draw of the first epoch.
+        """Return the samples at some positions in the sequence of all draws of a class.
 
         Args:
-            label: of all positions, or of each.
+            label: the class, one for all positions or one for each.
+            position: 0 is the first draw of the first epoch; there is no last position.
         """
         size = self.sizes[label]
         begin = (np.cumsum(self.sizes) - self.sizes)[label]
@@ -87,7 +97,7 @@ class Balance:
         return found
 
     def describe(self, classes: Sequence[str]) -> str:
-        """A line: the draws of each class in an epoch; of many classes those drawn most and least often."""
+        """Return a line with the draws of each class in an epoch; of many classes, the most and least often drawn."""
         often = [q / max(n, 1) for q, n in zip(self.quotas.tolist(), self.sizes.tolist(), strict=True)]
         labels = list(range(len(classes)))
         if len(labels) > _MOST_NAMED:
@@ -99,21 +109,21 @@ class Balance:
 
 
 def quotas(sizes: Sequence[int], evenness: float, num_draws: int) -> I64:
-    """q_c, num_draws together, in proportion to n_c^(1 - b), by largest remainder: int64 [K].
+    """Return q_c, proportional to n_c^(1 - b) and `num_draws` in total, by the largest-remainder method: int64 [K].
 
-    A class that has samples has a draw at least: with none it would be in no epoch at all.
+    A class that has samples gets at least one draw, or it would never occur in training.
 
     Raises:
-        SettingsError: fewer draws than classes that have samples.
+        SettingsError: there are fewer draws than classes that have samples.
     """
     if num_draws < (there := sum(size > 0 for size in sizes)):
         raise SettingsError(
-            f"data.balance is {evenness:g}; an epoch has {num_draws} draws and there are {there} classes",
+            f"data.balance is {evenness:g}, an epoch has {num_draws} draws, and {there} classes have samples",
             "some classes would never be drawn",
-            "set train.batch_size so that more of the split fits into an epoch, or data.balance to 0",
+            "set train.batch_size so that an epoch uses more of the split, or set data.balance to 0",
         )
     largest = max(sizes)
-    # Python's integers, since num_draws * _UNIT may be above 2^63; an empty class has no weight, though 0^0 is 1
+    # Python integers, since num_draws * _UNIT may exceed 2^63. An empty class has weight 0, although 0^0 is 1.
     weights = [round(_UNIT * (size / largest) ** (1 - evenness)) if size else 0 for size in sizes]
     shares = [divmod(num_draws * weight, sum(weights)) for weight in weights]
     found = [whole for whole, _ in shares]

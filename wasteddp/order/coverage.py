@@ -1,8 +1,9 @@
-"""A hash of a set of samples that does not depend on their order: ranks and checkpoints add theirs.
+"""A hash of a multiset of samples that does not depend on their order, so the hashes of ranks and steps can be added.
 
-The hash of a sample is 64 bits drawn with the key (COVERAGE, seed, sample), that of a set their sum modulo 2^64. A set
-that lost one sample and has another twice has the right number and, but for a chance of about 2^-64, the wrong sum. A
-sample that is m times in the set is m times in the sum. Sums are signed 64-bit integers, as collectives carry them.
+The hash of a sample is 64 random bits with the key (COVERAGE, seed, sample); the hash of a set is the sum of its
+samples' hashes modulo 2^64. A set that lacks one sample and has another twice has the right size but, except with a
+probability of about 2^-64, the wrong hash. A sample that occurs m times counts m times in the sum. Sums are signed
+64-bit integers, because collectives support those.
 """
 
 from __future__ import annotations
@@ -15,25 +16,30 @@ from wasteddp.order.balance import Balance
 from wasteddp.order.keyed_random import COVERAGE, I64, bits
 from wasteddp.order.plan import TrainPlan
 
-_CHUNK = 1 << 15  # samples hashed at once: their arrays stay in a core's cache
+_CHUNK = 1 << 15  # samples hashed in one call: their arrays stay in a core's cache
 
 
 def digest(seed: int, samples: I64) -> int:
-    """The hash of some samples; of none it is 0."""
+    """Return the hash of some samples; 0 if there are none."""
     return signed(int(bits(COVERAGE, seed, samples).sum(dtype=np.uint64)))
 
 
 def digest_of_range(seed: int, begin: int, end: int) -> int:
-    """The hash of the samples begin .. end - 1, in memory that does not grow with their number; about 10 ns each."""
+    """Return the hash of the samples begin .. end - 1, in constant memory; it takes about 10 ns a sample."""
     return signed(sum(digest(seed, chunk) for chunk in _chunks(range(begin, end))))
 
 
 def digest_of_epoch(plan: TrainPlan, epoch: int, *, part: int = 0, parts: int = 1) -> int:
-    """The hash of what an epoch should see, or one of several parts of it, which add up.
+    """Return the hash of the samples that an epoch should see, or one of several parts of it, which add up to it.
 
-    It is that of whole sets less what the epoch does not take of them: of the split less the samples that are left out;
-    balanced, of the passes through each class less what other epochs take of them. What the epoch takes is not asked
-    for: the order is to be judged by it, so an order that is no permutation does not confirm itself.
+    The hash is that of complete sets, minus the samples that the epoch does not use. Without balance, the set is the
+    split, minus the samples that are left out. With balance, it is the passes through each class, minus the draws of
+    other epochs. The order of the epoch itself is not evaluated: the hash must detect an order that is not a
+    permutation.
+
+    Args:
+        part: number of the part, 0 .. parts - 1.
+        parts: parts that the work is divided into, such as one for each rank.
     """
     if plan.balance:
         return _digest_of_draws(plan.balance, epoch, part, parts)
@@ -48,11 +54,11 @@ def _digest_of_draws(balance: Balance, epoch: int, part: int, parts: int) -> int
     for label, (size, quota) in enumerate(zip(balance.sizes.tolist(), balance.quotas.tolist(), strict=True)):
         if quota:
             taken = range(epoch * quota, (epoch + 1) * quota)
-            begin, end = taken.start // size * size, -(-taken.stop // size) * size  # of the passes that it is part of
+            begin, end = taken.start // size * size, -(-taken.stop // size) * size  # of the passes it overlaps
             for chunk in _chunks(_part(range(begin_of_class, begin_of_class + size), part, parts)):
                 total += (end - begin) // size * digest(balance.seed, balance.members[chunk])
-            for others in (range(begin, taken.start), range(taken.stop, end)):
-                for chunk in _chunks(_part(others, part, parts)):
+            for not_taken in (range(begin, taken.start), range(taken.stop, end)):
+                for chunk in _chunks(_part(not_taken, part, parts)):
                     total -= digest(balance.seed, balance.walk(label, chunk))
         begin_of_class += size
     return signed(total)
@@ -68,5 +74,5 @@ def _chunks(numbers: range) -> Iterator[I64]:
 
 
 def signed(number: int) -> int:
-    """The signed 64-bit integer that is `number` modulo 2^64."""
+    """Return the signed 64-bit integer that equals `number` modulo 2^64."""
     return (number + 2**63) % 2**64 - 2**63

@@ -1,6 +1,6 @@
-"""When each shard is needed next, read off the plan: what to fetch first, and what to let go of first.
+"""When each shard is needed next, according to the plan: which shards to fetch first, and which to evict first.
 
-Pure bookkeeping, no files and no clock. A shard is a string, its sha256; a step is its number from the first one on.
+No files and no clock. A shard is identified by its sha256; steps are numbered from the first one that is taken.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-# Steps looked ahead at most, to find out which shard is needed latest. What is needed later than that counts as not
-# needed; a step that is known takes about 40 bytes for each of its samples.
+# How many steps are read ahead at most, to find which shard is needed latest. A shard that is needed later than that
+# counts as not needed. A step that was read takes about 40 bytes a sample.
 LOOKAHEAD_STEPS = 4096
-_AT_ONCE = 32  # steps read in one go, so that nobody waits long for the lock
+_AT_ONCE = 32  # steps read while the lock is held, so that other threads do not wait long for it
 NEVER = float("inf")
 
 
 class Demand(Generic[Item]):
-    """The steps to come, which are taken one by one, and what they need. May be used by many threads.
+    """The coming steps, which are taken one by one, and the shards that they need. Safe for use by many threads.
 
-    A distance is the number of steps until a shard is needed: 0 is the step taken next, below 0 those that were taken
-    last and may still be read.
+    A distance is the number of steps until a shard is needed. 0 is the step that is taken next; a negative distance
+    means a step that was taken and may still be in use.
 
     Args:
         steps: each with the shards that it needs.
-        others: for each step, shards that others on this machine need then; may end early.
-        in_flight: steps that may still be read when the last of them is taken.
-        lookahead: steps that are read before their time, at most.
+        others: for each step, the shards that other readers on this machine need then; may end early.
+        in_flight: steps that were taken last and may still be in use.
+        lookahead: steps that are read ahead, at most.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Demand(Generic[Item]):
         self._lock = threading.Lock()
 
     def take(self) -> tuple[Item, frozenset[str]] | None:
-        """The next step and what it needs; None after the last."""
+        """Take the next step: return it and the shards it needs, or None after the last step."""
         with self._lock:
             self._know(1)
             if not self._known:
@@ -58,7 +58,7 @@ class Demand(Generic[Item]):
             return self._known.popleft()
 
     def upcoming(self, steps: int) -> list[tuple[float, str]]:
-        """(distance, shard) of what the steps in flight and the next so many need, the nearest first."""
+        """Return (distance, shard) for the shards that the steps in flight and the next `steps` need, nearest first."""
         for known in range(_AT_ONCE, steps + _AT_ONCE, _AT_ONCE):
             with self._lock:
                 self._know(min(known, steps))
@@ -67,7 +67,7 @@ class Demand(Generic[Item]):
             return sorted((at - self._position, shard) for shard, at in uses if at < self._position + steps)
 
     def distance(self, shard: str) -> float:
-        """Steps until somebody on this machine needs the shard; `NEVER`, if none that can be looked ahead to does."""
+        """Return the steps until a reader on this machine needs the shard; `NEVER` if none is known to."""
         known = 0
         while True:
             with self._lock:
@@ -93,7 +93,7 @@ class Demand(Generic[Item]):
 
 
 class _Uses:
-    """For each shard the runs of steps that need it: [first, last]."""
+    """For each shard, the ranges of steps that need it: [first, last]."""
 
     def __init__(self) -> None:
         self._runs: dict[str, deque[list[int]]] = {}
@@ -107,14 +107,14 @@ class _Uses:
                 runs.append([step, step])
 
     def next(self, shard: str, begin: int) -> float:
-        """The first step from `begin` on; `NEVER`, if none is known."""
+        """Return the first step from `begin` on that needs the shard; `NEVER` if none is known."""
         runs = self._runs.get(shard)
         while runs and runs[0][1] < begin:
             runs.popleft()
         return max(runs[0][0], begin) if runs else NEVER
 
     def all_from(self, begin: int) -> Iterator[tuple[str, float]]:
-        """(shard, its first step from `begin` on) of all that are needed again."""
+        """Yield (shard, first step from `begin` on that needs it) for each shard that is needed again."""
         for shard in list(self._runs):
             at = self.next(shard, begin)
             if at < NEVER:

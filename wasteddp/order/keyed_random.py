@@ -1,8 +1,9 @@
-"""Every random choice about a sample or a batch: a counter-based generator, so nothing has a state to save.
+"""A counter-based random generator for every random choice about a sample or a batch; it has no state to save.
 
-A draw is a pure function of its key (integers), vectorised in numpy; no torch generator, no per-rank state.
-Source: the mixer is splitmix64's finaliser (Steele, Lea, Flood 2014; constants of Stafford's variant 13), chained over
-the key's integers; the Feistel network with cycle walking is Black and Rogaway 2002.
+A random number is a pure function of its key, which consists of integers; vectorised in numpy. There is no torch
+generator and no state of a rank.
+Sources: the mixer is the finaliser of splitmix64 (Steele, Lea, Flood 2014; constants of Stafford's variant 13), chained
+over the key's integers; the Feistel network with cycle walking is that of Black and Rogaway 2002.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ I64 = npt.NDArray[np.int64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FEISTEL_ROUNDS = 6
 
-# What a draw is for: the first integer of its key, so that two uses never share numbers.
+# The purpose of a random number is the first integer of its key, so that two purposes never share numbers.
 CROP, FLIP, COLOUR, ERASE, BLOCKS, WINDOW, COVERAGE, MIX, BALANCE, POLICY, DEPTH = range(11)
 
 
@@ -27,25 +28,29 @@ def _mix(x: U64) -> U64:
 
 
 def bits(*key: int | npt.NDArray[np.integer]) -> U64:
-    """64 random bits for a key of integers and integer arrays, broadcast together."""
+    """Return 64 random bits for a key of integers and integer arrays, which are broadcast together."""
     state = np.zeros((), dtype=np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         for part in key:
             state = _mix((state + _GOLDEN) ^ _mix(np.asarray(part).astype(np.uint64) + _GOLDEN))
     return np.asarray(state)
 
 
 def uniform(*key: int | npt.NDArray[np.integer], num: int) -> npt.NDArray[np.float64]:
-    """`num` numbers in [0, 1) for each key: shape of the key's broadcast + (num,)."""
+    """Return `num` random numbers in [0, 1) for each key: float64 [*broadcast shape of the key, num]."""
     word = bits(*(np.asarray(part)[..., None] for part in key), np.arange(num))
     return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permute(position: I64, size: int | I64, *key: int | npt.NDArray[np.integer]) -> I64:
-    """Where a keyed permutation of 0 .. size-1 sends each position, without storing the permutation.
+    """Return the image of each position under a keyed permutation of 0 .. size-1, without storing the permutation.
 
-    A Feistel network permutes 0 .. 4^h - 1, the power of four next above `size`; what falls outside is sent through
-    again until it falls inside (at most 4 times on average). `size` and the key may be arrays, one a position.
+    A Feistel network permutes 0 .. 4^h - 1, where 4^h is the smallest power of four that is not below `size`. A result
+    outside 0 .. size-1 goes through the network again until it is inside (at most 4 times on average).
+
+    Args:
+        position: in 0 .. size-1, any shape.
+        size: one for all positions, or an array with one for each; so are the integers of `key`.
     """
     position = np.asarray(position, dtype=np.int64)
     sizes = np.broadcast_to(np.asarray(size, dtype=np.int64), position.shape)

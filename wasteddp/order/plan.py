@@ -1,23 +1,24 @@
 """Which samples are in which step: pure arithmetic on (seed, epoch, step). No torch, no clock, no process group.
 
 Legend: N samples of the split, numbered through all its S shards; G global batch; P lanes; R ranks; B block;
-W window; T steps of an epoch; L = T * G / P samples of a lane.
+W window; T steps in an epoch; L = T * G / P samples in a lane.
 
-The samples of the split in a keyed order are cut into P lanes of L samples. Step k takes the next G / P samples of
+The samples of the split, in a keyed order, are cut into P lanes of L samples. Step k takes the next G / P samples of
 every lane, and rank r of R owns the lanes [r * P / R, (r + 1) * P / R). So the samples of a step are the same for every
-R that divides P, and a rank computes its own part of any step without knowing the others'.
+R that divides P, and a rank computes its own part of any step without the parts of the other ranks.
 
     lane 0   s s s s s s s s s s     rank 0 owns the lanes 0 .. P/R - 1
     lane 1   s s s s s s s s s s
     ...          |  |
                  step k takes this column: G samples
 
-Nothing is stored: a permutation is a keyed Feistel network evaluated at the positions that are asked for, so seeking
-into any epoch and step costs the same as starting, and memory does not grow with N. Block mode keeps a table of S.
+The order is not stored: a permutation is a keyed Feistel network, evaluated only at the positions that are needed. So
+starting at any epoch and step costs the same as starting at the first, and memory does not grow with N. Block mode
+keeps a table of size S.
 
-With a `Balance` it is not the N samples that are cut into lanes but the D = T * G draws of the epoch, of which some are
-of the same sample. Such a draw has the number sample + k * N: the number % N is what lies in the shards, and all that
-is keyed by the number (crops, flips) differs between the draws of a sample.
+With a `Balance`, the D = T * G draws of the epoch are cut into lanes instead of the N samples. Several draws may be of
+the same sample. A draw has the number sample + k * N: number % N is the sample in the shards, and the random choices
+that the number keys (crops, flips) differ between the draws of a sample.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ class TrainPlan:
     Args:
         num_samples: N.
         global_batch: G.
-        seed: with the epoch, the only source of the order.
-        lanes: P, a divisor of G. The default, G itself, allows every number of ranks that divides G.
-        block: B samples that lie side by side in a shard are read one after another. 1 is a uniform permutation; B of
-            a shard's size or more reads whole shards.
-        window: W samples of a lane are shuffled among each other, so that a block does not stay in one step's
-            neighbourhood; 0 or 1 is none. Needed only where `block` is larger than 1.
-        shard_samples: samples of each shard, N together. Needed only where `block` is larger than 1: no block spans two
-            shards. Empty: one shard.
-        balance: how often each class is drawn, T * G draws an epoch. None: each sample once. Only where `block` is 1.
+        seed: the order depends on the seed and the epoch only.
+        lanes: P, a divisor of G. P = G allows every number of ranks that divides G.
+        block: B neighbouring samples of a shard are read one after another. 1: a uniform permutation; the size of a
+            shard or more: whole shards are read.
+        window: W samples of a lane are shuffled with each other, so that the samples of a block are spread over more
+            steps; 0 or 1: no window. Needed only if `block` is larger than 1.
+        shard_samples: samples in each shard, N in total. Needed only if `block` is larger than 1, since no block spans
+            two shards. Empty: one shard.
+        balance: how often each class is drawn, with T * G draws in an epoch. None: each sample once. Only if `block`
+            is 1.
     """
 
     num_samples: int
@@ -67,7 +69,7 @@ class TrainPlan:
         if self.num_samples < self.global_batch:
             raise SettingsError(
                 f"the training split has {self.num_samples} samples and train.batch_size is {self.global_batch}",
-                "an epoch would have no step",
+                "an epoch would have no steps",
                 f"set train.batch_size to {self.num_samples} or less",
             )
         if self.lanes < 1 or self.global_batch % self.lanes:
@@ -78,7 +80,7 @@ class TrainPlan:
             )
         shard_samples = self.shard_samples or (self.num_samples,)
         if sum(shard_samples) != self.num_samples:
-            raise ValueError(f"shards of {sum(shard_samples)} samples together, and a plan for {self.num_samples}")
+            raise ValueError(f"the shards have {sum(shard_samples)} samples, the plan has {self.num_samples}")
         fits = self.steps_per_epoch * self.global_batch
         if self.balance and (self.block > 1 or self.balance.num_draws != fits):
             raise ValueError(f"{self.balance.num_draws} draws, blocks of {self.block}, and {fits} samples an epoch")
@@ -98,26 +100,32 @@ class TrainPlan:
 
     @property
     def num_draws(self) -> int:
-        """Positions of an epoch's order: N, or D."""
+        """Positions in the order of an epoch: N, or D with a balance."""
         return self.balance.num_draws if self.balance else self.num_samples
 
     @property
     def left_out_per_epoch(self) -> int:
-        """Samples that do not fill a global batch: others in each epoch. Of balanced draws, none."""
+        """Samples that an epoch does not use because they do not fill a global batch; 0 with a balance."""
         return self.num_draws - self.steps_per_epoch * self.global_batch
 
     def step_samples(self, epoch: int, step_in_epoch: int, *, rank: int = 0, world_size: int = 1) -> I64:
-        """Sample numbers of one rank's part of a step: int64 [G / R], lane by lane."""
+        """Return the sample numbers of one rank's part of a step: int64 [G / R], lane by lane."""
         steps = range(step_in_epoch, step_in_epoch + 1)
         samples: I64 = self.steps_samples(epoch, steps, rank=rank, world_size=world_size)[0]
         return samples
 
     def steps_samples(self, epoch: int, steps: range, *, rank: int = 0, world_size: int = 1) -> I64:
-        """The same for neighbouring steps of an epoch at once, for less than each alone: int64 [steps, G / R]."""
+        """Return the sample numbers of one rank's part of consecutive steps: int64 [steps, G / R].
+
+        One call for several steps is faster than one call for each.
+
+        Raises:
+            SettingsError: the number of ranks does not divide the number of lanes.
+        """
         if self.lanes % world_size:
             raise SettingsError(
                 f"{world_size} processes and {self.lanes} lanes",
-                "the lanes could not be dealt out evenly",
+                "the processes could not get equal numbers of lanes",
                 f"start a number of processes that divides {self.lanes}",
             )
         lanes_per_rank = self.lanes // world_size
@@ -130,33 +138,36 @@ class TrainPlan:
         return samples.reshape(len(steps), -1)
 
     def left_out_samples(self, epoch: int) -> I64:
-        """The samples that an epoch has no step for: int64 [left_out_per_epoch]."""
+        """Return the samples that an epoch does not use: int64 [left_out_per_epoch]."""
         first = self.steps_per_epoch * self.global_batch
         return self.samples_at(epoch, np.arange(first, self.num_draws, dtype=np.int64))
 
     def samples_at(self, epoch: int, position: I64) -> I64:
-        """The samples at positions 0 .. N-1 of an epoch's order; lane p has p * L .. (p + 1) * L - 1 of them."""
+        """Return the samples at some positions (0 .. N-1) of an epoch's order.
+
+        Lane p has the positions p * L .. (p + 1) * L - 1.
+        """
         if self.block == 1:
             draw = permute(position, self.num_draws, BLOCKS, self.seed, epoch)
             return self.balance.samples(epoch, draw) if self.balance else draw
-        # The order of blocks is a ring with an epoch's own starting point. What is left out is at its end: without
-        # that, it would always be the end of a block, and the samples at the blocks' beginnings never.
+        # The order of the blocks is a ring, and each epoch starts at another point of it. The samples left out are the
+        # last ones. With a fixed start they would always be at the end of a block, never at its beginning.
         start = permute(np.zeros((), np.int64), self.num_samples, BLOCKS, self.seed, epoch, _START)
         return block_order(self._cuts, self.seed, epoch).samples((position + start) % self.num_samples)
 
     def rank_samples(self, epoch: int, *, rank: int, world_size: int) -> I64:
-        """All samples of a rank in an epoch, lane by lane: int64 [L * P / R]."""
+        """Return all samples of a rank in an epoch, lane by lane: int64 [L * P / R]."""
         lanes_per_rank = self.lanes // world_size
         position = np.arange(lanes_per_rank * self.lane_length, dtype=np.int64)
         lane, in_lane = rank * lanes_per_rank + position // self.lane_length, position % self.lane_length
         return self._sample(epoch, lane, in_lane)
 
     def shard_of(self, samples: I64) -> I64:
-        """The shard of each sample."""
+        """Return the number of the shard that holds each sample."""
         return np.searchsorted(self._cuts.shard_begins, samples % self.num_samples, side="right") - 1
 
     def block_begins(self, epoch: int) -> I64:
-        """Positions at which a block begins, ascending; 0 is one. Grows with N / B."""
+        """Return the positions at which a block begins and 0, ascending. Its size grows with N / B."""
         start = permute(np.zeros((), np.int64), self.num_samples, BLOCKS, self.seed, epoch, _START)
         begins = (block_order(self._cuts, self.seed, epoch).begins() - start) % self.num_samples
         return np.union1d(begins, [0])
@@ -172,28 +183,29 @@ class TrainPlan:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """Every sample once, in the shards' order, padded so that all ranks have the same number of full batches.
+    """Every sample once, in the order of the shards, padded so that all ranks have the same number of full batches.
 
     Args:
-        batch: samples that one rank sees at once.
+        num_samples: N.
+        batch: samples in a batch of one rank.
     """
 
     num_samples: int
     batch: int
 
     def num_batches(self, world_size: int = 1) -> int:
-        """Batches of each rank."""
+        """Return the number of batches of each rank."""
         return -(-self.num_samples // (self.batch * world_size))
 
     def batch_samples(self, number: int, *, rank: int = 0, world_size: int = 1) -> I64:
-        """Sample numbers of one rank's batch: int64 [batch], `PADDING` where the split has ended."""
+        """Return the sample numbers of one rank's batch: int64 [batch], `PADDING` after the end of the split."""
         first = (number * world_size + rank) * self.batch
         samples = np.arange(first, first + self.batch, dtype=np.int64)
         return np.where(samples < self.num_samples, samples, PADDING)
 
 
 def micro_batch(*, global_batch: int, world_size: int, max_micro_batch: int) -> tuple[int, int]:
-    """Solves G = ranks x micro-batch x accumulation for the largest micro-batch allowed.
+    """Solve G = ranks x micro-batch x accumulation for the largest micro-batch allowed.
 
     Returns:
         (micro-batch, accumulation)
@@ -202,13 +214,13 @@ def micro_batch(*, global_batch: int, world_size: int, max_micro_batch: int) -> 
         SettingsError: the number of ranks does not divide G; the message names the numbers that do.
     """
     if global_batch % world_size:
-        fitting = [r for r in range(1, min(global_batch, 4 * world_size) + 1) if global_batch % r == 0]
+        divisors = [r for r in range(1, min(global_batch, 4 * world_size) + 1) if global_batch % r == 0]
         below, above = global_batch // world_size * world_size, -(-global_batch // world_size) * world_size
         raise SettingsError(
             f"train.batch_size is {global_batch} and there are {world_size} processes",
-            "the global batch cannot be cut into equal parts, and the ranks' gradients would weigh differently",
+            "the global batch cannot be divided equally, so the gradients of the ranks would have unequal weights",
             f"set train.batch_size to {' or '.join(str(n) for n in (below, above) if n)}, "
-            f"or start {', '.join(map(str, fitting))} processes",
+            f"or start {', '.join(map(str, divisors))} processes",
         )
     per_rank = global_batch // world_size
     size = next(m for m in range(min(per_rank, max_micro_batch), 0, -1) if per_rank % m == 0)

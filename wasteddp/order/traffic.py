@@ -1,9 +1,9 @@
-"""Which shards the nodes of a cluster read: what each fetches in an epoch, and what it needs at once. Pure arithmetic.
+"""Which shards each node of a cluster reads in an epoch, and how many of them at the same time. Pure arithmetic.
 
-Legend: S shards, B block; a node is the ranks of one machine, which share a cache, and owns neighbouring lanes.
+Legend: S shards, B block; a node is the ranks of one machine, which share a cache and own neighbouring lanes.
 
-Remote shards come whole, so what a node fetches is all shards that its lanes touch, and the least possible is its share
-of the set. With B = 1 each node soon touches every shard; blocks of a shard's size keep each shard on one node.
+Remote shards are fetched whole, so a node fetches every shard that its lanes touch. The least possible is its share of
+the set. With B = 1 each node soon touches every shard; with blocks of a shard's size, each shard stays on one node.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import numpy.typing as npt
 
 from wasteddp.order.plan import TrainPlan
 
-_CHUNK = 1 << 17  # positions looked at at once
-_STEPS = 10  # that "at once" means
-_PLACES = 8  # of an epoch, looked at for it
+_CHUNK = 1 << 17  # positions examined in one call
+_STEPS = 10  # steps that count as "at once"
+_PLACES = 8  # places in an epoch where `at_once` is measured
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Of the nodes that were looked at."""
+    """What the nodes that were examined read."""
 
-    most_shards: int  # that one node touches in an epoch
+    most_shards: int  # largest number of shards that one node touches in an epoch
     fetched: float  # bytes that the nodes fetch, as a multiple of their share of the set
-    at_once: int  # most shards that one node reads from within ten steps: what its cache must hold
+    at_once: int  # largest number of shards that one node reads within ten steps: its cache must hold them
 
 
 def measure(
     plan: TrainPlan, shard_bytes: Sequence[int], *, num_nodes: int, nodes: Sequence[int] | None = None, epoch: int = 0
 ) -> Traffic:
-    """Looks at some nodes of `num_nodes`, all of them if `nodes` is None."""
+    """Compute the traffic of some of `num_nodes` nodes; of all of them if `nodes` is None."""
     nodes = range(num_nodes) if nodes is None else nodes
     sizes = np.asarray(shard_bytes, dtype=np.float64)
     most, fetched, at_once = 0, 0.0, 0
@@ -49,12 +49,12 @@ def measure(
 def _touched(
     plan: TrainPlan, epoch: int, node: int, num_nodes: int, begins: npt.NDArray[np.int64] | None
 ) -> npt.NDArray[np.bool_]:
-    """Whether a node reads from each shard: bool [S]. A lane's window moves nothing out of the lane."""
+    """Return whether a node reads each shard: bool [S]. A window does not move samples out of their lane."""
     touched = np.zeros(plan.num_shards, dtype=np.bool_)
     first, last = (plan.lanes * n // num_nodes * plan.lane_length for n in (node, node + 1))
     if begins is not None:
         inside = begins[np.searchsorted(begins, first) : np.searchsorted(begins, last)]
-        positions = np.concatenate([[first], inside])  # a block lies in one shard, so its first sample tells which
+        positions = np.concatenate([[first], inside])  # a block is in one shard, that of its first sample
         touched[plan.shard_of(plan.samples_at(epoch, positions))] = True
         return touched
     for at in range(first, last, _CHUNK):

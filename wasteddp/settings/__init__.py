@@ -1,6 +1,6 @@
-"""The settings of a run: one YAML file, one frozen model of it."""
+"""The settings of a run: one YAML file, and one frozen model of its contents."""
 
-from wasteddp.settings.reading import explained_yaml, json_schema, known_keys, load, parse, plain_yaml
+from wasteddp.settings.reading import explained_yaml, json_schema, known_keys, leaves, load, parse, plain_yaml
 from wasteddp.settings.sections import (
     Augment,
     Checkpoint,
@@ -34,6 +34,7 @@ __all__ = [
     "explained_yaml",
     "json_schema",
     "known_keys",
+    "leaves",
     "load",
     "parse",
     "plain_yaml",

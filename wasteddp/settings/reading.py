@@ -1,4 +1,4 @@
-"""Settings from a YAML file and `--set`; what is wrong is refused with what was found and the nearest known name."""
+"""Read settings from a YAML file and `--set`. Errors name the wrong key, its value and the most similar known key."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ _OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Settings of a YAML file, with `section.key=value` overrides on top.
+    """Return the settings of a YAML file, after applying `section.key=value` overrides.
 
     Raises:
-        SettingsError: unreadable, not YAML, an unknown key, a wrong type, an impossible value or combination.
+        SettingsError: not YAML, an unknown key, a wrong type, or an impossible value or combination.
+        StorageError: the file cannot be read.
     """
     return parse(read_text(path, "reading the settings"), overrides, name=str(path))
 
 
 def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings") -> Settings:
-    """As `load`, from a text."""
+    """Do as `load`, from the text of a file."""
     try:
         tree = plain_yaml(text) or {}
     except yaml.YAMLError as error:
         found = f"{name} is not YAML: {redacted(str(error))}"
-        raise SettingsError(found, "no setting can be read", "fix the line named") from error
+        raise SettingsError(found, "no setting can be read", "fix the line that the message names") from error
     if not isinstance(tree, dict):
-        raise SettingsError(f"{name} is a {type(tree).__name__}, not sections of settings", "nothing can be set", "")
+        found = f"{name} is a {type(tree).__name__}, not a mapping of sections"
+        raise SettingsError(found, "no setting can be read", "write `section:` and below it `key: value` lines")
     sections = {key for key, field in Settings.model_fields.items() if is_section(field.annotation)}
     tree = {key: {} if value is None and key in sections else value for key, value in tree.items()}
     changed = {_apply(tree, override): override for override in overrides}
@@ -51,8 +53,8 @@ def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Without aliases: a few lines of them can name billions of values, and no file of ours needs one. Without keys
-    that are written twice, and without YAML 1.1's numbers in base 8 (010) and 60 (1:30), which are texts here."""
+    """Refuses aliases, since a few lines of them can expand to billions of values, and keys that are written twice.
+    Numbers in base 8 (010) and 60 (1:30), which only YAML 1.1 has, are texts."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
@@ -80,13 +82,13 @@ class _TextLoader(_PlainLoader):
 
 
 def plain_yaml(text: str, *, as_text: bool = False) -> Any:
-    """What a YAML file from elsewhere says: plain values only, no Python objects, no aliases, no endless nesting.
+    """Return the content of an untrusted YAML file: plain values, no Python objects, no aliases, no endless nesting.
 
     Args:
         as_text: return each value as a text, as it is written.
 
     Raises:
-        yaml.YAMLError: it is something else, or too much.
+        yaml.YAMLError: the text is not such a file, or is too large.
     """
     if len(text) > _MOST_YAML:
         raise yaml.YAMLError(f"{len(text):,} characters; the limit is {_MOST_YAML:,}")
@@ -114,13 +116,22 @@ def _explained_lines(section: BaseModel, indent: str) -> Iterator[str]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of the YAML file, for editors."""
+    """Return the JSON Schema of the YAML file, for editors."""
     return Settings.model_json_schema()
 
 
 def known_keys() -> list[str]:
-    """Every dotted key, in the order of the file."""
+    """Return every dotted key, in the order of the file."""
     return list(_walk(Settings, ""))
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of nested sections with its dotted key."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -144,7 +155,9 @@ def _apply(tree: dict[str, Any], override: str) -> str:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise SettingsError(
-                f"--set {redacted(override)!r}: {section!r} is a value, not a section", "", _nearest(key)
+                f"--set {redacted(override)!r}: {section!r} is a value, not a section",
+                "the override cannot be applied",
+                _nearest(key),
             )
     tree[last] = _value_of(key, value.strip())
     return key
@@ -172,12 +185,12 @@ def _takes_text(key: str) -> bool:
 
 
 def _refuse_secrets(tree: Any, key: str) -> None:
-    """Settings are saved, shown and passed on with the model: a password in them would be too."""
+    """Refuse passwords, keys and tokens: settings are saved, displayed and shared with the model."""
     if isinstance(tree, str) and redacted(tree) != tree:
         raise SettingsError(
             f"{key} holds a password, key or token: {redacted(tree)}",
-            "it would be in the run's folder, in each checkpoint and on the dashboard",
-            "give it to the library that needs it by its environment variables or its own file of credentials",
+            "it would be written to the run's folder and each checkpoint, and sent to the dashboard",
+            "pass it to the library that needs it, in an environment variable or the library's own credentials file",
         )
     parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, value in parts:
@@ -185,7 +198,7 @@ def _refuse_secrets(tree: Any, key: str) -> None:
 
 
 def _explained(error: ValidationError, name: str, changed: Mapping[str, str]) -> SettingsError:
-    """All that is wrong, a line each: key, what was found, what is allowed; in the file or in `changed`, by --set."""
+    """Return one error that lists all problems: the file or the --set of `changed`, key, value, and what is allowed."""
     lines, remedies = dict[str, list[str]](), []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "the settings together"
@@ -207,13 +220,13 @@ def _explained(error: ValidationError, name: str, changed: Mapping[str, str]) ->
         lines.setdefault(where, []).append(line)
     return SettingsError(
         "; ".join(f"{where}: {'; '.join(wrong)}" for where, wrong in lines.items()),
-        "the run would not be the one that was meant, so nothing was started",
+        "the run would not be the intended one, so it was not started",
         " ".join(remedies) or "fix the value, or leave the key out to get the default",
     )
 
 
 def _nearest(key: str) -> str:
-    """The known key or section that was probably meant."""
+    """Return a hint: the known key or section most similar to `key`, or the list of known keys."""
     if "." not in key and (section := difflib.get_close_matches(key, list(Settings.model_fields), n=1)):
         return f"did you mean {section[0]!r}?"
     keys = known_keys()
@@ -221,4 +234,4 @@ def _nearest(key: str) -> str:
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     close = close or [by_last[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_last), n=1)]
     there = [known for known in keys if known.startswith(f"{key.split('.')[0]}.")] or keys
-    return f"did you mean {close[0]!r}?" if close else f"keys there are: {', '.join(there)}"
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(there)}"

@@ -14,7 +14,7 @@ from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
 from wasteddp.model import ema, pretrained, resnet
 from wasteddp.settings import Model, Settings
 from wasteddp.training.dataloaders import Inputs
-from wasteddp.training.distributed import compilation
+from wasteddp.training.distributed import compilation, same_ranks
 from wasteddp.training.distributed.placement import place
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
@@ -61,6 +61,9 @@ def make_network(settings: Settings, world: Runtime, classes: Sequence[str]) -> 
     with world.together():
         network = resnet.build(model.arch, len(classes), zero_init=model.zero_init_residual)
         origin = _load_weights(network, model, classes)
+    if world.world_size > 1:
+        found = world.gather({f"the weights of {origin}": same_ranks.hash_of_state(network)})  # all ranks
+        same_ranks.refuse_different(found, "copy the same file of weights to every machine")
     resnet.freeze(network, resnet.frozen_to_the_end(model, settings.train.epochs))
     return place(network, model, device=world.device, world_size=world.world_size, compiles=world.compiles), origin
 

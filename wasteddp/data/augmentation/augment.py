@@ -1,16 +1,15 @@
-"""What training does to a batch on the device: flips, a policy, colour, erasing, normalisation; CPU or GPU, the same.
+"""Augmentation of a batch on the device, with the same results on CPU and GPU.
 
-Legend: B images of a batch, C = 3, H W pixels.
+Legend: B images of a batch or micro-batch, C = 3, H W pixels, K classes.
 
-The random numbers come from `draws`, keyed by (seed, epoch, sample), so a sample looks the same whichever rank, worker
-or batch it is in. The random crop happens earlier, while decoding (`images.training_view`), by the same rule.
+`Augment` flips images, applies a policy, changes colours, erases rectangles and normalises. The random numbers are
+keyed by (seed, epoch, sample), so a sample looks the same in any rank, worker or batch. The random crop is drawn in the
+same way, but earlier, while decoding (`decoding.crop`).
 
-MixUp and CutMix: each image of a micro-batch is blended with, or takes a rectangle of, the next one, on the device.
-
-Legend: B images of a micro-batch, C = 3, H W pixels, K classes.
-
-A micro-batch is the same group of samples at any number of ranks, so its partners are too; what is drawn about it is
-keyed by (seed, epoch, its first sample). Sources: Zhang et al. 2018 (MixUp); Yun et al. 2019 (CutMix).
+`Mixing` implements MixUp and CutMix: each image of a micro-batch is blended with the next image, or gets a rectangle of
+it. A micro-batch has the same samples at any number of ranks, so the pairs are the same too. Its random numbers are
+keyed by (seed, epoch, its first sample).
+Sources: Zhang et al. 2018 (MixUp); Yun et al. 2019 (CutMix).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from wasteddp.data.augmentation.operations import column, to_device
 from wasteddp.data.decoding.crop import normalise
 from wasteddp.order.keyed_random import COLOUR, ERASE, FLIP, I64, MIX, bits, uniform
 
-# Source: Zhong et al. 2017 (random erasing); torchvision.transforms.RandomErasing's defaults
+# Source: Zhong et al. 2017 (random erasing); the defaults of torchvision.transforms.RandomErasing
 _ERASE_SCALE = (0.02, 0.33)
 _ERASE_RATIO = (0.3, 3.3)
 # Source: ITU-R BT.601 luma, as in torchvision.transforms.functional.rgb_to_grayscale
@@ -42,7 +41,7 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What is done to each image of a batch, as the random numbers of its sample say.
+    """The random changes to each image of a batch.
 
     A pixel becomes own x pixel + grey x luma of the pixel + mean x mean luma of the image, clamped to 0 .. 255.
     """
@@ -52,28 +51,28 @@ class Drawn:
     own_B: F32
     grey_B: F32
     mean_B: F32
-    erased_B4: I64  # first row and the one after the last, first column and the one after the last
+    erased_B4: I64  # first row, row after the last, first column, column after the last
 
     def table(self) -> F32:
-        """All of it, float32 [B, 9] in the order of the fields."""
+        """Return all fields, in their order: float32 [B, 9]."""
         columns = self.flips_columns_B, self.flips_rows_B, self.own_B, self.grey_B, self.mean_B, *self.erased_B4.T
         return np.stack(columns, axis=1).astype(np.float32)
 
     def mask(self, height: int, width: int) -> Bools:
-        """Which pixels are erased, [B, H, W]."""
+        """Return which pixels are erased: bool [B, H, W]."""
         rows, columns = np.arange(height)[None, :, None], np.arange(width)[None, None, :]
         top, bottom, left, right = self.erased_B4.T[:, :, None, None]
         mask: Bools = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
         return mask
 
 
-# (uint8 [B, 3, H, W] channels-last, what is done to it, whether its colour changes) -> float32 of the same shape
+# (uint8 [B, 3, H, W] channels-last, the changes, whether colours change) -> float32 of the same shape
 Kernel = Callable[[torch.Tensor, Drawn, bool], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """Settings of the device part; see `settings.Augment` for their meaning."""
+    """Augments single images on the device; see `settings.Augment` for the meaning of the fields."""
 
     seed: int
     horizontal_flip: float = 0.0
@@ -85,11 +84,11 @@ class Augment:
     policy: str = "none"
     policy_ops: int = 2
     policy_strength: float = 0.3
-    kernel: Kernel | None = field(default=None, compare=False)  # does all but a policy's operations; see `on`
+    kernel: Kernel | None = field(default=None, compare=False)  # does everything except a policy's operations; see `on`
 
     @classmethod
     def of(cls, settings: settings.Augment, seed: int) -> Augment:
-        """The part of the settings that happens on the device to one image."""
+        """Return the augmentation of the settings, without the crop, MixUp and CutMix."""
         return cls(seed, **settings.model_dump(include={field.name for field in fields(cls)}))
 
     @property
@@ -97,10 +96,10 @@ class Augment:
         return bool(self.brightness or self.contrast or self.saturation)
 
     def __call__(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
-        """uint8 [B, 3, H, W] -> normalised float32 of the same shape and memory format.
+        """Augment a batch: uint8 [B, 3, H, W] -> normalised float32 of the same shape and memory format.
 
         Args:
-            images_BCHW: on the device that is to do the work.
+            images_BCHW: on the device that does the work.
             samples: sample numbers, int64 [B].
             epoch: of the batch.
         """
@@ -109,8 +108,8 @@ class Augment:
         drawn = self._draw(samples, epoch, height, width)
         if self.kernel and self.policy == "none" and is_channels_last:
             return self.kernel(images_BCHW, drawn, self.has_colour)
-        # One plane a channel for the arithmetic: what is one number an image or a channel is then one number a row of
-        # memory, and a batch of 32 at 112 px takes 3 ms on two cores, against 13 ms in channels-last.
+        # The arithmetic uses one plane for each channel. A number of an image or a channel is then constant along a row
+        # of memory, and a batch of 32 at 112 px takes 3 ms on two cores instead of 13 ms in channels-last.
         images_BCHW = images_BCHW.contiguous()
         for chosen_B, axis in ((drawn.flips_columns_B, 3), (drawn.flips_rows_B, 2)):
             if chosen_B.any():
@@ -130,10 +129,11 @@ class Augment:
         return normalised.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
 
     def on(self, device: torch.device, say: Callable[[str], object]) -> Augment:
-        """The same augmentation, the fastest way that this device is seen to compute with the bits of a CPU.
+        """Return the same augmentation, with the fused kernel if it has the same bits on this device as on a CPU.
 
         Args:
-            say: takes the reason where that is not the one kernel; results are the same either way.
+            device: that the batches will be on.
+            say: called with the reason if the kernel is not used; the results are the same.
         """
         if device.type != "cuda":
             return self
@@ -141,10 +141,10 @@ class Augment:
             from wasteddp.data.augmentation import fused  # Triton comes with torch's CUDA builds on Linux only
 
             reason = fused.difference(device)
-        except Exception as error:  # no Triton, no C compiler, a card that it does not know: each has its own
+        except Exception as error:  # no Triton, no C compiler, an unknown GPU: each raises another type
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if reason:
-            say(f"augmentation takes some 30 kernels a batch instead of one: {reason}")
+            say(f"augmentation launches about 30 kernels a batch instead of one: {reason}")
             return self
         return replace(self, kernel=fused.augment)
 
@@ -152,8 +152,8 @@ class Augment:
         flips = uniform(FLIP, self.seed, epoch, samples, num=2)
         colours = 2 * uniform(COLOUR, self.seed, epoch, samples, num=3) - 1
         sizes = self.brightness, self.contrast, self.saturation
-        # Brightness b, contrast c and saturation s, factors in [1 - x, 1 + x], are together one linear map.
-        # Source: torchvision.transforms.ColorJitter, in this fixed order and clamped once, at the end.
+        # Brightness b, contrast c and saturation s, factors in [1 - x, 1 + x], together are one linear map.
+        # Source: torchvision.transforms.ColorJitter, but always in this order, and clamped only at the end.
         b, c, s = (1 + size * colours[:, number] for number, size in enumerate(sizes))
         return Drawn(
             flips_columns_B=flips[:, 0] < self.horizontal_flip,
@@ -165,7 +165,7 @@ class Augment:
         )
 
     def _policy(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
-        """One image's operations one after another, each of them for the whole batch at once."""
+        """Apply the operations of each image in order, each round to the whole batch."""
         rounds = randaugment.drawn(
             samples,
             epoch,
@@ -182,8 +182,8 @@ class Augment:
 
 
 def mean_luma(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """The mean of each image's luma, float64 [B]; the same bits on each device."""
-    # sums of integers are the same in whatever order a device or a number of threads adds them
+    """Return the mean of each image's luma, float64 [B]; the same bits on each device."""
+    # sums of integers do not depend on the order in which a device or its threads add them
     sums_BC = images_BCHW.sum((2, 3), dtype=torch.int64).double()
     num_pixels = images_BCHW.shape[2] * images_BCHW.shape[3]
     return (sums_BC[:, 0] * LUMA[0] + sums_BC[:, 1] * LUMA[1] + sums_BC[:, 2] * LUMA[2]) / num_pixels
@@ -199,7 +199,7 @@ def _coloured(images_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor, drawn: Drawn
 
 
 def _erased(samples: I64, epoch: int, seed: int, probability: float, height: int, width: int) -> I64:
-    """See `Drawn.erased_B4`; four zeros where nothing is erased."""
+    """Return `Drawn.erased_B4`; four zeros for an image without an erased rectangle."""
     chance, area, ratio, top, left = uniform(ERASE, seed, epoch, samples, num=5).T
     area = height * width * (_ERASE_SCALE[0] + (_ERASE_SCALE[1] - _ERASE_SCALE[0]) * area)
     ratio = np.exp(np.log(_ERASE_RATIO[0]) + np.log(_ERASE_RATIO[1] / _ERASE_RATIO[0]) * ratio)
@@ -212,8 +212,14 @@ def _erased(samples: I64, epoch: int, seed: int, probability: float, height: int
 
 @dataclass(frozen=True, slots=True)
 class Mixing:
-    """Args: of the Beta distributions that say how much of the own image stays; 0 is never. With both, each half of the
-    time, as in timm."""
+    """MixUp and CutMix of a micro-batch. If both are on, each is used half of the time, as in timm.
+
+    Args:
+        seed: of the run.
+        num_classes: K.
+        mixup: alpha of MixUp's Beta distribution of the fraction of the own image that stays; 0: off.
+        cutmix: alpha of CutMix's Beta distribution; 0: off.
+    """
 
     seed: int
     num_classes: int
@@ -223,10 +229,10 @@ class Mixing:
     def __call__(
         self, images_BCHW: torch.Tensor, labels_B: torch.Tensor, samples: I64, epoch: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(images, targets): targets are float [B, K] that sum to 1, or the labels as they came if nothing is mixed."""
+        """Return (images, targets): targets are float [B, K] with rows that sum to 1, or the labels if both are off."""
         if not self.mixup and not self.cutmix:
             return images_BCHW, labels_B
-        # numpy's generator, since the Beta distribution has no closed inverse; one a micro-batch costs 15 us
+        # numpy's generator, since the Beta distribution has no closed inverse; creating one costs 15 us a micro-batch
         generator = np.random.Generator(np.random.Philox(int(bits(MIX, self.seed, epoch, samples[0]))))
         cuts = generator.random() < (0.5 if self.mixup and self.cutmix else bool(self.cutmix))
         alpha = self.cutmix if cuts else self.mixup
@@ -237,7 +243,7 @@ class Mixing:
             rows, columns = _box(height, width, own, generator)
             images_BCHW = images_BCHW.clone()
             images_BCHW[:, :, rows, columns] = partner_BCHW[:, :, rows, columns]
-            # the box is cut off at the border and has whole pixels: the targets follow what is really seen
+            # the border cuts the box off, and it has whole pixels: the targets use the area that is really visible
             own = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
         else:
             images_BCHW = images_BCHW * own + partner_BCHW * (1 - own)
@@ -246,7 +252,7 @@ class Mixing:
 
 
 def _box(height: int, width: int, own: float, generator: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns of CutMix's rectangle: of area 1 - own before the border cuts it, its centre anywhere."""
+    """Return rows and columns of CutMix's rectangle: area 1 - own before the border cuts it off, centre anywhere."""
     side = sqrt(1 - own)
     row, column = int(height * generator.random()), int(width * generator.random())
     half_height, half_width = int(height * side) // 2, int(width * side) // 2

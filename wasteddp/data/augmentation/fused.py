@@ -1,10 +1,11 @@
-"""Flips, colour, normalisation and erasing as one CUDA kernel, which gives the bits of `Augment` on a CPU.
+"""Flips, colour, normalisation and erasing as one CUDA kernel, whose results have the same bits as `Augment` on a CPU.
 
-An image's pixels are read twice, as bytes (once for their mean), and written once; tensor by tensor, as `Augment` does
-it on a CPU, the same takes some twenty passes over the batch in float32. No multiplication is fused with an addition,
-and no division is made: each result is rounded as the CPU's is.
+The kernel reads an image's pixels twice, as bytes (once for their mean), and writes them once. The separate tensor
+operations of `Augment` on a CPU need about twenty passes over the batch in float32. The kernel does not fuse
+multiplications with additions and does not divide, so each result is rounded as on the CPU.
 
-Legend: B images of a batch, C = 3, H W pixels; channels-last in memory, so `place` is that in an image's H W C bytes.
+Legend: B images of a batch, C = 3, H W pixels; channels-last in memory, so `place` is the position in an image's
+H W C bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from wasteddp.data.augmentation.augment import LUMA, Augment, Drawn, mean_luma
 from wasteddp.data.augmentation.operations import to_device
 from wasteddp.data.decoding.crop import normalising
 
-_BLOCK = 1024  # values of the result that one program writes
+_BLOCK = 1024  # values of the result that one program instance writes
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -66,12 +67,12 @@ def _kernel(  # type: ignore[no-untyped-def]
         top, bottom = tl.load(own + 5), tl.load(own + 6)
         left, right = tl.load(own + 7), tl.load(own + 8)
         is_erased = (row >= top) & (row < bottom) & (column >= left) & (column < right)
-        value = value * tl.where(is_erased, 0.0, 1.0)  # a product, as on a CPU: it may be -0
+        value = value * tl.where(is_erased, 0.0, 1.0)  # a product, as on a CPU, since the result may be -0
     tl.store(results + image.to(tl.int64) * size + place, value, mask=is_inside)
 
 
 def augment(images_BCHW: torch.Tensor, drawn: Drawn, has_colour: bool) -> torch.Tensor:
-    """uint8 [B, 3, H, W] -> float32, both channels-last: what `Augment` does, but for a policy's operations."""
+    """Do as `Augment`, except for a policy's operations: uint8 [B, 3, H, W] -> float32, both channels-last."""
     count, _, height, width = images_BCHW.shape
     device = images_BCHW.device
     results_BCHW = torch.empty_like(images_BCHW, dtype=torch.float32)
@@ -97,7 +98,7 @@ def augment(images_BCHW: torch.Tensor, drawn: Drawn, has_colour: bool) -> torch.
 
 
 def difference(device: torch.device) -> str:
-    """How the kernel's bits differ from the CPU's on images that use all of it; "" where they do not."""
+    """Describe how the kernel's results differ from the CPU's on images that use all its parts; "" if they do not."""
     every = Augment(0, horizontal_flip=0.5, vertical_flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, erase=0.5)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, 40, 56, 3), dtype=np.uint8))
     images_BCHW, samples = pixels.permute(0, 3, 1, 2), np.arange(32)

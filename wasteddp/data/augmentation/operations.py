@@ -1,12 +1,13 @@
-"""What an operation of a policy does to images: moves, blends and tables, each on all that it falls to at once.
+"""The operations of an augmentation policy: geometric moves, blends and lookup tables, each for many images together.
 
 Legend: B images of a group, C = 3, H W pixels.
 
-All arithmetic is on integers, or on floats one rounding at a time, so that the same bits come from a CPU and a GPU,
-from one thread and from many. (`grid_sample`, convolutions and means of floats differ in their last bits.)
-Sources: torchvision.transforms.v2.functional and, for the blends, PIL.ImageEnhance. Equal to torchvision's within one
-of 256 levels, for it computes with floats what is integers here. One difference is meant: where a moved pixel lies
-partly outside, its colour and the fill's are blended by their shares; torchvision 0.29 takes the inner share twice.
+The arithmetic uses integers, or floats with one rounding at a time, so that the bits are the same on CPU and GPU and
+for any number of threads. (`grid_sample`, convolutions and means of floats differ in their last bits.)
+Results equal torchvision's within one of 256 levels, since torchvision uses floats where integers are used here. One
+difference is intended: if a moved pixel is partly outside the image, its colour and the fill colour are blended by
+their areas; torchvision 0.29 applies the inner area twice.
+Sources: torchvision.transforms.v2.functional and, for the blends, PIL.ImageEnhance.
 """
 
 from __future__ import annotations
@@ -22,26 +23,27 @@ from wasteddp.data.augmentation.randaugment import F64, Operation
 from wasteddp.data.decoding.crop import MEAN_RGB
 from wasteddp.order.keyed_random import I64
 
-# What comes in from outside of the image: the mean colour, as where a part is erased. torchvision's default is black,
-# which after normalising is far from what any image has.
+# The colour outside of the image: the mean colour, as for erased rectangles. torchvision's default is black, which is
+# far from the usual values after normalisation.
 FILL_RGB = tuple(round(255 * mean) for mean in MEAN_RGB)
-# Coordinates have 11 bits after the point: 255 * 2^11 * 2^11 is the most that fits into 32 bits, and what two
-# roundings to 1/2048 px can do is an eighth of a level at the sharpest edge.
+# Coordinates have 11 bits after the binary point. 255 * 2^11 * 2^11 is the largest such product that fits into 32 bits,
+# and two roundings to 1/2048 px change the sharpest edge by at most an eighth of a level.
 _POINT = 11
 _ONE = 1 << _POINT
-# Source: torchvision.transforms.v2.functional.rgb_to_grayscale, ten thousandths; their sum is 9999 there too
+# Source: torchvision.transforms.v2.functional.rgb_to_grayscale, in ten-thousandths; their sum is 9999 there too
 _LUMA = (2989, 5870, 1140)
 
 
 def apply(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> torch.Tensor:
-    """One operation on each image: uint8 [B, 3, H, W] to the same.
+    """Apply one operation to each image: uint8 [B, 3, H, W] -> the same shape and type.
 
-    The images are sorted by operation, so that each is one slice. Which they are is known on the host: the device is
-    never asked.
+    The images are sorted by operation, so that each operation works on one slice. The host knows the slices, so it does
+    not wait for the device.
 
     Args:
-        operations_B: of `Operation`.
-        magnitudes_B: in the units given there; what an operation has no use for is not looked at.
+        images_BCHW: on any device.
+        operations_B: numbers of `Operation`.
+        magnitudes_B: in the units that `Operation` gives; ignored for operations without a magnitude.
     """
     device = images_BCHW.device
     order_B = np.argsort(operations_B, kind="stable")
@@ -56,7 +58,7 @@ def apply(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> to
 
 
 def column(values_B: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """One number an image, [B] -> [B, 1, 1, 1] on the device."""
+    """Copy one number for each image to the device: [B] -> [B, 1, 1, 1]."""
     return to_device(values_B, device).view(-1, 1, 1, 1)
 
 
@@ -64,11 +66,11 @@ def column(values_B: npt.NDArray[np.generic], device: torch.device) -> torch.Ten
 
 
 def _move(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> torch.Tensor:
-    """Shears, translations and rotations, bilinear: nearest, torchvision's default, leaves steps at every edge."""
+    """Shear, translate and rotate, bilinearly: nearest, torchvision's default, leaves steps at every edge."""
     count, channels, height, width = images_BCHW.shape
     device = images_BCHW.device
     columns_B2W, rows_B2H = (to_device(part, device) for part in _sources(operations_B, magnitudes_B, height, width))
-    # in the frame, which begins one pixel before the image
+    # coordinates in the frame, which begins one pixel before the image
     x_BHW, y_BHW = (
         (columns_B2W[:, i, None, :] + rows_B2H[:, i, :, None]).clamp_(-_ONE, size * _ONE).add_(_ONE)
         for i, size in enumerate((width, height))
@@ -78,7 +80,7 @@ def _move(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> to
     corners_BCN = corners_B1N.expand(-1, channels, -1)
     right_B1N, down_B1N = (part.bitwise_and_(_ONE - 1).view(count, 1, -1) for part in (x_BHW, y_BHW))
     frames_BCM = _framed(images_BCHW).flatten(2)
-    # the same corners in a shifted frame are the neighbours to the right, below and both
+    # the same indices in a shifted frame are the neighbours to the right, below, and below right
     upper_BCN, lower_BCN = (
         _between(right_B1N, *(frames_BCM[:, :, row + shift :].gather(2, corners_BCN) for shift in (0, 1)))
         for row in (0, stride)
@@ -88,7 +90,7 @@ def _move(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> to
 
 
 def _framed(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """int32 [B, C, H + 3, W + 3]: with a frame of the fill colour, one pixel before and two after."""
+    """Add a frame of the fill colour, one pixel before and two after the image: int32 [B, C, H + 3, W + 3]."""
     count, channels, height, width = images_BCHW.shape
     frames_BCHW = images_BCHW.new_empty((count, channels, height + 3, width + 3), dtype=torch.int32)
     for channel, level in enumerate(FILL_RGB):
@@ -98,18 +100,18 @@ def _framed(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def _between(part: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """2048 times what lies `part` / 2048 of the way from the first to the second, which is overwritten."""
+    """Interpolate, and return 2048 times the value at `part` / 2048 from `first` to `second`; overwrites `second`."""
     return second.sub_(first).mul_(part).add_(first, alpha=_ONE)
 
 
 def _sources(
     operations_B: I64, magnitudes_B: F64, height: int, width: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Where each pixel comes from, in 1/2048 px: (columns [B, 2, W], rows [B, 2, H]).
+    """Return the source of each pixel, in 1/2048 px: (columns [B, 2, W], rows [B, 2, H]).
 
-    The pixel in column i and row j comes from x, y = columns[:, i] + rows[:, j]. An affine map is such a sum; computed
-    on the host in float64, the device needs one addition of integers.
-    Source: torchvision.transforms.functional._get_inverse_affine_matrix, written out for one operation at a time.
+    The pixel in column i and row j comes from x, y = columns[:, i] + rows[:, j]. Every affine map is such a sum. The
+    host computes the terms in float64, so the device only adds integers.
+    Source: torchvision.transforms.functional._get_inverse_affine_matrix, written out for single operations.
     """
 
     def only(operation: Operation) -> F64:
@@ -118,7 +120,7 @@ def _sources(
     angle = np.radians(only(Operation.ROTATE))
     sin, cos = np.sin(angle), np.cos(angle)
     is_turned = operations_B[:, None] == Operation.ROTATE
-    # a rotation turns about the centre, a shear holds the corner of the first pixel fast
+    # the fixed point of a rotation is the centre, that of a shear the corner of the first pixel
     centre_x, centre_y = np.where(is_turned, (width - 1) / 2, -0.5), np.where(is_turned, (height - 1) / 2, -0.5)
     x, y = np.arange(width) - centre_x, np.arange(height) - centre_y
     shift_x, shift_y = np.trunc(only(Operation.TRANSLATE_X)), np.trunc(only(Operation.TRANSLATE_Y))
@@ -128,14 +130,14 @@ def _sources(
     return columns_B2W, rows_B2H
 
 
-# --- blends: away from, or towards, an image that lacks something -----------------------------------------------------
+# --- blends: away from or towards an image without colour, contrast, sharpness or light -------------------------------
 
 
 def _blend(images_BCHW: torch.Tensor, lacking: torch.Tensor, magnitudes_B: F64) -> torch.Tensor:
-    """image + magnitude (image - lacking), clamped and rounded down.
+    """Return image + magnitude * (image - lacking), clamped and rounded down.
 
-    Source: PIL.ImageEnhance, whose factor is 1 + magnitude. Three operations, since a fused multiplication and addition
-    rounds otherwise than two, and not every device has it.
+    These are three tensor operations, since a fused multiply-add rounds differently, and not every device has it.
+    Source: PIL.ImageEnhance, whose factor is 1 + magnitude.
     """
     pixels_BCHW = images_BCHW.float()
     magnitudes_B111 = column(magnitudes_B.astype(np.float32), images_BCHW.device)
@@ -153,13 +155,13 @@ def _color(images_BCHW: torch.Tensor, _: I64, magnitudes_B: F64) -> torch.Tensor
 
 def _contrast(images_BCHW: torch.Tensor, _: I64, magnitudes_B: F64) -> torch.Tensor:
     grey_B1HW = _grey(images_BCHW)
-    # a sum of integers is the same in any order; times the host's 1 / pixels, since not every device divides exactly
+    # a sum of integers does not depend on the order; multiplied by 1 / pixels, since not every device divides exactly
     means_B111 = grey_B1HW.sum((1, 2, 3), keepdim=True).double() * (1 / (grey_B1HW.shape[2] * grey_B1HW.shape[3]))
     return _blend(images_BCHW, means_B111.float(), magnitudes_B)
 
 
 def _sharpness(images_BCHW: torch.Tensor, _: I64, magnitudes_B: F64) -> torch.Tensor:
-    """The smooth image is the mean of 3x3 pixels, of which the middle counts five times; the border stays as it is."""
+    """Blend with a smooth image: the mean of 3x3 pixels, in which the centre has weight 5; the border is unchanged."""
     smooth_BCHW = images_BCHW.short()
     three_BCHW = smooth_BCHW[:, :, :-2] + smooth_BCHW[:, :, 1:-1] + smooth_BCHW[:, :, 2:]
     sums_BCHW = three_BCHW[..., :-2] + three_BCHW[..., 1:-1] + three_BCHW[..., 2:] + 4 * smooth_BCHW[..., 1:-1, 1:-1]
@@ -168,16 +170,16 @@ def _sharpness(images_BCHW: torch.Tensor, _: I64, magnitudes_B: F64) -> torch.Te
 
 
 def _grey(images_BCHW: torch.Tensor) -> torch.Tensor:
-    """Luma, rounded down: int32 [B, 1, H, W]."""
+    """Return the luma, rounded down: int32 [B, 1, H, W]."""
     red_B1HW, green_B1HW, blue_B1HW = torch.split(images_BCHW.int(), 1, dim=1)
     return (red_B1HW * _LUMA[0] + green_B1HW * _LUMA[1] + blue_B1HW * _LUMA[2]) // 10_000
 
 
-# --- tables: what each level becomes ----------------------------------------------------------------------------------
+# --- lookup tables: a new level for each level ------------------------------------------------------------------------
 
 
 def _look_up(images_BCHW: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Args: tables: [B, C or 1, 256]."""
+    """Replace each level by its entry in `tables`: [B, C or 1, 256]."""
     levels_BCN = images_BCHW.flatten(2).long()
     tables_BCL = tables.to(torch.uint8).expand(-1, images_BCHW.shape[1], -1)
     return tables_BCL.gather(2, levels_BCN).view(images_BCHW.shape)
@@ -189,13 +191,13 @@ def _posterize(images_BCHW: torch.Tensor, _: I64, magnitudes_B: F64) -> torch.Te
 
 
 def _solarize(images_BCHW: torch.Tensor, _: I64, magnitudes_B: F64) -> torch.Tensor:
-    # the first whole level that reaches the threshold: the comparison is between integers
+    # the first integer level that reaches the threshold, so that integers are compared
     firsts_B = np.ceil(magnitudes_B).astype(np.int16)
     return torch.where(images_BCHW >= column(firsts_B, images_BCHW.device), 255 - images_BCHW, images_BCHW)
 
 
 def _autocontrast(images_BCHW: torch.Tensor, _: I64, __: F64) -> torch.Tensor:
-    """Each channel's darkest level becomes 0 and its lightest 255; a channel of one level stays as it is."""
+    """Stretch each channel from its darkest and lightest level to 0 and 255; a channel of one level is unchanged."""
     lows_BC1, highs_BC1 = (extreme.int() for extreme in _extremes(images_BCHW))
     levels_L = torch.arange(256, dtype=torch.int32, device=images_BCHW.device)
     spans_BC1 = highs_BC1 - lows_BC1
@@ -204,7 +206,7 @@ def _autocontrast(images_BCHW: torch.Tensor, _: I64, __: F64) -> torch.Tensor:
 
 
 def _equalize(images_BCHW: torch.Tensor, _: I64, __: F64) -> torch.Tensor:
-    """Each channel's levels, spread so that all are about equally frequent, as PIL.ImageOps.equalize rounds it."""
+    """Spread each channel's levels so that all are about equally frequent, rounded as in PIL.ImageOps.equalize."""
     levels_BCN = images_BCHW.flatten(2).long()
     one = torch.ones((), dtype=torch.int64, device=images_BCHW.device)
     counts_BCL = torch.zeros((*levels_BCN.shape[:2], 256), dtype=torch.int64, device=images_BCHW.device)
@@ -213,12 +215,12 @@ def _equalize(images_BCHW: torch.Tensor, _: I64, __: F64) -> torch.Tensor:
     steps_BC1 = (levels_BCN.shape[2] - lightest_BC1) // 255
     below_BCL = counts_BCL.cumsum(2) - counts_BCL
     tables_BCL = ((below_BCL + steps_BC1 // 2) // steps_BC1.clamp(min=1)).clamp_(0, 255)
-    # too few pixels to spread: as it is
+    # a channel with too few pixels is unchanged
     return _look_up(images_BCHW, torch.where(steps_BC1 > 0, tables_BCL, torch.arange(256, device=one.device)))
 
 
 def _extremes(images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The darkest and the lightest level of each channel, [B, C, 1]."""
+    """Return the darkest and the lightest level of each channel, [B, C, 1]."""
     lows_BC1, highs_BC1 = torch.aminmax(images_BCHW.flatten(2), dim=2, keepdim=True)
     return lows_BC1, highs_BC1
 
@@ -240,9 +242,9 @@ _CHANGES: tuple[tuple[Operation, Operation, _Change], ...] = (
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A tensor of the array; on the CPU it is a view of it.
+    """Return the array as a tensor on the device; on the CPU it is a view.
 
-    Through page-locked memory: to copy from any other, CUDA may first wait for all that the stream has been given.
+    The copy uses page-locked memory: a copy from other memory may wait for all earlier work of the CUDA stream.
     """
     tensor = torch.from_numpy(values)
     if device.type == "cuda":

@@ -1,9 +1,11 @@
-"""RandAugment and TrivialAugment: which operations happen to an image, which way, how strongly. `operations` does them.
+"""RandAugment and TrivialAugment: random choice of the operations on each image and their magnitudes.
+
+`operations` applies them.
 
 Legend: B images of a micro-batch, R operations on each, one after another.
 
-Sources: Cubuk et al. 2019 (RandAugment); Mueller and Hutter 2021 (TrivialAugment, "wide"); ranges and numbers of steps
-are those of torchvision.transforms.v2.RandAugment and TrivialAugmentWide.
+Sources: Cubuk et al. 2019 (RandAugment); Mueller and Hutter 2021 (TrivialAugment, "wide"); the ranges and numbers of
+steps are those of torchvision.transforms.v2.RandAugment and TrivialAugmentWide.
 """
 
 from __future__ import annotations
@@ -18,23 +20,23 @@ from wasteddp.order.keyed_random import I64, POLICY, uniform
 
 F64 = npt.NDArray[np.float64]
 
-_STRENGTHS = 31  # of trivialaugment: 0, 1/30 .. 1
+_STRENGTHS = 31  # for trivialaugment: 0, 1/30 .. 1
 
 
 class Operation(IntEnum):
-    """In torchvision's order. The magnitude of each is given after it."""
+    """Operations in torchvision's order, with the meaning of their magnitudes."""
 
     IDENTITY = 0
-    SHEAR_X = 1  # px to the left for each px downwards, from the upper left corner
+    SHEAR_X = 1  # px to the left for each px down from the upper left corner
     SHEAR_Y = 2
-    TRANSLATE_X = 3  # px to the right, whole ones: what is after the point is dropped
+    TRANSLATE_X = 3  # px to the right, truncated to an integer
     TRANSLATE_Y = 4
     ROTATE = 5  # degrees, counterclockwise
-    BRIGHTNESS = 6  # -1 black, 0 as it is, 1 twice as far from black; likewise the three below
+    BRIGHTNESS = 6  # -1: black; 0: unchanged; 1: twice as far from black; likewise for the next three
     COLOR = 7
     CONTRAST = 8
     SHARPNESS = 9
-    POSTERIZE = 10  # bits that stay, of 8
+    POSTERIZE = 10  # bits that are kept, of 8
     SOLARIZE = 11  # level from which the image is inverted
     AUTOCONTRAST = 12
     EQUALIZE = 13
@@ -47,12 +49,17 @@ _BLENDS = [Operation.BRIGHTNESS, Operation.COLOR, Operation.CONTRAST, Operation.
 def drawn(
     samples_B: I64, epoch: int, *, seed: int, policy: str, num_ops: int, strength: float, height: int, width: int
 ) -> Iterator[tuple[I64, F64]]:
-    """For each of the R rounds (operations [B], magnitudes [B]), as `operations.apply` takes them.
+    """Yield (operations [B], magnitudes [B]) for each of the R rounds, as arguments of `operations.apply`.
 
     Args:
-        policy: randaugment, which goes `num_ops` rounds at `strength`; or trivialaugment: one, of random strength.
+        samples_B: sample numbers, int64 [B].
+        epoch: of the batch.
+        seed: of the run.
+        policy: randaugment: `num_ops` rounds of `strength`; trivialaugment: one round of random strength.
+        num_ops: see `policy`.
         strength: 0 to 1.
-        height: of the images, in px, as `width`.
+        height: of the images, px.
+        width: of the images, px.
     """
     is_trivial = policy == "trivialaugment"
     rounds = 1 if is_trivial else num_ops
@@ -64,17 +71,17 @@ def drawn(
         strengths_B = random_steps_B / (_STRENGTHS - 1) if is_trivial else np.full(len(samples_B), strength)
         sizes_B = strengths_B * largest[operations_B]
         magnitudes_B = np.where(sign < 0.5, -sizes_B, sizes_B)
-        # these two have no sign, and are stronger the smaller their magnitude is
+        # these two have no sign, and a smaller magnitude is stronger
         magnitudes_B = np.where(operations_B == Operation.POSTERIZE, np.rint(8 - sizes_B), magnitudes_B)
         magnitudes_B = np.where(operations_B == Operation.SOLARIZE, 255 - sizes_B, magnitudes_B)
         yield operations_B, magnitudes_B
 
 
 def _largest(height: int, width: int, *, is_wide: bool) -> F64:
-    """How far each operation goes at strength 1, by its number; 0 for those that have no strength."""
+    """Return the largest magnitude of each operation, at strength 1; 0 for operations without a strength."""
     largest = np.zeros(len(Operation))
     largest[_SHEARS] = 0.99 if is_wide else 0.3
-    # wide: pixels, whatever the size, as in the paper; RandAugment: 150 of the 331 px of the image it was found with
+    # wide: pixels at any image size, as in the paper; RandAugment: 150 of 331 px, the image size of its search
     largest[Operation.TRANSLATE_X] = 32 if is_wide else width * 150 / 331
     largest[Operation.TRANSLATE_Y] = 32 if is_wide else height * 150 / 331
     largest[Operation.ROTATE] = 135 if is_wide else 30

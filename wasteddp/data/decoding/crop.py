@@ -1,14 +1,10 @@
-"""The two views of an image: what training sees and what evaluation sees, both uint8 and square.
+"""The two views of an image: a random crop for training and the centre for evaluation, both uint8 and square.
 
 Legend: H W of the upright image, S the side of the view, B images in a batch, C = 3.
 
-Both decode no more pixels than they need (JPEG DCT scaling) and resize with antialiasing through torch's uint8 kernel:
-200 us for 512x384 to 224, against 730 us in Pillow. Normalising belongs on the device: uint8 is a quarter of the bytes.
-An `out` given is filled and returned, so that a loader's batch is written once.
-
-What a sample's bytes become: the view that is trained on, and the one that is evaluated.
-
-Legend: B images, C = 3, S the side.
+Both views decode only the pixels that they need (JPEG DCT scaling) and resize with antialiasing in torch's uint8
+kernel: 200 us for 512x384 to 224, compared with 730 us in Pillow. The device normalises, since uint8 has a quarter of
+the bytes. If `out` is given, it is filled and returned, so that a loader writes its batch only once.
 """
 
 from __future__ import annotations
@@ -30,8 +26,8 @@ from wasteddp.order.keyed_random import CROP, I64, uniform
 MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
 
-# `interpolate` answers in planes, and turning them into pixels took as long as the resize (170 us): this is the
-# operator behind it, told where to write.
+# `interpolate` returns planes, and converting them to pixels took as long as the resize (170 us). This is the operator
+# that it calls, with an output argument.
 _RESIZE = torch.ops.aten._upsample_bilinear2d_aa.out
 
 Box = tuple[int, int, int, int]  # top, left, height, width, px
@@ -47,24 +43,29 @@ def training_view(
     uniform: npt.NDArray[np.float64],
     out: ImageHWC | None = None,
 ) -> ImageHWC:
-    """A random crop of random area and aspect ratio, resized to uint8 [S, S, 3].
+    """Return a crop of random area and aspect ratio, resized to uint8 [S, S, 3].
 
     Args:
-        uniform: four numbers in [0, 1): area, ratio, top, left. The crop is a function of them and the image alone.
+        data: the image file.
+        image_size_px: S.
+        scale: smallest and largest fraction of the image's area.
+        ratio: smallest and largest width / height.
+        uniform: four numbers in [0, 1): area, ratio, top, left. The crop depends on them and the image's size only.
+        out: see the module.
 
     Raises:
         UndecodableError: see `decode_rgb`.
     """
     known = header(data)
     box = crop_box(known.height, known.width, scale=scale, ratio=ratio, uniform=uniform)
-    # colour at half resolution is repeated, not interpolated: 40 of 360 us less, and no difference that training sees
+    # is_fast repeats colour of half resolution instead of interpolating it: 40 of 360 us less, no effect on training
     return _crop_resize(data, known, box, image_size_px, out, is_fast=True)
 
 
 def evaluation_view(data: bytes, *, image_size_px: int, resize_px: int, out: ImageHWC | None = None) -> ImageHWC:
-    """The shorter side resized to `resize_px`, the central square of it: uint8 [S, S, 3].
+    """Resize the shorter side to `resize_px` and return the central square: uint8 [S, S, 3].
 
-    It is computed as one crop of the original and one resize, so no pixel outside the crop is resized.
+    This is computed as one crop of the original and one resize, so pixels outside the crop are not resized.
 
     Raises:
         UndecodableError: see `decode_rgb`.
@@ -84,10 +85,11 @@ def crop_box(
     ratio: tuple[float, float],
     uniform: npt.NDArray[np.float64],
 ) -> Box:
-    """Where the random crop lies. Area uniform in `scale` of the image, log of width/height uniform in `ratio`.
+    """Return the box of a random crop: its area is uniform in `scale`, the log of width / height uniform in `ratio`.
 
-    Source: Szegedy et al. 2015 (Inception); torchvision's RandomResizedCrop draws up to ten times until the crop fits
-    and then takes the centre; here the first draw is trimmed to the image, so the cost and the draws are fixed.
+    torchvision's RandomResizedCrop draws up to ten times until a crop fits, and then uses the centre. Here the first
+    crop is trimmed to the image, so the cost and the number of random numbers are fixed.
+    Source: Szegedy et al. 2015 (Inception).
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * float(uniform[0]))
     aspect = exp(log(ratio[0]) + (log(ratio[1]) - log(ratio[0])) * float(uniform[1]))
@@ -101,9 +103,9 @@ def crop_box(
 def _crop_resize(
     data: bytes, known: Header, box: Box, image_size_px: int, out: ImageHWC | None, *, is_fast: bool
 ) -> ImageHWC:
-    """Decodes, crops `box` (in pixels of the full upright image) and resizes it to uint8 [S, S, 3].
+    """Decode, crop `box` (in pixels of the full upright image) and resize it to uint8 [S, S, 3].
 
-    The JPEG is decoded at the smallest DCT scale at which the crop still has S pixels on each side.
+    A JPEG is decoded at the smallest DCT scale at which the crop still has S pixels on each side.
     """
     height, width, _ = known
     top, left, crop_height, crop_width = box
@@ -121,13 +123,13 @@ def _crop_resize(
     )
     if out is None:
         out = np.empty((image_size_px, image_size_px, 3), np.uint8)
-    # False: corners are not aligned; None: the scale is that of the sizes
+    # False: corners are not aligned; None: the scale follows from the sizes
     _RESIZE(_as_1CHW(pixels[rows, columns]), (image_size_px, image_size_px), False, None, None, out=_as_1CHW(out))
     return out
 
 
 def _as_1CHW(pixels: ImageHWC) -> torch.Tensor:
-    """[H, W, C] -> [1, C, H, W] as a view: channels-last is the layout that the fast uint8 kernel wants."""
+    """[H, W, C] -> [1, C, H, W] as a view: the fast uint8 kernel needs channels-last memory."""
     return torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
 
 
@@ -135,7 +137,7 @@ def _as_1CHW(pixels: ImageHWC) -> torch.Tensor:
 def normalising(
     device: torch.device, mean: Sequence[float] = MEAN_RGB, std: Sequence[float] = STD_RGB
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift and factor for pixels in 0..255, [1, 3, 1, 1], made once: making them waits for the device."""
+    """Return shift and factor for pixels in 0..255, [1, 3, 1, 1]; cached, since creating them waits for the device."""
     shift, factor = [255.0 * m for m in mean], [1.0 / (255.0 * s) for s in std]
     return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (shift, factor))  # type: ignore[return-value]
 
@@ -145,20 +147,28 @@ def normalise(
     mean: tuple[float, float, float] = MEAN_RGB,
     std: tuple[float, float, float] = STD_RGB,
 ) -> torch.Tensor:
-    """uint8 [B, 3, H, W] in 0..255 -> float32 of zero mean and unit variance: (x / 255 - mean) / std."""
+    """Return (x / 255 - mean) / std, which has about zero mean and unit variance: uint8 [B, 3, H, W] -> float32."""
     shift, factor = normalising(images_BCHW.device, mean, std)
     return (images_BCHW.float() - shift) * factor
 
 
 class View(Protocol):
-    """What a sample's bytes become."""
+    """Converts the bytes of a sample to an image of a batch."""
 
     def draws(self, samples: I64, epoch: int) -> Draws:
-        """The random numbers of each sample, [B, any]: in one go, since numpy's overhead is that of a call (60 us)."""
+        """Return the random numbers of each sample, [B, any]. Pass many samples: a call costs 60 us in numpy."""
 
     def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> Encoded | None:
-        """Writes the view of one sample, uint8 [S, S, C], or returns what is left to the device. `draws` is its row.
-        UndecodableError: it cannot be had."""
+        """Write the view of one sample into `out`, or return the encoded image for the device to decode.
+
+        Args:
+            out: uint8 [S, S, C].
+            data: the bytes of the sample.
+            draws: its row of `draws`.
+
+        Raises:
+            UndecodableError: see `decode_rgb`.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +178,7 @@ class TrainingView:
     seed: int
     scale: tuple[float, float]
     ratio: tuple[float, float]
-    on_device: bool = False  # plain JPEGs are left to the device
+    on_device: bool = False  # leave plain JPEGs to the device
 
     def draws(self, samples: I64, epoch: int) -> Draws:
         return uniform(CROP, self.seed, epoch, samples, num=4)
@@ -183,7 +193,7 @@ class TrainingView:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationView:
-    """The centre; no chance in it."""
+    """The centre of the image, without random choices."""
 
     resize_px: int
 

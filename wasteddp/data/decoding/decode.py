@@ -1,12 +1,12 @@
-"""Bytes of an image file -> RGB array. The one place that calls a decoder; no torch here.
+"""Bytes of an image file -> RGB array, and RGB array -> JPEG. All calls of decoders on the CPU are here; no torch.
 
 Legend: H W are pixels of the upright image, after its EXIF orientation.
 
-JPEG goes through libjpeg-turbo (simplejpeg): 260 us for 512x384 on one core against 600-900 us through Pillow, and it
-can decode at 1/2, 1/4, 1/8 of the size for less (its other scales cost more than the whole image: 5/8 takes 610 us,
-7/8 takes 990). Everything else, and CMYK JPEG, goes through Pillow.
+libjpeg-turbo (simplejpeg) decodes JPEG: 260 us for 512x384 on one core, compared with 600-900 us in Pillow. It decodes
+faster at 1/2, 1/4 and 1/8 of the size; its other scales take longer than the whole image (5/8 takes 610 us, 7/8 takes
+990). Pillow decodes CMYK JPEG and all other formats.
 
-RGB pixels -> JPEG bytes, for what cannot go into a shard as it is. The same pixels give the same bytes.
+Images that cannot be stored in a shard unchanged are encoded as JPEG again. The same pixels give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from PIL import Image, ImageOps
 ImageHWC = npt.NDArray[np.uint8]
 GreyHW = npt.NDArray[np.uint8]
 
-# 178 million pixels are half a gigabyte of RGB. Pillow calls twice its default of 89 million a bomb; so do we.
+# 178 million pixels are half a gigabyte of RGB. As in Pillow, twice its default of 89 million is a decompression bomb.
 MAX_PIXELS = 178_956_970
-Image.MAX_IMAGE_PIXELS = None  # the limit above is checked here, on the header, before any pixel is decoded
+Image.MAX_IMAGE_PIXELS = None  # `header` checks the limit above before pixels are decoded
 
-# What photographs come in. Pillow knows forty formats more; one of them, EPS, is a program that Ghostscript would run.
+# Formats of photographs. Pillow reads forty others; one of them, EPS, is a program that Ghostscript would run.
 Image.init()
 _FORMATS: list[str] = [
     name
@@ -43,7 +43,7 @@ DEFAULT_QUALITY = 95
 
 
 class Header(NamedTuple):
-    """What an image's first bytes say: size upright, and its EXIF orientation."""
+    """The contents of an image's header: the size of the upright image, and its EXIF orientation."""
 
     height: int
     width: int
@@ -51,14 +51,14 @@ class Header(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A plain JPEG that is left to be decoded on the device, and what is wanted of it: top, left, height, width, px."""
+    """A plain JPEG to decode on the device, and the crop to take from it: top, left, height, width, px."""
 
     data: bytes
     box: tuple[int, int, int, int]
 
 
 class UndecodableError(ValueError):
-    """The bytes are no image that can be decoded. `reason` is a word of `manifest.REASONS`."""
+    """The bytes are not an image that can be decoded. `reason` is one of `manifest.REASONS`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -70,22 +70,22 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def orientation(data: bytes) -> int:
-    """EXIF orientation of a JPEG, 1 (upright) to 8; 1 where there is none."""
+    """Return the EXIF orientation of a JPEG, 1 (upright) to 8; 1 if it has none."""
     if not _has_segment(data, _APP1, b"Exif\x00\x00"):
         return _UPRIGHT
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             value = image.getexif().get(_ORIENTATION_TAG, _UPRIGHT)
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception:  # a damaged EXIF block does not mean damaged pixels
         return _UPRIGHT
     return value if value in range(1, 9) else _UPRIGHT
 
 
 def header(data: bytes) -> Header:
-    """Size and orientation, from the header alone: 5 us for a JPEG.
+    """Return size and orientation, without decoding pixels; 5 us for a JPEG.
 
     Raises:
-        UndecodableError: empty, no image, or more than `MAX_PIXELS`.
+        UndecodableError: the data is empty, not an image, or has more than `MAX_PIXELS`.
     """
     if not data:
         raise UndecodableError("empty", "the file has 0 bytes")
@@ -96,18 +96,18 @@ def header(data: bytes) -> Header:
         else:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
-                # Asking a PNG for its EXIF block decodes it whole: a bomb must be found before that.
+                # Reading the EXIF block of a PNG decodes the whole image, so a bomb must be found before that.
                 fits = height * width <= MAX_PIXELS
                 turn = image.getexif().get(_ORIENTATION_TAG, _UPRIGHT) if fits else _UPRIGHT
     except Exception as error:
         raise UndecodableError(_reason(error), _first_line(error)) from error
     if height * width > MAX_PIXELS:
-        raise UndecodableError("too_large", f"{width}x{height} px, the limit is {MAX_PIXELS:,} pixels")
-    return Header(width, height, turn) if turn >= 5 else Header(height, width, turn)  # 5 to 8 lie on their side
+        raise UndecodableError("too_large", f"{width}x{height} px; the limit is {MAX_PIXELS:,} pixels")
+    return Header(width, height, turn) if turn >= 5 else Header(height, width, turn)  # 5 to 8 are rotated by 90 degrees
 
 
 def size_px(data: bytes) -> tuple[int, int]:
-    """(H, W) of the upright image; see `header`."""
+    """Return (H, W) of the upright image; see `header`."""
     return header(data)[:2]
 
 
@@ -119,16 +119,20 @@ def decode_rgb(
     min_width_px: int = 0,
     is_fast: bool = False,
 ) -> ImageHWC:
-    """Upright RGB pixels, uint8 [H, W, 3].
+    """Return upright RGB pixels, uint8 [H, W, 3].
 
-    With `min_height_px` and `min_width_px` (of the upright image) a JPEG may come back at a half, a quarter or an
-    eighth of its size, but no side smaller than asked for. `is_fast` repeats a JPEG's colour where it is stored at half
-    resolution, instead of interpolating it. `known` is what `header` said of these bytes, if it was asked before.
+    Args:
+        data: the image file.
+        known: the result of `header`, if it is known already.
+        min_height_px: with `min_width_px`, allows decoding a JPEG at a half, a quarter or an eighth of its size, as
+            long as both sides of the upright image have at least these lengths. 0: full size.
+        min_width_px: see `min_height_px`.
+        is_fast: repeat a JPEG's colour, if it is stored at half resolution, instead of interpolating it.
 
     Raises:
-        UndecodableError: empty, truncated, no image, or more than `MAX_PIXELS`.
+        UndecodableError: the data is empty, truncated, not an image, or has more than `MAX_PIXELS`.
     """
-    *size, turn = known or header(data)  # refuses bombs before anything is allocated
+    *size, turn = known or header(data)  # refuses bombs before memory is allocated
     if is_jpeg(data):
         height, width = _scaled(size[0], size[1], min_height_px, min_width_px)
         if turn >= 5:
@@ -143,7 +147,7 @@ def decode_rgb(
 
 
 def _scaled(height: int, width: int, min_height_px: int, min_width_px: int) -> tuple[int, int]:
-    """(H, W) at the smallest of the cheap DCT scales that is large enough; (0, 0), all, where no limit is."""
+    """Return (H, W) at the smallest fast DCT scale that is large enough; (0, 0), for full size, without limits."""
     if not min_height_px and not min_width_px:
         return 0, 0
     for factor in (8, 4, 2):
@@ -154,22 +158,27 @@ def _scaled(height: int, width: int, min_height_px: int, min_width_px: int) -> t
 
 
 def is_plain_jpeg(data: bytes) -> bool:
-    """Whether this is a JPEG that every reader sees alike: upright, grey or YCbCr or RGB, one picture (no MPO)."""
+    """Return whether every decoder shows this JPEG alike: upright; grey, YCbCr or RGB; one image (not MPO)."""
     if not is_jpeg(data) or _has_segment(data, _APP2, b"MPF\x00") or orientation(data) != _UPRIGHT:
         return False
     return simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr", "RGB")
 
 
 def decode_gray(data: bytes, *, min_side_px: int, is_plain: bool) -> GreyHW:
-    """Grey pixels, a JPEG's at a reduced size (no side under `min_side_px`): the cheapest proof that it decodes whole.
+    """Return grey pixels, uint8 [H, W]: the fastest test that an image can be decoded completely.
 
-    The caller has asked `size_px` before, which refuses bombs, and knows what `is_plain_jpeg` says.
+    Call `size_px` first, which refuses bombs.
 
-    All compressed bytes of a JPEG are decoded, colour too; only the inverse DCT is done for grey and at a fraction of
-    the size. With random bit errors it refuses the same files as a full decode does (116 of 300), in half the time.
+    All compressed bytes of a JPEG are decoded, including colour; only the inverse DCT is limited to grey and a fraction
+    of the size. With random bit errors it refuses the same files as a full decode does (116 of 300), in half the time.
+
+    Args:
+        data: the image file.
+        min_side_px: a JPEG may be decoded at a reduced size, as long as its sides have at least this length.
+        is_plain: the result of `is_plain_jpeg`.
 
     Raises:
-        UndecodableError: truncated, or no image.
+        UndecodableError: the data is truncated, or not an image.
     """
     if not is_plain:
         return np.asarray(Image.fromarray(decode_rgb(data)).convert("L"))
@@ -183,12 +192,12 @@ def decode_gray(data: bytes, *, min_side_px: int, is_plain: bool) -> GreyHW:
 
 
 def _has_segment(data: bytes, marker: int, begins_with: bytes) -> bool:
-    """Whether a JPEG has such a segment before its pixels: 3 us, a third of what searching its bytes takes."""
+    """Return whether a JPEG has such a segment before its pixels; 3 us, a third of the time of a byte search."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != _START_OF_SCAN:
         if data[position + 1] == marker and data.startswith(begins_with, position + 4):
             return True
-        is_fill = data[position + 1] == 0xFF  # any number of these may stand before a marker
+        is_fill = data[position + 1] == 0xFF  # any number of these may precede a marker
         position += 1 if is_fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return False
 
@@ -196,7 +205,7 @@ def _has_segment(data: bytes, marker: int, begins_with: bytes) -> bool:
 def _decode_with_pillow(data: bytes) -> ImageHWC:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            warnings.simplefilter("ignore")  # palettes with transparency and the like; the result is checked
+            warnings.simplefilter("ignore")  # about palettes with transparency, for example
             image.load()
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))  # a copy: Pillow's own memory is read-only
     except Exception as error:
@@ -204,7 +213,7 @@ def _decode_with_pillow(data: bytes) -> ImageHWC:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB on white where the image was transparent; 16-bit grey is scaled to 8 bits instead of clipped at 255."""
+    """Convert to RGB: transparent parts become white; 16-bit grey is scaled to 8 bits instead of clipped at 255."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         levels = np.asarray(image, dtype=np.float64)
         top = 65535.0 if levels.max(initial=0) > 255 else 255.0
@@ -216,7 +225,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _turned(pixels: ImageHWC, turn: int) -> ImageHWC:
-    """Upright pixels for EXIF orientation `turn` (2 to 8): EXIF 2.32, table of tag 0x0112."""
+    """Return upright pixels for EXIF orientation `turn` (2 to 8). Source: EXIF 2.32, table of tag 0x0112."""
     if turn >= 5:
         pixels = pixels.transpose(1, 0, 2)  # 5: mirrored along the main diagonal
     vertical = turn in (3, 4, 7, 8)
@@ -236,16 +245,16 @@ def _first_line(error: Any) -> str:
 
 
 def encode_jpeg(pixels_HWC: ImageHWC, *, quality: int) -> bytes:
-    """Full colour resolution (4:4:4): chroma subsampling would blur the edges of small coloured things."""
+    """Encode with full colour resolution (4:4:4): subsampling would blur the edges of small coloured objects."""
     encoded: bytes = simplejpeg.encode_jpeg(pixels_HWC, quality=quality, colorspace="RGB", colorsubsampling="444")
     return encoded
 
 
 def reencode(data: bytes, *, max_side_px: int | None, quality: int) -> bytes:
-    """Any image as an upright RGB JPEG, no side longer than `max_side_px`; smaller images are never enlarged.
+    """Return any image as an upright RGB JPEG with sides of at most `max_side_px`; images are never enlarged.
 
     Raises:
-        UndecodableError: the bytes are no image that can be decoded.
+        UndecodableError: see `decode_rgb`.
     """
     height, width = size_px(data)
     scale = min(1.0, (max_side_px or height + width) / max(height, width))

@@ -1,8 +1,8 @@
-"""Decoding processes as their parent sees them: started, given tasks, replaced when they die.
+"""A pool of decoding processes: it starts workers, sends them tasks, and replaces workers that die.
 
-A task is some rows of a batch. Each worker has its own socket and a queue of tasks in it; nobody waits for a lock that
-a killed process could hold. A worker that dies is replaced and gets its unanswered tasks again: a task only writes its
-own rows, so doing it twice changes nothing. A row at which two workers died is answered as a failure of that row.
+A task is some rows of a batch. Each worker has its own socket, which queues its tasks, so no process waits for a lock
+that a killed process could hold. A worker that dies is replaced, and the new worker gets its unanswered tasks. A task
+writes only its own rows, so running it twice has no effect. A row at which two workers died counts as a failed row.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import AT_WORK_DTYPE, NUMBER, REAP, START, UNKNOWN, Answer, Failure, Rows
 from wasteddp.errors import WorkerError
 
-KILLED = "killed"  # a failure of a row, as `worker.UNREAD`
+KILLED = "killed"  # a kind of failure, as is `worker.UNREAD`
 
 _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _DEATHS_OF_A_ROW = 2
-_DEATHS_IN_A_ROW = 10  # of a worker, without an answer between
-_MOST_SHARDS = 128  # that a worker has open
+_DEATHS_IN_A_ROW = 10  # of a worker, without an answer in between
+_MOST_SHARDS = 128  # that a worker keeps open
 _DESCRIPTORS_AT_ONCE = 200  # Linux sends at most 253 in a message (SCM_MAX_FD)
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -47,8 +47,8 @@ Opened = Callable[[int], AbstractContextManager[int]]  # the descriptor of a sha
 class Task:
     """Rows of a batch for one worker."""
 
-    memory: int  # key of the memory that the batch stands in
-    offset: int  # of the batch in it, bytes
+    memory: int  # key of the memory that holds the batch
+    offset: int  # of the batch in the memory, bytes
     side: int  # S
     view: View
     rows_offset: int  # of the rows' records in the memory, bytes
@@ -65,14 +65,14 @@ class _Worker:
     pid: int
     end: Connection
     tasks: deque[Task] = field(default_factory=deque)
-    shards: dict[int, None] = field(default_factory=dict)  # what it has open, the oldest first
-    deaths: int = 0  # without an answer between
+    shards: dict[int, None] = field(default_factory=dict)  # open shards, the oldest first
+    deaths: int = 0  # without an answer in between
 
 
 class DecodeServer:
-    """The process that forks workers, for all pools of this process. It imports the decoders in the background.
+    """A process that forks workers, for all pools of this process. It imports the decoders in the background.
 
-    It is a new interpreter, so it does not matter whether CUDA or threads were started before.
+    It is a new interpreter, so CUDA and threads of this process do not affect it.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class DecodeServer:
         return self._process.pid
 
     def fork(self, end: int) -> int:
-        """The pid of a new worker, which has the descriptor `end`. A server that was killed is started again."""
+        """Fork a worker that owns the descriptor `end`, and return its pid. A killed server is restarted."""
         with self._lock:
             try:
                 return self._asked_to_fork(end)
@@ -94,7 +94,10 @@ class DecodeServer:
                 return self._asked_to_fork(end)
 
     def exit_code(self, pid: int) -> int:
-        """Of a worker that closed its socket; minus the signal that killed it; UNKNOWN if another server started it."""
+        """Return the exit code of a worker that closed its socket; -N if signal N killed it.
+
+        UNKNOWN if another server started the worker, or the server is dead.
+        """
         with self._lock:
             try:
                 self._control.sendall(REAP + NUMBER.pack(pid))
@@ -103,7 +106,7 @@ class DecodeServer:
                 return UNKNOWN
 
     def close(self) -> None:
-        """Ends it, and the kernel ends what workers are left."""
+        """Kill the server; the kernel then kills the remaining workers."""
         with self._lock:
             self._end()
 
@@ -117,7 +120,7 @@ class DecodeServer:
 
     def _begin(self) -> None:
         self._control, its = socket.socketpair()
-        # blocked for the server and all that it forks, from its first instruction: the parent decides what they mean
+        # blocked in the server and its workers from their first instruction: the parent handles these signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         try:
             with its:
@@ -133,7 +136,7 @@ class DecodeServer:
 
     def _end(self) -> None:
         self._control.close()
-        self._process.kill()  # SIGTERM is blocked there, and nothing of it is worth waiting for
+        self._process.kill()  # SIGTERM is blocked there, and it has nothing to save
         self._process.wait()
 
     def _asked_to_fork(self, end: int) -> int:
@@ -151,11 +154,11 @@ class DecodePool:
     """Processes that fill rows of batches.
 
     Args:
-        num_workers: how many.
-        opened: gives the descriptor of a shard, which may have to be waited for.
-        is_idle: they run only when nothing else wants a core (Linux).
-        warn: is told of each death.
-        server: that forks them; one of the pool's own, if left out.
+        num_workers: number of processes.
+        opened: returns a context with the descriptor of a shard; it may wait for the shard.
+        is_idle: the workers run only when a core has no other work (Linux).
+        warn: called with a message for each worker that died.
+        server: forks the workers; if left out, the pool starts its own.
     """
 
     def __init__(
@@ -172,7 +175,7 @@ class DecodePool:
         self._at_work = SharedMemory(num_workers * AT_WORK_DTYPE.itemsize)
         self.at_work = self._at_work.view(0, self._at_work.num_bytes).view(AT_WORK_DTYPE)
         self.at_work["row"] = -1
-        self._lock = threading.RLock()  # tasks of a remote set are sent by a thread of the loader's
+        self._lock = threading.RLock()  # a thread of the loader sends the tasks of a remote set
         self._broken: WorkerError | None = None
         self._selector = selectors.DefaultSelector()
         self._server, self._is_own_server = server or DecodeServer(), server is None
@@ -193,21 +196,23 @@ class DecodePool:
         return [worker.pid for worker in self._workers]
 
     def share(self, key: int, memory: SharedMemory) -> None:
-        """All workers map it, those that come later too."""
+        """Map a memory in all workers, including those that start later."""
         with self._lock:
             self._memories[key] = memory
             for worker in self._workers:
                 _send_memory(worker, key, memory)
 
     def submit(self, task: Task, worker: int, *, wanted: frozenset[int] | None = None) -> None:
-        """Gives a worker (modulo their number) a task, with the descriptors of the shards that it does not have.
+        """Send a task to a worker, with the descriptors of the shards that it does not have open.
 
         Args:
-            wanted: the shards that may stay open; others are closed. None: the last `_MOST_SHARDS`.
+            task: to run.
+            worker: its number, modulo the number of workers.
+            wanted: the shards that the worker may keep open; it closes all others. None: the last `_MOST_SHARDS`.
         """
         needed = dict.fromkeys(task.rows["shard"].tolist())
         with ExitStack() as stack:
-            # waited for without the lock: another thread may answer for the workers meanwhile
+            # wait without the lock, so that another thread can receive answers meanwhile
             descriptors = {shard: stack.enter_context(self._opened(shard)) for shard in needed}
             with self._lock:
                 target = self._workers[worker % len(self._workers)]
@@ -216,7 +221,7 @@ class DecodePool:
                 _send_task(target, task, descriptors, wanted)
 
     def drop(self, shard: int) -> None:
-        """All workers close a shard, whose file was replaced."""
+        """Close a shard in all workers, because its file was replaced."""
         with self._lock:
             for worker in self._workers:
                 if shard in worker.shards:
@@ -224,11 +229,11 @@ class DecodePool:
                     _send(worker, ("drop", [shard]))
 
     def wait(self, tasks: Iterable[Task]) -> None:
-        """Until all are answered.
+        """Wait until all tasks are answered.
 
         Raises:
-            WorkerError: the processes die as fast as they are started.
-            RuntimeError: a fault of the program in one of them, with its traceback.
+            WorkerError: a worker dies each time it is started.
+            RuntimeError: a worker raised an unexpected exception; the message has its traceback.
         """
         for task in tasks:
             while task.answer is None:
@@ -277,7 +282,7 @@ class DecodePool:
             task.answer = sorted([*failures, *task.killed]), left
 
     def _replace(self, dead: _Worker) -> None:
-        """Starts another in its place with the same tasks. The row that it died at is left out the second time."""
+        """Start another worker with the same tasks; a row at which a second worker died is removed from its task."""
         self._selector.unregister(dead.end)
         dead.end.close()
         how = _describe_end(self._server.exit_code(dead.pid))
@@ -293,13 +298,13 @@ class DecodePool:
                 task.rows = task.rows[:-1]
                 task.killed.append((row, KILLED, f"it killed {_DEATHS_OF_A_ROW} decoding processes (the last {how})"))
         at["row"] = -1
-        self._warn(f"decoding process {dead.number} (pid {dead.pid}) {how}{where}; another takes its place")
+        self._warn(f"decoding process {dead.number} (pid {dead.pid}) {how}{where}; a new one replaces it")
         if dead.deaths + 1 >= _DEATHS_IN_A_ROW:
             self._broken = WorkerError(
                 f"decoding process {dead.number} {how} {_DEATHS_IN_A_ROW} times in a row without finishing a task",
-                "no batch would ever be whole",
-                "look for an out-of-memory message in the kernel's log (dmesg) or the cluster's; fewer processes "
-                "need less memory, '4 threads' none: data.workers, of a command --workers",
+                "no batch would ever be complete",
+                "look for an out-of-memory message in the log of the kernel (dmesg) or the cluster; if there is one, "
+                "set data.workers (for a command, --workers) to fewer processes, or to threads, such as '4 threads'",
             )
             raise self._broken
         fresh = self._start(dead.number)
@@ -313,7 +318,7 @@ class DecodePool:
                 _send_task(fresh, task, descriptors, None)
 
     def longest(self) -> tuple[int, int, float] | None:
-        """(worker, sample, seconds) of the one that has been longest at one sample; None where all are idle."""
+        """Return (worker, sample, seconds) for the worker that is longest at one sample; None if all are idle."""
         busy = [
             (float(entry["since_s"]), number, int(entry["sample"]))
             for number, entry in enumerate(self.at_work.copy())
@@ -335,7 +340,7 @@ def _describe_end(code: int) -> str:
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """One thread in each process, since one with several should not fork; no GPU: importing must not touch one."""
+    """Return the server's environment: one thread, since a process with more should not fork, and no GPUs."""
     return {**environment, **dict.fromkeys(_THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -364,20 +369,20 @@ def _send_memory(worker: _Worker, key: int, memory: SharedMemory) -> None:
 
 
 def _send(worker: _Worker, message: tuple[Any, ...]) -> None:
-    # not `send`: it sends io.BytesIO.getbuffer(), and where the worker is dead, the error's traceback keeps that buffer
-    # until it is collected, which crashes Python 3.12.1
+    # Not `Connection.send`: it sends io.BytesIO.getbuffer(). If the worker is dead, the traceback of the error keeps
+    # that buffer until it is garbage-collected, which crashes Python 3.12.1.
     data = pickle.dumps(message)
-    with _death_is_seen_later():
+    with _ignore_dead_worker():
         worker.end.send_bytes(data)
 
 
 def _send_descriptors(worker: _Worker, descriptors: list[int]) -> None:
-    with _death_is_seen_later(), socket.socket(fileno=os.dup(worker.end.fileno())) as end:
+    with _ignore_dead_worker(), socket.socket(fileno=os.dup(worker.end.fileno())) as end:
         socket.send_fds(end, [b"d"], descriptors)
 
 
 @contextmanager
-def _death_is_seen_later() -> Iterator[None]:
-    """A worker that died is found, and gets all of it again, when its answer is waited for."""
+def _ignore_dead_worker() -> Iterator[None]:
+    """Ignore that a worker died: `wait` notices it, and sends its messages to a new worker."""
     with suppress(BrokenPipeError, ConnectionResetError):
         yield

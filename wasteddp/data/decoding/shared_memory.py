@@ -1,8 +1,8 @@
-"""Memory that several processes write to: without a name, so that nothing stays behind when they die.
+"""Memory that several processes write to. It has no name, so nothing remains after the processes end.
 
-A memfd needs no /dev/shm, which containers limit to 64 MB, but counts as memory of the container. Where the kernel or a
-seccomp profile refuses it, an unlinked file in /dev/shm or in the folder for temporary files takes its place. All pages
-are reserved at once: writing to a page that cannot be had would be a bus error.
+A memfd does not use /dev/shm, which containers limit to 64 MB, but counts as memory of the container. If the kernel or
+a seccomp profile refuses it, an unlinked file in /dev/shm or in the folder for temporary files is used instead. All
+pages are reserved at the start, since writing to a page that is not available would be a bus error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wasteddp.errors import SettingsError
 
 
 class SharedMemory:
-    """A mapping of `num_bytes`, and the descriptor by which other processes map it too."""
+    """A mapping of `num_bytes`, and the descriptor with which other processes map the same memory."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -29,11 +29,11 @@ class SharedMemory:
         self._registered_at = 0
 
     def view(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Part of it, uint8 [num_bytes]. The mapping lives as long as one of these does."""
+        """Return a part of the memory, uint8 [num_bytes]. The mapping exists as long as one of its views does."""
         return np.frombuffer(self._map, np.uint8, num_bytes, offset)
 
     def register_with_cuda(self) -> bool:
-        """Page-locks it, so that a GPU copies from it directly. False where the driver refuses."""
+        """Page-lock the memory, so that a GPU copies from it directly; return whether the driver allowed it."""
         address = self.view(0, self.num_bytes).ctypes.data
         # Source: CUDA Runtime API, cudaHostRegister; flags 0 is cudaHostRegisterDefault
         if int(_cudart().cudaHostRegister(address, self.num_bytes, 0)) != 0:
@@ -42,11 +42,11 @@ class SharedMemory:
         return True
 
     def close(self) -> None:
-        """Closes the descriptor. The pages are given back when the last view is gone."""
+        """Close the descriptor. The pages are freed after the last view is deleted."""
         if self._registered_at:
             import torch
 
-            torch.cuda.synchronize()  # a copy from it may be under way
+            torch.cuda.synchronize()  # a copy from the memory may be in progress
             _cudart().cudaHostUnregister(self._registered_at)
             self._registered_at = 0
         if self.descriptor >= 0:
@@ -55,13 +55,13 @@ class SharedMemory:
 
 
 def _cudart() -> Any:
-    import torch  # here: the rest of this module must not load it
+    import torch  # imported here, since the rest of the module does not need it
 
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def map_shared(descriptor: int, num_bytes: int) -> mmap.mmap:
-    """The mapping of a descriptor that another process made; the descriptor is closed."""
+    """Map the memory of a descriptor from another process, and close the descriptor."""
     try:
         return mmap.mmap(descriptor, num_bytes)
     finally:
@@ -69,7 +69,7 @@ def map_shared(descriptor: int, num_bytes: int) -> mmap.mmap:
 
 
 def _reserve(num_bytes: int) -> tuple[int, str]:
-    """(descriptor, kind) of the first kind of memory that can be had whole."""
+    """Reserve memory of the first kind that is available; return (descriptor, kind)."""
     refused = []
     for kind, make in _KINDS.items():
         descriptor = -1
@@ -84,10 +84,10 @@ def _reserve(num_bytes: int) -> tuple[int, str]:
             if descriptor >= 0:
                 os.close(descriptor)
     raise SettingsError(
-        f"{num_bytes:,} bytes that decoding processes share cannot be had ({'; '.join(refused)})",
-        "the processes would have nowhere to put their images",
-        f"free that much memory or disk, name a folder that has it in TMPDIR ({tempfile.gettempdir()} was tried), set "
-        "data.prefetch or train.batch_size lower, or decode in threads: data.workers='4 threads', of a command "
+        f"{num_bytes:,} bytes of shared memory for the decoding processes are not available ({'; '.join(refused)})",
+        "the processes would have no memory for their images",
+        f"free that much memory or disk space, set TMPDIR to a folder that has it ({tempfile.gettempdir()} was tried), "
+        "set data.prefetch or train.batch_size lower, or decode in threads: data.workers='4 threads', for a command "
         "--workers '4 threads'",
     )
 

@@ -1,12 +1,12 @@
-"""The decoding processes: a server that forks them, and what each of them does.
+"""The decoding processes: a server that forks workers, and the workers.
 
-The server is a new interpreter that imports the decoders once and then forks a worker whenever it is asked to. A worker
-starts in milliseconds and shares the server's memory; neither has seen CUDA, threads or the training program.
-`decode_pool` is the other side of both sockets.
+The server is a new interpreter that imports the decoders once and then forks a worker on each request. A worker starts
+in milliseconds and shares the server's memory. Neither has loaded CUDA, threads or the training program. `pool` is the
+other end of their sockets.
 
-How it ends: the server leaves when its parent's socket closes or its parent is gone, and the kernel kills the workers
-with the server (PR_SET_PDEATHSIG). A worker also leaves when its own socket closes. Signals are blocked in all of them:
-the parent decides what Ctrl-C and SIGTERM mean. No lock is shared, so a process may be killed at any instruction.
+The server exits when its parent closes the socket or ends, and the kernel kills the workers with the server
+(PR_SET_PDEATHSIG). A worker also exits when its own socket closes. Signals are blocked in all of them, since the parent
+handles Ctrl-C and SIGTERM. The processes share no locks, so a process may be killed at any instruction.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import UndecodableError
 from wasteddp.data.decoding.shared_memory import map_shared
 
-# Sent to the server: a byte and, for START, a descriptor. Answered by a number: the worker's pid, or how it ended.
+# A request to the server is a byte, with a descriptor for START. The answer is a number: a worker's pid or exit code.
 START, REAP = b"s", b"r"
 NUMBER = struct.Struct("q")
 _PARENT_CHECK_S = 1.0
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 
-UNKNOWN = 1 << 40  # how a worker ended that another server had started
+UNKNOWN = 1 << 40  # the exit code of a worker that another server started
 
-# One row of a task. `draws` has the view's numbers first; no view needs more than four.
+# One row of a task. `draws` begins with the random numbers of the view, at most four.
 Rows = npt.NDArray[np.void]
 ROW_DTYPE = np.dtype(
     [
@@ -54,53 +54,53 @@ ROW_DTYPE = np.dtype(
         ("draws", "f8", (4,)),
     ]
 )
-# What a worker is at, in memory that its parent reads: row of its task (-1: none), sample, since when (monotonic, s).
+# A worker's current row of its task (-1: none), sample and start time (monotonic, s), in memory that its parent reads.
 AT_WORK_DTYPE = np.dtype([("row", "i8"), ("sample", "i8"), ("since_s", "f8")])
 
-WHOLE = -1  # the length of a row that is a file of its own, of which no sha256 is known
+WHOLE = -1  # the length of a row that is a whole file, whose sha256 is not known
 
 UNREAD, UNDECODABLE = "unread", "undecodable"
-Failure = tuple[int, str, str]  # row of the batch, UNREAD or UNDECODABLE, the reason in words
-Left = tuple[int, bytes | int, tuple[int, int, int, int]]  # row, a JPEG or its length where it stands in its row, box
+Failure = tuple[int, str, str]  # row of the batch, UNREAD or UNDECODABLE, message
+Left = tuple[int, bytes | int, tuple[int, int, int, int]]  # row; a JPEG, or its length if the row holds it; box
 Answer = tuple[list[Failure], list[Left]]
 
 
 def serve(descriptor: int) -> None:
-    """The server's life. `descriptor`: its end of the socket to the parent."""
+    """Run the server. `descriptor` is its end of the socket to the parent."""
     parent = os.getppid()
-    asked = socket.socket(fileno=descriptor)
-    torch.set_num_threads(1)  # the resize must not start a team of threads for each image
+    requests = socket.socket(fileno=descriptor)
+    torch.set_num_threads(1)  # resizing must not start a team of threads for each image
     while True:
-        if not select.select([asked], [], [], _PARENT_CHECK_S)[0]:
+        if not select.select([requests], [], [], _PARENT_CHECK_S)[0]:
             if os.getppid() != parent:
                 return
             continue
-        command, descriptors, _, _ = socket.recv_fds(asked, 1, 1)
+        command, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
         if not command:
             return
         if command == REAP:
-            asked.sendall(NUMBER.pack(_how_it_ended(*NUMBER.unpack(asked.recv(NUMBER.size, socket.MSG_WAITALL)))))
+            requests.sendall(NUMBER.pack(_how_it_ended(*NUMBER.unpack(requests.recv(NUMBER.size, socket.MSG_WAITALL)))))
             continue
         server, worker = os.getpid(), os.fork()
         if worker == 0:
-            asked.close()
+            requests.close()
             _die_with(server)
             code = 1
             try:
                 work(Connection(descriptors[0]))
                 code = 0
             except (EOFError, ConnectionError):
-                code = 0  # the parent is gone or has no more work
+                code = 0  # the parent ended or closed the socket
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(code)
         os.close(descriptors[0])
-        asked.sendall(NUMBER.pack(worker))
+        requests.sendall(NUMBER.pack(worker))
 
 
 def work(parent: Connection) -> None:
-    """A worker's life: takes tasks in the order of their coming and answers each. Raises EOFError at its end."""
+    """Run a worker: receive messages and answer tasks in order, until EOFError, when the parent closes the socket."""
     _, number, num_bytes, is_idle = parent.recv()
     at_work = np.frombuffer(map_shared(_received(parent, 1)[0], num_bytes), AT_WORK_DTYPE)[number : number + 1]
     if is_idle and hasattr(os, "SCHED_IDLE"):  # Linux; elsewhere the processes compete
@@ -131,7 +131,7 @@ def work(parent: Connection) -> None:
 def _fill(
     images: npt.NDArray[np.uint8], side: int, view: View, rows: Rows, shards: dict[int, int], at_work: Any
 ) -> Answer:
-    """Reads, proves and decodes each row into its place of the batch, uint8 [B, S, S, C] from the start of `images`."""
+    """Read, check and decode each row into its place in the batch: uint8 [B, S, S, C], at the start of `images`."""
     failures: list[Failure] = []
     left: list[Left] = []
     num_bytes = side * side * 3
@@ -146,7 +146,7 @@ def _fill(
             failures.append((row, UNREAD, error.strerror or ""))
             continue
         if length != WHOLE and sha256(data).digest() != record["sha256"].tobytes():
-            failures.append((row, UNREAD, ""))  # the parent reads it too, and knows how to say what is wrong
+            failures.append((row, UNREAD, ""))  # the parent reads it again and creates the message
             continue
         try:
             encoded = view.fill(place.reshape(side, side, 3), data, record["draws"])
@@ -161,10 +161,10 @@ def _fill(
 
 
 def _read(descriptor: int, length: int, offset: int) -> bytes:
-    """From there on, or the whole file. Its position is shared with other processes and stays as it is."""
+    """Read `length` bytes from `offset` on, or the whole file, without moving the position that processes share."""
     if length != WHOLE:
         return os.pread(descriptor, length, offset)
-    at_once = max(os.fstat(descriptor).st_size + 1, 1 << 16)  # /proc says 0
+    at_once = max(os.fstat(descriptor).st_size + 1, 1 << 16)  # files in /proc have size 0
     data = b""
     while part := os.pread(descriptor, at_once, len(data)):
         data += part
@@ -172,7 +172,7 @@ def _read(descriptor: int, length: int, offset: int) -> bytes:
 
 
 def _how_it_ended(pid: int) -> int:
-    """The exit code of a worker that has closed its socket; minus the signal that killed it."""
+    """Return the exit code of a worker that closed its socket; -N if signal N killed it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except ChildProcessError:
@@ -180,16 +180,16 @@ def _how_it_ended(pid: int) -> int:
 
 
 def _received(parent: Connection, num: int) -> list[int]:
-    """Descriptors, sent after a message with a byte of their own."""
+    """Receive descriptors, which follow a message with a separate byte."""
     with socket.socket(fileno=os.dup(parent.fileno())) as end:
         return socket.recv_fds(end, 1, num)[1]
 
 
 def _die_with(server: int) -> None:
-    """The kernel kills this process when the server dies. Linux only; elsewhere the closed socket ends it."""
+    """Let the kernel kill this process when the server dies. Linux only; elsewhere it ends when its socket closes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != server:  # it died before
+        if os.getppid() != server:  # it has already died
             os._exit(0)
 
 

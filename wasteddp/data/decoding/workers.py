@@ -1,4 +1,4 @@
-"""What decodes images for a network: threads of this process, or processes of their own, and how many."""
+"""The kind and number of workers that decode images for a network: threads or processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_THREADS, _MAX_PROCESSES = 8, 24
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """So many threads; processes, where there is a server that forks them."""
+    """A number of threads, or of processes if there is a server that forks them."""
 
     number: int
     server: DecodeServer | None = None
@@ -23,13 +23,14 @@ class Workers:
 
 @contextmanager
 def start_workers(asked: int | str, device_type: str, *, cores: int = 0) -> Iterator[Workers]:
-    """For a command that has the machine to itself, or `cores` of it.
+    """Choose workers for a command that may use all cores, or `cores` of them; start their server if they need one.
 
-    A server imports its modules while this process starts CUDA.
+    The server imports its modules while this process starts CUDA.
 
     Args:
         asked: as the setting data.workers.
         device_type: of the device that the network will run on, such as cuda.
+        cores: 0: all cores that this process may use.
     """
     data = Data(workers=asked)
     processes = data.uses_processes(device_type)
@@ -42,9 +43,9 @@ def start_workers(asked: int | str, device_type: str, *, cores: int = 0) -> Iter
 
 
 def default_workers(cores: int, *, processes: bool) -> int:
-    """What decodes for one process that computes and has so many cores.
+    """Return the number of workers for one training process with this many cores.
 
-    One core is left to the thread that launches kernels, from five cores on another to the backward pass's.
+    One core is reserved for the thread that launches kernels, and from five cores on another for the backward pass.
     """
     if not processes:
         return min(cores, _MAX_THREADS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import CheckpointError
-from wasteddp.settings import Data, Evaluate, Settings
+from wasteddp.settings import Data, Evaluate, Settings, leaves
 
 _OTHER_ORDER = "the order changes from here on: the current epoch repeats some images and misses others"
 
@@ -169,17 +169,9 @@ def changed_settings(then: str, now: Settings) -> list[str]:
     Args:
         then: the settings of the checkpoint, as YAML.
     """
-    old, new = dict(_leaves(yaml.safe_load(then), "")), dict(_leaves(now.model_dump(mode="json"), ""))
+    old, new = dict(leaves(yaml.safe_load(then))), dict(leaves(now.model_dump(mode="json")))
     return [
         f"changed: {key} was {old[key]!r} and is {value!r}"
         for key, value in new.items()
         if key in old and old[key] != value and key != "run.out"
     ]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -34,6 +34,7 @@ from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_run
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.distributed.same_ranks import refuse_different
 from wasteddp.training.watchdog.hard_exit import append_to_log
 from wasteddp.training.watchdog.slurm import Notice
 
@@ -124,6 +125,10 @@ class CheckpointManager:
             with self._world.together():
                 if path and not found:
                     found = reader.read(path)
+            if found:  # on all ranks
+                digests = self._world.gather({f"{found.path}": found.sha256[:12]})
+                refuse_different(digests, "give every machine the same checkpoint, or one file system for run.out")
+            with self._world.together():
                 if found:
                     changes = accepted_changes(found.progress.lineage, lineage, accepted, where=found.path)
                     self.changes = changes + changed_settings(found.settings_yaml, self._settings)

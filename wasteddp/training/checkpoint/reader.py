@@ -123,6 +123,7 @@ class Checkpoint:
     progress: Progress
     states: dict[str, State]  # "model", "optimizer" and others
     settings_yaml: str
+    sha256: str = ""  # of complete.json, which has those of all other files
 
 
 def step_of(path: Path) -> int:
@@ -228,7 +229,8 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: the checkpoint is missing, damaged, or of another format.
     """
     try:
-        complete = json.loads((path / COMPLETE).read_bytes())
+        proof = (path / COMPLETE).read_bytes()
+        complete = json.loads(proof)
         if complete["format"] != FORMAT or complete["format_version"] not in _READERS:
             raise ValueError(
                 f"its format is {complete['format']} {complete['format_version']}; "
@@ -244,7 +246,10 @@ def read(path: Path) -> Checkpoint:
         if missing := {"model", "optimizer"} - states.keys():
             raise ValueError(f"it has no state of: {', '.join(sorted(missing))}")
         raw.setdefault("best_in", measure_of_settings(yaml.safe_load(settings_yaml), lineage.manifest))  # until 2026-11
-        return Checkpoint(path, Progress(lineage=lineage, **raw), states, settings_yaml)
+        progress = Progress(lineage=lineage, **raw)
+        if _step_in(path) not in (0, progress.step):  # a checkpoint that was copied to an arbitrary name has step 0
+            raise ValueError(f"its name says step {_step_in(path)}, and it holds step {progress.step}")
+        return Checkpoint(path, progress, states, settings_yaml, hashlib.sha256(proof).hexdigest())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, yaml.YAMLError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(

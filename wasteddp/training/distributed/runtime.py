@@ -27,7 +27,7 @@ from wasteddp.errors import LaunchError, WastedError
 from wasteddp.order.plan import micro_batch
 from wasteddp.parallel import num_usable_cores, usable_cores
 from wasteddp.settings import Ddp, Settings
-from wasteddp.training.distributed import determinism, placement, precision
+from wasteddp.training.distributed import determinism, placement, precision, same_ranks
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 from wasteddp.training.watchdog import slurm
 from wasteddp.training.watchdog.watchdog import SLOW_FACTOR, Watchdog
@@ -215,6 +215,7 @@ def start(settings: Settings, watch: Watchdog | None = None, kept: Kept = NOTHIN
             "on a CPU, launch with `--config_file launch/accelerate/cpu2.yaml`; on GPUs, with `--multi_gpu`",
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if launched > 1 else None
+    _refuse_different_starts(settings, launched, control)  # all ranks
     watch = watch or Watchdog()
     watch.at("measuring precisions", slow=True)
     kept, chosen = _agreed_precision(settings, processes, control, kept)  # all ranks
@@ -257,6 +258,16 @@ def _join(launched: int, is_gpu: bool, timeout: timedelta) -> PartialState:
             "each process would wait for the others",
             "start them with `accelerate launch` or `torchrun`, which set these variables",
         ) from error
+
+
+def _refuse_different_starts(settings: Settings, launched: int, control: Any) -> None:
+    """Raise a LaunchError if a rank has other settings, code or versions than rank 0. All ranks."""
+    if control is not None:
+        found: list[Any] = [None] * launched
+        dist.all_gather_object(found, same_ranks.facts(settings), group=control)
+        same_ranks.refuse_different(
+            found, "start every rank with the same command, configuration file and version of wasteddp"
+        )
 
 
 def _is_on_cpu(is_gpu: bool) -> bool:

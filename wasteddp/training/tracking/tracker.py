@@ -81,6 +81,13 @@ class NoTracker:
         pass
 
 
+class ConsoleTracker(NoTracker):
+    """Prints messages and writes nothing: for a start that neither trains nor measures."""
+
+    def say(self, message: str, *, in_passing: bool = False) -> None:
+        print(redacted(message), flush=True)
+
+
 class RunTracker:
     """Writes the log and metrics of a run, and its mirrors.
 
