@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from wasteddp.cli import main
+from wasteddp import environment
+from wasteddp.cli import main, parser
 from wasteddp.errors import TextError, WastedError
 from wasteddp.files import expand_home, read_text, sync_folder, write_atomically
 
@@ -68,6 +71,25 @@ def test_home_is_expanded_and_the_rest_stays_as_written(monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", "/home/me")
     assert expand_home("~/a//./b") == "/home/me/a//./b"
     assert [expand_home(text) for text in ("a/~/b", "./a", "~no-such-user/a")] == ["a/~/b", "./a", "~no-such-user/a"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "shard", "index", "report", "sync", "plan"])
+def test_home_is_expanded_in_arguments(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    more = {"predict": ["~/set"], "index": ["--out=~/out"], "report": ["--out=~/out"], "shard": ["--out=~/out"]}
+    arguments = vars(parser().parse_args([command, "~/run", *more.get(command, [])]))
+    assert "~" not in str(arguments)
+    assert "/home/me/run" in str(arguments)
+
+
+def test_programs_start_with_an_ascii_terminal_and_empty_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("WORLD_SIZE", "")
+    environment.prepare()
+    print("grün", "瓶", "\udcfc", flush=True)
+    assert terminal.buffer.getvalue() == rb"gr\xfcn \u74f6 \udcfc" + b"\n"  # type: ignore[attr-defined]
+    assert "WORLD_SIZE" not in os.environ
 
 
 def failing_for_folders(number: int) -> Callable[[int], None]:

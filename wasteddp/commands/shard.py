@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasteddp.commands.arguments import Commands, add_workers, numbers
+from wasteddp.commands.arguments import Commands, add_workers, numbers, to_path
 from wasteddp.errors import SourceError
 
 if TYPE_CHECKING:
@@ -24,12 +24,16 @@ def _add_shard(commands: Commands) -> None:
         description="Writes the images of a folder of class folders, a zip or tar of one, a CSV (path,label[,split]) "
         "or a recipe (.yaml) to WebDataset tars with a manifest. After an interruption, the same command continues.",
     )
-    command.add_argument("source", metavar="SOURCE", type=Path, help="folder, zip, tar, CSV or recipe")
+    command.add_argument("source", metavar="SOURCE", type=to_path, help="folder, zip, tar, CSV or recipe")
     command.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of the new shard set (a recipe has its own)"
+        "--out", type=to_path, metavar="FOLDER", help="folder of the new shard set (a recipe has its own)"
     )
     command.add_argument(
-        "--from", dest="local", type=Path, metavar="PATH", help="local copy of a recipe's images, instead of a download"
+        "--from",
+        dest="local",
+        type=to_path,
+        metavar="PATH",
+        help="local copy of a recipe's images, instead of a download",
     )
     split = command.add_argument_group("splits")
     split.add_argument("--fractions", type=numbers, metavar="TRAIN,VAL,TEST", help="default: 0.7,0.15,0.15")
@@ -50,7 +54,7 @@ def _add_shard(commands: Commands) -> None:
     images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side")
     images.add_argument("--quality", type=int, metavar="Q", help="quality of re-encoded JPEGs (default: 95)")
     images.add_argument("--shard-mb", type=float, metavar="MB", help="size of a tar (default: 256)")
-    images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
+    images.add_argument("--bins", type=to_path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
     images.add_argument(
         "--max-left-out",
         type=float,

@@ -6,9 +6,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from wasteddp.commands.arguments import Commands, add_workers, integers, words
+from wasteddp.commands.arguments import Commands, add_workers, integers, to_path, words
 from wasteddp.errors import SourceError
-from wasteddp.files import read_text
+from wasteddp.files import expand_home, read_text
 
 
 def add(commands: Commands) -> None:
@@ -24,7 +24,7 @@ def _add_verify(commands: Commands) -> None:
         help="re-read a shard set and name all damage",
         description="Re-reads every byte of a shard set and compares it with the manifest. Exit code 2: damaged.",
     )
-    command.add_argument("set", metavar="FOLDER-OR-URL", help="a shard set")
+    command.add_argument("set", type=expand_home, metavar="FOLDER-OR-URL", help="a shard set")
     add_workers(command)
     command.set_defaults(run=_verify)
 
@@ -54,13 +54,13 @@ def _add_index(commands: Commands) -> None:
         "is the start of a tar's name (train, val, test), otherwise train. From a URL, each tar is fetched once and "
         "not kept; indexes and manifest are written to --out, to be copied to the folder of the tars.",
     )
-    command.add_argument("folder", metavar="FOLDER-OR-URL", help="folder of the .tar files")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="where to write, if the tars are at a URL")
+    command.add_argument("folder", type=expand_home, metavar="FOLDER-OR-URL", help="folder of the .tar files")
+    command.add_argument("--out", type=to_path, metavar="FOLDER", help="where to write, if the tars are at a URL")
     command.add_argument(
         "--tars", default="", metavar="NAMES", help="train-{000..146}.tar: needed if a web server does not list folders"
     )
     command.add_argument("--classes", type=words, default=(), metavar="A,B,C", help="class names in their order")
-    command.add_argument("--classes-from", type=Path, metavar="FILE", help="the same, one per line")
+    command.add_argument("--classes-from", type=to_path, metavar="FILE", help="the same, one per line")
     command.add_argument("--label-key", metavar="KEY", help="label field of the .json")
     command.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     add_workers(command)
@@ -107,7 +107,7 @@ def _add_draw(commands: Commands) -> None:
         help="draw synthetic waste into a folder of class folders",
         description="Draws images like those of shards/sample.yaml; another seed draws new images.",
     )
-    command.add_argument("folder", metavar="FOLDER", type=Path)
+    command.add_argument("folder", metavar="FOLDER", type=to_path)
     command.add_argument("--images-per-class", type=int, default=10, metavar="N", help="default: %(default)s")
     command.add_argument("--size", type=int, default=144, metavar="PX", help="default: %(default)s")
     command.add_argument("--seed", type=int, default=1, metavar="S", help="default: %(default)s; the sample set has 0")
@@ -134,8 +134,8 @@ def _add_plan(commands: Commands) -> None:
         description="Prints what a training would do with a shard set, without starting it: steps, samples left out, "
         "the quality of the shuffle, and how much of the set each node would fetch if the set were remote.",
     )
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="a shard set")
-    command.add_argument("--config", metavar="YAML", help="default: the default settings")
+    command.add_argument("folder", metavar="FOLDER", type=to_path, help="a shard set")
+    command.add_argument("--config", type=expand_home, metavar="YAML", help="default: the default settings")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument(
         "--nodes", type=integers, default=(1, 2, 4, 8), metavar="N,N", help="numbers of nodes (default: 1,2,4,8)"

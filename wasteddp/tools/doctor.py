@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from wasteddp import environment
 from wasteddp.errors import EXIT_USER_ERROR, LaunchError, SettingsError, WastedError
+from wasteddp.files import expand_home
 
 if TYPE_CHECKING:
     from wasteddp.settings import Settings
@@ -35,7 +36,9 @@ _ASSUMED_CLASSES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="settings of the run (default: the default settings)")
+    parser.add_argument(
+        "--config", type=expand_home, metavar="YAML", help="settings of the run (default: the default settings)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
@@ -151,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     try:
+        environment.prepare()
         return run(parser.parse_args(argv))
     except WastedError as error:
         if environment.launched("RANK", 0) == 0:
