@@ -13,11 +13,11 @@ from small_run import write_images
 ROOT = Path(__file__).parents[1]
 
 
-def quickstart(out: Path, **environment: str) -> str:
+def quickstart(out: Path, *arguments: str, **environment: str) -> str:
     if not (ROOT / ".venv" / ".installed").exists():
         pytest.skip("the tests run in another environment than .venv: see launch/test.sh")
     done = subprocess.run(
-        ["bash", "launch/quickstart.sh", "--set", "train.epochs=2", "--set", "train.batch_size=32"],
+        ["bash", "launch/quickstart.sh", "--set", "train.epochs=2", "--set", "train.batch_size=32", *arguments],
         cwd=ROOT,
         env={**os.environ, "OUT": str(out), "WANDB_MODE": "offline", **environment},
         capture_output=True,
@@ -49,4 +49,22 @@ def test_the_quickstart_takes_images_of_the_user(tmp_path: Path) -> None:
     images = write_images(tmp_path / "my waste", {"train": (20, 17, 13), "val": (5, 5, 3), "test": (5, 3, 2)})
     said = quickstart(tmp_path / "out", IMAGES=str(images))
     assert "finished at step" in said
-    assert (tmp_path / "out" / "runs" / "quickstart-my waste" / "predictions.csv").exists()
+    assert "the network starts from the weights: " in said
+    run = tmp_path / "out" / "runs" / "quickstart-my waste"
+    assert (run / "predictions.csv").exists()
+    assert "Test: " in (run / "report.html").read_text()  # written after the evaluation on the test split
+    write_images(images, {"train": (21, 17, 13), "val": (5, 5, 3), "test": (5, 3, 2)})
+    said = quickstart(tmp_path / "out", "--overwrite", IMAGES=str(images))
+    assert (run.with_name(f"{run.name}-2") / "model" / "model.json").exists()
+
+
+def test_a_folder_that_is_not_there_is_one_message(tmp_path: Path) -> None:
+    script = (ROOT / "launch" / "quickstart.sh").read_text().replace("bash launch/install.sh", ":")
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "quickstart.sh").write_text(script)
+    done = subprocess.run(
+        ["bash", "launch/quickstart.sh"], cwd=tmp_path, env={**os.environ, "IMAGES": "no such/place"},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no no such/place\n  so: ")

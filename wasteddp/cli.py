@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import io
 import os
 import sys
 from collections.abc import Sequence
 
-from wasteddp import __version__
+from wasteddp import __version__, environment
 from wasteddp.commands import models, preparing, shard, shard_sets, train, watching
 from wasteddp.errors import EXIT_FINISHED, WastedError, exit_with
 
@@ -29,9 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. A `WastedError` is printed, with exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is printed with escapes
-            stream.reconfigure(errors="backslashreplace")
+    environment.prepare()
     top = parser()
     _suggest(top, sys.argv[1:] if argv is None else argv)
     arguments = top.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import subprocess
@@ -24,11 +25,26 @@ _PACKAGES = (
     "simplejpeg",
     "safetensors",
 )
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launched(name: str, default: int) -> int:
     """Return a number that a launcher sets, such as WORLD_SIZE; the default where it is not set, or empty."""
     return int(os.environ.get(name) or default)
+
+
+def prepare() -> None:
+    """Let a program start with any terminal and any launcher.
+
+    `print` writes what the terminal's encoding lacks, such as letters of a file name, as an escape. A launcher's
+    variable that is empty counts as not set, for torch and Accelerate too.
+    """
+    for name in _LAUNCHER:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def describe() -> dict[str, Any]:

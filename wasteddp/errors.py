@@ -19,6 +19,7 @@
     ├── RunError               a run's folder
     ├── TrackingError          W&B, where a command needs it; training continues without it
     ├── StoppedError           a wait for a store that ended because the run must save and exit; not a user's mistake
+    ├── TextError              a text file that is not in UTF-8
     └── StorageError           disk full, no permission, no such path
 
 A user's mistake ends with its message and exit code 2, never with a traceback.
@@ -137,6 +138,10 @@ class TrackingError(WastedError):
 
 
 class StoppedError(WastedError):
+    pass
+
+
+class TextError(WastedError):
     pass
 
 

@@ -1,4 +1,4 @@
-"""Files and locks that survive kills and power cuts. No torch.
+"""Files and locks that survive kills and power cuts, and text files from elsewhere. No torch.
 
 One training at a time writes into a run's folder.
 
@@ -8,6 +8,7 @@ would write the same checkpoints. The lock is the kernel's (flock), so that no k
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -21,10 +22,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from wasteddp.errors import CheckpointError, storage
+from wasteddp.errors import CheckpointError, TextError, storage
 
 LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
+_MARKS = {  # byte order marks; the longer first
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)  # CIFS and some FUSE file systems
 
 
 def read_regular(path: Path) -> bytes:
@@ -120,13 +129,50 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
+def sync_folder(folder: Path) -> bool:
+    """Make renames inside `folder` survive a power cut. Return False where the file system has no such call."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        return False
     finally:
         os.close(descriptor)
+    return True
+
+
+def expand_home(path: str) -> str:
+    """Replace a ~ at the start by the home folder. The rest stays as it is written."""
+    return os.path.expanduser(path)  # noqa: PTH111, Path.expanduser changes more, and raises for unknown users
+
+
+def read_text(path: str | Path, doing: str) -> str:
+    """Read a text file that somebody wrote: in UTF-8, or in the encoding of its byte order mark.
+
+    Args:
+        doing: for the message, such as "reading the settings".
+
+    Raises:
+        TextError: it is in another encoding, or not text. StorageError: it cannot be read.
+    """
+    with storage(doing, path):
+        content = Path(path).read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        problem, at = f"byte 0x{content[error.start : error.start + 1].hex()}", content.count(b"\n", 0, error.start)
+    else:
+        if "\0" not in text:
+            return text
+        problem, at = "a NUL character", text.count("\n", 0, text.index("\0"))
+    raise TextError(
+        f"{doing}: {path} is not text in {encoding.removesuffix('-sig').upper()}: {problem} in line {at + 1}",
+        "its names and values would be read wrongly",
+        f"save it as UTF-8; if it is from Windows: iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW",
+    )
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
@@ -142,6 +188,15 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def try_lock_or_warn(descriptor: int, what: str, say: Callable[[str], None], *, shared: bool = False) -> bool:
+    """The same, but where the file system has no locks: warn once and return True."""
+    try:
+        return try_lock(descriptor, shared=shared)
+    except OSError as error:
+        say(f"{what} cannot be locked ({error.strerror}): make sure that nothing else writes there at the same time")
+        return True
 
 
 class RunLock:
@@ -175,13 +230,7 @@ class RunLock:
 
     def _lock(self, folder: Path, say: Callable[[str], None], wait_s: float) -> None:
         until, told = time.monotonic() + wait_s, False
-        while True:
-            try:
-                if try_lock(self._file):
-                    break
-            except OSError as error:  # a file system without locks: said once, and trusted as before
-                say(f"{folder} cannot be locked ({error.strerror}): take care that no other training writes there")
-                return
+        while not try_lock_or_warn(self._file, str(folder), say):
             holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
             if time.monotonic() >= until:
                 raise CheckpointError(

@@ -42,6 +42,7 @@ if __name__ == "__main__":
 import contextlib
 from collections.abc import Sequence
 
+from wasteddp import environment
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, StoppedError
 from wasteddp.report.background import write_at_the_end
@@ -57,6 +58,7 @@ from wasteddp.training.watchdog.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    environment.prepare()
     arguments = command_line.parser(__doc__).parse_args(argv)
     watch = Watchdog.from_environment()
     try:

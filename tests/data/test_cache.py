@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import random
@@ -135,6 +136,15 @@ def test_a_fetch_that_fails_leaves_nothing(cache: ShardCache, store: Store) -> N
         cache.try_hold(item_of("a"), fail, distance=never, need=AT_ONCE)
     assert cache.used_bytes() == 0
     os.close(hold(cache, store, "a"))
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StorageError, match=r"Function not implemented\n.*\n.*data.cache to a folder on"):
+        ShardCache(tmp_path / "cache", 3 * SIZE)
 
 
 def test_a_full_disk_is_named(cache: ShardCache) -> None:

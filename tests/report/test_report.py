@@ -19,6 +19,7 @@ from wasteddp.inference.bundle import _hash_of_card
 from wasteddp.report import background
 from wasteddp.report.page import write_report
 from wasteddp.report.run_record import bucket_means, kept_rows, log_ticks, ticks
+from wasteddp.settings import known_keys, parse
 
 pytestmark = pytest.mark.usefixtures("reports")  # write reports in a real process
 
@@ -101,6 +102,15 @@ def test_lineage_settings_starts_and_state_are_told(finished: Path) -> None:
     assert "not finished" in page
     assert "5 of 0 epochs" not in page
     assert ">start 2</span>" in page
+
+
+def test_settings_with_their_default_are_folded(run: Path) -> None:
+    (run / "settings.yaml").write_text(parse("optimizer: {lr: 0.25}").to_yaml())
+    page = page_of(run)
+    shown, every = re.findall(r'<div class="settings">.*', page)[:2]
+    assert re.findall("<dt>(.*?)</dt>", shown) == ["lr"]
+    assert len(re.findall("<dt>(.*?)</dt>", every)) == len(known_keys())
+    assert page.index(shown) < page.index(f"<details><summary>All {len(known_keys())} settings") < page.index(every)
 
 
 def test_the_state_is_read_from_the_folder(run: Path) -> None:

@@ -325,6 +325,25 @@ def test_a_table_gives_labels_and_splits(image_folder: Callable[..., Path], tmp_
         source.read("images/x/no.jpg")
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("folder", ["images/x/", "images\\x\\", "./images/x/"])
+def test_tables_of_other_programs_are_read(image_folder: Callable[..., Path], separator: str, folder: str) -> None:
+    table = image_folder({"x": 2}).parent / "labels.csv"
+    rows = [("Path", " Label"), (f"{folder}x1.jpg", "a"), (f"{folder}x2.jpg", "b, c" if separator != "," else "b")]
+    table.write_text("".join(separator.join(row) + "\r\n" for row in rows), encoding="utf-16")
+    source, layout = read_table(table)
+    assert [source.read(image.file.path) for image in layout.images] == [jpeg(1), jpeg(2)]
+    assert layout.classes[0] == "a"
+
+
+def test_a_backslash_that_is_part_of_a_name_stays(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder({"x": 2}).parent
+    (folder / "images/x/x1.jpg").rename(folder / "x\\1.jpg")
+    (folder / "labels.csv").write_text("path,label\nx\\1.jpg,a\nimages/x/x2.jpg,b\n")
+    source, _ = read_table(folder / "labels.csv")
+    assert source.read("x\\1.jpg") == jpeg(1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import hashlib
 import io
@@ -434,3 +435,14 @@ def test_a_set_that_is_extended_keeps_each_image_in_its_split(image_folder: Fold
     assert new.recipe["extends"]["sha256"] == old.sha256
     with pytest.raises(SourceError, match="with other options for the split"):
         make_shards(Job(images, tmp_path / "3", Options(fractions=(0.8, 0.1, 0.1)), extends=old), workers=2)
+
+
+def test_a_file_system_without_locks_is_named_and_used(
+    image_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    make_shards(Job(image_folder({"glass": 3, "metal": 3}), tmp_path / "out"), workers=1)
+    assert f"{tmp_path / 'out'} cannot be locked (Function not implemented): make sure" in capsys.readouterr().out

@@ -133,6 +133,23 @@ def test_a_wrong_recipe_says_which_key(tmp_path: Path, text: str, message: str) 
         recipes.load_recipe(tmp_path / "a.yaml")
 
 
+def test_classes_may_be_called_yes_no_or_1(tmp_path: Path) -> None:
+    bins = "yes: 010\nno: off\n1: 1:30\n~: null\n"
+    (tmp_path / "bins.yaml").write_text(bins)
+    expected = {"yes": "010", "no": "off", "1": "1:30", "~": "null"}
+    assert recipes.load_bins(tmp_path / "bins.yaml") == expected
+    recipe = (
+        "name: 2026\ntitle: b\nsynthetic: yes\nclasses: [yes, no, 1, ~]\ndraw: {images_per_class: 1, size_px: 99}\n"
+    )
+    (tmp_path / "a.yaml").write_text(f"{recipe}\nbins: {{{bins.strip().replace(chr(10), ', ')}}}")
+    loaded = recipes.load_recipe(tmp_path / "a.yaml")
+    assert (loaded.classes, loaded.bins, loaded.name, loaded.synthetic) == (tuple(expected), expected, "2026", True)
+    for text in ("yes: a\nyes: b", "yes:", "- a"):
+        (tmp_path / "bins.yaml").write_text(text)
+        with pytest.raises(RecipeError, match="is not YAML with lines"):
+            recipes.load_bins(tmp_path / "bins.yaml")
+
+
 def test_the_recipes_of_the_repository_are_whole() -> None:
     for path in SHARDS.glob("*.yaml"):
         recipe = recipes.load_recipe(path)

@@ -166,6 +166,13 @@ def test_lists_without_numbers_and_names_with_spaces_are_read(tmp_path: Path) ->
     assert [line.label_number for line in listed] == [None, 7]
 
 
+def test_lists_of_other_programs_are_read(tmp_path: Path) -> None:
+    listed = lists(tmp_path, train="a\\1.jpg\t1\nb/1.jpg,2\n./b/2.jpg; 2\nc d,e.jpg\n")
+    result, not_listed, missing = splits.apply_lists(layout("a/1.jpg", "b/1.jpg", "b/2.jpg", "b/c d,e.jpg"), listed)
+    assert (len(result.images), not_listed, missing) == (4, [], [])
+    assert [line.label_number for line in listed] == [1, 2, 2, None]
+
+
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [

@@ -7,18 +7,25 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_server import serving
+from small_run import CLASSES
 from trainings import CPU2, ROOT, config_of
 
 from wasteddp import cli
+from wasteddp.data.manifest import Manifest
 from wasteddp.settings import load, parse
 from wasteddp.tools import machine_checks, run_checks
 from wasteddp.tools.finding import Finding, print_table, worst
 from wasteddp.tools.machine_checks import Device
+from wasteddp.training.checkpoint import reader
+from wasteddp.training.checkpoint.compatibility import Lineage
+from wasteddp.training.checkpoint.reader import Progress
 from wasteddp.training.tracking import wandb_client
 
 pytestmark = pytest.mark.usefixtures("full_width")  # these tests check the size of a checkpoint
@@ -35,10 +42,10 @@ def test_a_machine_alone_is_looked_at_from_versions_to_the_dashboard(
         cli.main(["doctor", *config_of(tmp_path, small_shards), "--json", "--signal-leaves-s", "60"])
     found = findings_of(capsys.readouterr().out)
     assert list(found) == [
-        "versions", "precision", "processes", "devices", "/dev/shm", "clock",
-        "shards", "all-reduce", "disk", "saving", "W&B",
+        "versions", "precision", "processes", "devices", "load", "/dev/shm", "clock",
+        "shards", "weights", "all-reduce", "folder", "file system", "disk", "saving", "W&B",
     ]  # fmt: skip
-    assert {found[name]["colour"] for name in ("precision", "processes", "shards", "all-reduce", "W&B")} == {"green"}
+    assert {found[name]["colour"] for name in ("precision", "shards", "weights", "folder", "file system")} == {"green"}
     assert "50 train, 13 val images" in found["shards"]["found"]
     assert "1 process(es) x 6 images x 2 accumulated = global batch 12" in found["processes"]["found"]
     assert "a checkpoint of 90 MB takes" in found["saving"]["found"]
@@ -59,13 +66,13 @@ def test_two_processes_try_how_they_work_together(small_shards: Path, tmp_path: 
 
 def test_damage_is_red_and_named(small_shards: Path, tmp_path: Path) -> None:
     shards = Path(shutil.copytree(small_shards, tmp_path / "shards"))
-    settings = parse(f"data: {{shards: {shards}}}")
+    settings = parse(f"data: {{shards: {shards}}}\ntrain: {{batch_size: 8}}")
     assert run_checks.check_shards(settings, 0)[0].colour == "green"
     tar = shards / "val-000000.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:1024] + b"x" * 64 + whole[1088:])
-    finding, classes = run_checks.check_shards(settings, 0)
-    assert (finding.colour, classes) == ("red", 0)
+    finding, opened = run_checks.check_shards(settings, 0)
+    assert (finding.colour, opened) == ("red", None)
     assert "val-000000.tar, sample" in finding.found
     assert "wasteddp verify" in finding.do
     tar.write_bytes(whole[:-512])
@@ -135,6 +142,61 @@ def test_disk_and_the_time_that_a_signal_leaves(tmp_path: Path, monkeypatch: pyt
     assert colours == ["green", "yellow", "red"]
     (tmp_path / "file").write_text("")
     assert run_checks.check_save(tmp_path / "file" / "run", 1, leaves_s=1).colour == "red"
+
+
+def test_a_set_behind_a_url_is_read_as_a_run_reads_it(small_shards: Path, tmp_path: Path) -> None:
+    with serving(small_shards) as server:
+        settings = parse(f"data: {{shards: {server.url}, cache: {tmp_path / 'cache'}}}\ntrain: {{batch_size: 8}}")
+        finding, opened = run_checks.check_shards(settings, 0)
+        assert (finding.colour, opened.manifest.classes if opened else ()) == ("green", CLASSES), finding.found
+        small = settings.model_copy(update={"train": settings.train.model_copy(update={"batch_size": 64})})
+        assert "64" in run_checks.check_shards(small, 0)[0].found
+    assert run_checks.check_shards(parse(f"data: {{shards: {server.url}, read_attempts: 1}}"), 0)[0].colour == "red"
+
+
+def test_missing_weights_are_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_checks.check_weights(parse("model: {weights: none, arch: resnet18}"), ("a", "b")).colour == "green"
+    missing = run_checks.check_weights(parse(f"model: {{weights: {tmp_path}/no.pth, arch: resnet18}}"), ("a", "b"))
+    assert (missing.colour, "there is no such file" in missing.found) == ("red", True)
+    teacher = parse(f"model: {{weights: none, arch: resnet18}}\ntrain: {{teacher: {tmp_path}}}")
+    assert run_checks.check_weights(teacher, ("a", "b")).colour == "red"
+
+
+def test_a_loaded_machine_is_yellow() -> None:
+    assert [machine_checks.check_load(running, 8).colour for running in (0.5, 4.0, 4.5)] == ["green", "green", "yellow"]
+
+
+def test_a_file_system_without_locks_or_folder_sync_is_yellow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "runs" / "new"
+    assert run_checks.check_file_system(out).colour == "green"
+    assert not out.exists()
+    monkeypatch.setattr(run_checks, "sync_folder", lambda _: False)
+    assert "cannot be synced" in run_checks.check_file_system(out).found
+
+    def try_lock(descriptor: int) -> bool:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(run_checks, "try_lock", try_lock)
+    finding = run_checks.check_file_system(out)
+    assert (finding.colour, finding.found) == ("yellow", f"files in {out} cannot be locked: Function not implemented")
+
+
+def test_the_folder_of_another_run_is_red(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"data: {{shards: {small_shards}}}\ntrain: {{batch_size: 8, epochs: 10}}\nrun: {{out: runs/x}}"
+    manifest, lines = Manifest.load(small_shards), dict[str, Finding]()
+    assert run_checks.check_folder(parse(text), run_checks.Opened(manifest, 6)).found == "runs/x: a new run"
+    then = Progress(Lineage.of(parse(text), manifest), step=30)
+    checkpoint = reader.Checkpoint(Path("step-30"), then, {}, parse(text).to_yaml())
+    monkeypatch.setattr(reader, "newest", lambda folder, say: checkpoint)
+    for override in ("run.threads=0", "optimizer.lr=0.5", "run.seed=7", "train.epochs=5", "train.stop_at_step=20"):
+        lines[override] = run_checks.check_folder(parse(text, [override]), run_checks.Opened(manifest, 6))
+    assert [line.colour for line in lines.values()] == ["green", "yellow", "red", "red", "red"]
+    assert lines["run.threads=0"].found == "runs/x: continues from step 30 of 60"
+    assert "changed: optimizer.lr was" in lines["optimizer.lr=0.5"].found
+    assert "--accept-changes seed" in lines["run.seed=7"].do
+    checkpoint = replace(checkpoint, progress=replace(then, step=60))
+    finished = run_checks.check_folder(parse(text), run_checks.Opened(manifest, 6))
+    assert (finished.colour, "nothing would be trained" in finished.found) == ("yellow", True)
 
 
 def test_the_dashboard_s_mode_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

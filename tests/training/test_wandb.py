@@ -254,7 +254,7 @@ def test_killed_online_and_continued_offline_is_one_exact_run(
 
 def test_two_senders_of_one_run_are_refused(tmp_path: Path, server: WandbServer, synced: Callable[..., str]) -> None:
     LABEL.save(tmp_path)
-    lock = sender_lock(tmp_path)
+    lock = sender_lock(tmp_path, print)
     assert lock is not None
     with lock:
         assert "is sending its rows itself" in synced(tmp_path, server, code=2)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TypeAlias
+
+from wasteddp.files import expand_home
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -31,6 +34,10 @@ def _decoders(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither N nor 'N threads' nor 'N processes'") from error
     return text
+
+
+def to_path(text: str) -> Path:
+    return Path(expand_home(text))
 
 
 def numbers(text: str) -> tuple[float, ...]:

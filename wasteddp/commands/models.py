@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, positive
+from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, positive, to_path
+from wasteddp.files import expand_home
 
 
 def add(commands: Commands) -> None:
@@ -21,9 +21,11 @@ def _add_evaluate(commands: Commands) -> None:
         description="Prints accuracy with its 95 % interval, per-class figures and the confusion matrix, and saves "
         "them in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
     )
-    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
     command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
-    command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
+    command.add_argument(
+        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
+    )
     add_compute(command)
     add_decoders(command)
     add_tta(command)
@@ -53,10 +55,12 @@ def _add_predict(commands: Commands) -> None:
         description="Classifies images and lists unreadable files at the end. The exit code is 0 if at least one image "
         "was classified, otherwise 2.",
     )
-    command.add_argument("model", metavar="MODEL", type=Path, help="folder of a run or of its model")
-    command.add_argument("paths", metavar="PATH", nargs="+", help="image files, folders, or quoted globs (also **)")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write the probabilities of all classes as CSV")
-    command.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON")
+    command.add_argument("model", metavar="MODEL", type=to_path, help="folder of a run or of its model")
+    command.add_argument(
+        "paths", type=expand_home, metavar="PATH", nargs="+", help="image files, folders, or quoted globs (also **)"
+    )
+    command.add_argument("--csv", type=to_path, metavar="FILE", help="write the probabilities of all classes as CSV")
+    command.add_argument("--json", type=to_path, metavar="FILE", help="the same as JSON")
     command.add_argument("--top", type=positive, default=3, metavar="N", help="classes to print (default: %(default)s)")
     add_compute(command)
     add_decoders(command)
@@ -90,7 +94,7 @@ def _add_average(commands: Commands) -> None:
         "images, compares the result with the run's model on data.eval_split, and writes it to RUN/average/, which "
         "`evaluate` and `predict` accept like a run.",
     )
-    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
     command.add_argument(
         "--last",
         type=positive,
@@ -102,9 +106,11 @@ def _add_average(commands: Commands) -> None:
         "--images", type=positive, default=2048, metavar="N", help="images for the statistics (default: %(default)s)"
     )
     where = command.add_mutually_exclusive_group()
-    where.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/average")
+    where.add_argument("--out", type=to_path, metavar="FOLDER", help="default: RUN/average")
     where.add_argument("--replace", action="store_true", help="replace RUN/model")
-    command.add_argument("--shards", metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)")
+    command.add_argument(
+        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
+    )
     add_compute(command)
     command.set_defaults(run=_average)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wasteddp.commands.arguments import Commands, positive, words
+from wasteddp.commands.arguments import Commands, positive, to_path, words
+from wasteddp.files import expand_home
 from wasteddp.tools import doctor
 
 
@@ -38,13 +39,13 @@ def _add_lr_find(commands: Commands) -> None:
         description="A range test: trains some steps of a configuration with an increasing learning rate until the "
         "loss explodes, and suggests a rate. Uses one process; does not change run.out.",
     )
-    command.add_argument("--config", required=True, metavar="YAML")
+    command.add_argument("--config", required=True, type=expand_home, metavar="YAML")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument("--steps", type=positive, default=100, metavar="N", help="default: %(default)s")
     command.add_argument("--from", dest="lowest", type=float, default=1e-6, metavar="LR", help="default: %(default)s")
     command.add_argument("--to", dest="highest", type=float, default=10.0, metavar="LR", help="default: %(default)s")
     command.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of the result (default: run.out with .lr-find)"
+        "--out", type=to_path, metavar="FOLDER", help="folder of the result (default: run.out with .lr-find)"
     )
     command.set_defaults(run=_lr_find)
 
@@ -67,7 +68,7 @@ def _add_verify_resume(commands: Commands) -> None:
         "for bit; otherwise 2. Removes both runs if they are equal, and keeps the receipt. On a GPU, sets "
         "run.deterministic in both, unless --set sets it.",
     )
-    command.add_argument("--config", required=True, metavar="YAML")
+    command.add_argument("--config", required=True, type=expand_home, metavar="YAML")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument(
         "--steps", type=positive, default=20, metavar="N", help="training steps (default: %(default)s)"
@@ -81,7 +82,7 @@ def _add_verify_resume(commands: Commands) -> None:
     )
     command.add_argument("--seed", type=int, metavar="S", help="seed of the moments and signals (default: random)")
     command.add_argument(
-        "--out", type=Path, default=Path("runs/verify-resume"), metavar="FOLDER", help="folder of the receipt"
+        "--out", type=to_path, default=Path("runs/verify-resume"), metavar="FOLDER", help="folder of the receipt"
     )
     command.set_defaults(run=_verify_resume)
 
@@ -109,8 +110,8 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
 
 
 def _add_settings(commands: Commands) -> None:
-    add = commands.add_parser("settings", help="print all settings of a config, or their JSON Schema")
-    add.add_argument("config", nargs="?", metavar="YAML", help="default: only the defaults")
+    add = commands.add_parser("settings", help="print all settings with their meanings, or their JSON Schema")
+    add.add_argument("config", nargs="?", type=expand_home, metavar="YAML", help="default: only the defaults")
     add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     add.add_argument("--schema", action="store_true", help="print the JSON Schema, for editors")
     add.set_defaults(run=_settings)
@@ -123,7 +124,7 @@ def _settings(arguments: argparse.Namespace) -> None:
 
     if arguments.schema:
         print(json.dumps(settings.json_schema(), indent=1))
-    elif arguments.config:
-        print(settings.load(arguments.config, arguments.set).to_yaml(), end="")
     else:
-        print(settings.parse("", arguments.set).to_yaml(), end="")
+        config, overrides = arguments.config, arguments.set
+        loaded = settings.load(config, overrides) if config else settings.parse("", overrides)
+        print(settings.explained_yaml(loaded), end="")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wasteddp.commands.arguments import Commands, add_workers, numbers
+from wasteddp.commands.arguments import Commands, add_workers, numbers, to_path
 from wasteddp.errors import SourceError
 
 if TYPE_CHECKING:
@@ -26,12 +26,16 @@ def _add_shard(commands: Commands) -> None:
         description="Writes the images of a folder of class folders, a zip or tar of one, a CSV (path,label[,split]) "
         "or a recipe (.yaml) to WebDataset tars with a manifest. After an interruption, the same command continues.",
     )
-    command.add_argument("source", metavar="SOURCE", type=Path, help="folder, zip, tar, CSV or recipe")
+    command.add_argument("source", metavar="SOURCE", type=to_path, help="folder, zip, tar, CSV or recipe")
     command.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of the new shard set (a recipe has its own)"
+        "--out", type=to_path, metavar="FOLDER", help="folder of the new shard set (a recipe has its own)"
     )
     command.add_argument(
-        "--from", dest="local", type=Path, metavar="PATH", help="local copy of a recipe's images, instead of a download"
+        "--from",
+        dest="local",
+        type=to_path,
+        metavar="PATH",
+        help="local copy of a recipe's images, instead of a download",
     )
     split = command.add_argument_group("splits")
     split.add_argument("--fractions", type=numbers, metavar="TRAIN,VAL,TEST", help="default: 0.7,0.15,0.15")
@@ -49,7 +53,7 @@ def _add_shard(commands: Commands) -> None:
     )
     split.add_argument(
         "--extend",
-        type=Path,
+        type=to_path,
         metavar="SET",
         help="the images of this set keep their splits, new ones fill them up: for a set with added images",
     )
@@ -73,15 +77,15 @@ def _add_shard(commands: Commands) -> None:
     images.add_argument("--shard-mb", type=float, metavar="MB", help="size of a tar (default: 256)")
     images.add_argument(
         "--classes-from",
-        type=Path,
+        type=to_path,
         metavar="RUN-or-SET",
         help="the classes of a run or shard set, in their order; some may have no image (then also --fractions 0,0,1: "
         "all images in test, to evaluate a model on them)",
     )
-    images.add_argument("--bins", type=Path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
+    images.add_argument("--bins", type=to_path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
     names = command.add_argument_group("names")
     names.add_argument(
-        "--classes", type=Path, metavar="FILE", help="YAML of `class: new name`; two with one new name are merged"
+        "--classes", type=to_path, metavar="FILE", help="YAML of `class: new name`; two with one new name are merged"
     )
     names.add_argument(
         "--class-folders",

@@ -6,8 +6,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from wasteddp.commands.arguments import Commands, add_workers, integers, words
-from wasteddp.errors import SourceError, storage
+from wasteddp.commands.arguments import Commands, add_workers, integers, to_path, words
+from wasteddp.errors import SourceError
+from wasteddp.files import expand_home, read_text
 
 
 def add(commands: Commands) -> None:
@@ -25,7 +26,7 @@ def _add_verify(commands: Commands) -> None:
         description="Re-reads every byte of a shard set and compares it with the manifest; of a run, all checkpoints, "
         "its models, settings, metrics and evaluations. Exit code 2: damaged.",
     )
-    command.add_argument("set", metavar="FOLDER-OR-URL", help="a shard set, or the folder of a run")
+    command.add_argument("set", type=expand_home, metavar="FOLDER-OR-URL", help="a shard set, or the folder of a run")
     add_workers(command)
     command.set_defaults(run=_verify)
 
@@ -64,7 +65,7 @@ def _add_compare(commands: Commands) -> None:
         description="Prints how many images of each split of the second set are in each split of the first, byte for "
         "byte or nearly, with the first names. Exit code 1: an image of one set's train is in the other's test.",
     )
-    command.add_argument("sets", metavar="SET", type=Path, nargs=2, help="folder of a shard set")
+    command.add_argument("sets", metavar="SET", type=to_path, nargs=2, help="folder of a shard set")
     command.add_argument(
         "--near-duplicate-distance", type=int, default=8, metavar="BITS", help="differing bits of 64 (default: 8)"
     )
@@ -95,8 +96,8 @@ def _add_index(commands: Commands) -> None:
         "From a URL, each tar is fetched once and not kept; indexes and manifest are written to --out, to be copied to "
         "the folder of the tars.",
     )
-    command.add_argument("folder", metavar="FOLDER-OR-URL", help="folder of the .tar files")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="where to write, if the tars are at a URL")
+    command.add_argument("folder", type=expand_home, metavar="FOLDER-OR-URL", help="folder of the .tar files")
+    command.add_argument("--out", type=to_path, metavar="FOLDER", help="where to write, if the tars are at a URL")
     command.add_argument(
         "--tars", default="", metavar="NAMES", help="train-{000..146}.tar: needed if a web server does not list folders"
     )
@@ -107,7 +108,7 @@ def _add_index(commands: Commands) -> None:
         metavar="A,B,C-or-YAML",
         help="class names in their order, or a YAML file of `label: name`",
     )
-    command.add_argument("--classes-from", type=Path, metavar="FILE", help="the same, one per line")
+    command.add_argument("--classes-from", type=to_path, metavar="FILE", help="the same, one per line")
     command.add_argument(
         "--split",
         action="append",
@@ -136,8 +137,7 @@ def _index(arguments: argparse.Namespace) -> None:
         class_names = load_pairs(Path(classes[0]), "name")
         classes = ()
     if arguments.classes_from:
-        with storage("reading the class names", arguments.classes_from):
-            lines = arguments.classes_from.read_text(encoding="utf-8").splitlines()
+        lines = read_text(arguments.classes_from, "reading the class names").splitlines()
         classes = tuple(line.strip() for line in lines if line.strip())
     remote = is_url(arguments.folder)
     if remote != bool(arguments.out) or (arguments.tars and not remote):
@@ -172,7 +172,7 @@ def _add_draw(commands: Commands) -> None:
         help="draw synthetic waste into a folder of class folders",
         description="Draws images like those of shards/sample.yaml; another seed draws new images.",
     )
-    command.add_argument("folder", metavar="FOLDER", type=Path)
+    command.add_argument("folder", metavar="FOLDER", type=to_path)
     command.add_argument("--images-per-class", type=int, default=10, metavar="N", help="default: %(default)s")
     command.add_argument("--size", type=int, default=144, metavar="PX", help="default: %(default)s")
     command.add_argument("--seed", type=int, default=1, metavar="S", help="default: %(default)s; the sample set has 0")
@@ -199,8 +199,8 @@ def _add_plan(commands: Commands) -> None:
         description="Prints what a training would do with a shard set, without starting it: steps, samples left out, "
         "the quality of the shuffle, and how much of the set each node would fetch if the set were remote.",
     )
-    command.add_argument("folder", metavar="FOLDER", type=Path, help="a shard set")
-    command.add_argument("--config", metavar="YAML", help="default: the default settings")
+    command.add_argument("folder", metavar="FOLDER", type=to_path, help="a shard set")
+    command.add_argument("--config", type=expand_home, metavar="YAML", help="default: the default settings")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     command.add_argument(
         "--nodes", type=integers, default=(1, 2, 4, 8), metavar="N,N", help="numbers of nodes (default: 1,2,4,8)"

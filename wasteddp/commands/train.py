@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from wasteddp.commands.arguments import Commands, positive
+from wasteddp.commands.arguments import Commands, positive, to_path
 from wasteddp.errors import SettingsError
 from wasteddp.training import arguments as training
 
@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     )
     training.add_arguments(command, needs_config=False)
     command.add_argument(
-        "--from", dest="weights_of", type=Path, metavar="RUN",
+        "--from", dest="weights_of", type=to_path, metavar="RUN",
         help="a new run that starts from the model of a finished one, for a set that has grown; its settings are those "
         "of RUN where --config is not given, and it needs a folder: --out",
     )  # fmt: skip

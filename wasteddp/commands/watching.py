@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from wasteddp.commands.arguments import Commands, positive
+from wasteddp.commands.arguments import Commands, positive, to_path
 
 
 def add(commands: Commands) -> None:
@@ -21,9 +20,9 @@ def _add_report(commands: Commands) -> None:
         description="Writes one HTML file that needs no server and no network: curves, confusion matrix, classes with "
         "intervals, reliability, mistakes, settings and lineage. A training writes RUN/report.html at its end.",
     )
-    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run; several are compared")
+    command.add_argument("runs", metavar="RUN", nargs="+", type=to_path, help="folder of a run; several are compared")
     command.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: report.html (several: comparison.html) in the first run"
+        "--out", type=to_path, metavar="FILE", help="default: report.html (several: comparison.html) in the first run"
     )
     command.set_defaults(run=_report)
 
@@ -41,7 +40,7 @@ def _add_sync(commands: Commands) -> None:
         description="Sends the rows, images and artifacts that W&B does not have, in order and none twice, from the "
         "run's folder: after training offline, after an outage or a kill, and while a run trains offline.",
     )
-    command.add_argument("run_folder", metavar="RUN", type=Path, help="folder of a run, such as runs/resnet50")
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
     command.add_argument("--no-model", action="store_true", help="do not send the model")
     command.add_argument(
         "--timeout", type=positive, default=600, metavar="S", help="longest wait for W&B (default: %(default)s)"
@@ -62,7 +61,7 @@ def _add_dashboard(commands: Commands) -> None:
         help="check the W&B dashboard, or create it",
         description="Checks that every panel of the dashboard shows a metric that runs have; --save creates it on W&B.",
     )
-    command.add_argument("config", nargs="?", type=Path, metavar="YAML", help="default: configs/dashboard.yaml")
+    command.add_argument("config", nargs="?", type=to_path, metavar="YAML", help="default: configs/dashboard.yaml")
     command.add_argument("--save", action="store_true", help="create the workspace on W&B (needs a key)")
     command.add_argument("--project", default="wasteddp", help="default: %(default)s")
     command.add_argument("--entity", default="", help="user or team (default: the key's own)")

@@ -102,6 +102,7 @@ def _run_context(one: RunRecord) -> dict[str, Any]:
     """Return the template's variables for one run."""
     word, explanation = tables.state(one)
     counts, named, unnamed = tables.left_out(one)
+    settings = tables.settings_rows(one)
     return {
         "run": one,
         "state": word,
@@ -114,7 +115,8 @@ def _run_context(one: RunRecord) -> dict[str, Any]:
         "left_out_unnamed": unnamed,
         "starts": tables.starts(one),
         "timings": tables.timings(one),
-        "settings": tables.settings_rows(one),
+        "settings": settings,
+        "changed_settings": [(name, shown) for name, rows in settings if (shown := [row for row in rows if row[2]])],
         "lineage": tables.lineage(one),
         "environment": tables.environment_rows(one),
         "duration": duration,

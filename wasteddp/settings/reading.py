@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from wasteddp.errors import SettingsError, storage
+from wasteddp.errors import SettingsError
+from wasteddp.files import read_text
 from wasteddp.redaction import redacted
 from wasteddp.settings.sections import Settings, is_section
 
 _MOST_YAML = 10_000_000  # characters
+_TEXT, *_NUMBERS = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float"))
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -24,9 +29,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         SettingsError: not YAML, an unknown key, a wrong type, or an impossible value or combination.
         StorageError: the file cannot be read.
     """
-    with storage("reading the settings", path):
-        text = Path(path).read_text(encoding="utf-8")
-    return parse(text, overrides, name=str(path))
+    return parse(read_text(path, "reading the settings"), overrides, name=str(path))
 
 
 def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings") -> Settings:
@@ -39,26 +42,50 @@ def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings
     if not isinstance(tree, dict):
         found = f"{name} is a {type(tree).__name__}, not a mapping of sections"
         raise SettingsError(found, "no setting can be read", "write `section:` and below it `key: value` lines")
-    for override in overrides:
-        _apply(tree, override)
+    sections = {key for key, field in Settings.model_fields.items() if is_section(field.annotation)}
+    tree = {key: {} if value is None and key in sections else value for key, value in tree.items()}
+    changed = {_apply(tree, override): override for override in overrides}
     _refuse_secrets(tree, "")
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise _explained(error, name) from error
+        raise _explained(error, name, changed) from error
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses aliases: a few lines of them can expand to billions of values, and settings do not need them."""
+    """Refuses aliases, since a few lines of them can expand to billions of values, and keys that are written twice.
+    Numbers in base 8 (010) and 60 (1:30), which only YAML 1.1 has, are texts."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return _TEXT if tag in _NUMBERS and _OTHER_BASE.fullmatch(value) else tag
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias (*name): write the value out")
         return super().compose_node(parent, index)
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and first.setdefault((key.tag, key.value), key) is not key:
+                lines = f"{first[key.tag, key.value].start_mark.line + 1} and {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"{key.value!r} is written twice, in lines {lines}: remove one of them")
+        return node
 
-def plain_yaml(text: str) -> Any:
+
+class _TextLoader(_PlainLoader):
+    """All values are texts, as they are written: yes, no, 1 and 010 too."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+
+
+def plain_yaml(text: str, *, as_text: bool = False) -> Any:
     """Return the content of an untrusted YAML file: plain values, no Python objects, no aliases, no endless nesting.
+
+    Args:
+        as_text: return each value as a text, as it is written.
 
     Raises:
         yaml.YAMLError: the text is not such a file, or is too large.
@@ -66,11 +93,28 @@ def plain_yaml(text: str) -> Any:
     if len(text) > _MOST_YAML:
         raise yaml.YAMLError(f"{len(text):,} characters; the limit is {_MOST_YAML:,}")
     try:
-        return _PlainLoader(text).get_single_data()
+        return (_TextLoader if as_text else _PlainLoader)(text).get_single_data()
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
     except ValueError as error:  # a number of thousands of digits, the date 2024-13-45
         raise yaml.YAMLError(str(error)) from error
+
+
+def explained_yaml(settings: Settings) -> str:
+    """Every setting in YAML, each below its meaning. `parse` of it gives these settings again."""
+    return "\n".join(_explained_lines(settings, "")) + "\n"
+
+
+def _explained_lines(section: BaseModel, indent: str) -> Iterator[str]:
+    for key, field in type(section).model_fields.items():
+        if is_section(field.annotation):
+            yield from ("", f"{key}:", *_explained_lines(getattr(section, key), "  "))
+        else:
+            meaning = textwrap.wrap(field.description or "", 100, break_on_hyphens=False, break_long_words=False)
+            yield from (f"{indent}# {line}" for line in meaning)
+            value = section.model_dump(mode="json", include={key})
+            dumped = yaml.safe_dump(value, allow_unicode=True, width=1000)
+            yield from textwrap.indent(dumped, indent).splitlines()
 
 
 def json_schema() -> dict[str, Any]:
@@ -100,13 +144,15 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
             yield prefix + key
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Put one value of --set into the tree, and return its key."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SettingsError(
             f"--set {redacted(override)!r} has no '='", "it is not clear what to set", "write --set section.key=value"
         )
-    *sections, last = key.strip().split(".")
+    key = key.strip()
+    *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
@@ -115,10 +161,29 @@ def _apply(tree: dict[str, Any], override: str) -> None:
                 "the override cannot be applied",
                 _nearest(key),
             )
+    tree[last] = _value_of(key, value.strip())
+    return key
+
+
+def _value_of(key: str, text: str) -> Any:
+    """Return a value of --set: the text itself for a setting that takes text, else what YAML reads from all of it."""
+    is_quoted = text[:1] in ("'", '"')
+    if not is_quoted and _takes_text(key):
+        return text
     try:
-        tree[last] = plain_yaml(value)
-    except yaml.YAMLError:
-        tree[last] = value
+        node = yaml.compose(text, _PlainLoader)
+        is_cut = node is not None and node.end_mark.index < len(text)  # by a comment
+        return text if is_cut else plain_yaml(text)
+    except (yaml.YAMLError, RecursionError):
+        return text
+
+
+def _takes_text(key: str) -> bool:
+    section: Any = Settings
+    for part in key.split("."):
+        field = section.model_fields.get(part) if is_section(section) else None
+        section = field.annotation if field else None
+    return section is str
 
 
 def _refuse_secrets(tree: Any, key: str) -> None:
@@ -134,22 +199,29 @@ def _refuse_secrets(tree: Any, key: str) -> None:
         _refuse_secrets(value, f"{key}.{name}" if key else str(name))
 
 
-def _explained(error: ValidationError, name: str) -> SettingsError:
-    """Return one error that lists all problems: the key, the value found, and what is allowed."""
-    lines, remedies = [], []
+def _explained(error: ValidationError, name: str, changed: Mapping[str, str]) -> SettingsError:
+    """Return one error that lists all problems: the file or the --set of `changed`, key, value, and what is allowed."""
+    lines, remedies = dict[str, list[str]](), []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "the settings together"
+        own = [text for known, text in changed.items() if f"{key}.".startswith(f"{known}.")]
+        inside = [text for known, text in changed.items() if not problem["loc"] or known.startswith(f"{key}.")]
+        sets = " ".join(f"--set {redacted(text)}" for text in own or inside)
+        where = sets if own else f"{name} with {sets}" if inside else name
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}")
-            remedies.append(_nearest(key))
-        elif is_section(problem.get("input").__class__) or (problem["type"] == "value_error" and not problem["loc"]):
-            lines.append(problem["msg"].removeprefix("Value error, "))
+            line = f"unknown key {key!r}"
+            is_dotted = len(problem["loc"]) == 1 and key in known_keys()
+            section, _, last = key.partition(".")
+            remedies.append(f"write {section!r} and, indented below it, {last!r}" if is_dotted else _nearest(key))
+        elif problem["type"] == "value_error" and isinstance(problem["input"], (dict, BaseModel)):
+            line = problem["msg"].removeprefix("Value error, ")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             message = message.replace("Input should be", "allowed:")
-            lines.append(f"{key}: found {problem['input']!r}; {message}")
+            line = f"{key}: found {problem['input']!r}; {message}"
+        lines.setdefault(where, []).append(line)
     return SettingsError(
-        f"{name}: " + "; ".join(lines),
+        "; ".join(f"{where}: {'; '.join(wrong)}" for where, wrong in lines.items()),
         "the run would not be the intended one, so it was not started",
         " ".join(remedies) or "fix the value, or leave the key out to get the default",
     )

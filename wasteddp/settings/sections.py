@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from wasteddp.files import expand_home
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Location = Annotated[str, AfterValidator(expand_home)]
 
 _MOST_PATIENCE_S = 400  # for one read, so that its error appears before the collectives time out
 
@@ -41,7 +45,7 @@ class _Section(BaseModel):
 
 
 class Run(_Section):
-    out: str = "runs/resnet50"
+    out: Location = "runs/resnet50"
     """Folder of the run: settings, log, metrics, checkpoints and the model."""
     seed: Count = 0
     """Order, augmentation and initial weights depend on it."""
@@ -58,9 +62,9 @@ class Run(_Section):
 
 
 class Data(_Section):
-    shards: str = "shards/trashnet"
+    shards: Location = "shards/trashnet"
     """Folder of the shard set, or its URL: https://, s3://, gs://, hf:// or any other protocol that fsspec supports."""
-    staged: str = ""
+    staged: Location = ""
     """Folder of a verified copy of `shards` on the node's own disk, to read instead of it; empty: no copy."""
     train_split: str = "train"
     eval_split: str = "val"
@@ -188,7 +192,7 @@ class Augment(_Section):
 class Model(_Section):
     arch: str = "resnet50"
     """Name of a ResNet in torchvision: resnet18, resnet50, resnext50_32x4d, wide_resnet50_2, ..."""
-    weights: str = "imagenet"
+    weights: Location = "imagenet"
     """imagenet: torchvision's default weights; none: random weights; or the path of a .safetensors or .pth file, or of
     a run. From a run, the head's rows of the classes that both have are used too."""
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "backbone"] = "none"
@@ -282,7 +286,7 @@ class Train(_Section):
     """tau: training adds tau * ln(fraction of the class) to each logit, so that rare classes get larger logits in
     prediction. 1: compensates for the imbalance; 0: off. The fractions are those of the drawn images, so with
     data.balance 1 it has no effect."""
-    teacher: str = ""
+    teacher: Location = ""
     """Knowledge distillation: folder of a run or model with the same classes. The network also learns the teacher's
     outputs for the augmented images. Empty: off. The teacher's architecture and image size may differ; its calibration
     is not used."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import RecipeError, storage
+from wasteddp.files import read_text
 from wasteddp.settings import plain_yaml
 from wasteddp.sharding.build import WORK_NAME, Job, Options, find_finished, make_shards
 from wasteddp.sharding.sources import synthetic as drawing
 from wasteddp.sharding.sources.download import Download, fetch
 
+_Bin = Annotated[str, Field(min_length=1)]
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -65,10 +67,12 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file is not YAML, or keys are unknown, missing or have wrong values. The message names each.
     """
-    with storage("reading the recipe", path):
-        text = path.read_text(encoding="utf-8")
+    text = read_text(path, "reading the recipe")
     try:
-        recipe = Recipe.model_validate(plain_yaml(text))
+        tree = plain_yaml(text, as_text=True)  # a class may be called yes, no or 1
+        if isinstance(tree, dict):
+            tree = {key: value for key, value in tree.items() if value != ""}
+        recipe = Recipe.model_validate(tree)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}", "no set can be made from it", "fix the named line") from error
     except ValidationError as error:
@@ -96,10 +100,9 @@ def load_recipe(path: Path) -> Recipe:
 
 def load_pairs(path: Path, value: str) -> dict[str, str]:
     """Read a YAML file with lines such as `class: bin`; `value` is the second word, for messages."""
-    with storage(f"reading the {value}s of classes", path):
-        text = path.read_text(encoding="utf-8")
+    text = read_text(path, f"reading the {value}s of classes")
     try:
-        return TypeAdapter(dict[str, str]).validate_python(plain_yaml(text))
+        return TypeAdapter(dict[str, _Bin]).validate_python(plain_yaml(text, as_text=True))
     except (yaml.YAMLError, ValidationError) as error:
         raise RecipeError(
             f"{path} is not YAML with lines `class: {value}`: {error}",

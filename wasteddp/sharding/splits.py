@@ -11,6 +11,7 @@ There are two rules for fractions. Both place an image by its content: u = hash(
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError
+from wasteddp.files import expand_home, read_text
 from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, Layout, SourceImage
 
+_LABELLED_LINE = re.compile(r"(.*[^\s,;])[\s,;]+(\d+)")  # glass/a.jpg 3
 DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
 RULES = ("stratified", "hash")
 
@@ -236,8 +239,8 @@ def parse_split_files(arguments: Sequence[str]) -> dict[str, Path]:
     Raises:
         SourceError: the arguments have another form.
     """
-    if len(arguments) == 1 and Path(arguments[0]).is_dir():
-        return find_list_files(Path(arguments[0]))
+    if len(arguments) == 1 and Path(expand_home(arguments[0])).is_dir():
+        return find_list_files(Path(expand_home(arguments[0])))
     pairs = [argument.partition("=") for argument in arguments]
     words = [SPLIT_WORDS.get(word) for word, _, _ in pairs]
     if not all(file for _, _, file in pairs) or None in words or len(set(words)) < len(words) or "train" not in words:
@@ -246,19 +249,17 @@ def parse_split_files(arguments: Sequence[str]) -> dict[str, Path]:
             "the splits are not known",
             f"give each split once, train at least; known words: {', '.join(SPLIT_WORDS)}",
         )
-    return {str(word): Path(file) for word, (_, _, file) in zip(words, pairs, strict=True)}
+    return {str(word): Path(expand_home(file)) for word, (_, _, file) in zip(words, pairs, strict=True)}
 
 
 def read_list_files(files: Mapping[str, Path]) -> list[ListedImage]:
     """Read all lines of all lists. The label number is optional and may start at 0 or 1; it must only be consistent."""
     listed: list[ListedImage] = []
     for split, file in files.items():
-        with storage("reading the list of a split", file):
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text(file, "reading the list of a split").splitlines(), start=1):
             if line.strip():
-                head, _, tail = line.strip().rpartition(" ")
-                name, label = (head.strip(), int(tail)) if head and tail.isdecimal() else (line.strip(), None)
+                labelled = _LABELLED_LINE.fullmatch(line.strip())
+                name, label = (labelled[1], int(labelled[2])) if labelled else (line.strip(), None)
                 listed.append(ListedImage(name, label, split, f"{file.name}:{number}"))
     return listed
 
@@ -280,7 +281,7 @@ def apply_lists(layout: Layout, listed: Sequence[ListedImage]) -> tuple[Layout, 
     lines: dict[str, ListedImage] = {}
     missing: list[ListedImage] = []
     for line in listed:
-        fitting = by_name.get(line.name, [])
+        fitting = by_name.get(line.name) or by_name.get(line.name.replace("\\", "/").removeprefix("./"), [])
         if len(fitting) > 1:
             raise SourceError(
                 f"{line.place}: {line.name} may be {fitting[0].file.path} or {fitting[1].file.path}",

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from wasteddp.errors import SettingsError, TrackingError, storage
+from wasteddp.errors import SettingsError, TrackingError
+from wasteddp.files import read_text
+from wasteddp.settings import plain_yaml
 from wasteddp.training.tracking.journal import METRICS, is_known
 from wasteddp.training.tracking.wandb_client import choose, reason_of
 from wasteddp.training.tracking.wandb_sync import MEDIA
@@ -75,10 +77,9 @@ def load(path: Path) -> Dashboard:
     Raises:
         SettingsError: not YAML, an unknown key, or a panel of a metric that runs do not have: it would stay empty.
     """
-    with storage("reading the dashboard", path):
-        text = path.read_text(encoding="utf-8")
+    text = read_text(path, "reading the dashboard")
     try:
-        dashboard = Dashboard.model_validate(yaml.safe_load(text))
+        dashboard = Dashboard.model_validate(plain_yaml(text))
     except (yaml.YAMLError, ValidationError) as error:
         raise SettingsError(f"{path}: {error}", "the dashboard cannot be built", "fix the named lines") from error
     names = {name for section in dashboard.sections for panel in section.panels for name in panel.names}

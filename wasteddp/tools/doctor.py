@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from wasteddp import environment
 from wasteddp.errors import EXIT_USER_ERROR, LaunchError, SettingsError, WastedError
+from wasteddp.files import expand_home
 
 if TYPE_CHECKING:
     from wasteddp.settings import Settings
@@ -35,7 +36,9 @@ _ASSUMED_CLASSES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="YAML", help="settings of the run (default: the default settings)")
+    parser.add_argument(
+        "--config", type=expand_home, metavar="YAML", help="settings of the run (default: the default settings)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
@@ -74,6 +77,7 @@ def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Findin
     from wasteddp.tools.finding import Finding
     from wasteddp.training.distributed import runtime
 
+    load = machine_checks.check_load(*machine_checks.load_of_machine())  # before the checks add to it
     findings = [
         machine_checks.check_versions(machine_checks.versions_tested()),
         machine_checks.check_precision(settings.precision),
@@ -90,11 +94,11 @@ def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Findin
             f"global batch {settings.train.batch_size}"
         )
         findings.append(Finding("processes", "green", found))
-        findings += _examine_machines(world)
+        findings += _examine_machines(world, load)
         return findings + _examine_run(settings, world, leaves_s)
 
 
-def _examine_machines(world: Runtime) -> list[Finding]:
+def _examine_machines(world: Runtime, load: Finding) -> list[Finding]:
     """All ranks: run the checks of the machines."""
     from wasteddp.tools import machine_checks
 
@@ -103,7 +107,8 @@ def _examine_machines(world: Runtime) -> list[Finding]:
     shared_memory = _worst_of_ranks(world, machine_checks.check_shared_memory(gpus))
     world.totals(0)  # all ranks return from it at nearly the same moment
     times = world.gather(time.time())
-    return [machine_checks.check_devices(devices), shared_memory, machine_checks.check_clocks(times)]
+    load = _worst_of_ranks(world, load)
+    return [machine_checks.check_devices(devices), load, shared_memory, machine_checks.check_clocks(times)]
 
 
 def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Finding]:
@@ -112,13 +117,19 @@ def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Fi
     from wasteddp.training.checkpoint import state
 
     world.watch.at("reading the shards", slow=True)
-    shards, num_classes = run_checks.check_shards(settings, world.rank)
-    num_bytes = run_checks.model_bytes(settings, num_classes or _ASSUMED_CLASSES)
-    findings = [_worst_of_ranks(world, shards), machine_checks.check_all_reduce(world, num_bytes)]
+    shards, opened = run_checks.check_shards(settings, world.rank)
+    classes = opened.manifest.classes if opened else ("",) * _ASSUMED_CLASSES
+    world.watch.at("loading the initial weights", slow=True)
+    weights = run_checks.check_weights(settings, classes)
+    num_bytes = run_checks.model_bytes(settings, len(classes))
+    findings = [_worst_of_ranks(world, one) for one in (shards, weights)]
+    findings.append(machine_checks.check_all_reduce(world, num_bytes))
     world.watch.at("checking the disk and the dashboard", slow=True)
     out = Path(settings.run.out)
     if world.is_main:
+        findings += [run_checks.check_folder(settings, opened)] if opened else []
         findings += [
+            run_checks.check_file_system(out),
             run_checks.check_disk(out, state.room_for_run(settings, num_bytes)),
             run_checks.check_save(out, state.room_for_checkpoint(settings, num_bytes), leaves_s),
             run_checks.check_wandb(settings.track.wandb),
@@ -151,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     try:
+        environment.prepare()
         return run(parser.parse_args(argv))
     except WastedError as error:
         if environment.launched("RANK", 0) == 0:

@@ -5,6 +5,7 @@ Each check returns a finding, and does not raise for the problem that it looks f
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -31,6 +32,7 @@ _DEVELOPMENT = ("hypothesis", "mypy", "pytest", "ruff")
 _LEAST_SHM_BYTES = 1 << 30
 _LEAST_FREE = 0.9  # of a GPU's memory
 _SLOW_ALL_REDUCE_S = 0.5  # on GPUs: probably the wrong network
+_MOST_LOAD = 0.5  # running processes for each core, before the run adds its own
 _ROUNDS = 5
 _MOST_SKEW_S, _WRONG_SKEW_S = 1.0, 60.0
 
@@ -143,6 +145,19 @@ def check_devices(devices: list[Device]) -> Finding:
             "install a torch for CUDA, or check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES",
         )
     return Finding("devices", "green", found)
+
+
+def load_of_machine() -> tuple[float, int]:
+    """Return the mean number of running processes of the last minute, and the number of cores."""
+    return os.getloadavg()[0], os.cpu_count() or 1
+
+
+def check_load(running: float, cores: int) -> Finding:
+    """Check whether other programs use the processors that the run will decode or train on."""
+    found = f"{running:.1f} running processes on {cores} cores in the last minute"
+    if running > _MOST_LOAD * cores:
+        return Finding("load", "yellow", found, "end other programs (top lists them), or expect a slower run")
+    return Finding("load", "green", found)
 
 
 def check_precision(asked: str) -> Finding:

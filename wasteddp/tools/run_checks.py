@@ -6,17 +6,27 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from wasteddp.data.dataset import open_dataset
 from wasteddp.data.decoding.decode import UndecodableError, decode_rgb
 from wasteddp.data.manifest import Manifest
-from wasteddp.data.reader import SplitReader
+from wasteddp.data.train_plan import train_plan
 from wasteddp.errors import WastedError, storage
+from wasteddp.files import sync_folder, try_lock
+from wasteddp.inference.bundle import find_bundle, load_bundle
 from wasteddp.model import resnet
 from wasteddp.settings import Settings
 from wasteddp.tools.finding import Finding
+from wasteddp.training.build_model import load_weights
+from wasteddp.training.checkpoint import reader
+from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings, refuse_finished
+from wasteddp.training.dataloaders import refuse_untrainable
 from wasteddp.training.tracking import wandb_client
 
 _SAMPLES = 64
@@ -29,39 +39,112 @@ def model_bytes(settings: Settings, num_classes: int) -> int:
         return sum(tensor.nbytes for tensor in resnet.build(settings.model.arch, num_classes).state_dict().values())
 
 
-def check_shards(settings: Settings, rank: int) -> tuple[Finding, int]:
-    """Check the manifest, the size of every tar, and the hash and decoding of a few images that differ by rank.
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What is known of a shard set after it was opened."""
+
+    manifest: Manifest
+    steps_per_epoch: int
+
+
+def check_shards(settings: Settings, rank: int) -> tuple[Finding, Opened | None]:
+    """Open the shard set as a run does, and check the hash and decoding of a few images that differ by rank.
+
+    Of a set behind a URL only the first shard of each split is fetched, into the cache of the run.
 
     Returns:
-        The finding, and the number of classes; 0 if the manifest cannot be read.
+        The finding, and what the other checks need if the set can be read.
     """
     began, read_bytes = time.perf_counter(), 0
+    names = (settings.data.train_split, settings.data.eval_split)
     try:
-        manifest = Manifest.load(settings.data.shards)
-        names = (settings.data.train_split, settings.data.eval_split)
-        for name in names:
-            with SplitReader(manifest, name) as reader:
-                count = min(_SAMPLES, reader.num_samples)
-                for number in range(count):
-                    sample = (number * reader.num_samples // count + rank) % reader.num_samples
-                    data = reader.read(sample)
-                    try:
-                        decode_rgb(data)
-                    except UndecodableError as error:
-                        return _bad_shards(f"{reader.describe(sample)}: {error}", settings), 0
-                    read_bytes += len(data)
+        with open_dataset(settings.data, rank=rank) as shards:
+            manifest = shards.manifest
+            for name in names:
+                with shards.reader(name) as reader:
+                    if name == settings.data.train_split:
+                        refuse_untrainable(manifest, name)
+                        plan = train_plan(manifest.split(name), settings, reader.labels)
+                    among = manifest.split(name).shards[0].num_samples if manifest.url else reader.num_samples
+                    count = min(_SAMPLES, among)
+                    for number in range(count):
+                        sample = (number * among // count + rank) % among
+                        data = reader.read(sample)
+                        try:
+                            decode_rgb(data)
+                        except UndecodableError as error:
+                            return _bad_shards(f"{reader.describe(sample)}: {error}", settings), None
+                        read_bytes += len(data)
     except WastedError as error:
-        return Finding("shards", "red", error.found, error.remedy), 0
+        return _red("shards", error), None
     splits = ", ".join(f"{manifest.splits[name].num_samples} {name}" for name in names)
     speed = read_bytes / 1e6 / (time.perf_counter() - began)
     found = (
         f"{manifest.name}: {splits} images; sizes are right; up to {_SAMPLES} of each split read, hashed and decoded"
     )
-    return Finding("shards", "green", f"{found}, {speed:.0f} MB/s"), len(manifest.classes)
+    return Finding("shards", "green", f"{found}, {speed:.0f} MB/s"), Opened(manifest, plan.steps_per_epoch)
+
+
+def _red(check: str, error: WastedError) -> Finding:
+    return Finding(check, "red", error.found, error.remedy)
 
 
 def _bad_shards(found: str, settings: Settings) -> Finding:
     return Finding("shards", "red", found, f"list all damage: wasteddp verify {settings.data.shards}")
+
+
+def check_weights(settings: Settings, classes: Sequence[str]) -> Finding:
+    """Load the initial weights, and the teacher's, as a run does: it may download them."""
+    try:
+        network = resnet.build(settings.model.arch, len(classes))
+        origin = load_weights(network, settings.model, classes)
+        if settings.train.teacher:
+            load_bundle(find_bundle(Path(settings.train.teacher)))
+    except WastedError as error:
+        return _red("weights", error)
+    return Finding("weights", "green", origin)
+
+
+def check_folder(settings: Settings, opened: Opened) -> Finding:
+    """Check that the run can start, or continue, in its folder with these settings."""
+    folder = Path(settings.run.out)
+    damaged: list[str] = []
+    try:
+        checkpoint = reader.newest(folder / reader.FOLDER, damaged.append)
+        if not checkpoint:
+            return Finding("folder", "green", f"{folder}: a new run")
+        then = checkpoint.progress
+        now = Lineage.of(settings, opened.manifest, teacher=then.lineage.teacher if settings.train.teacher else "")
+        accepted_changes(then.lineage, now, (), where=checkpoint.path)
+        changes = changed_settings(checkpoint.settings_yaml, settings)
+        all_steps = opened.steps_per_epoch * settings.train.epochs
+        last_step = min(all_steps, settings.train.stop_at_step or all_steps)
+        if then.step >= last_step:
+            refuse_finished(changes, run=str(folder), step=then.step)
+            changes = ["the run is finished, so nothing would be trained"]
+    except WastedError as error:
+        return _red("folder", error)
+    found = f"{folder}: continues from step {then.step} of {last_step}"
+    if lines := [*damaged, *changes]:
+        return Finding("folder", "yellow", f"{found}; {'; '.join(lines)}", "check that this is meant")
+    return Finding("folder", "green", found)
+
+
+def check_file_system(folder: Path) -> Finding:
+    """Try the calls that keep the files of a run safe: locks, and the sync of a folder."""
+    try:
+        with _test_folder(folder), tempfile.TemporaryFile(dir=folder) as file:
+            try_lock(file.fileno())
+            is_synced = sync_folder(folder)
+    except WastedError as error:
+        return _red("file system", error)
+    except OSError as error:
+        found = f"files in {folder} cannot be locked: {error.strerror}"
+        return Finding("file system", "yellow", found, "make sure that only one training at a time writes there")
+    if not is_synced:
+        found = f"the folder {folder} cannot be synced"
+        return Finding("file system", "yellow", found, "after a power cut, continue from an older checkpoint if needed")
+    return Finding("file system", "green", f"{folder}: files can be locked, and folders synced")
 
 
 def check_disk(folder: Path, num_bytes: int) -> Finding:
@@ -83,7 +166,7 @@ def check_save(folder: Path, num_bytes: int, leaves_s: float) -> Finding:
     try:
         seconds = _seconds_to_write(folder, num_bytes)
     except WastedError as error:
-        return Finding("saving", "red", error.found, error.remedy)
+        return _red("saving", error)
     # the save after a signal may first wait for a save in progress
     needed_s = 2 * seconds
     found = (
@@ -103,20 +186,26 @@ def check_save(folder: Path, num_bytes: int, leaves_s: float) -> Finding:
 
 def _seconds_to_write(folder: Path, num_bytes: int) -> float:
     chunk = os.urandom(_CHUNK_BYTES)  # some file systems would compress zeros
-    with storage("writing a test file", folder):
-        existed = folder.exists()
+    with _test_folder(folder), storage("writing a test file", folder), tempfile.TemporaryFile(dir=folder) as file:
+        began = time.perf_counter()
+        for at in range(0, num_bytes, _CHUNK_BYTES):
+            file.write(chunk[: num_bytes - at])
+        file.flush()
+        os.fsync(file.fileno())
+        return max(time.perf_counter() - began, 1e-6)
+
+
+@contextmanager
+def _test_folder(folder: Path) -> Iterator[None]:
+    """Create a folder, and remove it after the block if it was not there."""
+    existed = folder.exists()
+    with storage("making the run's folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                began = time.perf_counter()
-                for at in range(0, num_bytes, _CHUNK_BYTES):
-                    file.write(chunk[: num_bytes - at])
-                file.flush()
-                os.fsync(file.fileno())
-                return max(time.perf_counter() - began, 1e-6)
-        finally:
-            if not existed:
-                folder.rmdir()
+    try:
+        yield
+    finally:
+        if not existed:
+            folder.rmdir()
 
 
 def check_wandb(mode: str) -> Finding:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from wasteddp.files import expand_home
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The parser of `wasteddp/train.py`."""
@@ -16,10 +18,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def add_arguments(command: argparse.ArgumentParser, *, needs_config: bool) -> None:
     """Add what `wasteddp/train.py` and `wasteddp train` have in common."""
-    command.add_argument("--config", required=needs_config, metavar="YAML", help="the settings of the run")
+    command.add_argument(
+        "--config", required=needs_config, type=expand_home, metavar="YAML", help="the settings of the run"
+    )
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
     command.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH",
+        "--resume", default="auto", type=expand_home, metavar="auto|never|PATH",
         help="auto: continue from the newest whole checkpoint of run.out, else start from the beginning (default); "
         "PATH: a checkpoint or a run",
     )  # fmt: skip

@@ -60,7 +60,7 @@ def make_network(settings: Settings, world: Runtime, classes: Sequence[str]) -> 
     torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
     with world.together():
         network = resnet.build(model.arch, len(classes), zero_init=model.zero_init_residual)
-        origin = _load_weights(network, model, classes)
+        origin = load_weights(network, model, classes)
     if world.world_size > 1:
         found = world.gather({f"the weights of {origin}": same_ranks.hash_of_state(network)})  # all ranks
         same_ranks.refuse_different(found, "copy the same file of weights to every machine")
@@ -68,7 +68,7 @@ def make_network(settings: Settings, world: Runtime, classes: Sequence[str]) -> 
     return place(network, model, device=world.device, world_size=world.world_size, compiles=world.compiles), origin
 
 
-def _load_weights(network: nn.Module, settings: Model, classes: Sequence[str]) -> str:
+def load_weights(network: nn.Module, settings: Model, classes: Sequence[str]) -> str:
     """Load the initial weights. Return where they come from, for the log.
 
     Of a run or a bundle the head's rows are taken too, class by class.

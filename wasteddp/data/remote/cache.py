@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from wasteddp.errors import ShardError, storage
+from wasteddp.errors import ShardError, StorageError, storage
 from wasteddp.files import try_lock
 
 _POLL_S = 0.02
@@ -65,6 +65,9 @@ class ShardCache:
     Args:
         folder: made if it is not there.
         limit_bytes: that all files together may take.
+
+    Raises:
+        StorageError: the folder cannot be made, or its file system has no locks.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -72,7 +75,16 @@ class ShardCache:
         self._damaged: set[str] = set()  # found by this process: the next run fetches them again
         with storage("making the cache", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / _LOCK).touch()
+            lock = (folder / _LOCK).open("w")
+        with lock:
+            try:
+                try_lock(lock.fileno(), shared=True)
+            except OSError as error:
+                raise StorageError(
+                    f"files in the cache {folder} cannot be locked: {error.strerror}",
+                    "a process could remove a shard while another one reads or fetches it",
+                    "set data.cache to a folder on a local disk, such as one under /tmp",
+                ) from error
 
     def holds(self, sha256: str) -> bool:
         """Whether it is there now; it may be removed at any time unless it is held."""

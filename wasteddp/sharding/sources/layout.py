@@ -10,6 +10,7 @@ a table with the columns path,label[,split] a CSV
 from __future__ import annotations
 
 import csv
+import io
 import re
 import unicodedata
 from collections import Counter
@@ -18,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError
+from wasteddp.files import expand_home, read_text
 from wasteddp.sharding.sources.files import File, PathsSource, Source
 
 SPLITS = ("train", "val", "test")
@@ -133,20 +135,20 @@ def rename_classes(layout: Layout, names: Mapping[str, str], where: str | Path) 
 
 
 def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = False) -> tuple[PathsSource, Layout]:
-    """Read a CSV with the columns path,label[,split]. Paths are relative to the CSV's folder.
+    """Read a CSV with the columns path,label[,split]. Paths are relative to the CSV's folder, with / or \\ between
+    folders. Columns are separated by commas, semicolons or tabs.
 
     Raises:
         SourceError: the file is not a CSV with these columns, or a row is incomplete or repeats an image.
     """
-    with storage("reading the table", path), path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            table = csv.DictReader(file, strict=True)
-            columns = table.fieldnames or []
-            rows = list(table)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise SourceError(
-                f"{path} is not a CSV file in UTF-8: {error}", "its images are not known", "save it as CSV in UTF-8"
-            ) from error
+    text = read_text(path, "reading the table")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    try:
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+        table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
+        rows = list(table)
+    except csv.Error as error:
+        raise SourceError(f"{path} is not a CSV file: {error}", "its images are not known", "fix it") from error
     if not {"path", "label"} <= set(columns) or not rows:
         raise SourceError(
             f"{path} has {len(rows)} rows and the columns {', '.join(columns) or 'none'}",
@@ -155,7 +157,7 @@ def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = Fals
         )
     labels: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows, start=2):
-        name, label = (row["path"] or "").strip(), (row["label"] or "").strip()
+        name, label = _path_of((row["path"] or "").strip(), path.parent), (row["label"] or "").strip()
         word = (row.get("split") or "").strip().lower()
         is_wrong = not name or not label or "\0" in label or (word and word not in SPLIT_WORDS)
         if is_wrong or name in labels:
@@ -177,6 +179,12 @@ def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = Fals
     images = tuple(SourceImage(file, *labels[file.path]) for file in source.files)
     found = {image.class_name for image in images}
     return source, Layout(images, check_classes(found, classes, path, may_lack=may_lack))
+
+
+def _path_of(text: str, folder: Path) -> str:
+    """Return a path of a table as this machine writes it: another system may separate folders by a backslash."""
+    path = expand_home(text)
+    return path.replace("\\", "/") if "\\" in path and not (folder / path).exists() else path
 
 
 def check_classes(

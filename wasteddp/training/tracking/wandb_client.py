@@ -10,13 +10,14 @@ import os
 import socket
 import threading
 import urllib.parse
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from wasteddp.errors import storage
-from wasteddp.files import try_lock
+from wasteddp.files import try_lock_or_warn
 from wasteddp.redaction import redacted
 from wasteddp.training.tracking.run_id import Label
 
@@ -105,7 +106,7 @@ def open_run(folder: Path, label: Label, mode: Mode, *, finish_s: float, strict:
         raise
 
 
-def sender_lock(folder: Path) -> IO[bytes] | None:
+def sender_lock(folder: Path, say: Callable[[str], None]) -> IO[bytes] | None:
     """Take the lock on sending this run's rows, until the file is closed or the process ends; None: another process
     holds it.
 
@@ -113,11 +114,8 @@ def sender_lock(folder: Path) -> IO[bytes] | None:
     """
     with storage("locking the run's folder", folder):
         file = (folder / ".wandb.lock").open("wb")
-    try:
-        if try_lock(file.fileno()):
-            return file
-    except OSError:  # a file system without locks
-        pass
+    if try_lock_or_warn(file.fileno(), f"W&B: {folder}", say):
+        return file
     file.close()
     return None
 

@@ -126,7 +126,7 @@ class WandbMirror:
         keep_inside(self._folder)
         mode = choose(self._asked)
         if mode.is_online:
-            self._lock = sender_lock(self._folder)
+            self._lock = sender_lock(self._folder, self._say)
             if not self._lock:
                 mode = Mode("offline", "another process is sending this run's rows")
         run: Any = None

@@ -180,7 +180,7 @@ def sync(folder: Path, *, timeout_s: float, model: bool = True) -> Synced:
     mode = choose("online")
     if not mode.is_online:
         raise _failed(folder, mode.reason)
-    lock = sender_lock(folder)
+    lock = sender_lock(folder, print)
     if lock is None:
         raise TrackingError(
             f"the training in {folder} is sending its rows itself",
