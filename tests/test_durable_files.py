@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from contextlib import suppress
 from pathlib import Path
 
-from wasteddp.files import appended_rows, read_rows, written_whole
+import pytest
+
+from wasteddp.files import CsvWriter, appended_rows, read_rows, written_whole
 
 
 def test_rows_are_added_behind_a_line_that_a_kill_cut(tmp_path: Path) -> None:
@@ -52,3 +56,19 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new\xff\r\n"
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "name", ["=cmd|'! A1.jpg", "+1.jpg", "-x.jpg", "@a.jpg", "a\rb.jpg", "\tx", 'a,"b.jpg', "ä\n.jpg"]
+)
+def test_no_cell_of_a_csv_is_a_formula_and_each_row_stays_one(name: str) -> None:
+    text = io.StringIO()
+    writer = CsvWriter(text)
+    writer.write(["path", "class", "p_=x"])
+    writer.write([name, name, 0.25])
+    head, row = csv.reader(io.StringIO(text.getvalue(), newline=""))
+    assert head == ["path", "class", "p_=x"]
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in row)
+    assert row[0] in (name, f"./{name}")
+    assert row[1] in (name, f"'{name}")
+    assert float(row[2]) == 0.25

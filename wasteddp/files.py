@@ -9,6 +9,7 @@ would write the same checkpoints. The lock is the kernel's (flock), so that no k
 from __future__ import annotations
 
 import codecs
+import csv
 import errno
 import fcntl
 import hashlib
@@ -17,7 +18,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ from wasteddp.errors import CheckpointError, TextError, storage
 
 LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
 _MARKS = {  # byte order marks; the longer first
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -121,6 +123,27 @@ def read_rows(path: Path, *numbers: str, damaged: Callable[[str], object] = lamb
                 damaged(line)
             else:
                 yield row
+
+
+class CsvWriter:
+    """Writes rows of CSV in which no text is a formula to a spreadsheet, and no character ends a row early.
+
+    A text that begins with =, +, -, @, a tab or a carriage return gets a prefix: `./` in the first column, which holds
+    a path and keeps its meaning, and an apostrophe in the others.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self._plain = csv.writer(file, lineterminator="\n")
+        self._quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+
+    def write(self, row: Iterable[Any]) -> None:
+        cells = [
+            ("'" if number else "./") + cell if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+            for number, cell in enumerate(row)
+        ]
+        # Python before 3.13 does not quote a carriage return by itself
+        has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+        (self._quoted if has_return else self._plain).writerow(cells)
 
 
 def sha256_of(path: Path) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from wasteddp.errors import DamagedSampleError, DeviceMemoryError
+from wasteddp.errors import DamagedSampleError, DeviceMemoryError, SettingsError
 from wasteddp.settings import parse
 from wasteddp.training.watchdog.failures import (
     comes_from_a_peer,
@@ -102,3 +103,11 @@ def test_a_rank_alone_says_where_it_stands_still() -> None:
     )
     assert said.startswith("no progress: rank 0: step 7, evaluating for 12 s (decode_0 has been at val-000000.tar")
     assert "raise run.timeout_s" in said
+
+
+def test_one_image_of_one_pixel_in_the_last_stage_is_a_mistake_in_the_settings() -> None:
+    with pytest.raises(ValueError) as caught:
+        torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
+    found = explain(caught.value, parse("", ["data.image_size=32"]), "computing")
+    assert isinstance(found, SettingsError)
+    assert "raise train.batch_size or train.max_micro_batch" in str(found)

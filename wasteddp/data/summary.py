@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from wasteddp.data.manifest import LeftOut, Manifest
+from wasteddp.errors import inert
 
 _MAX_NAMED = 10
 
 
 def summarise(manifest: Manifest) -> str:
     """Return the summary as lines for a terminal or a log, without colours."""
-    return "\n".join(_lines(manifest))
+    return inert("\n".join(_lines(manifest)))
 
 
 def _lines(manifest: Manifest) -> Iterator[str]:

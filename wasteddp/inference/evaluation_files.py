@@ -15,7 +15,6 @@ The plot is drawn by matplotlib without a display and without its global state (
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import warnings
@@ -32,7 +31,7 @@ from rich.table import Table
 
 from wasteddp import __version__
 from wasteddp.errors import storage
-from wasteddp.files import write_atomically
+from wasteddp.files import CsvWriter, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import F32, I64, percent
 from wasteddp.inference.reliability import Mistake, Seen
@@ -183,9 +182,9 @@ def _plain(name: str) -> str:
 
 def _csv(head: Iterable[Iterable[Any]], rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows(head)
-    writer.writerows(rows)  # a float32 is written with as many digits as reading it back exactly needs
+    writer = CsvWriter(text)
+    for row in (*head, *rows):
+        writer.write(row)  # a float32 is written with as many digits as reading it back exactly needs
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 

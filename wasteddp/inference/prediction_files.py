@@ -5,7 +5,6 @@ Files are written under a temporary name and renamed at the end, so that a kill 
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.errors import storage
-from wasteddp.files import written_whole
+from wasteddp.files import CsvWriter, written_whole
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import as_float, percent
 
@@ -71,9 +70,10 @@ class Terminal:
         self.num_classified += 1
         best, *others = np.argsort(-prediction.probabilities, kind="stable")[: self._top]
         name = self._card.classes[best]
-        following = [f"{self._card.classes[k]} {percent(prediction.probabilities[k])}" for k in others]
+        following = [f"{_printable(self._card.classes[k])} {percent(prediction.probabilities[k])}" for k in others]
         sure = percent(prediction.probabilities[best])
-        self._print(name, self._card.bins.get(name, "-"), sure, following, _printable(prediction.path))
+        bin_name = _printable(self._card.bins.get(name, "-"))
+        self._print(_printable(name), bin_name, sure, following, _printable(prediction.path))
 
     def finish(self, written: list[Path]) -> None:
         """Print the unreadable files and the totals."""
@@ -102,9 +102,9 @@ class CsvRecord:
 
     def __init__(self, file: IO[str], card: BundleCard) -> None:
         self._file, self._card = file, card
-        self._writer = csv.writer(file, lineterminator="\n")
+        self._writer = CsvWriter(file)
         names = (f"p_{name}" for name in card.classes)
-        self._writer.writerow(["path", "class", "bin", "probability", *names, "error"])
+        self._writer.write(["path", "class", "bin", "probability", *names, "error"])
 
     def add(self, prediction: Prediction) -> None:
         if isinstance(prediction, Failure):
@@ -115,7 +115,7 @@ class CsvRecord:
             probabilities = prediction.probabilities  # float32: as many digits as reading it back exactly needs
             row = [prediction.path, name, self._card.bins.get(name, ""), probabilities[best], *probabilities, ""]
         with storage("writing the predictions", self._file.name):
-            self._writer.writerow(row)
+            self._writer.write(row)
 
 
 class JsonRecord:

@@ -36,6 +36,14 @@ def explain(error: Exception, settings: Settings, place: str) -> Exception:
             "set run.deterministic to false, change the setting that uses this operation, or try another version of "
             "torch",
         )
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        return SettingsError(
+            f"BatchNorm got one value per channel: {_first_line(error)}",
+            f"a micro-batch of one image of {settings.data.image_size} px is one pixel in the last stage, which has no "
+            "variance",
+            "raise train.batch_size or train.max_micro_batch so that a micro-batch has two images, raise "
+            "data.image_size, or freeze the network (model.freeze: backbone)",
+        )
     if not isinstance(error, torch.OutOfMemoryError):
         return error
     evaluates = place == "evaluating"
