@@ -276,7 +276,7 @@ def test_a_training_proves_its_balanced_epochs_and_says_what_they_are(balanced: 
     proved = [row for row in rows(balanced) if "coverage/ok" in row]
     assert [(row["step"], row["coverage/samples"], row["coverage/ok"]) for row in proved] == [(4, 48, 1), (8, 48, 1)]
     log = (balanced / "log.txt").read_text()
-    assert "8 steps, 4 an epoch; " in log, "no draw is left out"
+    assert "8 steps, 4 per epoch; " in log, "no draw is left out"
     assert "balance 1: draws in an epoch: glass 16 of 20 images" in log
     assert "epoch proved: 48 images, each as often as planned" in log
 

@@ -1,4 +1,4 @@
-"""Starts the processes of a training without a launcher, for tests and `verify-resume`. Does not import torch."""
+"""Addresses and processes of a training on one machine, for `launcher`, `verify-resume` and tests. No torch."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ _LEAST_SIZE = 1e-3  # of a unit's norm: otherwise weights that start at zero wou
 def build(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer of the trainable parameters, without weight decay on biases and norms.
 
-    To add an optimizer, also add its name to `settings.Optimizer`, and to `checkpoint.state.ONE_MOMENT` if it keeps one
-    moment.
+    To add an optimizer, also add its name to `settings.Optimizer` (then write configs/settings.schema.json again), to
+    `checkpoint.state.ONE_MOMENT` if it keeps one moment, and to docs/recipes.md.
 
     Source of the decay: He et al. 2019, "Bag of Tricks for Image Classification", section 3.1.
     A fused optimizer reads the memory once instead of once per operation: SGD of a ResNet50 takes 14 ms instead of 28
@@ -44,7 +44,7 @@ def build(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     elif settings.name == "lamb":
         optimizer = LAMB(groups, lr, betas=settings.betas)
     else:
-        kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
         optimizer = kind(groups, lr=lr, betas=settings.betas, fused=True)
     set_learning_rate(optimizer, lr)
     return optimizer
