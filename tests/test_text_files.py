@@ -92,6 +92,12 @@ def test_programs_start_with_an_ascii_terminal_and_empty_variables(monkeypatch: 
     assert "WORLD_SIZE" not in os.environ
 
 
+def test_a_url_as_source_of_images_is_refused_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["shard", "https://example.org/waste.zip", "--out", "set"])
+    assert "https://example.org/waste.zip is a URL, and images are read from this machine" in capsys.readouterr().err
+
+
 def failing_for_folders(number: int) -> Callable[[int], None]:
     real = os.fsync
 

@@ -188,7 +188,7 @@ def read_text(path: str | Path, doing: str) -> str:
     except UnicodeDecodeError as error:
         problem, at = f"byte 0x{content[error.start : error.start + 1].hex()}", content.count(b"\n", 0, error.start)
     else:
-        if "\0" not in text:
+        if 4 * text.count("\0") < len(text) or not text:  # more: UTF-16 without its mark
             return text
         problem, at = "a NUL character", text.count("\n", 0, text.index("\0"))
     raise TextError(

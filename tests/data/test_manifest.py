@@ -85,6 +85,14 @@ def test_a_manifest_that_contradicts_itself_is_refused(
 
 
 def test_no_folder_and_no_manifest_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "images" / "glass").mkdir(parents=True)
+    (tmp_path / "images.zip").touch()
+    with pytest.raises(ShardError, match=r"is a file, not the folder (.|\n)*wasteddp shard .*images.zip --out"):
+        Manifest.load(tmp_path / "images.zip")
+    with pytest.raises(ShardError, match=r"holds no manifest.json and no tar(.|\n)*wasteddp shard .*images --out"):
+        Manifest.load(tmp_path / "images")
+    with pytest.raises(ShardError, match=rf"there is no folder no/where in {Path.cwd()}"):
+        Manifest.load("no/where")
     with pytest.raises(ShardError, match=r"there is no folder (.|\n)*wasteddp shard SOURCE --out"):
         Manifest.load(tmp_path / "nowhere")
     (tmp_path / "a.tar").touch()

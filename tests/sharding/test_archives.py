@@ -130,12 +130,13 @@ def test_classes_are_renamed_and_merged(
 ) -> None:
     folder = image_folder({"Glass": 1, "glass": 1, "m\u00e9tal": 1, "me\u0301tal": 1, "paper": 1})
     (tmp_path / "names.yaml").write_text("Glass: glass\n'm\u00e9tal': metal\n'me\u0301tal': metal\n", encoding="utf-8")
-    assert main(["shard", str(folder), "--out", str(tmp_path / "plain")]) == 0
+    assert main(["shard", str(folder), "--out", str(tmp_path / "plain"), "--fractions", "1,0,0"]) == 0
     output = capsys.readouterr().out
     assert r"differ only in case, spaces or Unicode form: 'Glass', 'glass'; to merge" in output
     assert r"'me\u0301tal', 'm\xe9tal'" in output
     out = tmp_path / "out"
-    assert main(["shard", str(folder), "--out", str(out), "--classes", str(tmp_path / "names.yaml")]) == 0
+    command = ["shard", str(folder), "--out", str(out), "--fractions", "1,0,0"]
+    assert main([*command, "--classes", str(tmp_path / "names.yaml")]) == 0
     assert "differ only" not in capsys.readouterr().out
     manifest = Manifest.load(out)
     assert manifest.classes == ("glass", "metal", "paper")

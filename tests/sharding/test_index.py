@@ -126,6 +126,10 @@ def test_a_tar_that_is_cut_in_or_between_members_is_named(tmp_path: Path, cut: i
     [
         ({"1.jpg": b"", "2.cls": b"0"}, r"sample '1' \(jpg\) has no label"),
         ({"1.jpg": b"", "1.png": b"", "1.cls": b"0"}, "has 2 images: 1.jpg, 1.png"),
+        (
+            {f"cam1.2026.{number}.jpg": b"" for number in range(5000)},
+            r"'cam1' has 5,000 images: (cam1.2026.\d.jpg, ){3}cam1.2026.3.jpg and 4,996 more\n.*\n.*without dots",
+        ),
         ({"1.jpg": b"", "2.jpg": b"", "1.cls": b"0"}, "sample '1' .* has no label"),
         (
             {"1.jpg": b"", "1.cls": b"0", "2.jpg": b"", "2.cls": b"0", "1.txt": b""},
@@ -265,7 +269,7 @@ def test_the_command_takes_class_names_from_a_file_and_keeps_a_manifest(
     (tmp_path / "names.txt").write_text("glass\nmetal\n")
     command = ["index", str(tmp_path / "s"), "--classes-from", str(tmp_path / "names.txt")]
     assert main(command) == 0
-    assert "warning: no samples in train, val" in capsys.readouterr().out
+    assert "warning: there are no samples in train, val" in capsys.readouterr().out
     assert Manifest.load(tmp_path / "s").splits["test"].samples_per_class == (1, 1)
     with pytest.raises(SystemExit):
         main(command)

@@ -137,7 +137,7 @@ def test_classes_may_be_called_yes_no_or_1(tmp_path: Path) -> None:
     bins = "yes: 010\nno: off\n1: 1:30\n~: null\n"
     (tmp_path / "bins.yaml").write_text(bins)
     expected = {"yes": "010", "no": "off", "1": "1:30", "~": "null"}
-    assert recipes.load_bins(tmp_path / "bins.yaml") == expected
+    assert recipes.load_pairs(tmp_path / "bins.yaml", "bin") == expected
     recipe = (
         "name: 2026\ntitle: b\nsynthetic: yes\nclasses: [yes, no, 1, ~]\ndraw: {images_per_class: 1, size_px: 99}\n"
     )
@@ -147,7 +147,7 @@ def test_classes_may_be_called_yes_no_or_1(tmp_path: Path) -> None:
     for text in ("yes: a\nyes: b", "yes:", "- a"):
         (tmp_path / "bins.yaml").write_text(text)
         with pytest.raises(RecipeError, match="is not YAML with lines"):
-            recipes.load_bins(tmp_path / "bins.yaml")
+            recipes.load_pairs(tmp_path / "bins.yaml", "bin")
 
 
 def test_the_recipes_of_the_repository_are_whole() -> None:

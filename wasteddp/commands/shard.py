@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from wasteddp.commands.arguments import Commands, add_workers, numbers, to_path
 from wasteddp.errors import SourceError
+from wasteddp.redaction import redacted
 
 if TYPE_CHECKING:
     from wasteddp.sharding.build import Job, Options
@@ -26,7 +27,7 @@ def _add_shard(commands: Commands) -> None:
         description="Writes the images of a folder of class folders, a zip or tar of one, a CSV (path,label[,split]) "
         "or a recipe (.yaml) to WebDataset tars with a manifest. After an interruption, the same command continues.",
     )
-    command.add_argument("source", metavar="SOURCE", type=to_path, help="folder, zip, tar, CSV or recipe")
+    command.add_argument("source", metavar="SOURCE", type=_source, help="folder, zip, tar, CSV or recipe")
     command.add_argument(
         "--out", type=to_path, metavar="FOLDER", help="folder of the new shard set (a recipe has its own)"
     )
@@ -204,6 +205,15 @@ def _classes_of(run_or_set: Path) -> tuple[str, ...]:
     from wasteddp.inference.bundle import find_bundle, read_card
 
     return read_card(find_bundle(run_or_set)).classes
+
+
+def _source(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{redacted(text)} is a URL, and images are read from this machine: download it first, or write a recipe "
+            "(shards/README.md) that does; for a shard set behind a URL, set data.shards to it"
+        )
+    return to_path(text)
 
 
 def _is_recipe(source: Path) -> bool:

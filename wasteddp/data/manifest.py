@@ -169,14 +169,27 @@ class Manifest:
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
+        if folder.is_file():
+            raise ShardError(
+                f"{folder} is a file, not the folder of a shard set",
+                "there are no shards to read",
+                f"if it holds images, run `wasteddp shard {folder} --out shards/NAME` and name that folder; if it is a "
+                "tar of a set, name its folder",
+            )
         if not folder.is_dir():
             raise ShardError(
-                f"there is no folder {folder}",
+                f"there is no folder {folder}" + ("" if folder.is_absolute() else f" in {Path.cwd()}"),
                 "there is nothing to read",
                 f"create the shards first (wasteddp shard SOURCE --out {folder}), or set data.shards to their folder",
             )
         if not path.exists():
             tars = len(list(folder.glob("*.tar")))
+            if not tars and any(entry.is_dir() for entry in folder.iterdir()):
+                raise ShardError(
+                    f"{folder} holds no {MANIFEST_NAME} and no tar, but folders",
+                    "a run reads shards, not images",
+                    f"if it holds class folders, run `wasteddp shard {folder} --out shards/NAME` and name that folder",
+                )
             raise ShardError(
                 f"{folder} holds {tars} tar file(s) but no {MANIFEST_NAME}",
                 "without it the number of samples is unknown, so no epoch could be checked for completeness",

@@ -27,6 +27,7 @@ from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES
 
 _USUAL_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # others count only in a sample without one of these
 _OTHER_EXTENSIONS = tuple(sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - set(_USUAL_EXTENSIONS)))
+_MOST_NAMES = 4  # in a message
 _LABEL_EXTENSIONS = ("cls", "json")
 _MAX_LABEL_BYTES = 16 << 20
 _MAX_LABEL = 999_999  # each number up to the largest becomes a class
@@ -203,11 +204,17 @@ def _image_of(tar: _Tar, key: str, members: Sequence[_Member]) -> _Member | None
     plain = next(filter(None, candidates), [])
     if len(plain) > 1:
         raise ShardError(
-            f"{tar}: the sample {key!r} has {len(plain)} images: {', '.join(m.name for m in plain)}",
+            f"{tar}: the sample {key!r} has {len(plain):,} images: {_some_of([m.name for m in plain])}",
             "it is not clear which image belongs to the label",
-            "keep one image in each sample",
+            "keep one image in each sample; if these are different samples, write their names without dots: WebDataset "
+            "ends the key of a sample at the first dot",
         )
     return plain[0] if plain else None
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _label_of(
@@ -239,7 +246,7 @@ def _label_of(
     if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
         return found
     raise ShardError(
-        f"{tar}: the sample {key!r} ({', '.join(members)}) has no label",
+        f"{tar}: the sample {key!r} ({_some_of(list(members))}) has no label",
         "the model cannot learn from an image without a class",
         f"add a .cls (number or name) or a .json with {' or '.join(label_keys)}, or name the field with --label-key",
     )
