@@ -34,7 +34,7 @@ def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Pa
     first = quickstart(tmp_path)
     run = tmp_path / "runs" / "quickstart"
     metrics = json.loads((run / "evaluations" / "test" / "metrics.json").read_text())
-    assert metrics["num_samples"] > 100
+    assert metrics["num_samples"] > 90
     assert 0 < metrics["accuracy"] <= 1
     assert "the files of this run" in first
     assert len((run / "predictions.csv").read_text().splitlines()) == 13  # two new images of each of six classes

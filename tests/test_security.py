@@ -397,10 +397,13 @@ def test_yaml_that_is_more_than_values_is_refused(text: str, tmp_path: Path, mon
     path.write_text(text)
     with pytest.raises(SettingsError, match="is not YAML"):
         settings.load(path)
-    with pytest.raises(RecipeError, match="is not YAML"):
+    with pytest.raises(RecipeError, match=r"is not YAML|is not a recipe"):
         load_recipe(path)
-    with pytest.raises(RecipeError, match="is not YAML"):
-        load_pairs(path, "bin")
+    if text.startswith("run: ") and "!!" not in text:  # names and bins are text as it is written: no date, no number
+        assert load_pairs(path, "bin") == {"run": text.removeprefix("run: ")}
+    else:
+        with pytest.raises(RecipeError, match="is not YAML"):
+            load_pairs(path, "bin")
     assert not (tmp_path / "MARK").exists()
 
 

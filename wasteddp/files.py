@@ -56,7 +56,7 @@ def read_regular(path: Path) -> bytes:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or the next start after a kill, sees all of it or the one from before."""
-    with written_whole(path) as file:
+    with written_whole(path) as file, storage("writing", path):
         file.write(content)
 
 

@@ -78,7 +78,7 @@ def test_a_launch_that_accelerate_cannot_join_is_one_message(small_shards: Path,
     environment = {**os.environ, "WORLD_SIZE": "2"}
     alone = forked.run([sys.executable, str(PROGRAM), *config_of(tmp_path, small_shards)], env=environment)
     assert alone.returncode == 2
-    assert "error: the 2 launched processes cannot be joined" in alone.stderr
+    assert "error: the 2 processes that were launched cannot be joined" in alone.stderr
 
 
 def remote_config(folder: Path, url: str, *overrides: str) -> list[str]:

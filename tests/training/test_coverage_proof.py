@@ -177,7 +177,7 @@ def test_block_mode_proves_its_epochs_and_replaced_samples_count_as_themselves(
     order = ["--set", "data.block=4", "--set", "data.window=8", "--set", "train.batch_size=10"]
     assert train.main([*config_of(tmp_path, shards), *order, "--set", "data.max_damaged=5"]) == 0
     proved = [row for row in rows(tmp_path / "run") if "coverage/ok" in row]
-    assert "order: blocks of 4, window 8, 10 lanes; by its classes" in (tmp_path / "run" / "log.txt").read_text()
+    assert "order: blocks of 4, window 8, 10 lanes; judged by its classes" in (tmp_path / "run" / "log.txt").read_text()
     numbers = [(row["coverage/samples"], row["coverage/replaced"], row["coverage/ok"]) for row in proved]
     assert numbers == [(50, 1, 1)] * 2
 

@@ -54,17 +54,17 @@ def test_a_signal_saves_once_and_the_same_command_ends_the_run(small_shards: Pat
     assert process.returncode == 75, output
     assert output.strip().splitlines()[-2].startswith("stopped by SIGINT"), output  # then: the report
     step = rows(tmp_path / "run")[-1]["step"]
-    process = start([*arguments, "--set", f"train.stop_at_step={step + 1}"])
+    process = start([*arguments, "--set", f"train.stop_at_step={step + 3}"])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert rows(tmp_path / "run")[-1]["step"] == step + 1
+    assert rows(tmp_path / "run")[-1]["step"] == step + 3
 
 
 def test_two_processes_end_with_the_programs_code_and_message(small_shards: Path, tmp_path: Path) -> None:
     process = start([*config_of(tmp_path, small_shards), "--processes", "2", "--set", "model.arch=resnet51"])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "'resnet51' is no ResNet" in output
+    assert "'resnet51' is not a ResNet" in output
     assert "Traceback" not in output
 
 

@@ -246,7 +246,8 @@ def read(path: Path) -> Checkpoint:
         states = {file.stem: load(content) for file, content in files.items() if file.suffix == STATE_SUFFIX}
         if missing := {"model", "optimizer"} - states.keys():
             raise ValueError(f"it has no state of: {', '.join(sorted(missing))}")
-        raw.setdefault("best_in", measure_of_settings(yaml.safe_load(settings_yaml), lineage.manifest))  # until 2026-11
+        if "best_in" not in raw:  # not recorded until 2026-11
+            raw["best_in"] = measure_of_settings(yaml.safe_load(settings_yaml) or {}, lineage.manifest)
         progress = Progress(lineage=lineage, **raw)
         if _step_in(path) not in (0, progress.step):  # a checkpoint that was copied to an arbitrary name has step 0
             raise ValueError(f"its name says step {_step_in(path)}, and it holds step {progress.step}")

@@ -57,7 +57,8 @@ def launch(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, forward)
     for rank in range(num):
-        own = {**environment, **rank_environment(rank, num, port), "WASTEDDP_LAUNCHER": str(os.getpid())}
+        own = {"OMP_NUM_THREADS": "1", **environment, **rank_environment(rank, num, port)}  # run.threads sets the rest
+        own["WASTEDDP_LAUNCHER"] = str(os.getpid())
         processes.append(subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, start_new_session=True))
     code, kill_at = EXIT_FINISHED, float("inf")
     while any(process.poll() is None for process in processes):
