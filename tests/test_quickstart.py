@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from small_run import write_images
 
+from wasteddp.data.manifest import Manifest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,7 +36,8 @@ def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Pa
     first = quickstart(tmp_path)
     run = tmp_path / "runs" / "quickstart"
     metrics = json.loads((run / "evaluations" / "test" / "metrics.json").read_text())
-    assert metrics["num_samples"] > 90
+    test_split = Manifest.load(tmp_path / "shards" / "sample").splits["test"]
+    assert metrics["num_samples"] == test_split.num_samples == 99
     assert 0 < metrics["accuracy"] <= 1
     assert "the files of this run" in first
     assert len((run / "predictions.csv").read_text().splitlines()) == 13  # two new images of each of six classes

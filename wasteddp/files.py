@@ -1,9 +1,8 @@
 """Files and locks that survive kills and power cuts, and text files from elsewhere. No torch.
 
-One training at a time writes into a run's folder.
-
-When only the launcher is killed, or one rank, the others may still be saving while somebody starts the run again: two
-would write the same checkpoints. The lock is the kernel's (flock), so that no kill can leave it behind.
+`RunLock` lets one training at a time write into a run's folder. After a kill of only the launcher, or of one rank, the
+other ranks may still be saving while the run is started again, and both would write the same checkpoints. The lock is
+the kernel's (flock), which ends with the process.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from wasteddp.errors import CheckpointError, TextError, storage
 
 LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # the beginnings of a formula in a spreadsheet
 _MARKS = {  # byte order marks; the longer first
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -39,7 +38,7 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)  # CI
 
 
 def read_regular(path: Path) -> bytes:
-    """Returns the bytes of a regular file. A pipe or a device, which may never end, is not read.
+    """Return the bytes of a regular file. A pipe or a device, which may never end, is not read.
 
     Raises:
         OSError: there is no such file, it cannot be read, or it is something else.
@@ -55,19 +54,19 @@ def read_regular(path: Path) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or the next start after a kill, sees all of it or the one from before."""
+    """Write a file so that a reader, or the next start after a kill, sees either all of it or the previous file."""
     with written_whole(path) as file, storage("writing", path):
         file.write(content)
 
 
 @contextmanager
 def written_whole(path: Path, *, errors: str | None = None) -> Iterator[IO[Any]]:
-    """The same for a file that is written piece by piece; it takes its name when the block ends well.
+    """Open a file that is written piece by piece, and gets its name when the block ends without an error.
 
-    An `OSError` of the block itself is passed on as it is: it need not come from this file.
+    An `OSError` of the block itself is raised unchanged, since it may not come from this file.
 
     Args:
-        errors: makes it a text file, in UTF-8; what to do with text that UTF-8 does not have.
+        errors: opens a text file in UTF-8, with this handling of characters that UTF-8 does not have.
     """
     temporary = path.with_name(path.name + ".tmp")
     with storage("writing", path):
@@ -89,7 +88,7 @@ def written_whole(path: Path, *, errors: str | None = None) -> Iterator[IO[Any]]
 
 @contextmanager
 def appended_rows(path: Path) -> Iterator[Callable[[Any], None]]:
-    """Takes rows for a file of JSON lines, which are on the disk when the block ends. Ends a line that a kill cut."""
+    """Append rows to a file of JSON lines. They are on the disk when the block ends. A line cut by a kill is ended."""
     with storage("writing", path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -105,11 +104,11 @@ def appended_rows(path: Path) -> Iterator[Callable[[Any], None]]:
 
 
 def read_rows(path: Path, *numbers: str, damaged: Callable[[str], object] = lambda line: None) -> Iterator[Any]:
-    """The rows of a file of JSON lines, without lines that are none; a file that is not there has no rows.
+    """Yield the rows of a file of JSON lines; a missing file has no rows.
 
     Args:
-        numbers: names; with them, a row is an object that has a number for each.
-        damaged: takes each line that is no row. A line that a kill cut, or that is being written, has no newline.
+        numbers: keys that each row must have, with a number as value.
+        damaged: receives each line that is not a row. A line that a kill cut, or that is being written, has no newline.
     """
     if not path.exists():
         return
@@ -147,7 +146,7 @@ class CsvWriter:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content."""
+    """Return the sha256 of a file's content, in hex."""
     with storage("reading", path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -199,9 +198,9 @@ def read_text(path: str | Path, doing: str) -> str:
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Takes the kernel's lock on an open file, without waiting; False: another process has it.
+    """Take the kernel's lock on an open file without waiting. Return False if another process has it.
 
-    It ends when the file is closed or the process ends, however that is: no kill can leave it behind.
+    The lock ends when the file is closed or the process ends.
 
     Raises:
         OSError: the file system has no locks.
@@ -214,7 +213,7 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 def try_lock_or_warn(descriptor: int, what: str, say: Callable[[str], None], *, shared: bool = False) -> bool:
-    """The same, but where the file system has no locks: warn once and return True."""
+    """`try_lock`, but on a file system without locks report that and return True."""
     try:
         return try_lock(descriptor, shared=shared)
     except OSError as error:
@@ -223,16 +222,16 @@ def try_lock_or_warn(descriptor: int, what: str, say: Callable[[str], None], *, 
 
 
 class RunLock:
-    """Held from its making to `release`, or to the end of the process.
+    """The lock on a run's checkpoints, held from the constructor to `release` or the end of the process.
 
     Args:
-        folder: of the checkpoints; made if it is not there.
-        say: takes the line that says that it waits, and for whom.
-        wait_s: how long for another training to end.
+        folder: of the checkpoints; created if missing.
+        say: receives a line that names the process it waits for.
+        wait_s: time limit for another training to end.
 
     Raises:
         CheckpointError: another training still writes there.
-        StorageError: the folder cannot be made or written.
+        StorageError: the folder cannot be created or written.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None], *, wait_s: float = LOCK_WAIT_S) -> None:
@@ -246,13 +245,13 @@ class RunLock:
             raise
 
     def release(self) -> None:
-        """Lets others in; a second time it does nothing."""
+        """Release the lock; a second call does nothing."""
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)
 
     def _lock(self, folder: Path, say: Callable[[str], None], wait_s: float) -> None:
-        until, told = time.monotonic() + wait_s, False
+        until, is_reported = time.monotonic() + wait_s, False
         while not try_lock_or_warn(self._file, str(folder), say):
             holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
             if time.monotonic() >= until:
@@ -261,9 +260,9 @@ class RunLock:
                     "two trainings would overwrite each other's checkpoints",
                     "wait for it to end, end it, or set run.out to a new folder",
                 )
-            if not told:
+            if not is_reported:
                 say(f"waiting for {holder}, which still writes into {folder}")
-                told = True
+                is_reported = True
             time.sleep(_POLL_S)
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_run import write_images
-from trainings import config_of, rows
+from trainings import config_of, edit_progress, rows
 
 from wasteddp import train
 from wasteddp.sharding.build import Job, Options, make_shards
@@ -99,12 +99,8 @@ def test_the_best_of_another_measure_is_not_compared(
     change: str, finished: Path, small_shards: Path, tmp_path: Path
 ) -> None:
     run = begin_at(4, finished, tmp_path / "run")
-    path = max((run / "checkpoints").glob("step-*")) / "progress.json"
-    best = json.loads(path.read_text()) | {"best_value": 1.5}  # no value of the other measure is better
-    path.write_text(json.dumps(best))
-    complete = json.loads(path.with_name("complete.json").read_text())
-    complete["sha256"]["progress.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_name("complete.json").write_text(json.dumps(complete))
+    newest = max((run / "checkpoints").glob("step-*"))
+    edit_progress(newest, lambda progress: progress.update(best_value=1.5))  # no value of another measure is better
     assert train.main([*config_of(tmp_path, small_shards), *sets(change)]) == 0
     assert progress_of(run)["best_step"] == 8
     log = (run / "log.txt").read_text()
@@ -116,13 +112,8 @@ def test_a_checkpoint_without_its_measure_has_that_of_its_settings(
     finished: Path, small_shards: Path, tmp_path: Path
 ) -> None:
     run = begin_at(4, finished, tmp_path / "run")
-    path = max((run / "checkpoints").glob("step-*")) / "progress.json"
-    progress = json.loads(path.read_text())
-    measured_in = progress.pop("best_in")
-    path.write_text(json.dumps(progress))
-    complete = json.loads(path.with_name("complete.json").read_text())
-    complete["sha256"]["progress.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_name("complete.json").write_text(json.dumps(complete))
+    measured_in = progress_of(run)["best_in"]
+    edit_progress(max((run / "checkpoints").glob("step-*")), lambda progress: progress.pop("best_in"))
     assert train.main(config_of(tmp_path, small_shards)) == 0
     assert progress_of(run)["best_in"] == measured_in
     assert "the best model starts again" not in (run / "log.txt").read_text()
@@ -180,3 +171,16 @@ def test_lost_metrics_are_reported_and_the_run_continues(finished: Path, small_s
     assert train.main(config_of(tmp_path, small_shards)) == 0
     assert "metrics.jsonl is missing: the rows up to step 4 are lost" in (run / "log.txt").read_text()
     assert [row["step"] for row in rows(run)] == [5, 6, 7, 8]
+
+
+def test_a_finished_run_that_was_killed_before_its_records_gets_them(
+    finished: Path, small_shards: Path, tmp_path: Path
+) -> None:
+    """A kill after the last checkpoint: nothing is left to train, but the exit code was not written."""
+    run = begin_at(99, finished, tmp_path / "run")
+    label = json.loads((run / "tracking.json").read_text()) | {"exit_code": None}
+    (run / "tracking.json").write_text(json.dumps(label))
+    assert train.main(config_of(tmp_path, small_shards)) == 0
+    assert json.loads((run / "tracking.json").read_text())["exit_code"] == 0
+    assert "report: " in (run / "log.txt").read_text().splitlines()[-1]
+    assert [row["step"] for row in rows(run)] == list(range(1, 9))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trainings import config_of, rows, run_ranks
+from trainings import config_of, edit_progress, rows, run_ranks
 
 from wasteddp import train
 from wasteddp.data.loader import Loader
@@ -108,16 +106,6 @@ def test_a_loader_that_reads_another_sample_than_it_was_asked_for_is_noticed(
     assert "epoch 0 trained on 50 samples with hash " in capsys.readouterr().err
 
 
-def _edit_progress(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    edit(progress)
-    text = json.dumps(progress).encode()
-    (checkpoint / "progress.json").write_bytes(text)
-    complete = json.loads((checkpoint / "complete.json").read_text())
-    complete["sha256"]["progress.json"] = hashlib.sha256(text).hexdigest()
-    (checkpoint / "complete.json").write_text(json.dumps(complete))
-
-
 @pytest.fixture
 def at_step_6(finished: Path, small_shards: Path, tmp_path: Path) -> tuple[list[str], Path]:
     """A copy of the finished run with its newest checkpoint in the middle of the second epoch."""
@@ -141,7 +129,7 @@ def test_a_checkpoint_of_a_version_that_did_not_count_goes_on_and_says_so(
     def age(progress: dict[str, Any]) -> None:
         del progress["covered"]
 
-    _edit_progress(run / "checkpoints" / "step-00000006", age)
+    edit_progress(run / "checkpoints" / "step-00000006", age)
     assert train.main(arguments) == 0
     assert "epoch 1: not proved" in capsys.readouterr().out
     assert [row["step"] for row in rows(run) if "coverage/ok" in row] == [4]
@@ -151,7 +139,7 @@ def test_a_sample_lost_before_a_checkpoint_is_noticed_after_it(
     at_step_6: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, run = at_step_6
-    _edit_progress(run / "checkpoints" / "step-00000006", lambda p: p["covered"].insert(0, p["covered"].pop(0) - 1))
+    edit_progress(run / "checkpoints" / "step-00000006", lambda p: p["covered"].insert(0, p["covered"].pop(0) - 1))
     assert train.main(arguments) == 2
     assert "epoch 1 trained on 47 samples" in capsys.readouterr().err
 

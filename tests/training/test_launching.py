@@ -165,3 +165,32 @@ def test_the_package_is_the_command_too() -> None:
         [sys.executable, "-OO", "-m", "wasteddp", "--version"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout[:8]) == (0, "wasteddp")
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "message"),
+    [
+        ("os.kill(os.getpid(), 9)", 70, "error: every process was killed, the first by SIGKILL"),
+        (
+            "sys.exit(3) if rank == 0 else time.sleep(60)",
+            3,
+            "killed rank 1: still running 0.5 s after the first failure",
+        ),
+        ("sys.exit(75)", 75, ""),
+        ("sys.exit(0)", 0, ""),
+        ("time.sleep(1.5 * rank)", 0, ""),  # who ends well does not end the others
+    ],
+)
+def test_the_ends_of_two_processes_become_one(program: str, code: int, message: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{program}\n")
+    start = (
+        "import sys; from pathlib import Path; from wasteddp.training.distributed import launcher; "
+        "launcher._END_S = 0.5; sys.exit(launcher.launch([], 2, program=Path(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", start, str(tmp_path / "program.py")],
+        env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=50,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert bool(message) == bool(done.stderr)

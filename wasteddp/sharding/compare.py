@@ -12,20 +12,21 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import combinations, product
+from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data.decoding.decode import UndecodableError, check_image
-from wasteddp.data.manifest import Index, Manifest, Shard, read_index
+from wasteddp.data.manifest import Index, Manifest, Shard, padded, read_index
 from wasteddp.data.reader import SplitReader
-from wasteddp.errors import storage
+from wasteddp.errors import ShardError, storage
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.duplicates import PerceptualHash, find_near, perceptual_hash
 
 _MAX_NAMED = 3
-_HEADER = 512  # bytes of a tar header, before the image
 
 
 class _Samples(NamedTuple):
@@ -41,14 +42,14 @@ class _Samples(NamedTuple):
 
     def name(self, number: int) -> str:
         """Return the split and the key of a sample, from its tar if that is here."""
-        offset = int(self.records[number]["offset"]) - _HEADER
+        offset = int(self.records[number]["offset"]) - BLOCKSIZE
         for shard in self.manifest.splits[self.split].shards:
             if number < shard.num_samples:
                 break
             number -= shard.num_samples
         try:
             with (self.manifest.folder / shard.tar).open("rb") as file:
-                header = tarfile.TarInfo.frombuf(os.pread(file.fileno(), _HEADER, offset), "utf-8", "replace")
+                header = tarfile.TarInfo.frombuf(os.pread(file.fileno(), BLOCKSIZE, offset), "utf-8", "replace")
             return f"{header.name} in {shard.tar}"
         except (OSError, tarfile.HeaderError):
             return f"sample {number} of {shard.tar}"
@@ -73,12 +74,24 @@ def recorded_splits(manifest: Manifest) -> dict[str, str]:
                 (manifest.folder / shard.tar).open("rb") as file,
             ):
                 for record in index:
-                    begin = int(record["offset"]) + -(-int(record["length"]) // _HEADER) * _HEADER
-                    label = os.pread(file.fileno(), 64 * _HEADER, begin)
-                    header = tarfile.TarInfo.frombuf(label[:_HEADER], "utf-8", "replace")
-                    split_of[json.loads(label[_HEADER : _HEADER + header.size])["source"]] = split.name
+                    split_of[_source_of(file.fileno(), record, manifest.folder / shard.tar)] = split.name
             split_of |= dict.fromkeys((row.tobytes().hex() for row in index["sha256"]), split.name)
     return split_of
+
+
+def _source_of(descriptor: int, record: np.void, tar: Path) -> str:
+    """Return the path that `shard` wrote beside an image, in the member after it."""
+    begin = int(record["offset"]) + padded(int(record["length"]))
+    content = os.pread(descriptor, 64 * BLOCKSIZE, begin)
+    try:
+        header = tarfile.TarInfo.frombuf(content[:BLOCKSIZE], "utf-8", "replace")
+        return str(json.loads(content[BLOCKSIZE : BLOCKSIZE + header.size])["source"])
+    except (tarfile.HeaderError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ShardError(
+            f"{tar} has no readable label after byte {begin:,}: {error}",
+            "it is not known in which split an image of this set was",
+            "find the damage with wasteddp verify, and restore the set from a copy",
+        ) from error
 
 
 def find_repeats(manifest: Manifest, read: Callable[[Shard], Index] | None = None) -> list[str]:

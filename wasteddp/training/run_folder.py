@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wasteddp import environment
-from wasteddp.errors import EXIT_RESUMABLE
+from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, TrackingError
 from wasteddp.files import write_atomically
 from wasteddp.settings import Settings
 from wasteddp.training import messages
 from wasteddp.training.checkpoint.reader import Checkpoint, Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.tracking import run_id
 from wasteddp.training.tracking.tracker import ConsoleTracker, NoTracker, Tracker, run_tracker
 from wasteddp.training.watchdog import slurm
 from wasteddp.training.watchdog.signals import STOP
@@ -37,7 +38,7 @@ def begin_run(
     ranks.
 
     Args:
-        is_recorded: False if this start neither trains nor measures: the files stay as they are.
+        is_recorded: False if the run was finished and closed before this start: its files stay as they are.
     """
     tracker: Tracker = NoTracker()
     with world.together():
@@ -55,6 +56,14 @@ def begin_run(
                 settings, data.manifest, progress, last_step=last_step, own=own, world_size=world.world_size
             )
     return tracker
+
+
+def is_closed(out: Path) -> bool:
+    """Whether the run in this folder has finished and written its records: the exit code is written last."""
+    try:
+        return run_id.load(out).exit_code == EXIT_FINISHED
+    except TrackingError:
+        return False
 
 
 def mark_resumable(out: Path) -> None:

@@ -78,7 +78,7 @@ def begin(
         manager.state.restore(checkpoint)
     progress = retreat.applied(progress)
     world, progress = micro_batch.choose_size(settings, built.world, built.recipe, built.model, progress)
-    is_recorded = trains or progress.unmeasured is not None
+    is_recorded = trains or progress.unmeasured is not None or not run_folder.is_closed(Path(settings.run.out))
     tracker = run_folder.begin_run(
         settings, world, data, progress, checkpoint, last_step=last_step, is_recorded=is_recorded
     )
@@ -108,7 +108,7 @@ class Session:
     last_step: int  # of this start
     patience: int  # evaluations without a better one, after which the run ends; 0: endless
     changes: list[str]  # from the checkpoint to this start, a line each
-    is_recorded: bool  # this start trains or measures: a start that does neither leaves the run's files as they are
+    is_recorded: bool  # False: the run was finished and closed, and this start leaves its files as they are
     guard: Guard
     meter: Meter
     profiler: Profiler

@@ -1,4 +1,4 @@
-"""Files by http and https: fsspec's driver, with our time limits and name, no way down to http, and a bounded body."""
+"""Reads http and https with fsspec's driver: with time limits, without redirects to http, with a bounded body."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from yarl import URL
 from wasteddp.data.remote.filesystems import DowngradeError, WrongSizeError
 
 _HEADERS = {"User-Agent": "wasteddp", "Accept-Encoding": "identity"}
-_MOST_BYTES = 1 << 30  # of a body whose size nobody promises
+_MOST_BYTES = 1 << 30  # limit of a body of unknown size
 
 
 class Web(HTTPFileSystem):  # type: ignore[misc]
-    """`cat_file` takes one argument more than fsspec's: `size`, the bytes that the whole file must have."""
+    """A file system whose `cat_file` also takes `size`, the bytes that the whole file must have."""
 
     def __init__(self, timeout_s: float) -> None:
         trace = TraceConfig()
@@ -45,12 +45,12 @@ class Web(HTTPFileSystem):  # type: ignore[misc]
 
 
 def silence(timeout_s: float) -> ClientTimeout:
-    """The limit for a connection and for each wait for a byte; there is none for the whole."""
+    """Return the time limit for connecting and for each read; the whole request has no limit."""
     return ClientTimeout(total=None, connect=None, sock_connect=timeout_s, sock_read=timeout_s)
 
 
 def _size_of_file(response: ClientResponse) -> int | None:
-    """Of the whole file, as far as the answer tells it: the body may be a part."""
+    """Return the size of the whole file if the response states it. The body may be a part."""
     if response.status == 206:
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         return int(total) if total.isdigit() else None

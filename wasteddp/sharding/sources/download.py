@@ -1,4 +1,4 @@
-"""Files from the web, whole and proved: https only, resumed after a break, checked by size and hash."""
+"""Downloads of recipes: https only, resumed after a broken connection, checked by size and hash."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BRING_IT = (
 
 
 class Download(BaseModel):
-    """A file to be had. `git_blob` is the id that git gives the content: sha1 of "blob SIZE\\0" and the bytes."""
+    """A file to download. `git_blob` is the id that git gives the content: sha1 of "blob SIZE\\0" and the bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,10 +48,10 @@ def fetch(
     allow_http_loopback: bool = False,
     wait: Callable[[float], None] | None = None,
 ) -> Path:
-    """The path of the file in `folder`, downloaded unless it is there and good.
+    """Download the file into `folder`, unless it is there with the right hash, and return its path.
 
     Raises:
-        RecipeError: not https, not to be had after a few attempts, or not the bytes that the recipe promises.
+        RecipeError: the URL is not https, all attempts failed, or the bytes are not those that the recipe promises.
     """
     parts = urlsplit(wanted.url)
     if parts.scheme != "https" and not (allow_http_loopback and parts.hostname in _LOOPBACK):
@@ -76,7 +76,7 @@ def fetch(
     finally:
         remote.close()
     if difference:
-        part.unlink()  # nothing of it can be trusted, and the next start would only add to it
+        part.unlink()  # the next start would append to the wrong bytes
         raise RecipeError(
             f"{wanted.url} is not what the recipe promises: {difference}",
             "the set would not be the one that the recipe describes",
@@ -88,7 +88,7 @@ def fetch(
 
 
 def _difference(wanted: Download, path: Path) -> str:
-    """How a file differs from what is wanted, or nothing."""
+    """Return how a file differs from what is wanted; empty if it does not."""
     size = path.stat().st_size
     if wanted.size_bytes not in (None, size):
         return f"{size:,} bytes instead of {wanted.size_bytes:,}"

@@ -66,8 +66,20 @@ def launch(
         if failed and code == EXIT_FINISHED:
             code, kill_at = failed, time.monotonic() + _END_S
         if time.monotonic() > kill_at:
+            running = ", ".join(str(rank) for rank, process in enumerate(processes) if process.poll() is None)
+            print(f"killed rank {running}: still running {_END_S:g} s after the first failure", file=sys.stderr)
             forward(signal.SIGKILL, None)
+            kill_at = float("inf")
         time.sleep(_POLL_S)
     codes = [process.returncode for process in processes]
     code = code or next(filter(None, codes), EXIT_FINISHED)
-    return code if code >= 0 else next((other for other in codes if other > 0), EXIT_FAILED)
+    if code >= 0:
+        return code
+    if not any(other > 0 for other in codes):  # else a rank that survived has reported it
+        print(
+            f"error: every process was killed, the first by {signal.Signals(-code).name} (out of memory? see dmesg)\n"
+            "  so: the run stops; its checkpoints are intact\n"
+            "  do: run the same command again to resume from the newest checkpoint",
+            file=sys.stderr,
+        )
+    return next((other for other in codes if other > 0), EXIT_FAILED)

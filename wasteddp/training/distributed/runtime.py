@@ -262,12 +262,18 @@ def _join(launched: int, is_gpu: bool, timeout: timedelta) -> PartialState:
 
 def _refuse_different_starts(settings: Settings, launched: int, control: Any) -> None:
     """Raise a LaunchError if a rank has other settings, code or versions than rank 0. All ranks."""
-    if control is not None:
-        found: list[Any] = [None] * launched
-        dist.all_gather_object(found, same_ranks.facts(settings), group=control)
-        same_ranks.refuse_different(
-            found, "start every rank with the same command, configuration file and version of wasteddp"
-        )
+    if control is None:
+        return
+    facts = same_ranks.facts(settings)
+    digests: list[Any] = [None] * launched
+    dist.all_gather_object(digests, same_ranks.hash_of_facts(facts), group=control)
+    if len(set(digests)) == 1:
+        return
+    found: list[Any] = [None] * launched
+    dist.all_gather_object(found, facts, group=control)  # on all ranks, since all have the same digests
+    same_ranks.refuse_different(
+        found, "start every rank with the same command, configuration file and version of wasteddp"
+    )
 
 
 def _is_on_cpu(is_gpu: bool) -> bool:

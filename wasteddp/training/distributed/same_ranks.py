@@ -5,6 +5,7 @@ Such a training would run to its end: DDP averages gradients, whatever they are 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import sha256
@@ -26,6 +27,11 @@ def facts(settings: Settings) -> dict[str, object]:
     """Return the settings by their dotted names, the versions, and a hash of the package's code."""
     found = {key: value for key, value in leaves(settings.model_dump(mode="json")) if key not in _OF_A_MACHINE}
     return {**found, "wasteddp": __version__, "torch": str(torch.__version__), "the code's hash": _hash_of_code()}
+
+
+def hash_of_facts(facts: Mapping[str, object]) -> str:
+    """Return the sha256 of `facts`, for a first comparison of thousands of ranks."""
+    return sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def refuse_different(found: Sequence[Mapping[str, object]], remedy: str) -> None:
