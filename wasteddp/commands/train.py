@@ -45,7 +45,11 @@ def _train(arguments: argparse.Namespace) -> int:
                 f"add --out with a new folder, such as --out {arguments.weights_of}-2",
             )
     if not arguments.config:
-        raise SettingsError("neither --config nor --from is given", "there are no settings to train with", "give one")
+        raise SettingsError(
+            "neither --config nor --from is given",
+            "there are no settings to train with",
+            "add --config YAML, such as configs/resnet50.yaml, or --from RUN",
+        )
     if arguments.out:
         sets.append(f"run.out={arguments.out}")
     arguments.set = [*sets, *arguments.set]

@@ -121,7 +121,8 @@ def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Fi
     classes = opened.manifest.classes if opened else ("",) * _ASSUMED_CLASSES
     world.watch.at("loading the initial weights", slow=True)
     weights = run_checks.check_weights(settings, classes)
-    num_bytes = run_checks.model_bytes(settings, len(classes))
+    # the same on all ranks, also where one cannot read the classes: sums of different sizes would hang
+    num_bytes = max(world.gather(run_checks.model_bytes(settings, len(classes))))
     findings = [_worst_of_ranks(world, one) for one in (shards, weights)]
     findings.append(machine_checks.check_all_reduce(world, num_bytes))
     world.watch.at("checking the disk and the dashboard", slow=True)

@@ -148,7 +148,11 @@ def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = Fals
         table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
         rows = list(table)
     except csv.Error as error:
-        raise SourceError(f"{path} is not a CSV file: {error}", "its images are not known", "fix it") from error
+        raise SourceError(
+            f"{path} is not a CSV file: {error}",
+            "its images are not known",
+            "save it again as CSV, with the columns path,label",
+        ) from error
     if not {"path", "label"} <= set(columns) or not rows:
         raise SourceError(
             f"{path} has {len(rows)} rows and the columns {', '.join(columns) or 'none'}",
