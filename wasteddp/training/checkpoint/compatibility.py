@@ -145,7 +145,7 @@ def accepted_changes(then: Lineage, now: Lineage, accepted: Collection[str], *, 
         why = "; ".join(f"{name}: {REFUSED[name]}" for name in unknown if name in REFUSED)
         raise CheckpointError(
             f"--accept-changes {','.join(unknown)}: this change cannot be accepted{f' ({why})' if why else ''}",
-            "",
+            "the run would not be the one that its checkpoint belongs to",
             f"name changes that can be accepted: {', '.join(ACCEPTABLE)}",
         )
     old, new = asdict(then), asdict(now)
