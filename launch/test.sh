@@ -16,7 +16,7 @@ unit=(
   tests/data/test_decode.py tests/data/test_manifest.py tests/inference/test_reliability.py tests/training/test_console.py
   tests/training/test_journal.py tests/training/test_run_lock.py tests/test_docs.py tests/test_settings.py
 )
-several=(tests/chaos tests/distributed tests/slurm)  # these mostly wait, for each other or for a launcher
+several=(tests/chaos tests/distributed tests/slurm tests/test_quickstart.py)  # each starts several processes
 tier=all other=''
 trap 'code=$?; kill $other 2>/dev/null || true; rm -f "${log:-}"; echo "$tier: ${SECONDS} s, exit code $code"' EXIT
 

@@ -57,7 +57,7 @@ def test_the_quickstart_takes_images_of_the_user(tmp_path: Path) -> None:
     assert (run / "predictions.csv").exists()
     assert "Test: " in (run / "report.html").read_text()  # written after the evaluation on the test split
     write_images(images, {"train": (21, 17, 13), "val": (5, 5, 3), "test": (5, 3, 2)})
-    said = quickstart(tmp_path / "out", "--overwrite", IMAGES=str(images))
+    quickstart(tmp_path / "out", "--overwrite", IMAGES=str(images))
     assert (run.with_name(f"{run.name}-2") / "model" / "model.json").exists()
 
 
