@@ -118,6 +118,7 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
         "index",
         "draw",
         "plan",
+        "folds",
         "evaluate",
         "predict",
         "average",
