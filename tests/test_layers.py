@@ -17,6 +17,7 @@ LAYERS = [
     "redaction",
     "errors",
     "environment",
+    "lock_files",
     "files",
     "settings",
     "parallel",

@@ -26,7 +26,8 @@ from wasteddp import __version__
 from wasteddp.data.groups import GROUPS_NAME, save_groups
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
 from wasteddp.errors import ShardError, SourceError, storage
-from wasteddp.files import sync_folder, try_lock_or_warn, write_atomically
+from wasteddp.files import sync_folder, try_lock_or_announce, write_atomically
+from wasteddp.lock_files import LockFile
 from wasteddp.parallel import progress
 from wasteddp.sharding import scan, splits
 from wasteddp.sharding.groups import groups_of_set
@@ -201,7 +202,12 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("a+")  # readable: network file systems require that for a shared lock
     with lock:
-        if not try_lock_or_warn(lock.fileno(), str(out), print, shared=shared):
+        lock_file = LockFile(work / "lock")
+        while not (is_locked := try_lock_or_announce(lock.fileno(), lock_file, str(out), print, shared=shared)):
+            if lock_file.is_decided:
+                break
+            time.sleep(1)  # a process of another machine may have ended
+        if not is_locked:
             raise ShardError(
                 f"another `wasteddp shard` is writing {out}",
                 "two processes would overwrite each other's files",
@@ -210,6 +216,7 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
         try:
             yield work
         finally:
+            lock_file.release()
             if not shared and ((out / MANIFEST_NAME).exists() or not (work / _BEGUN_NAME).exists()):
                 shutil.rmtree(work, ignore_errors=True)
                 if not any(out.iterdir()):

@@ -62,12 +62,9 @@ def launch(
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     for rank in range(num):
-        ranked = {
-            "OMP_NUM_THREADS": "1",
-            **environment,
-            **rank_environment(rank, num, port),
-        }  # run.threads sets the rest
-        own = ranked if num > 1 else environment
+        own = dict(environment)
+        if num > 1:
+            own = {"OMP_NUM_THREADS": "1", **own, **rank_environment(rank, num, port)}  # run.threads sets the rest
         own["WASTEDDP_LAUNCHER"] = str(os.getpid())
         processes.append(subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, start_new_session=True))
     code, kill_at = EXIT_FINISHED, float("inf")
