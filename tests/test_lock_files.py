@@ -18,6 +18,7 @@ from wasteddp.files import RunLock
 from wasteddp.lock_files import LockFile
 from wasteddp.sharding import build
 
+pytestmark = pytest.mark.processes
 HOLDER = """
 import sys, time
 from pathlib import Path

@@ -17,6 +17,7 @@ from wasteddp.data.reader import SplitReader
 from wasteddp.errors import SettingsError, ShardError, SourceError
 from wasteddp.sharding import folds
 from wasteddp.sharding.build import Job, Options, make_shards
+from wasteddp.sharding.folds import F64, I64
 
 
 def reference(counts_GK: np.ndarray, num_folds: int) -> list[int]:
@@ -51,18 +52,26 @@ def test_equal_fractions_give_the_folds_of_scikit_learn(seed: int, num: int, num
         assert folds.divide(counts, [1 / num] * num) == expected
 
 
-def test_scikit_learn_itself_gives_the_same_folds() -> None:
+def test_scikit_learn_itself_chooses_the_same_folds() -> None:
+    """At each of its steps. Between folds that are equally good, it decides by rounding."""
     model_selection = pytest.importorskip("sklearn.model_selection")
+    equal = []
+
+    class Compared(model_selection.StratifiedGroupKFold):  # type: ignore[misc, name-defined]
+        def _find_best_fold(self, y_counts_per_fold: F64, y_cnt: I64, group_y_counts: F64) -> int:
+            theirs = super()._find_best_fold(y_counts_per_fold, y_cnt, group_y_counts)
+            costs = folds._unevenness(y_counts_per_fold, group_y_counts, np.full((5, 1), 0.2), y_cnt).tolist()
+            ours = folds._least(costs, y_counts_per_fold.sum(axis=1).tolist())
+            assert costs[theirs] == pytest.approx(costs[ours], rel=1e-5)
+            equal.append(ours == theirs)
+            return int(theirs)
+
     for seed in range(20):
         random = np.random.default_rng(seed)
         groups = random.integers(0, 30, 400)
         labels = (random.integers(0, 4, 400) + groups) % 4
-        counts = np.zeros((groups.max() + 1, 4), np.int64)
-        np.add.at(counts, (groups, labels), 1)
-        found = folds.divide(counts, [0.2] * 5)
-        chosen = model_selection.StratifiedGroupKFold(5).split(labels, labels, groups)
-        for fold, (_, test) in enumerate(chosen):
-            assert {found[group] for group in groups[test]} == {fold}
+        list(Compared(5).split(labels, labels, groups))
+    assert np.mean(equal) > 0.95
 
 
 def test_fractions_are_met_for_each_class() -> None:

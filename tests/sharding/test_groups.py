@@ -110,10 +110,10 @@ def test_near_duplicates_of_a_left_out_group_are_counted(tmp_path: Path) -> None
 
 def write_csv(path: Path, rows: str) -> Path:
     path.write_text(rows)
-    for line in rows.splitlines()[1:]:
+    for seed, line in enumerate(rows.splitlines()[1:]):
         file = path.parent / line.split(",")[0]
         file.parent.mkdir(exist_ok=True, parents=True)
-        file.write_bytes(jpeg(hash(file.name) % 10_000))
+        file.write_bytes(jpeg(seed))
     return path
 
 
@@ -228,7 +228,11 @@ def test_folders_of_sites_are_offered_with_the_command_to_type(
     command = f"wasteddp shard '{tmp_path}/my images' --out {out} --class-folders inner --group-level {level}"
     assert command in capsys.readouterr().err.splitlines()[3]
     if inside != "train/":
+        capsys.readouterr()
         more = ["shard", str(tmp_path / "my images"), "--out", str(out), "--class-folders", "inner"]
+        assert main([*more, "--overwrite"]) == 0
+        assert f"{command}\n" in capsys.readouterr().out
+        more.append("--overwrite")
         assert main([*more, "--group-level", str(level), "--leave-out", "site1"]) == 0
         assert splits_of_groups(Manifest.load(out))["site1"] == {"test"}
 
@@ -277,10 +281,11 @@ def test_verify_finds_a_damaged_file_of_groups(tmp_path: Path, capsys: pytest.Ca
 def test_compare_reports_groups_that_two_sets_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_sites(tmp_path / "images")
     other = tmp_path / "other"
+    seeds = iter(range(70_000, 80_000))
     for site, place in (("site1", "site1"), ("x", "site7"), ("y", "site8")):
         for file in (images / place).rglob("*.jpg"):
             (other / site / file.parent.name).mkdir(parents=True, exist_ok=True)
-            (other / site / file.parent.name / file.name).write_bytes(jpeg(70_000 + hash((site, str(file))) % 9_999))
+            (other / site / file.parent.name / file.name).write_bytes(jpeg(next(seeds)))
     first = make_shards(
         Job(images, tmp_path / "1", Options(group_level=1, leave_out=("site1",)), class_folders="inner"), workers=1
     )

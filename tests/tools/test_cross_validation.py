@@ -19,6 +19,8 @@ from wasteddp.data.manifest import Manifest
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.training.distributed import launcher
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def fold_set(tmp_path_factory: pytest.TempPathFactory) -> Manifest:

@@ -2,7 +2,8 @@
 
 Source: the greedy rule of scikit-learn's StratifiedGroupKFold: the groups whose classes are most uneven come first, and
 each goes where the shares of the classes are then most even. Fractions may differ here: a share is relative to the
-fraction, and the standard deviation over the parts is weighted by it. With equal fractions the choices are the same.
+fraction, and the standard deviation over the parts is weighted by it. With equal fractions the choices are the same,
+except between parts that are equally good up to rounding: here the least full one is taken.
 
 Legend: G groups, K classes, F parts (splits or folds).
 """

@@ -26,6 +26,7 @@ from wasteddp.sharding.sources.layout import (
     Layout,
     SourceImage,
     check_classes,
+    offer_groups,
     read_folders,
     read_table,
     rename_classes,
@@ -198,14 +199,17 @@ def list_images(job: Job, work: Path) -> Listing:
         )
     else:
         source = open_source(job.source, work_folder=work, ignore=job.ignore, encoding=job.encoding)
+        command = f"wasteddp shard {shlex.quote(str(job.source))} --out {shlex.quote(str(job.out))}"
         layout = read_folders(
             source,
             job.source,
             classes=job.classes,
             may_lack=job.may_lack_classes,
             class_folders=job.class_folders,
-            command=f"wasteddp shard {shlex.quote(str(job.source))} --out {shlex.quote(str(job.out))}",
+            command=command,
         )
+        if job.class_folders == "inner" and not options.group_rule:
+            offer_groups(layout, command)
     layout = groups.assign_groups(layout, options.group_level, options.group_pattern)
     if job.class_names:
         layout = rename_classes(layout, job.class_names, job.source)

@@ -365,6 +365,22 @@ def _is_split(paths: list[list[str]], skip: int, where: str | Path) -> bool:
     return True
 
 
+def offer_groups(layout: Layout, command: str) -> None:
+    """Print that the folders around the class folders can be groups, if there are several.
+
+    Args:
+        command: that shards the images.
+    """
+    paths = [(image.file.path.split("/"), image.class_name) for image in layout.images]
+    levels = {len(parts) - 1 - parts[-2::-1].index(name) - 1 for parts, name in paths if name in parts[:-1]}
+    outer = {parts[level - 1] for level in levels for parts, _ in paths if level > 0}
+    if len(levels) == 1 and len(outer) > 1:
+        print(
+            f"{', '.join(sorted(outer)[:_MAX_SHOWN])} may be sites or cameras. To keep each of them in one split:\n"
+            f"    {command} --class-folders inner --group-level {min(levels)}"
+        )
+
+
 def _refuse_sites(paths: list[list[str]], levels: _Levels, where: str | Path, command: str) -> None:
     """Refuse outer folders that all hold the same inner folders: either could be the classes."""
     inner: dict[str, set[str]] = {}
