@@ -41,17 +41,21 @@ def divide(counts_GK: I64, fractions: Sequence[float], *, fixed: Mapping[int, in
     chosen = [fixed.get(group, -1) for group in range(len(counts_GK))]
     for group, part in fixed.items():
         filled_FK[part] += counts_GK[group]
+    num_images: list[int] = filled_FK.sum(axis=1).astype(int).tolist()
+    sizes_G = counts_GK.sum(axis=1).tolist()
     is_single = counts_GK.sum(axis=1) == 1
     class_of = counts_GK.argmax(axis=1).tolist()
     for group in np.argsort(-counts_GK.std(axis=1), kind="stable").tolist():
         if chosen[group] < 0:
             if is_single[group]:  # only the share of its class changes: the same choice, in a few microseconds
-                number_F1 = filled_FK[:, class_of[group], None]
-                costs = ((2 * number_F1 + 1) / sizes_F1)[:, 0].tolist()
+                held = filled_FK[:, class_of[group]].tolist()
+                costs = [(2 * count + 1) / size for count, size in zip(held, fractions, strict=True)]
             else:
                 costs = _unevenness(filled_FK, counts_GK[group], sizes_F1, totals_K).tolist()
-            chosen[group] = _least(costs, (filled_FK.sum(axis=1) / sizes_F1[:, 0]).tolist())
-            filled_FK[chosen[group]] += counts_GK[group]
+            part = _least(costs, [count / size for count, size in zip(num_images, fractions, strict=True)])
+            filled_FK[part] += counts_GK[group]
+            num_images[part] += sizes_G[group]
+            chosen[group] = part
     _fill_empty(chosen, counts_GK.sum(axis=1), len(fractions), fixed)
     return chosen
 
