@@ -114,10 +114,8 @@ def _read(target: Target, copy: Path, output: int) -> None:
         os.setsid()
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
-        sys.stdout, sys.stderr = (
-            open(descriptor, "w", closefd=False, errors="backslashreplace")
-            for descriptor in (1, 2)  # noqa: SIM115
-        )
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False, errors="backslashreplace"))
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (pages + MAX_BYTES, pages + MAX_BYTES))
         os.chdir(copy)

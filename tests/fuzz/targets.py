@@ -122,9 +122,9 @@ def _lists(folder: Path) -> list[Target]:
     (folder / "bins.yaml").write_text("glass: green bin\nmetal: 'yellow bin'\n")
     (folder / "classes.yaml").write_text("glass: bottle glass\nmetal: metal\n")
     (folder / "recipe.yaml").write_text(
-        "name: small\ntitle: Small\nsynthetic: false\nclasses: [glass, metal]\nbins: {glass: green, metal: yellow}\n"
+        "name: small\ntitle: Small\nsynthetic: true\ndraw: {classes: 2, images_per_class: 6, size_px: 32}\n"
         "source: {homepage: 'https://example.org', authors: [A B], year: 2016, licence: MIT}\n"
-        "split: {fractions: [0.6, 0.2, 0.2]}\n"
+        "split: {fractions: [0.6, 0.2, 0.2], rule: hash}\n"
     )
     config = Path(config_of(folder, folder / "images")[1])
     shutil.move(config, folder / "settings.yaml")
@@ -138,7 +138,7 @@ def _lists(folder: Path) -> list[Target]:
         Target("split list", folder, "train.txt", _shard(images, "--split-files", "train={}/train.txt")),
         Target("bins.yaml", folder, "bins.yaml", _shard(images, "--bins", "{}/bins.yaml")),
         Target("classes.yaml", folder, "classes.yaml", _shard(images, "--classes", "{}/classes.yaml")),
-        Target("recipe.yaml", folder, "recipe.yaml", _shard("recipe.yaml", "--from", "{}/images")),
+        Target("recipe.yaml", folder, "recipe.yaml", _shard("recipe.yaml")),
         Target("settings.yaml", folder, "settings.yaml", load),
     ]
 
