@@ -25,7 +25,7 @@ import numpy as np
 from wasteddp import __version__
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
 from wasteddp.errors import ShardError, SourceError, storage
-from wasteddp.files import sync_folder, try_lock_or_warn, write_atomically
+from wasteddp.files import make_folder, sync_folder, try_lock_or_warn, write_atomically
 from wasteddp.parallel import progress
 from wasteddp.sharding import scan, splits
 from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample
@@ -190,7 +190,7 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     work = out / WORK_NAME
     with storage("creating the folder of the set", out):
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(work)
         lock = (work / "lock").open("a+")  # readable: network file systems require that for a shared lock
     with lock:
         if not try_lock_or_warn(lock.fileno(), str(out), print, shared=shared):
