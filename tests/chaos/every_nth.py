@@ -98,7 +98,8 @@ def fail(program: Program, fault: disk.Fault, expected: dict[str, Any]) -> str:
     """
     program.reset()
     ended = program.run(fault=fault)
-    if not any(operation.kind == "fault" for operation in disk.read_log(program.log)):
+    hit = next((one.path for one in disk.read_log(program.log) if one.kind == "fault"), "")
+    if not hit:
         return "no such call this time"  # the threads of a training may do one more or less
     problem = _problem(program, fault, ended)
     if not problem and not (ended.code == EXIT_FINISHED and program.is_left_as(expected)):
@@ -109,7 +110,6 @@ def fail(program: Program, fault: disk.Fault, expected: dict[str, Any]) -> str:
         except LostError as error:
             problem = f"the next start: {error}"
     if problem:
-        hit = next(one.path for one in disk.read_log(program.log) if one.kind == "fault")
         raise LostError(f"{program.name}, {fault} at {hit}: {problem}\nits output:\n{ended.output}")
     return _CODES[ended.code]
 
