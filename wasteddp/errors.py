@@ -31,7 +31,7 @@ import errno
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -175,6 +175,12 @@ def storage_error(error: OSError, doing: str, path: str | Path) -> StorageError:
     reason = error.strerror or str(error)
     remedy = _STORAGE_REMEDIES.get(error.errno or 0, "see the reason above")
     return StorageError(f"{doing}: {reason}: {error.filename or path}", f"{path} cannot be read or written", remedy)
+
+
+def print_line(message: str) -> None:
+    """Print a line. A full disk under standard output does not end a training: log.txt has the line as well."""
+    with suppress(OSError):
+        print(message, flush=True)
 
 
 def exit_with(error: WastedError) -> NoReturn:

@@ -176,7 +176,7 @@ def test_an_image_is_left_out_only_if_a_second_read_fails_too(
         return real(self, path)
 
     monkeypatch.setattr(FolderSource, "read", read)
-    folder = image_folder({"a": 2})
+    folder = image_folder({"a": 2, "b": 2})
     source = FolderSource(folder)
     images = read_folders(source, folder).images
     result = intake.scan(source, images, workers=1, journal=tmp_path / "journal")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from wasteddp.errors import StorageError, storage
+from wasteddp.errors import StorageError, print_line, storage
 from wasteddp.files import make_folder, read_rows, write_atomically
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
@@ -88,7 +88,7 @@ class ConsoleTracker(NoTracker):
     """Prints messages and writes nothing: for a start that neither trains nor measures."""
 
     def say(self, message: str, *, in_passing: bool = False) -> None:
-        print(redacted(message), flush=True)
+        print_line(redacted(message))
 
 
 class RunTracker:
@@ -133,7 +133,7 @@ class RunTracker:
         if self._display:
             self._display.print(message)
         else:
-            print(message, flush=True)
+            print_line(message)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         unknown = sorted(name for name in metrics if not is_known(name))
