@@ -32,7 +32,7 @@ from rich.table import Table
 
 from wasteddp import __version__
 from wasteddp.errors import storage
-from wasteddp.files import CsvWriter, read_regular, write_atomically
+from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import F32, I64, Metrics, percent
 from wasteddp.inference.reliability import Mistake, Seen
@@ -91,9 +91,10 @@ def save_seen(
 
 def _clear(folder: Path) -> None:
     with storage("saving the evaluation", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
+            (folder / f"{name}.tmp").unlink(missing_ok=True)  # left by a kill
 
 
 def _save_figures(
