@@ -27,6 +27,7 @@ LAYERS = [
     "sharding.sources",
     "sharding",
     "model",
+    "decisions",
     "inference",
     "training.distributed.determinism",
     "training.schedule",
