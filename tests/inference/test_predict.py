@@ -358,6 +358,7 @@ def test_names_that_are_not_utf8_or_would_steer_the_terminal_come_through(
     assert [row["path"] for row in rows] == [latin.replace("\udce9", "\\udce9"), colour]
 
 
+@pytest.mark.processes
 def test_the_command_runs_from_another_directory(model: Path, photos: Path) -> None:
     done = subprocess.run(
         [sys.executable, NARROW, "-m", "wasteddp.cli", "predict", model, "**/*.jpg"],

@@ -159,6 +159,7 @@ def test_a_source_that_is_not_there_leaves_no_folder_behind(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_killed_at_any_time_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     images = tmp_path / "images"
     draw_folder(images, kinds=KINDS[:2], images_per_class=1, size_px=48, seed=0)
