@@ -123,6 +123,7 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
         "predict",
         "average",
         "report",
+        "review",
         "doctor",
         "settings",
         "lr-find",

@@ -22,6 +22,7 @@ from wasteddp.files import CsvWriter
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.saved_predictions import read_predictions
 from wasteddp.report.review_page import Part, Picture, render_review
+from wasteddp.sharding.sources.layout import read_table
 from wasteddp.tools.review import fit, review_run
 
 TEST_IMAGES = (6, 5, 4)
@@ -247,3 +248,17 @@ def test_a_class_that_looks_like_a_formula_is_read_back(tmp_path: Path) -> None:
     assert found.labels is not None
     assert (found.labels.tolist(), found.probabilities_NK.tolist()) == ([1], [[0.75, 0.25]])
     assert found.paths == ("./=x.jpg",)
+
+
+def test_saved_labels_of_new_images_are_a_source(tmp_path: Path) -> None:
+    """The page writes absolute paths, since a browser saves to a folder of its own."""
+    paths = [write_image(tmp_path / "new" / f"{number}.jpg", number) for number in range(2)]
+    table = tmp_path / "downloads" / "new-labels.csv"
+    table.parent.mkdir()
+    table.write_text(f"path,label\n{paths[0]},metal\n{paths[1]},paper\n")
+    source, layout = read_table(table)
+    assert [(image.file.path, image.class_name) for image in layout.images] == [
+        (str(paths[0]), "metal"),
+        (str(paths[1]), "paper"),
+    ]
+    assert [source.read(image.file.path) for image in layout.images] == [path.read_bytes() for path in paths]
