@@ -145,14 +145,14 @@ def test_images_without_a_label_are_sorted_by_doubt(
     new = tmp_path / "new"
     for number in range(4):
         write_image(new / f"{number}.jpg", 900 + number)
-    (new / "broken.jpg").write_bytes(b"no image")
+    (new / "a\x1b[31mbroken.jpg").write_bytes(b"no image")
     table, out = tmp_path / "new.csv", tmp_path / "page.html"
     assert main(["predict", str(made / "run"), str(new), "--csv", str(table), "--device", "cpu"]) == 0
     pages = []
     for given in (new, table):
         review_run(made / "run", split=("test",), unlabelled=str(given), out=out, pairs=False, device="cpu")
         pages.append(slots(out.read_text(), "label-next"))
-        assert "warning: 1 image(s) without a label could not be read" in capsys.readouterr().out
+        assert "a\\x1b[31mbroken.jpg: unreadable" in capsys.readouterr().out
     assert pages[0] == pages[1]
     assert {one["path"] for one in pages[0]} == {str(new / f"{number}.jpg") for number in range(4)}
     assert {one["label"] for one in pages[0]} == {""}

@@ -52,7 +52,8 @@ def read_predictions(path: Path, classes: Sequence[str]) -> SavedPredictions:
             f"{path} has the columns {', '.join(columns[:_MOST_NAMED]) or 'none'}... and probabilities of "
             f"{', '.join(found) or 'no class'}; the classes are {', '.join(classes)}"
         )
-    number_of = {written: k for k, one in enumerate(classes) for written in (one, "'" + one)}  # see CsvWriter
+    numbers = dict(zip(classes, range(len(classes)), strict=True))
+    number_of = {"'" + one: k for one, k in numbers.items()} | numbers  # see CsvWriter
     paths, probabilities, labels, unlike, unreadable = list[str](), list[list[float]](), list[int](), list[float](), []
     for number, row in enumerate(rows, start=2):
         if row.get("error"):

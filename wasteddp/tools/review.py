@@ -26,7 +26,7 @@ from wasteddp.data.decoding.decode import UndecodableError
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.decisions.label_errors import find_label_errors
 from wasteddp.decisions.labelling_order import F64, labelling_order
-from wasteddp.errors import RunError, WastedError
+from wasteddp.errors import RunError, WastedError, inert
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import find_bundle, read_card
 from wasteddp.inference.classifier import Classifier, device_type
@@ -78,6 +78,7 @@ def review_run(
     warnings: list[str] = []
 
     def warn(text: str) -> None:
+        text = inert(written(text))
         warnings.append(text)
         console.print(f"warning: {text}", style="yellow")
 
@@ -100,7 +101,7 @@ def review_run(
         shown = _illustrate(fit(parts, limit), images, warn)
     page = render_review(run_folder.resolve().name, lead, warnings, shown, classes, store=images.manifest.sha256[:16])
     path = out or run_folder / "review.html"
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode("utf-8", "replace"))
     console.print(lead)
     for part in shown:
         rest = "" if len(part.cards) == part.num_found else f", the first {len(part.cards):,} on the page"
