@@ -164,6 +164,11 @@ def test_images_without_a_label_are_sorted_by_doubt(
     found = read_predictions(table, CLASSES)
     assert found.unlike is not None
     assert found.unlike.tolist() == [0.0, 1000.0, 2000.0, 3000.0]
+    empty = write_predictions(tmp_path / "empty.csv", [row | {"unlike": ""} for row in rows])
+    assert read_predictions(empty, CLASSES).unlike is None
+    some = write_predictions(tmp_path / "some.csv", [rows[0] | {"unlike": ""}, *rows[1:]])
+    with pytest.raises(RunError, match="`unlike` is empty in 1 of 4 rows"):
+        read_predictions(some, CLASSES)
     review_run(made / "run", split=("test",), unlabelled=str(table), out=out, pairs=False, device="cpu")
     assert "how unlike the training images" in out.read_text()
 

@@ -65,17 +65,19 @@ def read_predictions(path: Path, classes: Sequence[str]) -> SavedPredictions:
                 raise ValueError("the probabilities do not add up to 1")
             if "true" in columns:
                 labels.append(number_of[row["true"]])
-            if "unlike" in columns:
+            if row.get("unlike"):  # empty, if the model's bundle cannot measure it
                 unlike.append(float(row["unlike"]))
         except (ValueError, TypeError, KeyError) as error:
             raise _refusal(f"{path}, line {number}: {error or 'it is incomplete'}") from error
         paths.append(row[name])
         probabilities.append(shares)
+    if 0 < len(unlike) < len(paths):
+        raise _refusal(f"{path}: the column `unlike` is empty in {len(paths) - len(unlike)} of {len(paths)} rows")
     return SavedPredictions(
         tuple(paths),
         np.array(probabilities, np.float64).reshape(-1, len(classes)),
         np.array(labels, np.int64) if "true" in columns else None,
-        np.array(unlike) if "unlike" in columns else None,
+        np.array(unlike) if unlike else None,
         tuple(unreadable),
     )
 
