@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from wasteddp.report.review_page import Part, Picture, render_review
+from wasteddp.sharding.corrections import read_corrections
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "=<b>\"x\",'y'</b>"
@@ -227,6 +228,11 @@ def test_a_phone_decides_by_touch(browser: Any, tmp_path: Path) -> None:
     assert current(page)[0] == "test/4.jpg"
     with page.expect_download() as started:
         page.locator("[data-do=save]").tap()
+    assert read_corrections(Path(started.value.path())).class_of == {
+        "test/0.jpg": "metal",
+        "test/1.jpg": "paper",
+        "test/3.jpg": "",
+    }
     assert Path(started.value.path()).read_text() == (
         "path,label,class,action\ntest/0.jpg,glass,metal,correct\ntest/1.jpg,glass,paper,correct\n"
         "test/3.jpg,glass,,drop\n"
