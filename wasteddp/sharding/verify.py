@@ -22,6 +22,7 @@ from wasteddp.files import sha256_of
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.compare import find_divided, find_repeats
 
+_MAX_LABEL_BYTES = 1 << 20
 _MAX_NAMED = 50  # samples of one shard; the rest are counted
 
 
@@ -176,7 +177,8 @@ def _label(descriptor: int, offset: int) -> dict[str, Any]:
     """Return the JSON member whose header is at `offset`; {} if either is damaged."""
     header = _header(descriptor, offset)
     try:
-        label = json.loads(os.pread(descriptor, header.size, offset + BLOCKSIZE)) if header else {}
+        is_small = header is not None and 0 <= header.size <= _MAX_LABEL_BYTES
+        label = json.loads(os.pread(descriptor, header.size, offset + BLOCKSIZE)) if header and is_small else {}
     except (ValueError, RecursionError):
         return {}
     return label if isinstance(label, dict) else {}
