@@ -22,6 +22,7 @@ from wasteddp.files import CsvWriter
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.saved_predictions import read_predictions
 from wasteddp.report.review_page import Part, Picture, render_review
+from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.sources.layout import read_table
 from wasteddp.tools.review import fit, review_run
 
@@ -267,3 +268,21 @@ def test_saved_labels_of_new_images_are_a_source(tmp_path: Path) -> None:
         (str(paths[1]), "paper"),
     ]
     assert [source.read(image.file.path) for image in layout.images] == [path.read_bytes() for path in paths]
+
+
+def test_the_predictions_of_all_folds_review_train_and_val(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_images(tmp_path / "images", {"": (6, 6, 6)})
+    manifest = make_shards(Job(source, tmp_path / "shards", Options(folds=2, fractions=(0.8, 0.0, 0.2))), workers=1)
+    given = []
+    for fold in range(2):
+        run = tmp_path / f"fold-{fold}"
+        save_bundle(
+            run / "model", replace(CARD, hashes=replace(CARD.hashes, manifest=manifest.sha256)), random_weights()
+        )
+        (run / "settings.yaml").write_text(f"data:\n  shards: {tmp_path / 'shards'}\n  fold: {fold}\n")
+        assert main(["evaluate", str(run), "--split", "val", "--device", "cpu"]) == 0
+        given.append(run / "evaluations/val/predictions.csv")
+    capsys.readouterr()
+    review_run(tmp_path / "fold-0", predictions=given, pairs=False)
+    num_test = manifest.split("test").num_samples
+    assert f"{18 - num_test} predictions of val, train." in capsys.readouterr().out
