@@ -37,6 +37,7 @@ _FILES_AT_ONCE = 8  # R: a message costs a tenth of what decoding a small JPEG d
 _PARTS_IN_FLIGHT = 2  # for each worker: one being decoded, one waiting
 _OPENERS = 4  # threads: opening a file on a network file system takes a millisecond
 _NO_DRAWS = np.zeros(0)
+_MAX_STREAM_BYTES = 256 << 20  # as `wasteddp shard` allows for a file
 _KEYS = 1 << 31  # of descriptors, int32
 
 
@@ -76,7 +77,8 @@ def file_views(
         def read(path: str) -> tuple[FileView, bool]:
             out = np.empty((side_px, side_px, 3), np.uint8)
             try:
-                view.fill(out, Path(path).read_bytes(), _NO_DRAWS)
+                with Path(path).open("rb", buffering=0) as file:
+                    view.fill(out, file.readall() if _is_regular(file) else _read_stream(file), _NO_DRAWS)
             except (OSError, UndecodableError) as error:
                 return (path, Unreadable(_describe(error))), False
             return (path, out), take_tolerated()
@@ -155,9 +157,9 @@ class _Processes:
         for row, path in enumerate(part.paths):
             try:
                 file = Path(path).open("rb", buffering=0)  # noqa: SIM115, closed after a worker has answered
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                if not _is_regular(file):
                     with file:
-                        self._view.fill(images[row], file.readall(), _NO_DRAWS)
+                        self._view.fill(images[row], _read_stream(file), _NO_DRAWS)
                     if take_tolerated():
                         part.tolerated.add(row)
                     continue
@@ -207,6 +209,20 @@ class _Processes:
     def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _is_regular(file: io.FileIO) -> bool:
+    return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+
+
+def _read_stream(file: io.FileIO) -> bytes:
+    """Return the bytes of a pipe or a device, which may never end."""
+    data = bytearray()
+    while part := file.read(1 << 20):
+        data += part
+        if len(data) > _MAX_STREAM_BYTES:
+            raise UndecodableError("too_large", f"over {_MAX_STREAM_BYTES:,} bytes from a pipe or a device")
+    return bytes(data)
 
 
 def _describe(error: OSError | UndecodableError) -> str:

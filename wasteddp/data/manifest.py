@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.errors import ShardError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import read_regular, write_atomically
 
 FORMAT = "wasteddp-shards"
 FORMAT_VERSION = 1
@@ -205,7 +205,7 @@ class Manifest:
                 "again",
             )
         with storage("reading the manifest", path):
-            text = path.read_bytes()
+            text = read_regular(path)
         return cls.parse(text, folder)
 
     @classmethod
@@ -301,7 +301,7 @@ def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:
     """
     path = folder / shard.index
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except OSError as error:
         raise ShardError(
             f"the index {path} cannot be read: {error.strerror}",

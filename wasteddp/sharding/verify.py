@@ -18,7 +18,7 @@ from wasteddp.data.groups import Groups, read_groups
 from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, parse_index, read_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
-from wasteddp.files import sha256_of
+from wasteddp.files import open_regular, sha256_of
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.compare import find_divided, find_repeats
 
@@ -150,7 +150,7 @@ def _damage(folder: Path, shard: Shard, *, is_own: bool) -> list[str]:
 def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
     """Name each sample that does not match the index. Headers and labels are checked only in tars of our own."""
     damaged: list[str] = []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, record in enumerate(index):
             offset, length = int(record["offset"]), int(record["length"])
             image = os.pread(file.fileno(), length, offset)

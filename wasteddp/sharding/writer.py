@@ -20,7 +20,7 @@ from typing import IO
 
 from wasteddp.data.manifest import Shard, padded, write_index
 from wasteddp.errors import ShardError, storage
-from wasteddp.files import appended_rows, read_rows, sha256_of, write_atomically, written_whole
+from wasteddp.files import appended_rows, read_regular, read_rows, sha256_of, write_atomically, written_whole
 from wasteddp.parallel import in_order
 
 _OWNER = "wasteddp"
@@ -60,7 +60,7 @@ class ShardJournal:
         self._finished: dict[str, Shard] = {}  # by the tar's name
         for journal in sorted({path, *path.parent.glob("shards*.txt")}):
             with storage("reading the journal of the shards", journal):
-                begin = journal.read_bytes()[: len(plan)] if journal.exists() else b""
+                begin = read_regular(journal)[: len(plan)] if journal.exists() else b""
             if begin == plan.encode():
                 self._take(journal)
             elif journal == path:
