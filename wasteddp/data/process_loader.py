@@ -25,7 +25,7 @@ import torch
 from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import Encoded
-from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
+from wasteddp.data.decoding.pool import MOST_SHARDS, DecodePool, DecodeServer, Task
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows
 from wasteddp.data.reader import SplitReader
@@ -173,15 +173,17 @@ class ProcessLoader:
         rows, used = slot.rows(size), np.flatnonzero(samples != PADDING)
         images[samples == PADDING] = 0
         self._describe(rows[: len(used)], used, samples[used] % self._reader.num_samples, samples[used], epoch)
-        pending = _Pending(epoch, step_in_epoch, samples, slot, images, rows, [], frozenset(), None)
+        shards = frozenset(rows["shard"][: len(used)].tolist())
+        pending = _Pending(epoch, step_in_epoch, samples, slot, images, rows, [], shards)
         chunk = max(1, -(-len(used) // self._workers))
+        if len(shards) > MOST_SHARDS:
+            chunk = min(chunk, MOST_SHARDS)  # so that no task needs more
         at = slot.offset + slot.num_bytes
         for begin in range(0, len(used), chunk):
             part = rows[begin : min(begin + chunk, len(used))]
             pending.tasks.append(
                 Task(slot.memory, slot.offset, side, self._view, at + begin * ROW_DTYPE.itemsize, part)
             )
-        pending.shards = frozenset(rows["shard"][: len(used)].tolist())
         return pending
 
     def _describe(self, records: Rows, rows: I64, stored: I64, samples: I64, epoch: int) -> None:

@@ -36,7 +36,7 @@ _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signa
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _DEATHS_OF_A_ROW = 2
 _DEATHS_IN_A_ROW = 10  # of a worker, without an answer in between
-_MOST_SHARDS = 128  # that a worker keeps open
+MOST_SHARDS = 128  # that a worker keeps open, and that a task should need
 _DESCRIPTORS_AT_ONCE = 200  # Linux sends at most 253 in a message (SCM_MAX_FD)
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -208,7 +208,7 @@ class DecodePool:
         Args:
             task: to run.
             worker: its number, modulo the number of workers.
-            wanted: the shards that the worker may keep open; it closes all others. None: the last `_MOST_SHARDS`.
+            wanted: the shards that the worker may keep open; it closes all others. None: the last `MOST_SHARDS`.
         """
         needed = dict.fromkeys(task.rows["shard"].tolist())
         with ExitStack() as stack:
@@ -346,7 +346,7 @@ def _environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _send_task(worker: _Worker, task: Task, descriptors: Mapping[int, int], wanted: frozenset[int] | None) -> None:
     if wanted is None:
-        past = list(worker.shards)[: max(0, len(worker.shards) - _MOST_SHARDS)]
+        past = list(worker.shards)[: max(0, len(worker.shards) - MOST_SHARDS)]
     else:
         past = [shard for shard in worker.shards if shard not in wanted]
     past = [shard for shard in past if shard not in descriptors]
