@@ -8,20 +8,23 @@
 Who uses a file holds a shared flock on it, who fetches or removes it an exclusive one. The kernel lets go of them when
 a process dies, so nothing has to be cleaned up after a kill: the next one takes the part over. Nobody waits in the
 kernel, where no time limit would reach.
+
+The folder belongs to one user: it is refused if others could write into it, and no link in it is followed.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from wasteddp.errors import ShardError, StorageError, storage
-from wasteddp.files import try_lock
+from wasteddp.files import open_descriptor, try_lock
 
 _POLL_S = 0.02
 AT_ONCE = -1.0  # what is asked for now may push out all but the steps in flight, whose distance is below 0
@@ -74,8 +77,10 @@ class ShardCache:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._damaged: set[str] = set()  # found by this process: the next run fetches them again
         with storage("making the cache", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / _LOCK).open("w")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _refuse_foreign(folder)
+            lock = self._open_lock()
         for part in folder.glob(f"*{_PART}"):
             _removed(part)  # left by a kill: nobody is fetching it
         with lock:
@@ -129,7 +134,7 @@ class ShardCache:
                 return whole
             part = self.folder / f"{item.sha256}{_PART}"
             with storage("opening a file of the cache", part):
-                descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = open_descriptor(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 if not try_lock(descriptor):
                     return NotYet("another process is fetching it", os.fstat(descriptor).st_mtime_ns)
@@ -165,7 +170,7 @@ class ShardCache:
         """A descriptor with a shared lock, if the file is there."""
         path = self._path(item.sha256)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -220,20 +225,36 @@ class ShardCache:
         with storage("looking into the cache", self.folder), os.scandir(self.folder) as entries:
             for entry in entries:
                 try:
-                    status = entry.stat()
+                    status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:  # finished or removed just now
                     continue
                 if not entry.name.startswith("."):
                     found.append(_Entry(Path(entry.path), status.st_size, status.st_mtime_ns))
         return found
 
+    def _open_lock(self) -> IO[bytes]:
+        return os.fdopen(open_descriptor(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b")
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process and thread at a time; each stays for milliseconds."""
-        with storage("locking the cache", self.folder), (self.folder / _LOCK).open("w") as lock:
+        with storage("locking the cache", self.folder), self._open_lock() as lock:
             while not try_lock(lock.fileno()):
                 time.sleep(_POLL_S / 10)
             yield
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise a StorageError if other users could put files or links into the folder."""
+    found = folder.stat()
+    is_foreign = found.st_uid != os.geteuid() and os.geteuid() != 0
+    if is_foreign or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        whose = f"belongs to user {found.st_uid}" if is_foreign else "can be written by other users"
+        raise StorageError(
+            f"the cache {folder} {whose} (mode {stat.S_IMODE(found.st_mode):o})",
+            "they could replace its files, or let links lead to files of yours that would be overwritten",
+            f"take the permission away (chmod go-w {folder}), or set data.cache to a folder of your own",
+        )
 
 
 def _removable(
@@ -250,7 +271,7 @@ def _removable(
 def _removed(path: Path) -> bool:
     """Removes a file that nobody uses."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
@@ -267,7 +288,7 @@ def _removed(path: Path) -> bool:
 def _is(path: Path, descriptor: int) -> bool:
     """Whether the open file is still the one of that name."""
     try:
-        there = path.stat()
+        there = path.lstat()
     except FileNotFoundError:
         return False
     return os.path.samestat(there, os.fstat(descriptor))
