@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import socket
 import stat
 import time
@@ -76,6 +77,12 @@ def read_regular(path: str | Path) -> bytes:
     """
     with open_regular(path) as file:
         return file.read()
+
+
+def most_files(part: float, most: int) -> int:
+    """Return this part of the number of files that the process may open, at least 1 and at most `most`."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most if limit == resource.RLIM_INFINITY else max(1, min(most, int(limit * part)))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import stat
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -31,6 +30,7 @@ from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, TOLERATED, UNDECODABLE, WHOLE, Rows
 from wasteddp.data.decoding.workers import Workers
 from wasteddp.data.process_loader import print_warning
+from wasteddp.files import most_files
 from wasteddp.parallel import in_order
 
 _FILES_AT_ONCE = 8  # R: a message costs a tenth of what decoding a small JPEG does
@@ -233,5 +233,4 @@ def _describe(error: OSError | UndecodableError) -> str:
 
 def _most_files() -> int:
     """Return how many files may be open at the same time: at most half of the process's limit (1,024 by default)."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 400 if allowed == resource.RLIM_INFINITY else min(400, allowed // 2)
+    return most_files(1 / 2, 400)

@@ -25,7 +25,7 @@ import torch
 from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import Encoded
-from wasteddp.data.decoding.pool import MOST_SHARDS, DecodePool, DecodeServer, Task
+from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task, most_shards
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows
 from wasteddp.data.reader import SplitReader
@@ -114,6 +114,7 @@ class ProcessLoader:
         self._replace, self._pin, self._warn = replace, pin_memory, warn
         self._pool = DecodePool(workers, reader.opened, warn=warn, is_idle=idle, server=server)
         self._sender = ThreadPoolExecutor(1, "shards") if reader.may_wait else None
+        self._most_shards = most_shards()
         self._slots: _Slots | None = None
         self._shared: list[SharedMemory] = []
         self._pending: deque[_Pending] = deque()
@@ -176,8 +177,8 @@ class ProcessLoader:
         shards = frozenset(rows["shard"][: len(used)].tolist())
         pending = _Pending(epoch, step_in_epoch, samples, slot, images, rows, [], shards)
         chunk = max(1, -(-len(used) // self._workers))
-        if len(shards) > MOST_SHARDS:
-            chunk = min(chunk, MOST_SHARDS)  # so that no task needs more
+        if len(shards) > self._most_shards:
+            chunk = min(chunk, self._most_shards)  # so that no task needs more
         at = slot.offset + slot.num_bytes
         for begin in range(0, len(used), chunk):
             part = rows[begin : min(begin + chunk, len(used))]

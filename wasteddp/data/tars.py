@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +16,7 @@ from typing import Protocol
 
 from wasteddp.data.manifest import Index, Shard, read_index
 from wasteddp.errors import DamagedShardError, ShardError
-from wasteddp.files import open_descriptor
+from wasteddp.files import most_files, open_descriptor
 from wasteddp.order.keyed_random import I64
 
 _MOST_OPEN = 4096
@@ -100,7 +99,7 @@ class LocalTars:
 
     def __init__(self, folder: Path, shards: Sequence[Shard], *, most_open: int | None = None) -> None:
         self._folder, self._shards = folder, shards
-        self._most_open = _most_open() if most_open is None else most_open
+        self._most_open = most_open or most_files(1 / 4, _MOST_OPEN)
         self._lock = threading.Lock()
         self._recent: dict[int, _Open] = {}  # by number, the one that was used last at the end
         self._descriptors: list[int] = []  # by number; empty if there are too many
@@ -170,12 +169,6 @@ class LocalTars:
             if len(self._recent) < self._most_open:
                 return
             os.close(self._recent.pop(number).descriptor)
-
-
-def _most_open() -> int:
-    """Return how many tars a split may keep open: a process reads up to three splits, and has other files too."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return _MOST_OPEN if limit == resource.RLIM_INFINITY else min(_MOST_OPEN, limit // 4)
 
 
 def _open(folder: Path, shard: Shard) -> int:

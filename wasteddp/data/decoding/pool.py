@@ -29,6 +29,7 @@ from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import AT_WORK_DTYPE, NUMBER, REAP, START, UNKNOWN, Answer, Failure, Rows
 from wasteddp.errors import WorkerError
+from wasteddp.files import most_files
 
 KILLED = "killed"  # a kind of failure, as is `worker.UNREAD`
 
@@ -36,7 +37,6 @@ _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signa
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _DEATHS_OF_A_ROW = 2
 _DEATHS_IN_A_ROW = 10  # of a worker, without an answer in between
-MOST_SHARDS = 128  # that a worker keeps open, and that a task should need
 _DESCRIPTORS_AT_ONCE = 200  # Linux sends at most 253 in a message (SCM_MAX_FD)
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -208,7 +208,7 @@ class DecodePool:
         Args:
             task: to run.
             worker: its number, modulo the number of workers.
-            wanted: the shards that the worker may keep open; it closes all others. None: the last `MOST_SHARDS`.
+            wanted: the shards that the worker may keep open; it closes all others. None: the last `most_shards`.
         """
         needed = dict.fromkeys(task.rows["shard"].tolist())
         with ExitStack() as stack:
@@ -330,6 +330,11 @@ class DecodePool:
         return number, sample, time.monotonic() - since_s
 
 
+def most_shards() -> int:
+    """Return how many shards a worker keeps open, and how many a task should need at most."""
+    return most_files(1 / 8, 128)
+
+
 def _describe_end(code: int) -> str:
     if code == UNKNOWN:
         return "was killed with the server of the decoding processes"
@@ -346,7 +351,7 @@ def _environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _send_task(worker: _Worker, task: Task, descriptors: Mapping[int, int], wanted: frozenset[int] | None) -> None:
     if wanted is None:
-        past = list(worker.shards)[: max(0, len(worker.shards) - MOST_SHARDS)]
+        past = list(worker.shards)[: max(0, len(worker.shards) - most_shards())]
     else:
         past = [shard for shard in worker.shards if shard not in wanted]
     past = [shard for shard in past if shard not in descriptors]
