@@ -274,6 +274,24 @@ class Manifest:
         )
 
 
+def shared_shards(manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
+    """Name each tar that is in two splits, by its name or by its content.
+
+    Args:
+        names: of the splits; by default all.
+    """
+    found = list[str]()
+    first = dict[str, tuple[str, Shard]]()  # by name and by sha256
+    for name in manifest.splits if names is None else dict.fromkeys(names):
+        for shard in manifest.splits[name].shards:
+            for key in (shard.tar, shard.sha256) if shard.num_samples else ():
+                split, other = first.setdefault(key, (name, shard))
+                if split != name:
+                    found.append(f"{shard.tar} of split {name} is {other.tar} of split {split}")
+                    break
+    return found
+
+
 def padded(num_bytes: int, unit: int = BLOCKSIZE) -> int:
     """What a tar's member of that size takes, without its header; or anything else that is padded to a `unit`."""
     return -(-num_bytes // unit) * unit

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from wasteddp.data.groups import Groups, read_groups
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, parse_index, read_index
+from wasteddp.data.manifest import (
+    INDEX_DTYPE,
+    MANIFEST_NAME,
+    Index,
+    Manifest,
+    Shard,
+    padded,
+    parse_index,
+    read_index,
+    shared_shards,
+)
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
 from wasteddp.files import open_regular, sha256_of
@@ -46,7 +56,7 @@ def verify(folder: Path, *, workers: int) -> Verified:
     manifest = Manifest.load(folder)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     is_own = "inputs_sha256" in manifest.recipe  # written by `wasteddp shard`, not indexed
-    damage: list[str] = []
+    damage = shared_shards(manifest)
     with progress("verifying shards", len(shards)) as advance:
         for found in in_order(lambda shard: _damage(folder, shard, is_own=is_own), shards, workers=workers):
             damage += found
@@ -67,7 +77,7 @@ def verify_remote(url: str, *, workers: int) -> Verified:
     try:
         manifest = Manifest.parse(folder.read(MANIFEST_NAME), Path(), url=folder.url)
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
-        damage: list[str] = []
+        damage = shared_shards(manifest)
         with progress("verifying shards", len(shards)) as advance:
             for found in in_order(lambda shard: _remote_damage(folder, shard), shards, workers=workers):
                 damage += found
