@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.errors import storage
+from wasteddp.errors import inert, storage
 from wasteddp.files import CsvWriter, written_whole
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import as_float, percent
@@ -81,7 +81,7 @@ class Terminal:
         if self.num_failed:
             print(f"\n{self.num_failed} could not be read:")
             for failure in self._failures:
-                print(f"  {_printable(failure.path)}: {failure.reason}")
+                print(f"  {_printable(failure.path)}: {inert(failure.reason)}")
             if self.num_failed > len(self._failures):
                 rest = self.num_failed - len(self._failures)
                 print(f"  and {rest} more" + ("" if written else "; --csv FILE or --json FILE lists them all"))

@@ -26,7 +26,7 @@ from wasteddp import settings as settings_file
 from wasteddp.data import dataset
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.workers import Workers, start_workers
-from wasteddp.errors import CheckpointError, RunError, storage
+from wasteddp.errors import CheckpointError, RunError, inert, storage
 from wasteddp.files import RunLock, make_folder, write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
@@ -244,4 +244,4 @@ def _print(console: Console, split: str, average: Metrics, best: Metrics, best_s
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(inert(line), flush=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from wasteddp.errors import StorageError, print_line, storage
+from wasteddp.errors import StorageError, inert, print_line, storage
 from wasteddp.files import make_folder, read_rows, write_atomically
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
@@ -124,7 +124,7 @@ class RunTracker:
 
     def say(self, message: str, *, in_passing: bool = False) -> None:
         """Print a message and append it to log.txt. `in_passing`: do not print it if there is a progress display."""
-        message = redacted(message)
+        message = inert(redacted(message))
         self._log_file.append("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
         if not (in_passing and self._display):
             self._print(message)
