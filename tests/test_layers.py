@@ -26,6 +26,7 @@ LAYERS = [
     "data",  # with data.remote: a dataset may be remote
     "sharding.sources",
     "sharding",
+    "decisions",
     "model",
     "inference",
     "training.distributed.determinism",
