@@ -27,6 +27,7 @@ LAYERS = [
     "data",  # with data.remote: a dataset may be remote
     "sharding.sources",
     "sharding",
+    "decisions",
     "model",
     "decisions",
     "inference",
