@@ -27,7 +27,6 @@ LAYERS = [
     "data",  # with data.remote: a dataset may be remote
     "sharding.sources",
     "sharding",
-    "decisions",
     "model",
     "decisions",
     "inference",
