@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from wasteddp.order import shuffle_quality, traffic
+from wasteddp.order import plan_quality
 from wasteddp.order.coverage import digest, digest_of_range, signed
 from wasteddp.order.plan import TrainPlan
 
@@ -127,8 +127,8 @@ def print_orders(arguments: argparse.Namespace) -> None:
         proved = covers(plan, parts)
         seconds = _core_seconds() - began
         looked_at = sorted({nodes * number // 16 for number in range(16)})
-        found = traffic.measure(plan, plan.shard_samples, num_nodes=nodes, nodes=looked_at)
-        worth = shuffle_quality.measure(plan)
+        found = plan_quality.measure_traffic(plan, plan.shard_samples, num_nodes=nodes, nodes=looked_at)
+        worth = plan_quality.measure_shuffle(plan)
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         balance = f"{min(p.least for p in parts):,} to {max(p.most for p in parts):,}"
         print(

@@ -28,7 +28,7 @@ from wasteddp.order.balance import Balance, quotas
 from wasteddp.order.coverage import digest, digest_of_epoch, signed
 from wasteddp.order.keyed_random import BALANCE, permute
 from wasteddp.order.plan import TrainPlan
-from wasteddp.order.shuffle_quality import measure
+from wasteddp.order.plan_quality import measure_shuffle
 from wasteddp.training.dataloaders import Inputs
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -191,7 +191,7 @@ def test_memory_is_eight_bytes_a_sample_and_epochs_and_seeds_differ() -> None:
 
 def test_a_balanced_order_is_as_well_shuffled_as_a_uniform_one_of_its_draws() -> None:
     plan = plan_of([8000, 1500, 500], 1.0, 50)
-    found = measure(plan, labels_of([8000, 1500, 500]))
+    found = measure_shuffle(plan, labels_of([8000, 1500, 500]))
     assert found.batch > 0.85
     assert found.recent > 0.7  # from 64 groups
 

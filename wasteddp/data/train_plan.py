@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from wasteddp.data.manifest import Manifest, Split, read_index
-from wasteddp.order import shuffle_quality, traffic
+from wasteddp.order import plan_quality
 from wasteddp.order.balance import Balance
 from wasteddp.order.plan import TrainPlan
 from wasteddp.settings import Settings
 
 
-def train_plan(split: Split, settings: Settings, labels: shuffle_quality.Labels | None = None) -> TrainPlan:
+def train_plan(split: Split, settings: Settings, labels: plan_quality.Labels | None = None) -> TrainPlan:
     """Return the order that the settings define for a split.
 
     Args:
@@ -67,7 +67,7 @@ def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) ->
         + "epochs"
         + ("" if plan.balance else f"; each epoch leaves out {plan.left_out_per_epoch}, different ones each time"),
         *([plan.balance.describe(manifest.classes)] if plan.balance else []),
-        shuffle_quality.describe(plan, labels),
+        plan_quality.describe(plan, labels),
         "",
         "nodes  shards a node  fetched, of its share  shards within 10 steps",
     ]
@@ -75,6 +75,6 @@ def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) ->
         if plan.lanes % num:
             lines.append(f"{num:5}  not possible: {plan.lanes} lanes")
             continue
-        found = traffic.measure(plan, [shard.num_bytes for shard in split.shards], num_nodes=num)
+        found = plan_quality.measure_traffic(plan, [shard.num_bytes for shard in split.shards], num_nodes=num)
         lines.append(f"{num:5}  {found.most_shards:13}  {found.fetched:21.2f}  {found.at_once:22}")
     return "\n".join(lines)

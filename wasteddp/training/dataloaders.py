@@ -26,7 +26,7 @@ from wasteddp.data.train_plan import train_plan
 from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
-from wasteddp.order.shuffle_quality import Labels
+from wasteddp.order.plan_quality import Labels
 from wasteddp.settings import Settings
 from wasteddp.training.device_batches import copied_ahead
 from wasteddp.training.distributed.runtime import Runtime, has_gpu
