@@ -26,10 +26,10 @@ import numpy.typing as npt
 
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
-from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
+from wasteddp.data.decoding.pool import DecodePool, Task
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, UNDECODABLE, WHOLE, Rows
-from wasteddp.data.decoding.workers import Workers
+from wasteddp.data.decoding.workers import DecodeServer, Workers
 from wasteddp.data.process_loader import print_warning
 from wasteddp.parallel import in_order
 

@@ -31,7 +31,7 @@ import torch
 from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
 from wasteddp.data.decoding.crop import Draws, EvaluationView, TrainingView, View
 from wasteddp.data.decoding.decode import Encoded, ImageHWC, UndecodableError
-from wasteddp.data.decoding.pool import DecodeServer
+from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.data.process_loader import ProcessLoader, print_warning
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import DamagedSampleError

@@ -20,9 +20,17 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from wasteddp.data.decoding.formats import missing_decoder, open_image
-from wasteddp.data.decoding.jpeg_markers import repair_markers
-from wasteddp.data.decoding.levels import UnknownRangeError, to_eight_bits
+from wasteddp.data.decoding.formats import (
+    APP1,
+    APP2,
+    UnknownRangeError,
+    has_segment,
+    is_jpeg,
+    missing_decoder,
+    open_image,
+    repair_markers,
+    to_eight_bits,
+)
 
 ImageHWC = npt.NDArray[np.uint8]
 GreyHW = npt.NDArray[np.uint8]
@@ -32,7 +40,6 @@ MAX_PIXELS = 178_956_970  # checked on the header, before any pixel is decoded
 
 MAX_JPEG_SIDE_PX = 65_500  # of libjpeg
 
-_APP1, _APP2, _START_OF_SCAN = 0xE1, 0xE2, 0xDA  # JPEG markers, ISO/IEC 10918-1, table B.1
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = 1
 DEFAULT_QUALITY = 95
@@ -61,13 +68,9 @@ class UndecodableError(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def is_jpeg(data: bytes) -> bool:
-    return data[:3] == b"\xff\xd8\xff"
-
-
 def orientation(data: bytes) -> int:
     """Return the EXIF orientation of a JPEG, 1 (upright) to 8; 1 if it has none."""
-    if not _has_segment(data, _APP1, b"Exif\x00\x00"):
+    if not has_segment(data, APP1, b"Exif\x00\x00"):
         return _UPRIGHT
     try:
         with open_image(data) as image:
@@ -190,7 +193,7 @@ def _scaled(height: int, width: int, min_height_px: int, min_width_px: int) -> t
 
 def is_plain_jpeg(data: bytes) -> bool:
     """Return whether every decoder shows this JPEG alike: upright; grey, YCbCr or RGB; one image (not MPO)."""
-    if not is_jpeg(data) or _has_segment(data, _APP2, b"MPF\x00") or orientation(data) != _UPRIGHT:
+    if not is_jpeg(data) or has_segment(data, APP2, b"MPF\x00") or orientation(data) != _UPRIGHT:
         return False
     try:
         return simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr", "RGB")
@@ -241,17 +244,6 @@ def _is_tolerated(data: bytes) -> bool:
     except ValueError:
         return True
     return repair_markers(data) != data
-
-
-def _has_segment(data: bytes, marker: int, begins_with: bytes) -> bool:
-    """Return whether a JPEG has such a segment before its pixels; 3 us, a third of the time of a byte search."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != _START_OF_SCAN:
-        if data[position + 1] == marker and data.startswith(begins_with, position + 4):
-            return True
-        is_fill = data[position + 1] == 0xFF  # any number of these may precede a marker
-        position += 1 if is_fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
 
 
 def _decode_with_pillow(data: bytes) -> ImageHWC:
