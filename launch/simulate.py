@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from wasteddp.order import plan_quality
-from wasteddp.order.coverage import digest, digest_of_range, signed
+from wasteddp.order.coverage import digest, digest_of_range, to_signed
 from wasteddp.order.plan import TrainPlan
 
 RANKS_PER_NODE = 8
@@ -93,16 +93,16 @@ def walk(plan: TrainPlan, ranks: range, world_size: int, epoch: int = 0) -> Part
         samples = plan.rank_samples(epoch, rank=rank, world_size=world_size)
         counts.append(len(samples))
         total += digest(plan.seed, samples)
-    return Part(sum(counts), signed(total), min(counts), max(counts))
+    return Part(sum(counts), to_signed(total), min(counts), max(counts))
 
 
 def covers(plan: TrainPlan, parts: list[Part], epoch: int = 0) -> bool:
     """Return whether count and hash are those of all samples except the ones that the epoch leaves out."""
     expected = digest_of_range(plan.seed, 0, plan.num_samples) - digest(plan.seed, plan.left_out_samples(epoch))
-    seen = signed(sum(part.digest for part in parts))
+    seen = to_signed(sum(part.digest for part in parts))
     return (sum(part.samples for part in parts), seen) == (
         plan.steps_per_epoch * plan.global_batch,
-        signed(expected),
+        to_signed(expected),
     )
 
 

@@ -138,7 +138,7 @@ class _Processes:
             if not pending:
                 return
             part = pending.popleft()
-            found = self._finished(part)
+            found = self._finish(part)
             free.append(part.slot)
             yield from found
 
@@ -169,7 +169,7 @@ class _Processes:
         part.task = Task(0, at, self._side, self._view, rows_at, records)
         self._pool.submit(part.task, part.number, wanted=frozenset(part.keys))
 
-    def _finished(self, part: _Part) -> list[FileView]:
+    def _finish(self, part: _Part) -> list[FileView]:
         assert part.sent is not None
         part.sent.result()
         if part.task:

@@ -191,11 +191,13 @@ class Loader:
         try:
             return sample, self._view.fill(out, self._reader.read(sample), draws)
         except (UndecodableError, DamagedSampleError) as error:
-            replacement, left = self._replaced(out, sample, epoch, error)
+            replacement, left = self._replace_sample(out, sample, epoch, error)
             damage.append(replacement)
             return replacement.replaced_by, left
 
-    def _replaced(self, out: ImageHWC, sample: int, epoch: int, error: Exception) -> tuple[Damage, Encoded | None]:
+    def _replace_sample(
+        self, out: ImageHWC, sample: int, epoch: int, error: Exception
+    ) -> tuple[Damage, Encoded | None]:
         """Write the view of the next sample that can be read, in place of `sample`, which cannot."""
         where = self._reader.describe(sample)
         reason = error.found.removeprefix(f"{where}: ") if isinstance(error, DamagedSampleError) else str(error)

@@ -35,7 +35,7 @@ class Tars(Protocol):
             ShardError: the index cannot be read, or is not the manifest's.
         """
 
-    def opened(self, number: int) -> AbstractContextManager[int]:
+    def open_shard(self, number: int) -> AbstractContextManager[int]:
         """Return a context with the shard's descriptor, which is valid inside it. Waits until the shard is fetched.
 
         Raises:
@@ -45,7 +45,7 @@ class Tars(Protocol):
 
     @property
     def may_wait(self) -> bool:
-        """Whether `opened` may wait for a store; if so, shards should be closed soon after use."""
+        """Whether `open_shard` may wait for a store; if so, shards should be closed soon after use."""
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
         """Return `length` bytes from `offset` on; fewer at the end of the tar.
@@ -97,7 +97,7 @@ class LocalTars:
     def index(self, number: int) -> Index:
         return read_index(self._folder, self._shards[number])
 
-    def opened(self, number: int) -> AbstractContextManager[int]:
+    def open_shard(self, number: int) -> AbstractContextManager[int]:
         return nullcontext(self._descriptors[number])
 
     @property
@@ -174,11 +174,11 @@ class RemoteTars:
             return parse_index(file.read(), shard, self._fetcher.where(shard.index))
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
-        with self.opened(number) as descriptor:
+        with self.open_shard(number) as descriptor:
             return os.pread(descriptor, length, offset)
 
     @contextmanager
-    def opened(self, number: int) -> Iterator[int]:
+    def open_shard(self, number: int) -> Iterator[int]:
         with self._lock:
             held = self._held.get(number)
             if held:
@@ -260,6 +260,6 @@ class RemoteTars:
         shard = self._shards[number]
         if self._fetcher.came_damaged(shard):
             return True
-        with self.opened(number) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
+        with self.open_shard(number) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256

@@ -27,7 +27,7 @@ from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError,
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
-from wasteddp.inference.ranks import Ranks, joined
+from wasteddp.inference.ranks import Ranks, join_ranks
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.parallel import progress
@@ -56,7 +56,7 @@ def evaluate_run(
         batch_size: None: a size that suits the device.
         workers: as the setting data.workers.
     """
-    with joined() as ranks:
+    with join_ranks() as ranks:
         device = ranks.device(device)
         with start_workers(workers, device_type(device), cores=ranks.cores) as decoders:
             classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
@@ -173,14 +173,14 @@ def evaluate(
             sources[sample] = name
     # Check that the samples that were classified are those that the manifest counts.
     _check_counts(confusion.sum(axis=1), split, "the model answered for")
-    answers = Answers.of(labels, probabilities_NK)
+    answers = Answers.from_probabilities(labels, probabilities_NK)
     seen = Seen(
         split=split.name,
         classes=classifier.card.classes,
         confusion=confusion,
         metrics=summarise(confusion),
-        reliability=Reliability.of(answers),
-        mistakes=Mistakes.of(answers),
+        reliability=Reliability.measure(answers),
+        mistakes=Mistakes.find(answers),
     )
     return Evaluation(seen, tuple(sources), labels, probabilities_NK)
 

@@ -178,14 +178,14 @@ def measure_traffic(
     most, fetched, at_once = 0, 0.0, 0
     begins = plan.block_begins(epoch) if plan.block > 1 else None
     for node in nodes:
-        touched = _touched(plan, epoch, node, num_nodes, begins)
+        touched = _find_touched(plan, epoch, node, num_nodes, begins)
         most = max(most, int(touched.sum()))
         fetched += float(sizes[touched].sum())
         at_once = max(at_once, _at_once(plan, epoch, node, num_nodes))
     return Traffic(most, fetched / (len(nodes) * float(sizes.sum()) / num_nodes), at_once)
 
 
-def _touched(
+def _find_touched(
     plan: TrainPlan, epoch: int, node: int, num_nodes: int, begins: npt.NDArray[np.int64] | None
 ) -> npt.NDArray[np.bool_]:
     """Return whether a node reads each shard: bool [S]. A window does not move samples out of their lane."""

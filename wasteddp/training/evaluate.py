@@ -89,14 +89,14 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
         confidence,
         of_truth,
     )
-    parts = runtime.gather((Reliability.of(answers), Mistakes.of(answers)))  # all ranks
+    parts = runtime.gather((Reliability.measure(answers), Mistakes.find(answers)))  # all ranks
     seen = Seen(
         split=split.name,
         classes=classes,
         confusion=confusion,
         metrics=metrics,
-        reliability=Reliability.merged(part for part, _ in parts),
-        mistakes=Mistakes.merged(part for _, part in parts),
+        reliability=Reliability.merge(part for part, _ in parts),
+        mistakes=Mistakes.merge(part for _, part in parts),
     )
     return {
         "val/loss": total_loss / plan.num_samples,

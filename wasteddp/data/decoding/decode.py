@@ -152,12 +152,12 @@ def decode_rgb(
     """
     *size, turn = known or header(data)  # refuses bombs before memory is allocated
     if is_jpeg(data):
-        height, width = _scaled(size[0], size[1], min_height_px, min_width_px)
+        height, width = _scaled_size(size[0], size[1], min_height_px, min_width_px)
         if turn >= 5:
             height, width = width, height
         try:
             pixels = _decode_jpeg(data, min_height=height, min_width=width, fastupsample=is_fast)
-            return pixels if turn == _UPRIGHT else _turned(pixels, turn)
+            return pixels if turn == _UPRIGHT else _turn(pixels, turn)
         except ValueError as error:
             if not any(word in str(error).lower() for word in ("cmyk", "colorspace", "subsampling")):
                 raise _undecodable(error, data) from error
@@ -180,7 +180,7 @@ def _decode_jpeg(data: bytes, **how: Any) -> npt.NDArray[np.uint8]:
     return simplejpeg.decode_jpeg(repaired, strict=True, **how)  # type: ignore[no-any-return]
 
 
-def _scaled(height: int, width: int, min_height_px: int, min_width_px: int) -> tuple[int, int]:
+def _scaled_size(height: int, width: int, min_height_px: int, min_width_px: int) -> tuple[int, int]:
     """Return (H, W) at the smallest fast DCT scale that is large enough; (0, 0), for full size, without limits."""
     if not min_height_px and not min_width_px:
         return 0, 0
@@ -252,7 +252,7 @@ def _decode_with_pillow(data: bytes) -> ImageHWC:
             image.load()
             pixels = np.array(_to_rgb(to_eight_bits(image, data)))  # a copy: Pillow's own memory is read-only
             turn = _turn_of(image)  # of a TIFF that Pillow turned when it was loaded: 1
-            return pixels if turn == _UPRIGHT else _turned(pixels, turn)
+            return pixels if turn == _UPRIGHT else _turn(pixels, turn)
     except Exception as error:
         raise _undecodable(error, data) from error
 
@@ -265,7 +265,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _turned(pixels: ImageHWC, turn: int) -> ImageHWC:
+def _turn(pixels: ImageHWC, turn: int) -> ImageHWC:
     """Return upright pixels for EXIF orientation `turn` (2 to 8). Source: EXIF 2.32, table of tag 0x0112."""
     if turn >= 5:
         pixels = pixels.transpose(1, 0, 2)  # 5: mirrored along the main diagonal

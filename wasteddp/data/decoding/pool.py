@@ -34,7 +34,7 @@ _DEATHS_IN_A_ROW = 10  # of a worker, without an answer in between
 _MOST_SHARDS = 128  # that a worker keeps open
 _DESCRIPTORS_AT_ONCE = 200  # Linux sends at most 253 in a message (SCM_MAX_FD)
 
-Opened = Callable[[int], AbstractContextManager[int]]  # the descriptor of a shard, by number
+OpenShard = Callable[[int], AbstractContextManager[int]]  # the descriptor of a shard, by number
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class DecodePool:
 
     Args:
         num_workers: number of processes.
-        opened: returns a context with the descriptor of a shard; it may wait for the shard.
+        open_shard: returns a context with the descriptor of a shard; it may wait for the shard.
         is_idle: the workers run only when a core has no other work (Linux).
         warn: called with a message for each worker that died.
         server: forks the workers; if left out, the pool starts its own.
@@ -77,13 +77,13 @@ class DecodePool:
     def __init__(
         self,
         num_workers: int,
-        opened: Opened,
+        open_shard: OpenShard,
         *,
         warn: Callable[[str], None],
         is_idle: bool = False,
         server: DecodeServer | None = None,
     ) -> None:
-        self._opened, self._is_idle, self._warn = opened, is_idle, warn
+        self._open_shard, self._is_idle, self._warn = open_shard, is_idle, warn
         self._memories: dict[int, SharedMemory] = {}
         self._at_work = SharedMemory(num_workers * AT_WORK_DTYPE.itemsize)
         self.at_work = self._at_work.view(0, self._at_work.num_bytes).view(AT_WORK_DTYPE)
@@ -126,7 +126,7 @@ class DecodePool:
         needed = dict.fromkeys(task.rows["shard"].tolist())
         with ExitStack() as stack:
             # wait without the lock, so that another thread can receive answers meanwhile
-            descriptors = {shard: stack.enter_context(self._opened(shard)) for shard in needed}
+            descriptors = {shard: stack.enter_context(self._open_shard(shard)) for shard in needed}
             with self._lock:
                 target = self._workers[worker % len(self._workers)]
                 target.tasks.append(task)
@@ -227,10 +227,10 @@ class DecodePool:
             fresh.tasks.append(task)
             with ExitStack() as stack:
                 needed = dict.fromkeys(task.rows["shard"].tolist())
-                descriptors = {shard: stack.enter_context(self._opened(shard)) for shard in needed}
+                descriptors = {shard: stack.enter_context(self._open_shard(shard)) for shard in needed}
                 _send_task(fresh, task, descriptors, None)
 
-    def longest(self) -> tuple[int, int, float] | None:
+    def find_longest(self) -> tuple[int, int, float] | None:
         """Return (worker, sample, seconds) for the worker that is longest at one sample; None if all are idle."""
         busy = [
             (float(entry["since_s"]), number, int(entry["sample"]))
