@@ -31,7 +31,7 @@ import errno
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -167,10 +167,20 @@ def storage(doing: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or path
-        reason = error.strerror or str(error)
-        remedy = _STORAGE_REMEDIES.get(error.errno or 0, "see the reason above")
-        raise StorageError(f"{doing}: {reason}: {where}", f"{path} cannot be read or written", remedy) from error
+        raise storage_error(error, doing, path) from error
+
+
+def storage_error(error: OSError, doing: str, path: str | Path) -> StorageError:
+    """Return the error to report in place of an `OSError`; the arguments are as in `storage`."""
+    reason = error.strerror or str(error)
+    remedy = _STORAGE_REMEDIES.get(error.errno or 0, "see the reason above")
+    return StorageError(f"{doing}: {reason}: {error.filename or path}", f"{path} cannot be read or written", remedy)
+
+
+def print_line(message: str) -> None:
+    """Print a line. A full disk under standard output does not end a training: log.txt has the line as well."""
+    with suppress(OSError):
+        print(message, flush=True)
 
 
 def exit_with(error: WastedError) -> NoReturn:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wasteddp.errors import BundleError, storage
-from wasteddp.files import read_regular, write_atomically
+from wasteddp.files import make_folder, read_regular, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,7 @@ def save_bundle(folder: str | Path, card: BundleCard, state_dict: Mapping[str, t
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()})
     card = replace(card, hashes=replace(card.hashes, weights=hashlib.sha256(content).hexdigest()))
     with storage("writing the model", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     write_atomically(folder / card.weights_name, content)
     write_atomically(folder / CARD_NAME, card.to_json().encode())
     with storage("removing the previous model", folder):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
@@ -58,7 +58,9 @@ def predict_files(
             records.append(stack.enter_context(csv_record(csv, classifier.card)))
         if json:
             records.append(stack.enter_context(json_record(json, classifier.card, tta=classifier.tta)))
-        for prediction in stack.enter_context(closing(predict(classifier, images, decoders))):
+        for prediction in stack.enter_context(
+            closing(predict(classifier, images, decoders, terminal.tolerated.append))
+        ):
             for record in records:
                 record.add(prediction)
     terminal.finish([path for path in (csv, json) if path is not None])
@@ -70,10 +72,14 @@ def predict_files(
         )
 
 
-def predict(classifier: Classifier, paths: Iterable[str], workers: Workers) -> Generator[Prediction, None, None]:
-    """Yield one prediction for each path, in order."""
+def predict(
+    classifier: Classifier, paths: Iterable[str], workers: Workers, tolerated: Callable[[str], None] = lambda path: None
+) -> Generator[Prediction, None, None]:
+    """Yield one prediction for each path, in order. `tolerated`: see `file_views`."""
     size = classifier.card.preprocessing
-    views = file_views(paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers)
+    views = file_views(
+        paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers, tolerated=tolerated
+    )
     with closing(views):
         for batch in classifier.batches(views):
             answers_BK = iter(classifier.probabilities([view for _, view in batch if not isinstance(view, Unreadable)]))
