@@ -78,8 +78,8 @@ def test_a_best_model_is_calibrated_where_its_evaluation_has_enough_images(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels, shares = overconfident(count)
-    answers = Answers.of(labels, shares)
-    seen = Seen("val", CARD.classes, np.zeros((3, 3), np.int64), None, Reliability.of(answers), Mistakes.of(answers),
+    answers = Answers.from_probabilities(labels, shares)
+    seen = Seen("val", CARD.classes, np.zeros((3, 3), np.int64), None, Reliability.measure(answers), Mistakes.find(answers),
                 labels, shares)  # type: ignore[arg-type]  # fmt: skip
     evaluated = []
     monkeypatch.setattr(best_model, "save_seen", lambda folder, seen, source, card, **how: evaluated.append(card))

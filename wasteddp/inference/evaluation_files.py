@@ -292,7 +292,7 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
     num_classes = len(classes)
     support = confusion.sum(axis=1, keepdims=True)
     shares = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)
-    names = [_shortened(name) for name in classes]
+    names = [_shorten(name) for name in classes]
 
     cell_in = 0.75 if num_classes <= 12 else 0.45
     names_in = 0.085 * max(map(len, names))  # width of the longest name at 10 points
@@ -333,7 +333,7 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
     return png.getvalue()
 
 
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     """Return a long name without its middle: names often differ in their last word."""
     half = _LONGEST_NAME // 2
     return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[-half + 1 :]}"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wasteddp.data.groups import Groups, read_groups
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, parse_index, read_index
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, pad_size, parse_index, read_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
 from wasteddp.files import sha256_of
@@ -155,7 +155,7 @@ def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
             offset, length = int(record["offset"]), int(record["length"])
             image = os.pread(file.fileno(), length, offset)
             header = _header(file.fileno(), offset - BLOCKSIZE)
-            label = _label(file.fileno(), offset + padded(length)) if is_own else {}
+            label = _label(file.fileno(), offset + pad_size(length)) if is_own else {}
             name = f"{header.name.split('.')[0] if header else f'sample {number}'}"
             named = f"{name} ({label.get('source', 'source unknown')})" if is_own else name
             if hashlib.sha256(image).digest() != record["sha256"].tobytes():

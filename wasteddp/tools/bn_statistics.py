@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.crop import EvaluationView, normalise
 from wasteddp.data.loader import Loader, training_steps
-from wasteddp.data.train_plan import train_plan
+from wasteddp.data.train_plan import plan_training
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
 
@@ -62,7 +62,7 @@ def training_batches(
     data, split = settings.data, shards.manifest.split(settings.data.train_split)
     with ExitStack() as stack:
         reader = stack.enter_context(shards.reader(split.name))
-        plan = train_plan(split, settings, reader.labels)
+        plan = plan_training(split, data, reader.labels, batch_size=settings.train.batch_size, seed=settings.run.seed)
         steps = min(plan.steps_per_epoch, -(-num_images // plan.global_batch))
         planned = [part for _, _, part in training_steps(plan, 0, steps, rank=0, world_size=1)]
         samples = np.concatenate(planned)[:num_images] % reader.num_samples

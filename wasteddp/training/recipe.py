@@ -35,7 +35,7 @@ class Recipe:
         self._steps_per_epoch = data.plan.steps_per_epoch
         self._new_sizes = {epoch * self._steps_per_epoch for epoch, _ in schedule.changes(settings)[1:]}
         num_classes = len(data.manifest.classes)
-        self.augment = Augment.of(settings.augment, settings.run.seed).on(world.device, world.say)
+        self.augment = Augment.from_settings(settings.augment, settings.run.seed).on(world.device, world.say)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
         counts, shares = data.train.samples_per_class, data.share_of_classes
         loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
