@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from wasteddp.commands import unlike
 from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, positive, to_path
 from wasteddp.files import expand_home
 
@@ -17,12 +18,13 @@ def add(commands: Commands) -> None:
 def _add_evaluate(commands: Commands) -> None:
     command = commands.add_parser(
         "evaluate",
-        help="measure a run's model on a split of its shards",
+        help="measure a run's model on a split of its shards, or on a folder of images",
         description="Prints accuracy with its 95 % interval, per-class figures and the confusion matrix, and saves "
         "them in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
     )
     command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
     command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
+    unlike.add_images(command)
     command.add_argument(
         "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
     )
@@ -33,10 +35,15 @@ def _add_evaluate(commands: Commands) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.images:
+        unlike.evaluate_images(arguments)
+        return
     from wasteddp.inference.evaluate import EvaluateOptions, run
 
+    unlike.refuse_without_images(arguments)
     run(
         EvaluateOptions(
+            near_duplicates=arguments.near_duplicates,
             run=arguments.run_folder,
             split=arguments.split,
             shards=arguments.shards,

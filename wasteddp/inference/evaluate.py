@@ -26,6 +26,7 @@ from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
 from wasteddp.inference.classifier import Classifier, device_type
+from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
 from wasteddp.inference.ranks import Ranks, joined
@@ -37,7 +38,17 @@ from wasteddp.settings import Data, plain_yaml
 ALONE = Ranks()
 _STEP = 64  # samples whose shards are fetched ahead, and released, together
 _AHEAD = 2  # steps that are decoded ahead
-_OF_THE_SET = ("shards", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
+_OF_THE_SET = (
+    "train_split",
+    "eval_split",
+    "shards",
+    "cache",
+    "cache_gb",
+    "fetchers",
+    "ahead_steps",
+    "read_attempts",
+    "read_timeout_s",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +62,7 @@ class EvaluateOptions:
     device: str = "auto"
     tta: str = "none"
     workers: int | str = 0  # like the setting data.workers
+    near_duplicates: bool = False  # look for those of training images, where sharding did not
 
 
 def run(options: EvaluateOptions) -> None:
@@ -59,17 +71,30 @@ def run(options: EvaluateOptions) -> None:
         device = ranks.device(options.device)
         with start_workers(options.workers, device_type(device), cores=ranks.cores) as workers:
             classifier = Classifier.load(options.run, device=device, batch_size=options.batch_size, tta=options.tta)
-            with dataset.open_dataset(data_of(options.run, options.shards)) as shards:
+            data = data_of(options.run, options.shards)
+            with dataset.open_dataset(data) as shards:
                 console = Console(quiet=not ranks.is_main)
                 evaluation = evaluate_split(classifier, shards, options.split, console, workers, ranks)
-        if ranks.is_main:
-            _report(options, classifier, shards.manifest, evaluation, console)
+                if ranks.is_main:
+                    _report(options, classifier, shards, evaluation, console, train=data.train_split)
 
 
 def _report(
-    options: EvaluateOptions, classifier: Classifier, manifest: Manifest, evaluation: Evaluation, console: Console
+    options: EvaluateOptions,
+    classifier: Classifier,
+    shards: ShardSet,
+    evaluation: Evaluation,
+    console: Console,
+    *,
+    train: str,
 ) -> None:
-    folder = options.run / "evaluations" / options.split
+    folder, manifest, near = options.run / "evaluations" / options.split, shards.manifest, None
+    if options.split != train and train in manifest.splits:
+        near = near_by_manifest(manifest, options.split, train, evaluation.sources)
+        if near is None and options.near_duplicates:
+            with shards.reader(train) as training, shards.reader(options.split) as reader:
+                near = near_by_hashes(training, (reader.read(sample) for sample in range(reader.num_samples)))
+    record = compare(evaluation, near)
     save_evaluation(
         folder,
         evaluation,
@@ -82,9 +107,11 @@ def _report(
             "device": str(classifier.device),
             "tta": classifier.tta,
         },
+        further=record,
     )
     seen = evaluation.seen
     print_evaluation(console, seen, title=f"{options.run}, {options.split}: {seen.metrics.num_samples} images")
+    print_comparison(console, record)
     console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -139,8 +166,8 @@ def evaluate(
     labels = reader.labels
     _check_counts(np.bincount(labels, minlength=num_classes), split, "its index holds")
 
-    # samples, their sources, probabilities [B, K]
-    done: list[tuple[list[int], list[str], npt.NDArray[np.float32]]] = []
+    # samples, their sources, probabilities [B, K], unlikeness [B]
+    done: list[tuple[list[int], list[str], npt.NDArray[np.float32], npt.NDArray[np.float64] | list[None]]] = []
     failure: WastedError | None = None
     size = classifier.card.preprocessing
     with (
@@ -157,8 +184,8 @@ def evaluate(
     ):
         try:
             for batch in classifier.batches(views):
-                answers_BK = classifier.probabilities([view for _, _, view in batch])
-                done.append(([sample for sample, _, _ in batch], [source for _, source, _ in batch], answers_BK))
+                found = classifier.answers([view for _, _, view in batch])
+                done.append(([sample for sample, _, _ in batch], [source for _, source, _ in batch], *found))
                 for _ in range(len(batch) * ranks.world_size):
                     advance()
         except WastedError as error:
@@ -166,9 +193,12 @@ def evaluate(
     ranks.raise_together(failure)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     probabilities_NK = np.full((reader.num_samples, num_classes), np.nan, np.float32)
+    unlike_N = np.full(reader.num_samples, np.nan)
     sources = [""] * reader.num_samples
-    for samples, names, answers_BK in (part for of_rank in ranks.gather(done) for part in of_rank):
+    for samples, names, answers_BK, unlike_B in (part for of_rank in ranks.gather(done) for part in of_rank):
         probabilities_NK[samples] = answers_BK
+        if classifier.training:
+            unlike_N[samples] = unlike_B
         confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
         for sample, name in zip(samples, names, strict=True):
             sources[sample] = name
@@ -183,7 +213,7 @@ def evaluate(
         reliability=Reliability.of(answers),
         mistakes=Mistakes.of(answers),
     )
-    return Evaluation(seen, tuple(sources), labels, probabilities_NK)
+    return Evaluation(seen, tuple(sources), labels, probabilities_NK, unlike_N if classifier.training else None)
 
 
 def _views(loader: AnyLoader, reader: SplitReader, ranks: Ranks) -> Generator[tuple[int, str, ImageHWC], None, None]:

@@ -53,7 +53,7 @@ def run(options: PredictOptions) -> None:
         classifier = Classifier.load(
             options.model, device=options.device, batch_size=options.batch_size, tta=options.tta
         )
-        terminal = Terminal(classifier.card, top=options.top)
+        terminal = Terminal(classifier.card, top=options.top, training=classifier.training)
         records: list[Record] = [terminal]
         if options.csv:
             records.append(stack.enter_context(csv_record(options.csv, classifier.card)))
@@ -77,9 +77,10 @@ def predict(classifier: Classifier, paths: Iterable[str], workers: Workers) -> G
     views = file_views(paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers)
     with closing(views):
         for batch in classifier.batches(views):
-            answers_BK = iter(classifier.probabilities([view for _, view in batch if not isinstance(view, Unreadable)]))
+            there = [view for _, view in batch if not isinstance(view, Unreadable)]
+            answers = zip(*classifier.answers(there), strict=True)
             for path, view in batch:
-                yield Failure(path, view.reason) if isinstance(view, Unreadable) else Answer(path, next(answers_BK))
+                yield Failure(path, view.reason) if isinstance(view, Unreadable) else Answer(path, *next(answers))
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:
