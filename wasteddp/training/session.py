@@ -8,7 +8,7 @@
     before_step  count damaged samples; decide what is due after the step
     after_step   prove the coverage of the epoch, read the metrics, check for divergence, evaluate, report, save
     ends         stop early, or after an interrupted evaluation
-    finish       wait for the disk, add training images' features to the model, print the closing message, return the exit code
+    finish       wait for the disk, complete the model, print the closing message, return the exit code
 
 All functions run on all ranks.
 """
