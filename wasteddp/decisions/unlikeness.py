@@ -133,16 +133,18 @@ class TrainingFeatures:
             arrays["means_KD"],
             arrays["directions_RD"],
             arrays["variances_R"],
-            float(arrays["variance_of_rest"]),
+            float(arrays["variance_of_rest"].item()),
             arrays["reference"],
-            int(arrays["num_training"]),
+            int(arrays["num_training"].item()),
         )
         means, directions = summary.means_KD, summary.directions_RD
         is_whole = means.ndim == directions.ndim == 2 and means.shape[1] == directions.shape[1]
         if not (is_whole and summary.variances_R.shape == directions.shape[:1] and summary.reference.ndim == 1):
             raise ValueError("its arrays do not have the shapes of one summary")
-        if not (summary.reference.size and (summary.variances_R > 0).all() and summary.variance_of_rest > 0):
-            raise ValueError("it has no reference, or a variance that is not above 0")
+        if not (
+            means.size and summary.reference.size and (summary.variances_R > 0).all() and summary.variance_of_rest > 0
+        ):
+            raise ValueError("it has no means or no reference, or a variance that is not above 0")
         return summary
 
     def _fields(self) -> dict[str, Any]:

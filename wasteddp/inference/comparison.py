@@ -57,7 +57,7 @@ class Accuracy:
     def __str__(self) -> str:
         low, high = wilson_interval(self.num_correct, self.num_images)
         interval = f", 95 % interval {percent(low)} to {percent(high)}" if self.num_images else ""
-        return f"{percent(self.share)} of {self.num_images} images{interval}"
+        return f"{percent(self.share)} of {self.num_images} image(s){interval}"
 
 
 def by_unlikeness(unlike_N: npt.NDArray[np.float64], right_N: Flags) -> list[tuple[float, float, Accuracy]]:
@@ -173,12 +173,13 @@ def print_comparison(console: Console, record: dict[str, Any]) -> None:
         for row in rows:
             accuracy = Accuracy(row["num_correct"], row["num_images"])
             low, high = wilson_interval(accuracy.num_correct, accuracy.num_images)
+            interval = f"{percent(low)} to {percent(high)}" if accuracy.num_images else "-"
             mark = " (unlike)" if row["from"] == UNLIKE_FROM else ""
             table.add_row(
                 f"{row['from']:g} to {row['to']:g}{mark}",
                 str(accuracy.num_images),
                 percent(accuracy.share),
-                f"{percent(low)} to {percent(high)}",
+                interval,
             )
         console.print(table)
     if near := record.get("near_duplicates_in_train"):

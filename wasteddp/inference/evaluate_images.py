@@ -252,7 +252,7 @@ def _lines(
     if absent:
         yield f"no images of {len(absent)} of the {len(classes)} classes: {', '.join(absent)}"
     if unreadable:
-        yield f"{len(unreadable)} images could not be read and are not counted:"
+        yield f"{len(unreadable)} image(s) could not be read and are not counted:"
         yield from (f"  {path}: {reason}" for path, reason in unreadable[:_MOST_NAMED])
         if len(unreadable) > _MOST_NAMED:
             yield f"  and {len(unreadable) - _MOST_NAMED} more, listed in metrics.json"

@@ -227,8 +227,7 @@ class Session:
             if self.world.is_main:
                 run_folder.mark_resumable(Path(self.settings.run.out))
         elif self.world.is_main and self.is_recorded and not self.is_check:
-            if line := add_features(Path(self.settings.run.out), self.world, self.data):
-                self.tracker.say(line)
+            add_features(Path(self.settings.run.out), self.world, self.data, self.tracker.say)
         splits, signal_name = self.data.manifest.splits, signals.STOP.signal_name
         self.tracker.say(messages.closing(self.settings, progress, exit_code, signal_name, splits=splits))
         return exit_code
