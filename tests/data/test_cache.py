@@ -248,3 +248,13 @@ def test_many_threads_never_exceed_the_limit_and_never_read_wrong_bytes(cache: S
     until(lambda: not any(thread.is_alive() for thread in threads))
     assert wrong == []
     assert 0 < most <= cache.limit_bytes
+
+
+def test_the_next_start_removes_what_a_killed_process_left_and_nothing_that_is_being_fetched(tmp_path: Path) -> None:
+    left, fetched = tmp_path / "0.part", tmp_path / "1.part"
+    left.write_bytes(b"half")
+    with fetched.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ShardCache(tmp_path, SIZE)
+        assert not left.exists()
+        assert fetched.exists()

@@ -22,6 +22,7 @@ from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.training import arguments as command_line
 from wasteddp.training.distributed import launcher
 
+pytestmark = pytest.mark.processes
 # `wasteddp train`, with the program whose network is narrow
 COMMAND = [
     sys.executable, "-c",

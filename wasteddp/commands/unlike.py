@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
 
 
 def _features(arguments: argparse.Namespace) -> None:
-    from wasteddp.inference.features_command import FeaturesOptions, run
+    from wasteddp.tools.features import FeaturesOptions, run
 
     run(FeaturesOptions(arguments.run_folder, arguments.shards, arguments.batch_size, arguments.device))
 

@@ -21,6 +21,7 @@ from wasteddp.data import dataset
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.data.decoding.workers import Workers, start_workers
+from wasteddp.data.folds import NO_FOLD
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
@@ -42,6 +43,7 @@ _OF_THE_SET = (
     "train_split",
     "eval_split",
     "shards",
+    "fold",
     "cache",
     "cache_gb",
     "fetchers",
@@ -245,7 +247,7 @@ def data_of(run: Path, shards: str | None) -> Data:
             text = path.read_bytes()
         try:
             found = {key: value for key, value in plain_yaml(text.decode())["data"].items() if key in _OF_THE_SET}
-            found["shards"] = shards or found["shards"]
+            found |= {"shards": shards, "fold": NO_FOLD} if shards else {"shards": found["shards"]}
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
                 f"{path} does not name its shards (data.shards): {str(error).splitlines()[0]}",

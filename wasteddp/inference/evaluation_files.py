@@ -21,19 +21,20 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
 from wasteddp import __version__
 from wasteddp.errors import storage
-from wasteddp.files import CsvWriter, write_atomically
+from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.metrics import F32, I64, percent
+from wasteddp.inference.metrics import F32, I64, Metrics, percent
 from wasteddp.inference.reliability import Mistake, Seen
 
 FORMAT = "wasteddp-evaluation"
@@ -103,9 +104,10 @@ def save_seen(
 
 def _clear(folder: Path) -> None:
     with storage("saving the evaluation", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
+            (folder / f"{name}.tmp").unlink(missing_ok=True)  # left by a kill
 
 
 def _save_figures(
@@ -160,9 +162,103 @@ def _save_figures(
     write_atomically(folder / "metrics.json", content.encode("utf-8", "backslashreplace"))
 
 
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Mistake(_Model):
+    sample: Count
+    source: str
+    true: str
+    predicted: str
+    probability: Share
+    probability_of_true: Share
+
+
+class _ClassFigures(_Model):
+    precision: Share | None
+    recall: Share | None
+    f1: Share | None
+    support: Count
+
+
+class _Bin(_Model):
+    left: float = Field(alias="from")
+    right: float = Field(alias="to")
+    count: Count
+    correct: Count
+    mean_confidence: float | None
+
+
+class _Reliability(_Model):
+    expected_calibration_error: float
+    bins: list[_Bin]
+
+
+class _Record(_Model):
+    """The part of metrics.json that the report shows."""
+
+    options: dict[str, Any]
+    hashes: dict[str, str]
+    model: dict[str, Any]
+    classes: list[str] = Field(min_length=1)
+    num_samples: Count
+    num_correct: Count
+    accuracy: Share
+    accuracy_low: Share
+    accuracy_high: Share
+    macro_f1: Share | None
+    macro_recall: Share | None
+    per_class: list[_ClassFigures]
+    confusion: list[list[Count]]
+    reliability: _Reliability
+    surest_mistakes: list[_Mistake]
+    worst_mistakes: list[_Mistake]
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Record:
+        k = len(self.classes)
+        if {len(self.per_class), len(self.confusion), *map(len, self.confusion)} != {k}:
+            raise ValueError(f"it has {k} classes, and tables of another size")
+        if not isinstance(self.options.get("split"), str) or not {"manifest", "weights"} <= self.hashes.keys():
+            raise ValueError("it does not name its split, manifest and weights")
+        if not isinstance(self.model.get("trained"), dict) or not isinstance(self.model["trained"].get("step"), int):
+            raise ValueError("it does not name the step of its model")
+        return self
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the content of a metrics.json after a check of all that the report uses.
+
+    Raises:
+        ValueError: it is not the record of an evaluation in this format.
+        OSError: it cannot be read.
+    """
+    try:
+        record: dict[str, Any] = json.loads(read_regular(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
+        raise ValueError("another version wrote it: evaluate again")
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return record
+
+
 def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
     """Print the metrics as tables."""
-    metrics, classes = seen.metrics, seen.classes
+    print_metrics(console, seen.metrics, seen.classes, seen.confusion, title=title)
+
+
+def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], confusion: I64, *, title: str) -> None:
+    """Print the metrics and the confusion matrix as tables."""
     summary = Table(title=title, title_justify="left", show_header=False)
     summary.add_column()
     summary.add_column(justify="right")
@@ -185,7 +281,7 @@ def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
         matrix = Table("true", title="confusion: rows true, columns predicted", title_justify="left")
         for number in range(1, len(classes) + 1):
             matrix.add_column(str(number), justify="right")
-        for number, (name, row) in enumerate(zip(classes, seen.confusion.tolist(), strict=True), start=1):
+        for number, (name, row) in enumerate(zip(classes, confusion.tolist(), strict=True), start=1):
             matrix.add_row(f"{number} {_plain(name)}", *(str(count) if count else "·" for count in row))
         console.print(matrix)
 

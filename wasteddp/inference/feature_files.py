@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.errors import BundleError
 from wasteddp.files import read_regular, write_atomically
-from wasteddp.inference.bundle import CARD_NAME, BundleCard, find_bundle, read_card, remove_old
+from wasteddp.inference.bundle import CARD_NAME, BundleCard, find_bundle, read_card, remove_old, replace_card
 
 HOW_TO_ADD = "add them with: wasteddp features RUN"
 
@@ -42,7 +42,7 @@ def save_features(path: str | Path, features: TrainingFeatures, *, weights: str)
     content = save(features.arrays())
     card = replace(card, hashes=replace(card.hashes, features=hashlib.sha256(content).hexdigest()))
     write_atomically(folder / card.file_names[-1], content)
-    write_atomically(folder / CARD_NAME, card.to_json().encode())
+    replace_card(folder, card)
     remove_old(folder, card)
     return card
 

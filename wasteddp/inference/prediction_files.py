@@ -62,6 +62,7 @@ class Terminal:
         self.num_classified, self.num_failed, self._num_unlike = 0, 0, 0
         self._sum_of_percentiles = 0.0
         self._failures: list[Failure] = []  # the first few
+        self.tolerated = list[str]()  # JPEGs that are classified in spite of faulty markers
 
     def add(self, prediction: Prediction) -> None:
         if isinstance(prediction, Failure):
@@ -94,6 +95,11 @@ class Terminal:
                 rest = self.num_failed - len(self._failures)
                 print(f"  and {rest} more" + ("" if written else "; --csv FILE or --json FILE lists them all"))
         print(f"\n{self.num_classified} classified, {self.num_failed} unreadable")
+        if self.tolerated:
+            print(
+                f"{len(self.tolerated):,} JPEG(s) have faulty markers and are classified, since all their pixels "
+                f"decode: {_printable(self.tolerated[0])}"
+            )
         if self._training and self.num_classified:
             mean = self._sum_of_percentiles / self.num_classified
             print(self._training.verdict(mean, self._num_unlike, self.num_classified))

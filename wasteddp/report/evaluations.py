@@ -179,15 +179,20 @@ def thumbnails(
     try:
         with SplitReader(manifest, record["options"]["split"]) as reader:
             for sample in samples:
-                found[sample] = _data_url(reader.read(sample))
+                found[sample] = data_url(reader.read(sample))
     except (WastedError, UndecodableError) as error:
         return found, str(error).splitlines()[0]
     return found, ""
 
 
-def _data_url(data: bytes) -> str:
+def data_url(data: bytes, *, side_px: int = SIDE_PX, quality: int = _QUALITY) -> str:
+    """Return a `data:` URL with a small JPEG of an image file; its longer side has at most `side_px`.
+
+    Raises:
+        UndecodableError: see `decode_rgb`.
+    """
     image = Image.fromarray(decode_rgb(data))
-    image.thumbnail((SIDE_PX, SIDE_PX))
+    image.thumbnail((side_px, side_px))
     small = io.BytesIO()
-    image.save(small, "JPEG", quality=_QUALITY, optimize=True)
+    image.save(small, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()

@@ -20,6 +20,7 @@ from wasteddp import __version__
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, is_inside, write_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import make_folder
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.foreign_tar import ReadTar, TarSample, read_tar
 from wasteddp.sharding.scan import report_tolerated
@@ -104,7 +105,7 @@ def index_url(
         wanted = _select_tars(names, folder.url, overwrite=overwrite)
         split_of = choose_splits(wanted, splits, folder.url)
         with storage("creating the folder for the indexes", out):
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             work = TemporaryDirectory(prefix=".indexing-", dir=out)
         with work:
             read = partial(_fetch_tar, folder, Path(work.name), label_keys)
@@ -209,7 +210,8 @@ def _write_set(
         for split in SPLITS
         if split in shards
     }
-    report_tolerated([f"{tar.name}/{s.key}" for tar in found for s in tar.samples if s.is_tolerated])
+    tolerated = [f"{tar.name}/{s.key}" for tar in found for s in tar.samples if s.is_tolerated]
+    report_tolerated(tolerated)
     Manifest(
         folder=out,
         name=name,
@@ -217,6 +219,7 @@ def _write_set(
         splits=splits,
         left_out=tuple(s.problem for tar in found for s in tar.samples if s.problem is not None),
         recipe=dict(recipe),
+        num_tolerated=len(tolerated),
         tool=f"wasteddp {__version__}",
     ).save()
     return Manifest.load(out)
@@ -297,7 +300,8 @@ def _recipe(label_keys: Sequence[str], class_names: Mapping[str, str] | None) ->
 def _write_index(out: Path, tar: ReadTar, samples: Sequence[TarSample], labels: Sequence[int]) -> Shard:
     name = str(Path(tar.name).with_suffix(".idx"))
     path = out / name
-    path.parent.mkdir(exist_ok=True)
+    if not path.parent.exists():
+        make_folder(path.parent)
     records = ((s.offset, s.length, label, s.sha256) for s, label in zip(samples, labels, strict=True))
     return Shard(
         tar=tar.name,

@@ -27,7 +27,7 @@ from wasteddp.data import dataset
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.errors import CheckpointError, RunError, storage
-from wasteddp.files import RunLock, write_atomically
+from wasteddp.files import RunLock, make_folder, write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
 from wasteddp.inference.evaluate import check_classes, evaluate_split
@@ -211,7 +211,7 @@ def _save(
         else:
             home = folder = out
             with storage("creating the folder of the average", out):
-                out.mkdir(parents=True, exist_ok=True)
+                make_folder(out)
             write_atomically(
                 out / "settings.yaml", mean.settings_yaml.encode()
             )  # `evaluate` reads the shards' folder from it

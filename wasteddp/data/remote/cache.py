@@ -76,6 +76,8 @@ class ShardCache:
         with storage("making the cache", folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / _LOCK).open("w")
+        for part in folder.glob(f"*{_PART}"):
+            _removed(part)  # left by a kill: nobody is fetching it
         with lock:
             try:
                 try_lock(lock.fileno(), shared=True)

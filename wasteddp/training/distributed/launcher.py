@@ -35,18 +35,24 @@ def num_gpus() -> int:
 
 
 def launch(
-    arguments: Sequence[str], num: int, *, program: Path = PROGRAM, more: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    num: int,
+    *,
+    program: Path = PROGRAM,
+    more: Mapping[str, str] | None = None,
+    replaces: bool = True,
 ) -> int:
     """Run the program in `num` processes until all have ended. Return the exit code of the first one that failed.
 
     Args:
         arguments: of the program.
-        num: processes, 1 or more. One replaces this process: the call does not return.
+        num: processes, 1 or more.
         more: environment variables of all processes.
+        replaces: a single process replaces this one, and the call does not return.
     """
     command, environment = [sys.executable, str(program), *arguments], {**os.environ, **(more or {})}
     sys.stdout.flush()
-    if num == 1:
+    if num == 1 and replaces:
         os.execve(sys.executable, command, environment)
     port, processes = free_port(), list[subprocess.Popen[bytes]]()
 
@@ -54,10 +60,11 @@ def launch(
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, forward)
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     for rank in range(num):
-        own = {"OMP_NUM_THREADS": "1", **environment, **rank_environment(rank, num, port)}  # run.threads sets the rest
+        own = dict(environment)
+        if num > 1:
+            own = {"OMP_NUM_THREADS": "1", **own, **rank_environment(rank, num, port)}  # run.threads sets the rest
         own["WASTEDDP_LAUNCHER"] = str(os.getpid())
         processes.append(subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, start_new_session=True))
     code, kill_at = EXIT_FINISHED, float("inf")
@@ -71,6 +78,8 @@ def launch(
             forward(signal.SIGKILL, None)
             kill_at = float("inf")
         time.sleep(_POLL_S)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     codes = [process.returncode for process in processes]
     code = code or next(filter(None, codes), EXIT_FINISHED)
     if code >= 0:

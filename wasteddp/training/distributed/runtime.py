@@ -23,7 +23,7 @@ from torch import nn
 
 from wasteddp import environment
 from wasteddp.data.batch import Batch
-from wasteddp.errors import LaunchError, WastedError
+from wasteddp.errors import LaunchError, WastedError, print_line
 from wasteddp.order.plan import micro_batch
 from wasteddp.parallel import num_usable_cores, usable_cores
 from wasteddp.settings import Ddp, Settings
@@ -123,7 +123,7 @@ class Runtime:
     def say(self, message: str) -> None:
         """Print a line on rank 0, before the tracker exists, which also writes the log."""
         if self.is_main:
-            print(message, flush=True)
+            print_line(message)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the ranks. All ranks."""

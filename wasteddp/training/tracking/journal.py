@@ -10,6 +10,9 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from wasteddp.errors import StorageError
+from wasteddp.files import sync_folder, write_atomically
+
 # Every metric of a run: (unit, meaning). No other metric may be logged. A * stands for a rank or a class.
 METRICS: dict[str, tuple[str, str]] = {
     "epoch": ("epochs", "epochs done, including the fraction of the current one"),
@@ -74,8 +77,10 @@ class Journal:
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path, self._warn = path, warn
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sync_folder(path.parent)
         self._waiting: deque[bytes] = deque()
         self._fails = False
+        self._lost_sync = False  # a sync failed: the kernel may have dropped what it could not write
         self._lock = threading.Lock()
 
     def append(self, text: str) -> None:
@@ -103,11 +108,11 @@ class Journal:
                 self._write(self._waiting[0])
                 self._waiting.popleft()
             if sync:
-                os.fsync(self._descriptor)
-        except OSError as error:
+                self._sync()
+        except (OSError, StorageError) as error:
             if not self._fails:
                 self._warn(
-                    f"WARNING: {self._path} cannot be written: {error.strerror}; its lines wait in memory and training "
+                    f"WARNING: {self._path} cannot be written: {_reason(error)}; its lines wait in memory and training "
                     "continues: free some space"
                 )
             self._fails = True
@@ -115,6 +120,18 @@ class Journal:
             if self._fails:
                 self._warn(f"{self._path} can be written again; no line is missing")
             self._fails = False
+
+    def _sync(self) -> None:
+        if self._lost_sync:  # another fsync would succeed and prove nothing: write the whole file again
+            write_atomically(self._path, self._path.read_bytes())
+            os.close(self._descriptor)
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            self._lost_sync = False
+        try:
+            os.fsync(self._descriptor)
+        except OSError:
+            self._lost_sync = True
+            raise
 
     def _write(self, line: bytes) -> None:
         before = os.fstat(self._descriptor).st_size
@@ -124,6 +141,11 @@ class Journal:
         except OSError:
             os.ftruncate(self._descriptor, before)
             raise
+
+
+def _reason(error: Exception) -> str | None:
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    return cause.strerror if isinstance(cause, OSError) else str(error)
 
 
 def is_known(name: str) -> bool:

@@ -6,6 +6,7 @@ Only rank 0 writes. metrics.jsonl is the complete record: the mirrors are writte
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from wasteddp.errors import StorageError, storage
-from wasteddp.files import read_rows, write_atomically
+from wasteddp.errors import StorageError, print_line, storage
+from wasteddp.files import make_folder, read_rows, write_atomically
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
 from wasteddp.training.tracking import pictures
@@ -87,7 +88,7 @@ class ConsoleTracker(NoTracker):
     """Prints messages and writes nothing: for a start that neither trains nor measures."""
 
     def say(self, message: str, *, in_passing: bool = False) -> None:
-        print(redacted(message), flush=True)
+        print_line(redacted(message))
 
 
 class RunTracker:
@@ -107,7 +108,7 @@ class RunTracker:
     def __init__(self, folder: Path, label: Label, *, track: Track, total_steps: int, resumed_step: int) -> None:
         self._display: Display | None = None
         with storage("writing the run's folder", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._log_file = Journal(folder / "log.txt", self._print)
             kept = roll_back(folder / METRICS_FILE, resumed_step, self.say)
             self._metrics_file = Journal(folder / METRICS_FILE, self._print)
@@ -132,7 +133,7 @@ class RunTracker:
         if self._display:
             self._display.print(message)
         else:
-            print(message, flush=True)
+            print_line(message)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         unknown = sorted(name for name in metrics if not is_known(name))
@@ -227,6 +228,8 @@ def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list
         aside = path.with_name(f"{path.stem}-damaged{path.suffix}")
         with aside.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(lost)
+            file.flush()
+            os.fsync(file.fileno())
         say(f"WARNING: {path}: {len(lost)} damaged line(s) are not rows of metrics; they are moved to {aside.name}")
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
