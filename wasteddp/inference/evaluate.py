@@ -25,6 +25,7 @@ from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
+from wasteddp.files import read_regular
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
@@ -255,7 +256,7 @@ def data_of(run: Path, shards: str | None) -> Data:
     found: dict[str, Any] = {}
     if path.is_file():
         with storage("reading the run's settings", path):
-            text = path.read_bytes()
+            text = read_regular(path)
         try:
             found = {key: value for key, value in plain_yaml(text.decode())["data"].items() if key in _OF_THE_SET}
             found |= {"shards": shards, "fold": NO_FOLD} if shards else {"shards": found["shards"]}
