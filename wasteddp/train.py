@@ -50,7 +50,8 @@ from wasteddp.settings import Settings
 from wasteddp.training import dataloaders, divergence, run_folder, session
 from wasteddp.training.build_model import build
 from wasteddp.training.checkpoint.reader import kept_choices
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
+from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Retreat
 from wasteddp.training.watchdog import slurm
 from wasteddp.training.watchdog.hard_exit import leave
@@ -71,15 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch.start(settings)
             server = stack.enter_context(dataloaders.start_early(settings))
             kept = kept_choices(Path(settings.run.out), arguments.resume)
-            world = runtime.start(settings, watch, kept)  # all ranks
-            with contextlib.closing(world), dataloaders.open_inputs(settings, world, server) as data:
+            runtime = startup.start_runtime(settings, watch, kept)  # all ranks
+            with contextlib.closing(runtime), dataloaders.open_inputs(settings, runtime, server) as data:
                 start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
                 steps = 1 if arguments.check else None
                 code = divergence.rolling_back(
-                    lambda retreat: train(settings, world, data, start, retreat, max_steps=steps), settings, world
+                    lambda retreat: train(settings, runtime, data, start, retreat, max_steps=steps), settings, runtime
                 )
                 if arguments.check and code == EXIT_FINISHED:  # not after a signal
-                    world.say("checked: one step, one evaluation and one checkpoint succeeded; their files are removed")
+                    runtime.say(
+                        "checked: one step, one evaluation and one checkpoint succeeded; their files are removed"
+                    )
                 return code
     except StoppedError:  # all ranks, before the first step; later the loop handles a stop
         return run_folder.stopped_before_it_began(settings, is_check=arguments.check)
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(
     settings: Settings,
-    world: runtime.Runtime,
+    runtime: Runtime,
     data: dataloaders.Inputs,
     start: tuple[str, Sequence[str]],
     retreat: Retreat,
@@ -104,11 +107,11 @@ def train(
         start: --resume and --accept-changes.
         retreat: the number of rollbacks in this process and the learning-rate factor that they led to.
     """
-    built = build(settings, world, data)  # all ranks
+    built = build(settings, runtime, data)  # all ranks
     run, progress = session.begin(settings, built, data, start, retreat, max_steps=max_steps)  # all ranks
-    world, ddp, stepper, recipe, meter = run.world, built.ddp, built.stepper, built.recipe, run.meter
-    writes_report = world.is_main and run.is_recorded
-    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=writes_report), world.watch:
+    runtime, ddp, stepper, recipe, meter = run.runtime, built.ddp, built.stepper, built.recipe, run.meter
+    writes_report = runtime.is_main and run.is_recorded
+    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=writes_report), runtime.watch:
         progress = run.open(progress)  # all ranks
         for batch, agreement in run.batches(progress):  # all ranks
             if agreement.stops:
@@ -116,13 +119,13 @@ def train(
                 break
             progress, due = run.before_step(progress, batch, agreement)  # all ranks
             lr = recipe.begin_step(built.optimizer, progress)
-            for number, micro in enumerate(world.micro_batches(batch, ddp)):
+            for number, micro in enumerate(runtime.micro_batches(batch, ddp)):
                 with meter.forward():
                     images_BCHW, targets = recipe.inputs(micro, batch.epoch)
                     loss = recipe.loss(ddp(images_BCHW), targets)
                 if number == 0:
                     stepper.zero_grad()  # here instead of after the step: a sixth faster on a CPU (docs/notes.md)
-                world.accelerator.backward(loss)  # all ranks
+                runtime.accelerator.backward(loss)  # all ranks
                 meter.add(loss)
             norm = recipe.clip(is_asked=due.logs or run.guard.skips)  # all ranks
             skipped = run.guard.step(stepper, meter.step_loss, norm)  # all ranks

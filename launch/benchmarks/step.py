@@ -38,7 +38,7 @@ from wasteddp import settings as settings_file
 from wasteddp.model import resnet
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
-from wasteddp.training.distributed import precision, runtime
+from wasteddp.training.distributed import precision, startup
 from wasteddp.training.optimization import optimizers
 
 OURS, BARE, DETERMINISTIC, TIMM = "wasteddp", "bare loop", "deterministic", "timm"
@@ -135,23 +135,23 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     from wasteddp.training.divergence import Guard
     from wasteddp.training.metrics import Meter
 
-    world = runtime.start(settings)
-    data = stack.enter_context(dataloaders.open_inputs(settings, world))
-    built, meter = build(settings, world, data), Meter(world.device)
-    world, ddp, optimizer, stepper, recipe = built.world, built.ddp, built.optimizer, built.stepper, built.recipe
+    runtime = startup.start_runtime(settings)
+    data = stack.enter_context(dataloaders.open_inputs(settings, runtime))
+    built, meter = build(settings, runtime, data), Meter(runtime.device)
+    runtime, ddp, optimizer, stepper, recipe = built.runtime, built.ddp, built.optimizer, built.stepper, built.recipe
     progress = Progress(Lineage.of(settings, data.manifest))
-    guard = Guard(settings, world, built.model, optimizer, num_classes=NUM_CLASSES, progress=progress)
-    batch = next(data.batches(0, 1, world))
+    guard = Guard(settings, runtime, built.model, optimizer, num_classes=NUM_CLASSES, progress=progress)
+    batch = next(data.batches(0, 1, runtime))
 
     def step() -> None:
         guard.begin_step()
         recipe.begin_step(optimizer, progress)
-        for number, micro in enumerate(world.micro_batches(batch, ddp)):
+        for number, micro in enumerate(runtime.micro_batches(batch, ddp)):
             images_BCHW, targets = recipe.inputs(micro, batch.epoch)
             loss = recipe.loss(ddp(images_BCHW), targets)
             if number == 0:
                 stepper.zero_grad()
-            world.accelerator.backward(loss)
+            runtime.accelerator.backward(loss)
             meter.add(loss)
         skipped = guard.step(stepper, meter.step_loss, recipe.clip(is_asked=guard.skips))
         built.average.update(progress.step, skipped)

@@ -83,7 +83,7 @@ def test_clipping_comes_behind_the_loss_scale_and_tells_the_norm_before_it(limit
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.grad *= 1024
-    world = SimpleNamespace(accelerator=_HalfPrecision(optimizer, scaler), device=torch.device("cpu"), say=print)
+    runtime = SimpleNamespace(accelerator=_HalfPrecision(optimizer, scaler), device=torch.device("cpu"), say=print)
     data = SimpleNamespace(
         plan=SimpleNamespace(steps_per_epoch=1),
         manifest=SimpleNamespace(classes=("a", "b", "c")),
@@ -91,7 +91,7 @@ def test_clipping_comes_behind_the_loss_scale_and_tells_the_norm_before_it(limit
         share_of_classes=(1 / 3, 1 / 3, 1 / 3),
     )
     parsed = settings.parse(f"optimizer: {{adaptive_clip: 0.1, clip_norm: {limit}}}")
-    recipe = Recipe(parsed, world, data, model)  # type: ignore[arg-type]
+    recipe = Recipe(parsed, runtime, data, model)  # type: ignore[arg-type]
     assert recipe.clip(is_asked=False) == norm
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected.get_parameter(name).grad), name  # type: ignore[arg-type]

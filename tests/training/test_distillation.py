@@ -21,7 +21,7 @@ from wasteddp.data.batch import Batch
 from wasteddp.errors import BundleError, SettingsError
 from wasteddp.inference.bundle import load_bundle, save_bundle
 from wasteddp.model import resnet
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
 from wasteddp.training.optimization import losses
 from wasteddp.training.optimization.losses import Distilled, NoTeacher, Taught, Teacher
 from wasteddp.training.recipe import Recipe
@@ -87,7 +87,7 @@ def recipe_of(teacher: Path, *overrides: str) -> Recipe:
         train=SimpleNamespace(samples_per_class=(3, 2, 1)),
         share_of_classes=(1 / 2, 1 / 3, 1 / 6),
     )
-    return Recipe(settings, runtime.start(settings), data, resnet.build("resnet18", 3))
+    return Recipe(settings, startup.start_runtime(settings), data, resnet.build("resnet18", 3))
 
 
 def batch() -> Batch:
@@ -120,9 +120,9 @@ def test_the_teacher_sees_what_the_student_sees_and_stays_as_it_is(teacher: Path
 
 def test_loading_a_teacher_draws_no_random_numbers(teacher: Path) -> None:
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
-    world = runtime.start(settings)
+    runtime = startup.start_runtime(settings)
     state = torch.get_rng_state()
-    found = losses.teacher_of(settings, world, CLASSES)
+    found = losses.teacher_of(settings, runtime, CLASSES)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.sha256 == load_bundle(teacher)[0].hashes.weights
     assert f", taught by {teacher} (resnet18, val/macro_f1 50.00% at step 120, {found.sha256[:12]})" in found.words
@@ -138,13 +138,13 @@ def test_without_a_teacher_or_its_weight_targets_and_loss_are_what_they_were(tea
 
 def test_a_teacher_of_other_classes_or_colours_is_refused(teacher: Path) -> None:
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
-    world = runtime.start(settings)
+    runtime = startup.start_runtime(settings)
     with pytest.raises(BundleError, match=r"the classes glass, metal, paper, and the run's are metal, glass, paper,"):
-        losses.teacher_of(settings, world, ("metal", "glass", "paper"))
+        losses.teacher_of(settings, runtime, ("metal", "glass", "paper"))
     other = replace(CARD, preprocessing=replace(CARD.preprocessing, std=(0.5, 0.5, 0.5)))
     save_bundle(teacher, other, random_weights())
     with pytest.raises(BundleError, match=r"std \[0.5, 0.5, 0.5\], and the run uses"):
-        losses.teacher_of(settings, world, CLASSES)
+        losses.teacher_of(settings, runtime, CLASSES)
 
 
 @pytest.mark.parametrize("folder", ["runs/a", "runs/a/model", "./runs/b/../a"])

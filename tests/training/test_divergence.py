@@ -19,7 +19,7 @@ from wasteddp.errors import DivergedError
 from wasteddp.settings import parse
 from wasteddp.training.checkpoint.compatibility import Lineage
 from wasteddp.training.checkpoint.reader import Progress
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
 from wasteddp.training.divergence import Guard, RollBack
 from wasteddp.training.optimization import optimizers
 
@@ -141,13 +141,13 @@ def test_a_loss_far_above_a_guess_has_exploded(
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
 def test_a_skipped_step_changes_neither_weights_nor_state_nor_statistics(name: str) -> None:
     settings = parse(f"optimizer: {{name: {name}}}\ntrain: {{batch_size: 4, on_divergence: skip}}\nrun: {{threads: 1}}")
-    world = runtime.start(settings)
+    runtime = startup.start_runtime(settings)
 
     def trained(batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
         optimizer = optimizers.build(model, settings.optimizer)
-        guard = Guard(settings, world, model, optimizer, num_classes=2, progress=Progress(LINEAGE))
+        guard = Guard(settings, runtime, model, optimizer, num_classes=2, progress=Progress(LINEAGE))
         for batch in batches:
             guard.begin_step()
             loss = model(batch).square().mean()
@@ -166,9 +166,9 @@ def test_a_skipped_step_changes_neither_weights_nor_state_nor_statistics(name: s
 
 def test_weights_that_are_not_finite_are_never_saved() -> None:
     settings = parse("train: {batch_size: 4, on_divergence: rollback, max_rollbacks: 1}\nrun: {threads: 1}")
-    world, model = runtime.start(settings), nn.Linear(3, 2)
+    runtime, model = startup.start_runtime(settings), nn.Linear(3, 2)
     guard = Guard(
-        settings, world, model, optimizers.build(model, settings.optimizer), num_classes=2, progress=Progress(LINEAGE)
+        settings, runtime, model, optimizers.build(model, settings.optimizer), num_classes=2, progress=Progress(LINEAGE)
     )
     row = {"train/loss": 0.5, "train/grad_norm": 1.0}
     assert guard.judge(Progress(LINEAGE), dict(row), saves=True) == Progress(LINEAGE)

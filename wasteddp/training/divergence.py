@@ -59,18 +59,18 @@ class Guard:
     def __init__(
         self,
         settings: Settings,
-        world: Runtime,
+        runtime: Runtime,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         num_classes: int,
         progress: Progress,
     ) -> None:
-        self._settings, self._world, self._model, self._optimizer = settings, world, model, optimizer
+        self._settings, self._runtime, self._model, self._optimizer = settings, runtime, model, optimizer
         self._limit = settings.train.exploding_loss * log(num_classes) or inf
         self.skips = settings.train.on_divergence == "skip"
         self._statistics = torch.zeros(0)
-        self._in_a_row = torch.tensor(progress.skipped_in_a_row, device=world.device)
+        self._in_a_row = torch.tensor(progress.skipped_in_a_row, device=runtime.device)
         self._longest = self._in_a_row.clone()
         needs_memory = self.skips or settings.model.unfreeze_every_epochs
         if needs_memory and settings.optimizer.name == "sgd" and settings.optimizer.momentum:
@@ -105,7 +105,7 @@ class Guard:
         if not self.skips or norm is None:
             stepper.step()
             return None
-        mean = self._world.sum(loss) / self._world.world_size  # all ranks
+        mean = self._runtime.sum(loss) / self._runtime.world_size  # all ranks
         skipped = ~(norm.isfinite() & (mean <= self._limit))  # NaN is not <= anything
         self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         stepper.step()
@@ -127,7 +127,9 @@ class Guard:
             RollBack: training diverged and must roll back.
         """
         train = self._settings.train
-        fp16 = self._world.accelerator.scaler is not None  # the scaler handles infinite gradients by lowering its scale
+        fp16 = (
+            self._runtime.accelerator.scaler is not None
+        )  # the scaler handles infinite gradients by lowering its scale
         if self.skips:
             longest, in_a_row = int(self._longest), int(self._in_a_row)
             self._longest = self._in_a_row.clone()
@@ -170,7 +172,7 @@ class Guard:
         )
 
 
-def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Runtime) -> int:
+def rolling_back(train: Callable[[Retreat], int], settings: Settings, runtime: Runtime) -> int:
     """Call `train`, and after each `RollBack` call it again with a smaller learning rate. All ranks.
 
     The run resumes from the newest checkpoint. If training diverges again before the next checkpoint, that checkpoint
@@ -182,17 +184,17 @@ def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Run
             return train(retreat)
         except RollBack as back:
             folder = Path(settings.run.out) / FOLDER
-            world.accelerator.free_memory()  # frees the diverged model before the next one is built
-            newest = _newest_step(folder, world)  # all ranks
+            runtime.accelerator.free_memory()  # frees the diverged model before the next one is built
+            newest = _newest_step(folder, runtime)  # all ranks
             if retreat.rollbacks and newest == retreat.from_step:
-                with world.together():
-                    if world.is_main and newest >= 0:
+                with runtime.together():
+                    if runtime.is_main and newest >= 0:
                         with storage("removing a checkpoint that diverges", folder):
                             shutil.rmtree(listed(folder)[-1])
-                newest = _newest_step(folder, world)  # all ranks
+                newest = _newest_step(folder, runtime)  # all ranks
             factor = back.progress.lr_factor * settings.train.rollback_lr_factor
             retreat = Retreat(back.progress.rollbacks + 1, factor, newest)
-            world.say(
+            runtime.say(
                 f"diverged at step {back.progress.step}: {back.reason}; rolling back to "
                 + (f"step {newest}" if newest >= 0 else "the beginning")
                 + f" with {factor:g} of the learning rate (rollback {retreat.rollbacks} of at most "
@@ -200,9 +202,9 @@ def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Run
             )
 
 
-def _newest_step(folder: Path, world: Runtime) -> int:
+def _newest_step(folder: Path, runtime: Runtime) -> int:
     """Return the step of the newest checkpoint that rank 0 sees; -1 if there is no checkpoint. All ranks."""
-    return int(world.gather(step_of(paths[-1]) if (paths := listed(folder)) else -1)[0])
+    return int(runtime.gather(step_of(paths[-1]) if (paths := listed(folder)) else -1)[0])
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:

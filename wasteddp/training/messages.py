@@ -19,22 +19,23 @@ from wasteddp.training.distributed.runtime import Runtime
 _MOST_NAMED = 10
 
 
-def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, origin: str) -> str:
+def facts(settings: Settings, runtime: Runtime, data: Inputs, last_step: int, origin: str) -> str:
     """Describe the run in one line, which can be found in a log with grep."""
     manifest, plan = data.manifest, data.plan
     val = manifest.splits[settings.data.eval_split]
-    order = [shuffle_quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
+    order = [shuffle_quality.describe(plan, data.train_labels)] if plan.block > 1 and runtime.is_main else []
     if plan.balance:
         order.append(plan.balance.describe(manifest.classes))
     size_px = settings.data.eval_size_px
     evaluated_at = f", evaluated at {size_px} px" if size_px != settings.data.image_size else ""
     parts = [
         f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
-        f"{world.world_size} x {world.device_name}, {world.threads} threads each",
-        f"{world.precision} ({world.precision_reason})" + (", deterministic" if settings.run.deterministic else ""),
-        f"{'compiled' if world.compiles else 'not compiled'} ({world.compile_reason})",
-        f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
-        f"x {world.accumulation} accumulated" + (f" ({world.micro_batch_reason})" if world.micro_batch_reason else ""),
+        f"{runtime.world_size} x {runtime.device_name}, {runtime.threads} threads each",
+        f"{runtime.precision} ({runtime.precision_reason})" + (", deterministic" if settings.run.deterministic else ""),
+        f"{'compiled' if runtime.compiles else 'not compiled'} ({runtime.compile_reason})",
+        f"global batch {settings.train.batch_size} = {runtime.world_size} processes x {runtime.micro_batch} images "
+        f"x {runtime.accumulation} accumulated"
+        + (f" ({runtime.micro_batch_reason})" if runtime.micro_batch_reason else ""),
         f"{last_step} steps, {plan.steps_per_epoch} per epoch"
         + ("" if plan.balance else f", each epoch leaves out {plan.left_out_per_epoch} different images"),
         f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
@@ -77,14 +78,14 @@ def _loss(row: Mapping[str, float]) -> str:
 
 
 def report_damage(
-    world: Runtime, say: Callable[[str], None], damage: tuple[Damage, ...], total: int, limit: int
+    runtime: Runtime, say: Callable[[str], None], damage: tuple[Damage, ...], total: int, limit: int
 ) -> None:
     """Report the samples that were replaced in this step. All ranks.
 
     Raises:
         DamagedSampleError: more samples than the limit were replaced since the run started.
     """
-    found = [item for part in world.gather(damage) for item in part]
+    found = [item for part in runtime.gather(damage) for item in part]
     names = [f"{item.where} ({item.reason}), replaced by sample {item.replaced_by}" for item in found[:_MOST_NAMED]]
     if total > limit:
         raise DamagedSampleError(

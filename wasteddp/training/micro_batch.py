@@ -8,7 +8,7 @@ On a GPU the size is found by bisection over the divisors of a process's share o
 forward and a backward pass of the real recipe at the largest image size of the run, on copies of the weights, with as
 much other memory allocated as the optimizer, the loader and a reserve will take. The result is the largest size that
 fits on every rank. On a CPU, where memory is seldom the limit, it is the largest divisor up to
-`runtime.MOST_UNTRIED`, without a try.
+`startup.MOST_UNTRIED`, without a try.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BATCHES_AHEAD = 2  # uint8 batches of a rank's share on the GPU: the current on
 
 
 def choose_size(
-    settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module, progress: Progress
+    settings: Settings, runtime: Runtime, recipe: Recipe, model: nn.Module, progress: Progress
 ) -> tuple[Runtime, Progress]:
     """Return the runtime and the progress with the chosen micro-batch size, after a checkpoint is restored. All ranks.
 
@@ -51,26 +51,26 @@ def choose_size(
         DeviceMemoryError: on every rank: not even one image fits.
     """
     if settings.train.max_micro_batch:
-        return world, progress
-    share = world.micro_batch * world.accumulation
+        return runtime, progress
+    share = runtime.micro_batch * runtime.accumulation
     if progress.micro_batch:
         size = progress.micro_batch
         reason = "as when the run started"
         if share % size:
             reason = f"the run started with {size}, which does not divide {share}: other BatchNorm groups from here on"
-    elif world.device.type == "cuda":
-        world.watch.at("trying how many images fit", slow=True)
-        size = min(world.gather(most_that_fit(share, _tried(settings, world, recipe, model))))  # all ranks
+    elif runtime.device.type == "cuda":
+        runtime.watch.at("trying how many images fit", slow=True)
+        size = min(runtime.gather(most_that_fit(share, _tried(settings, runtime, recipe, model))))  # all ranks
         if not size:
             raise _nothing_fits(settings)
         reason = f"the most of {share} that fit on every GPU with {_RESERVE:.0%} of its memory to spare"
     else:
-        size, reason = world.micro_batch, world.micro_batch_reason
+        size, reason = runtime.micro_batch, runtime.micro_batch_reason
     fitting, accumulation = micro_batch(
-        global_batch=settings.train.batch_size, world_size=world.world_size, max_micro_batch=size
+        global_batch=settings.train.batch_size, world_size=runtime.world_size, max_micro_batch=size
     )
-    world = replace(world, micro_batch=fitting, accumulation=accumulation, micro_batch_reason=reason)
-    return world, replace(progress, micro_batch=size)
+    runtime = replace(runtime, micro_batch=fitting, accumulation=accumulation, micro_batch_reason=reason)
+    return runtime, replace(progress, micro_batch=size)
 
 
 def most_that_fit(images: int, fits: Callable[[int], bool]) -> int:
@@ -80,23 +80,23 @@ def most_that_fit(images: int, fits: Callable[[int], bool]) -> int:
     return divisors[number - 1] if number else 0
 
 
-def _tried(settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module) -> Callable[[int], bool]:
+def _tried(settings: Settings, runtime: Runtime, recipe: Recipe, model: nn.Module) -> Callable[[int], bool]:
     def fits(size: int) -> bool:
         fitted = True
         try:
-            attempt(size, settings, world, recipe, model)
+            attempt(size, settings, runtime, recipe, model)
         except torch.OutOfMemoryError:
             fitted = False
         # after the handler: the error references the frames of the attempt, and so its tensors
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(world.device)  # memory/peak_mb must not include the attempts
+        torch.cuda.reset_peak_memory_stats(runtime.device)  # memory/peak_mb must not include the attempts
         return fitted
 
     return fits
 
 
-def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module) -> None:
+def attempt(size: int, settings: Settings, runtime: Runtime, recipe: Recipe, model: nn.Module) -> None:
     """Run a step with `size` images in a micro-batch on this rank, in the memory that it will have, without effects.
 
     It does not use DDP: a rank that runs out of memory would leave the others in a collective. It uses copies of the
@@ -105,8 +105,8 @@ def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model
     Raises:
         torch.OutOfMemoryError: the micro-batch does not fit.
     """
-    device, side = world.device, settings.data.image_size
-    share = world.micro_batch * world.accumulation
+    device, side = runtime.device, settings.data.image_size
+    share = runtime.micro_batch * runtime.accumulation
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     kept = [torch.empty(int(_RESERVE * total) + _BATCHES_AHEAD * share * 3 * side**2, dtype=torch.uint8, device=device)]
     weights = {

@@ -30,16 +30,16 @@ class Recipe:
         model: not wrapped, on the device, with frozen stages.
     """
 
-    def __init__(self, settings: Settings, world: Runtime, data: Inputs, model: nn.Module) -> None:
-        self._settings, self._world, self._model = settings, world, model
+    def __init__(self, settings: Settings, runtime: Runtime, data: Inputs, model: nn.Module) -> None:
+        self._settings, self._runtime, self._model = settings, runtime, model
         self._steps_per_epoch = data.plan.steps_per_epoch
         self._new_sizes = {epoch * self._steps_per_epoch for epoch, _ in schedule.changes(settings)[1:]}
         num_classes = len(data.manifest.classes)
-        self.augment = Augment.of(settings.augment, settings.run.seed).on(world.device, world.say)
+        self.augment = Augment.of(settings.augment, settings.run.seed).on(runtime.device, runtime.say)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
         counts, shares = data.train.samples_per_class, data.share_of_classes
-        loss = losses.build(settings.train, counts, share_of_classes=shares).to(world.device)
-        self.teacher = losses.teacher_of(settings, world, data.manifest.classes)  # all ranks
+        loss = losses.build(settings.train, counts, share_of_classes=shares).to(runtime.device)
+        self.teacher = losses.teacher_of(settings, runtime, data.manifest.classes)  # all ranks
         self._loss = self.teacher.extend_loss(loss)
         depth = settings.model.stochastic_depth
         self._depth = StochasticDepth(model, depth, settings.run.seed) if depth else None
@@ -53,7 +53,7 @@ class Recipe:
         rate = optimizers.learning_rate(progress.step, self._settings, self._steps_per_epoch) * progress.lr_factor
         optimizers.set_learning_rate(optimizer, rate)
         if progress.step in self._new_sizes:
-            self._world.watch.at("computing at a new image size", slow=True)  # the network may be compiled for it
+            self._runtime.watch.at("computing at a new image size", slow=True)  # the network may be compiled for it
         return rate
 
     def inputs(self, micro: Batch, epoch: int) -> tuple[torch.Tensor, Targets]:
@@ -63,10 +63,10 @@ class Recipe:
             The augmented and mixed images, float32 [B, C, H, W]; the targets, int64 [B] or float [B, K], with the
             teacher's logits if there is a teacher.
         """
-        images_BCHW = micro.images_BCHW.to(self._world.device, non_blocking=True)
-        labels_B = micro.labels_B.to(self._world.device, non_blocking=True)
+        images_BCHW = micro.images_BCHW.to(self._runtime.device, non_blocking=True)
+        labels_B = micro.labels_B.to(self._runtime.device, non_blocking=True)
         if self._depth:
-            self._depth.draw(micro.samples, epoch, self._world.device)
+            self._depth.draw(micro.samples, epoch, self._runtime.device)
         images_BCHW = self.augment(images_BCHW, micro.samples, epoch)
         images_BCHW, targets = self._mix(images_BCHW, labels_B, micro.samples, epoch)
         return images_BCHW, self.teacher.add_logits(images_BCHW, targets)
@@ -76,7 +76,7 @@ class Recipe:
 
         The parts of a step sum to the mean over the rank's images, and DDP averages over the ranks.
         """
-        images = self._world.micro_batch * self._world.accumulation
+        images = self._runtime.micro_batch * self._runtime.accumulation
         total: torch.Tensor = self._loss(logits_BK, targets) / images
         return total
 
@@ -91,7 +91,7 @@ class Recipe:
         if not adaptive and not limit and not is_asked:
             return None
         before = inf if adaptive else limit or inf
-        norm: torch.Tensor = self._world.accelerator.clip_grad_norm_(self._model.parameters(), before)
+        norm: torch.Tensor = self._runtime.accelerator.clip_grad_norm_(self._model.parameters(), before)
         if adaptive:
             optimizers.clip_(self._model, adaptive)
             if limit:  # not with Accelerate, which would unscale the gradients again: GradScaler refuses that

@@ -26,7 +26,7 @@ _RESUMABLE_MARK = "RESUMABLE"
 
 def begin_run(
     settings: Settings,
-    world: Runtime,
+    runtime: Runtime,
     data: Inputs,
     progress: Progress,
     checkpoint: Checkpoint | None,
@@ -41,11 +41,11 @@ def begin_run(
         is_recorded: False if the run was finished and closed before this start: its files stay as they are.
     """
     tracker: Tracker = NoTracker()
-    with world.together():
-        if world.is_main and not is_recorded:
+    with runtime.together():
+        if runtime.is_main and not is_recorded:
             tracker = ConsoleTracker()
             tracker.id = progress.tracker_id
-        elif world.is_main:
+        elif runtime.is_main:
             out = Path(settings.run.out)
             (out / _RESUMABLE_MARK).unlink(missing_ok=True)
             (out / slurm.MISTAKE_MARK).unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def begin_run(
             write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
             own = checkpoint is not None and out.resolve() in checkpoint.path.resolve().parents
             tracker = run_tracker(
-                settings, data.manifest, progress, last_step=last_step, own=own, world_size=world.world_size
+                settings, data.manifest, progress, last_step=last_step, own=own, world_size=runtime.world_size
             )
     return tracker
 

@@ -60,7 +60,9 @@ def begin(
         retreat: the number of rollbacks in this process and the learning-rate factor that they led to.
         max_steps: number of steps of this start; None: as set.
     """
-    manager = CheckpointManager(settings, built.world, data, built.model, built.optimizer, further=built.average.states)
+    manager = CheckpointManager(
+        settings, built.runtime, data, built.model, built.optimizer, further=built.average.states
+    )
     progress, origin = Progress(Lineage.of(settings, data.manifest, teacher=built.recipe.teacher.sha256)), built.origin
     measure = measure_of(settings, progress.lineage)
     progress, changes = replace(progress, best_in=measure), []
@@ -77,19 +79,19 @@ def begin(
             manager.refuse_changes_of_a_finished_run(changes, step=progress.step)
         manager.state.restore(checkpoint)
     progress = retreat.applied(progress)
-    world, progress = micro_batch.choose_size(settings, built.world, built.recipe, built.model, progress)
+    runtime, progress = micro_batch.choose_size(settings, built.runtime, built.recipe, built.model, progress)
     is_recorded = trains or progress.unmeasured is not None or not run_folder.is_closed(Path(settings.run.out))
     tracker = run_folder.begin_run(
-        settings, world, data, progress, checkpoint, last_step=last_step, is_recorded=is_recorded
+        settings, runtime, data, progress, checkpoint, last_step=last_step, is_recorded=is_recorded
     )
     progress = replace(progress, tracker_id=tracker.id)
     num_classes = len(data.manifest.classes)
     session = Session(
-        settings, world, data, built, manager, tracker, origin, last_step, patience, changes, is_recorded,
-        guard=Guard(settings, world, built.model, built.optimizer, num_classes=num_classes, progress=progress),
-        meter=Meter(world.device),
-        profiler=Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say),
-        hashes=StepHashes(settings, world, progress.step),
+        settings, runtime, data, built, manager, tracker, origin, last_step, patience, changes, is_recorded,
+        guard=Guard(settings, runtime, built.model, built.optimizer, num_classes=num_classes, progress=progress),
+        meter=Meter(runtime.device),
+        profiler=Profiler(settings.profile, runtime, Path(settings.run.out) / "profile", tracker.say),
+        hashes=StepHashes(settings, runtime, progress.step),
     )  # fmt: skip
     return session, progress
 
@@ -99,7 +101,7 @@ class Session:
     """Created by `begin`, used as `with session:`. The exit closes the tracker first, then the checkpoint manager."""
 
     settings: Settings
-    world: Runtime  # with the chosen micro-batch
+    runtime: Runtime  # with the chosen micro-batch
     data: Inputs
     built: Built
     manager: CheckpointManager
@@ -128,11 +130,11 @@ class Session:
 
     def open(self, progress: Progress) -> Progress:
         """Report the run, and evaluate the step of the checkpoint if it was saved without its evaluation."""
-        self.world.watch.detail = self.data.at_work
+        self.runtime.watch.detail = self.data.at_work
         for line in self.changes:
             self.tracker.say(line)
         words = self.origin + self.built.recipe.teacher.words
-        self.tracker.say(messages.facts(self.settings, self.world, self.data, self.last_step, words))
+        self.tracker.say(messages.facts(self.settings, self.runtime, self.data, self.last_step, words))
         if progress.step == 0:
             self.tracker.show_augmented(self.data, self.built.recipe.augment)
         if progress.unmeasured is not None:
@@ -143,16 +145,16 @@ class Session:
 
     def batches(self, progress: Progress) -> Iterator[tuple[Batch, Agreement]]:
         """Yield this rank's batches up to the last step, each with the agreement of all ranks before its step."""
-        planned = self.data.batches(progress.step, self.last_step, self.world)
-        ahead = agreed(planned, self.world, seed=self.data.plan.seed, asks=self.manager.asks)
-        watched = self.world.watch.steps(self.profiler.watched(ahead), progress.step)
+        planned = self.data.batches(progress.step, self.last_step, self.runtime)
+        ahead = agreed(planned, self.runtime, seed=self.data.plan.seed, asks=self.manager.asks)
+        watched = self.runtime.watch.steps(self.profiler.watched(ahead), progress.step)
         for batch, agree in self.meter.waiting(watched):
             yield batch, agree()
 
     def stop(self, progress: Progress, batch: Batch) -> Progress:
         """Save the run before this batch."""
         if self.meter.num_steps:
-            row = self.meter.read(self.world, self.settings.train.batch_size)
+            row = self.meter.read(self.runtime, self.settings.train.batch_size)
             progress = self.guard.judge(progress, row, saves=True)
         self.manager.save(progress, epoch=batch.epoch, best=None)
         self.stopped_by = batch
@@ -163,7 +165,7 @@ class Session:
         if agreement.damaged:
             progress = replace(progress, damaged=progress.damaged + agreement.damaged)
             limit = self.settings.data.max_damaged
-            messages.report_damage(self.world, self.tracker.say, batch.damage, progress.damaged, limit)
+            messages.report_damage(self.runtime, self.tracker.say, batch.damage, progress.damaged, limit)
         self.guard.begin_step()
         is_asked = agreement.saves or self.manager.notice.wants_a_save()
         intervals = Intervals.of(self.settings, self.data.plan, self.last_step)
@@ -186,7 +188,7 @@ class Session:
             norm: norm of the averaged gradient, if it was requested.
             skipped: whether this step was skipped, bool [] on the device; None if steps are never skipped.
         """
-        world, plan = self.world, self.data.plan
+        runtime, plan = self.runtime, self.data.plan
         self.built.average.update(progress.step, skipped)
         covered = coverage_proof.add(progress.covered, agreement.sums, batch)
         changed = progress.changed if batch.step_in_epoch else []
@@ -196,9 +198,9 @@ class Session:
         self.hashes.add(progress.step, batch, self.built.model)
         row: dict[str, float] = {}
         if batch.step_in_epoch + 1 == plan.steps_per_epoch:
-            row |= coverage_proof.prove(progress, plan, batch.epoch, world, self.tracker)
+            row |= coverage_proof.prove(progress, plan, batch.epoch, runtime, self.tracker)
         if due.logs:
-            row |= self.meter.read(world, self.settings.train.batch_size)
+            row |= self.meter.read(runtime, self.settings.train.batch_size)
             row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": lr, "train/grad_norm": float(norm or 0)}
             progress = self.guard.judge(progress, row, saves=due.saves)
         if due.evaluates:
@@ -220,8 +222,8 @@ class Session:
         if self.stopped_by or progress.unmeasured is not None:
             exit_code = self.tracker.exit_code = EXIT_RESUMABLE
             # the error of a rank that could not read its batch, now that the run is saved
-            self.world.raise_together(self.stopped_by.failure if self.stopped_by else None)
-            if self.world.is_main:
+            self.runtime.raise_together(self.stopped_by.failure if self.stopped_by else None)
+            if self.runtime.is_main:
                 run_folder.mark_resumable(Path(self.settings.run.out))
         splits, signal_name = self.data.manifest.splits, signals.STOP.signal_name
         self.tracker.say(messages.closing(self.settings, progress, exit_code, signal_name, splits=splits))
@@ -242,11 +244,11 @@ class Session:
         Raises:
             WastedError: on every rank: the evaluation failed.
         """
-        world, settings, tracker = self.world, self.settings, self.tracker
+        runtime, settings, tracker = self.runtime, self.settings, self.tracker
         epoch, better = (progress.step - 1) // self.data.plan.steps_per_epoch, None
         if due.evaluates:
             try:
-                scores, seen = evaluate(self.built.average.network, self.data, world, settings.evaluate.batch_size)
+                scores, seen = evaluate(self.built.average.network, self.data, runtime, settings.evaluate.batch_size)
             except WastedError as error:
                 progress = replace(progress, unmeasured=row)
                 self.manager.save(progress, epoch=epoch, best=None)

@@ -26,7 +26,7 @@ def save_best(
     card: BundleCard,
     seen: Seen,
     settings: Settings,
-    world: Runtime,
+    runtime: Runtime,
     data: Inputs,
 ) -> None:
     """Write the bundle, then its evaluation. Rank 0, in the thread that writes checkpoints."""
@@ -42,8 +42,8 @@ def save_best(
             "split": seen.split,
             "shards": settings.data.shards,
             "by": "training",
-            "precision": world.precision,
-            "device": world.device.type,
+            "precision": runtime.precision,
+            "device": runtime.device.type,
         },
     )
 

@@ -35,30 +35,30 @@ class Decision:
     reason: str
 
 
-def choose(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
+def choose(settings: Settings, runtime: Runtime, plan: TrainPlan) -> Runtime:
     """Return the runtime with the decision whether to compile the network, before it is built. All ranks.
 
     Raises:
         SettingsError: on every rank: model.compile is true and this machine has no compiler for it.
     """
-    is_gpu = world.device.type == "cuda"
+    is_gpu = runtime.device.type == "cuda"
     lacking = what_is_lacking() if is_gpu else ""
     if settings.model.compile is True:
-        with world.together():
+        with runtime.together():
             refuse_without_compiler(lacking)
-    work = Work.of(settings, plan.steps_per_epoch, settings.train.batch_size // world.world_size)
+    work = Work.of(settings, plan.steps_per_epoch, settings.train.batch_size // runtime.world_size)
     decision = decide(
         settings.model.compile,
-        kept=world.kept.compiles,
-        gain=_GAIN.get(world.precision, 1.0) if is_gpu else 1.0,
+        kept=runtime.kept.compiles,
+        gain=_GAIN.get(runtime.precision, 1.0) if is_gpu else 1.0,
         work=work,
-        images_per_s=world.images_per_s,
+        images_per_s=runtime.images_per_s,
         is_deterministic=settings.run.deterministic,
-        lacking=next(filter(None, world.gather(lacking)), ""),  # all ranks
+        lacking=next(filter(None, runtime.gather(lacking)), ""),  # all ranks
     )
     if decision.compiles and is_gpu:  # not on a CPU, where a kill can leave a partly written library
         keep_compiled_code()
-    return replace(world, compiles=decision.compiles, compile_reason=decision.reason)
+    return replace(runtime, compiles=decision.compiles, compile_reason=decision.reason)
 
 
 def decide(

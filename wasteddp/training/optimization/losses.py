@@ -210,7 +210,7 @@ class Distilled(nn.Module):
         return total + self._weight * self._temperature**2 * distance
 
 
-def teacher_of(settings: Settings, world: Runtime, classes: Sequence[str]) -> NoTeacher | Teacher:
+def teacher_of(settings: Settings, runtime: Runtime, classes: Sequence[str]) -> NoTeacher | Teacher:
     """Load the teacher of the settings; with train.teacher_weight 0 there is no teacher. All ranks.
 
     Args:
@@ -222,11 +222,11 @@ def teacher_of(settings: Settings, world: Runtime, classes: Sequence[str]) -> No
     asked = settings.train
     if not asked.teacher or not asked.teacher_weight:
         return NoTeacher()
-    with world.together():
+    with runtime.together():
         card, network = load_network(asked.teacher)
         _refuse_other_questions(asked.teacher, card, classes)
     layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
-    network = network.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    network = network.to(device=runtime.device, memory_format=layout)  # type: ignore[call-overload]
     trained = card.trained
     words = (
         f", taught by {asked.teacher} ({card.arch}, {trained.metric} {trained.value:.2%} at step {trained.step}, "
@@ -234,7 +234,7 @@ def teacher_of(settings: Settings, world: Runtime, classes: Sequence[str]) -> No
     )
     return Teacher(
         network,
-        world.accelerator.autocast,
+        runtime.accelerator.autocast,
         weight=asked.teacher_weight,
         temperature=asked.teacher_temperature,
         sha256=card.hashes.weights,

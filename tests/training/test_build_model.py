@@ -17,7 +17,8 @@ from wasteddp import settings
 from wasteddp.errors import SettingsError
 from wasteddp.model import resnet
 from wasteddp.model.resnet import StochasticDepth
-from wasteddp.training.distributed.placement import place, refuse_impossible
+from wasteddp.training.build_model import place
+from wasteddp.training.distributed.startup import refuse_impossible
 
 CPU = torch.device("cpu")
 
