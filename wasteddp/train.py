@@ -32,12 +32,12 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Python puts the folder of a script first on the module path: replace it by the checkout.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from wasteddp.training import arguments as command_line
+from wasteddp.training.distributed import launcher
 from wasteddp.training.watchdog import signals
 
 if __name__ == "__main__":
     signals.install()  # before the import of torch, which takes seconds: a signal would kill the process
-    command_line.parser(__doc__).parse_args()  # as well: a wrong argument is reported at once
+    launcher.parser(__doc__).parse_args()  # as well: a wrong argument is reported at once
 
 import contextlib
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ from wasteddp.training.watchdog.watchdog import Watchdog
 
 def main(argv: Sequence[str] | None = None) -> int:
     environment.prepare()
-    arguments = command_line.parser(__doc__).parse_args(argv)
+    arguments = launcher.parser(__doc__).parse_args(argv)
     watch = Watchdog.from_environment()
     try:
         settings = settings_file.load(arguments.config, arguments.set)

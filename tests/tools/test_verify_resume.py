@@ -103,16 +103,16 @@ def test_on_a_gpu_both_runs_are_deterministic(
     (tmp_path / "c.yaml").write_text(CONFIG)
     started: list[bool] = []
 
-    class Finished(verify_resume.Ranks):
+    class Finished(verify_resume.Processes):
         @classmethod
-        def started(cls, arguments: Sequence[str], num: int, run: Path) -> Finished:
+        def start(cls, arguments: Sequence[str], num: int, run: Path) -> Finished:
             overrides = [value for key, value in pairwise(arguments) if key == "--set"]
             started.append(settings.load(arguments[1], overrides).run.deterministic)
             if not run.exists():
                 write_run(run)
             return cls([], run)
 
-    monkeypatch.setattr(verify_resume, "Ranks", Finished)
+    monkeypatch.setattr(verify_resume, "Processes", Finished)
     monkeypatch.setattr(verify_resume, "_kill", lambda *_: KILL)
     monkeypatch.setattr(verify_resume, "_finish", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)

@@ -16,7 +16,7 @@ from wasteddp.errors import LaunchError
 from wasteddp.settings import parse
 from wasteddp.training import build_model
 from wasteddp.training.distributed import startup
-from wasteddp.training.distributed.ranks import free_port, rank_environment
+from wasteddp.training.distributed.launcher import free_port, rank_environment
 from wasteddp.training.distributed.runtime import refuse_different
 
 REMEDY = "start every rank with the same command"
