@@ -13,13 +13,14 @@ from small_run import write_images
 from wasteddp.data.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
+SMALL = ["--set", "model.arch=resnet18", "--set", "train.epochs=2", "--set", "train.batch_size=32"]
 
 
 def quickstart(out: Path, *arguments: str, **environment: str) -> str:
     if not (ROOT / ".venv" / ".installed").exists():
         pytest.skip("the tests run in another environment than .venv: see launch/test.sh")
     done = subprocess.run(
-        ["bash", "launch/quickstart.sh", "--set", "train.epochs=2", "--set", "train.batch_size=32", *arguments],
+        ["bash", "launch/quickstart.sh", *SMALL, *arguments],
         cwd=ROOT,
         env={**os.environ, "OUT": str(out), "WANDB_MODE": "offline", **environment},
         capture_output=True,

@@ -2,7 +2,7 @@
 
 `RunLock` lets one training at a time write into a run's folder. After a kill of only the launcher, or of one rank, the
 other ranks may still be saving while the run is started again, and both would write the same checkpoints. The lock is
-the kernel's (flock), which ends with the process.
+the kernel's (flock), which ends with the process; where the file system has none, it is a file (`lock_files`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from wasteddp.errors import CheckpointError, TextError, storage
+from wasteddp.lock_files import LockFile
 
 LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
@@ -212,6 +213,19 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     return True
 
 
+def try_lock_or_announce(
+    descriptor: int, lock_file: LockFile, what: str, say: Callable[[str], None], *, shared: bool = False
+) -> bool:
+    """`try_lock`, but on a file system without locks take `lock_file`, and report that."""
+    try:
+        return try_lock(descriptor, shared=shared)
+    except OSError as error:
+        is_taken = lock_file.take(shared=shared)
+        if is_taken:
+            say(f"{what} cannot be locked ({error.strerror}): it is marked as in use by a file instead")
+        return is_taken
+
+
 def try_lock_or_warn(descriptor: int, what: str, say: Callable[[str], None], *, shared: bool = False) -> bool:
     """`try_lock`, but on a file system without locks report that and return True."""
     try:
@@ -237,6 +251,7 @@ class RunLock:
     def __init__(self, folder: Path, say: Callable[[str], None], *, wait_s: float = LOCK_WAIT_S) -> None:
         with storage("making the checkpoints' folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock_file = LockFile(folder / ".lock")
             self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._lock(folder, say, wait_s)
@@ -248,11 +263,12 @@ class RunLock:
         """Release the lock; a second call does nothing."""
         file, self._file = self._file, -1
         if file >= 0:
+            self._lock_file.release()
             os.close(file)
 
     def _lock(self, folder: Path, say: Callable[[str], None], wait_s: float) -> None:
         until, is_reported = time.monotonic() + wait_s, False
-        while not try_lock_or_warn(self._file, str(folder), say):
+        while not try_lock_or_announce(self._file, self._lock_file, str(folder), say):
             holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
             if time.monotonic() >= until:
                 raise CheckpointError(

@@ -28,6 +28,7 @@ from wasteddp.data.decoding.workers import Workers
 from wasteddp.data.file_loader import FileView, Unreadable, file_views
 from wasteddp.errors import WorkerError
 
+pytestmark = pytest.mark.processes
 VIEW = EvaluationView(resize_px=28)
 THREADS = Workers(2)
 HERE = Path(__file__).parents[1] / "support"

@@ -147,4 +147,5 @@ def test_every_reason_that_the_steps_give_is_known() -> None:
         "conflicting_label",
         "not_listed",
         "unknown_range",
+        "dropped",
     } == set(REASONS)

@@ -29,6 +29,7 @@ from wasteddp.data.reader import SplitReader
 from wasteddp.errors import DamagedSampleError, SettingsError, WorkerError
 from wasteddp.order.plan import PADDING, EvaluationPlan, TrainPlan
 
+pytestmark = pytest.mark.processes
 PLAN = TrainPlan(50, 12, 0, 12)
 VIEW = TrainingView(seed=0, scale=(0.3, 1.0), ratio=(0.75, 1.33))
 HERE = Path(__file__).parent

@@ -34,6 +34,7 @@ from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluate import evaluate, evaluate_split
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
 THREADS = Workers(2)
 

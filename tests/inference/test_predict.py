@@ -52,6 +52,19 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("workers", ["2 threads", "1 processes"])
+def test_jpegs_with_faulty_markers_are_classified_and_counted(
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    sound = (photos / "b.jpg").read_bytes()
+    (photos / "c.jpg").write_bytes(sound[:20] + b"\0\0\0" + sound[20:])  # bytes before a marker
+    (photos / "cut.jpg").write_bytes(sound[:20] + b"\0\0\0" + sound[20:-100])
+    assert main(["predict", str(model), str(photos), "--device", "cpu", "--workers", workers]) == 0
+    printed = capsys.readouterr().out
+    assert "5 classified, 1 unreadable" in printed
+    assert f"1 JPEG(s) have faulty markers and are classified, since all their pixels decode: {photos}/c.jpg" in printed
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -358,6 +371,7 @@ def test_names_that_are_not_utf8_or_would_steer_the_terminal_come_through(
     assert [row["path"] for row in rows] == [latin.replace("\udce9", "\\udce9"), colour]
 
 
+@pytest.mark.processes
 def test_the_command_runs_from_another_directory(model: Path, photos: Path) -> None:
     done = subprocess.run(
         [sys.executable, NARROW, "-m", "wasteddp.cli", "predict", model, "**/*.jpg"],

@@ -17,6 +17,7 @@ from reported_run import write_reported_run
 
 from wasteddp.report.page import write_report
 
+pytestmark = pytest.mark.processes
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -159,6 +159,7 @@ def test_a_source_that_is_not_there_leaves_no_folder_behind(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_killed_at_any_time_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     images = tmp_path / "images"
     draw_folder(images, kinds=KINDS[:2], images_per_class=1, size_px=48, seed=0)
@@ -446,3 +447,15 @@ def test_a_file_system_without_locks_is_named_and_used(
     monkeypatch.setattr(fcntl, "flock", flock)
     make_shards(Job(image_folder({"glass": 3, "metal": 3}), tmp_path / "out"), workers=1)
     assert f"{tmp_path / 'out'} cannot be locked (Function not implemented): make sure" in capsys.readouterr().out
+
+
+def test_the_manifest_counts_jpegs_with_faulty_markers(image_folder: Folder, tmp_path: Path) -> None:
+    images = image_folder()
+    sound = (images / "glass" / "glass1.jpg").read_bytes()
+    (images / "glass" / "glass1.jpg").write_bytes(sound[:20] + b"\0\0\0" + sound[20:])
+    manifest = make_shards(Job(images, tmp_path / "set", Options(fractions=(1, 0, 0))), workers=1)
+    assert manifest.num_tolerated == 1
+    assert json.loads((manifest.folder / "manifest.json").read_text())["num_tolerated"] == 1
+    indexed = main(["index", str(manifest.folder), "--overwrite"])
+    assert indexed == 0
+    assert Manifest.load(manifest.folder).num_tolerated == 0  # it was encoded again

@@ -53,6 +53,7 @@ def test_a_machine_alone_is_looked_at_from_versions_to_the_dashboard(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_two_processes_try_how_they_work_together(small_shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(CPU2)]
     command += ["-m", "wasteddp.tools.doctor", *config_of(tmp_path, small_shards), "--json"]

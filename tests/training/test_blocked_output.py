@@ -14,6 +14,7 @@ import pytest
 from trainings import PROGRAM, config_of
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="the size of a pipe can only be set on Linux")
 def test_a_training_whose_output_is_not_read_ends_and_says_so_in_its_log(small_shards: Path, tmp_path: Path) -> None:
     out, into = os.pipe()

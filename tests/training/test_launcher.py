@@ -21,6 +21,7 @@ from wasteddp.inference.bundle import load_bundle
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.training.distributed import launcher
 
+pytestmark = pytest.mark.processes
 # `wasteddp train`, with the program whose network is narrow
 COMMAND = [
     sys.executable, "-c",

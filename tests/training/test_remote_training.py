@@ -62,7 +62,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     return message
 
 
-@pytest.fixture(params=["threads", "processes"])
+@pytest.fixture(params=["threads", pytest.param("processes", marks=pytest.mark.processes)])
 def decoding(request: pytest.FixtureRequest) -> str:
     """The setting of the decoders; each test runs with both."""
     return f"data.workers=2 {request.param}"

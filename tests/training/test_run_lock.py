@@ -54,4 +54,4 @@ def test_a_disk_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fcntl, "flock", unsupported)
     said: list[str] = []
     RunLock(tmp_path, said.append).release()
-    assert "cannot be locked (Operation not supported): make sure" in said[0]
+    assert "cannot be locked (Operation not supported): it is marked as in use by a file instead" in said[0]

@@ -61,6 +61,7 @@ def test_weights_and_buffers_are_in_the_hash() -> None:
     assert build_model.hash_of_state(model) == before
 
 
+@pytest.mark.processes
 def test_two_real_ranks_end_with_what_differs(small_shards: Path, tmp_path: Path) -> None:
     """Each for itself: other settings, and a model of the same classes from another file."""
     port, processes = free_port(), []

@@ -200,6 +200,7 @@ def test_rows_of_an_outage_arrive_afterwards(tmp_path: Path, server: WandbServer
     exactly(server, tmp_path)
 
 
+@pytest.mark.processes
 def test_a_server_that_is_dead_at_the_end_does_not_hold_the_process(
     tmp_path: Path, server: WandbServer, synced: Callable[..., str]
 ) -> None:
@@ -230,6 +231,7 @@ def test_a_server_that_never_answers_holds_neither_the_loop_nor_the_end(
     exactly(server, tmp_path)
 
 
+@pytest.mark.processes
 def test_killed_online_and_continued_offline_is_one_exact_run(
     tmp_path: Path, server: WandbServer, synced: Callable[..., str]
 ) -> None:

@@ -12,6 +12,7 @@ from wasteddp.redaction import redacted
 
 if TYPE_CHECKING:
     from wasteddp.sharding.build import Job, Options
+    from wasteddp.sharding.corrections import Corrections
 
 _NOT_OF_A_RECIPE = ("split_files", "bins", "classes", "class_folders", "ignore", "encoding")
 
@@ -59,6 +60,35 @@ def _add_shard(commands: Commands) -> None:
         help="the images of this set keep their splits, new ones fill them up: for a set with added images",
     )
     split.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="K folds for cross-validation instead of train and val (wasteddp folds); --fractions 1,0,0: without test",
+    )
+    group = command.add_argument_group("groups, such as sites, cameras, sessions or objects; none is in two splits")
+    group.add_argument("--group-column", default="", metavar="NAME", help="column of the CSV that names the group")
+    group.add_argument(
+        "--group-level",
+        type=int,
+        default=0,
+        metavar="N",
+        help="folder that names the group: 1 is the outermost, -1 the innermost",
+    )
+    group.add_argument(
+        "--group-pattern",
+        default="",
+        metavar="REGEX",
+        help="part of the path that names the group, such as '(?P<camera>cam[0-9]+)'",
+    )
+    group.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="GROUP",
+        help="test split: all images of this group, as B or site=B; may be repeated",
+    )
+    split.add_argument(
         "--least-per-class", type=int, default=0, metavar="N", help="refuse a split with fewer images of a class"
     )
     split.add_argument(
@@ -82,6 +112,12 @@ def _add_shard(commands: Commands) -> None:
         metavar="RUN-or-SET",
         help="the classes of a run or shard set, in their order; some may have no image (then also --fractions 0,0,1: "
         "all images in test, to evaluate a model on them)",
+    )
+    images.add_argument(
+        "--corrections",
+        type=to_path,
+        metavar="FILE",
+        help="CSV `path,class[,action]`: other labels of images, or `drop`",
     )
     images.add_argument("--bins", type=to_path, metavar="FILE", help="YAML of `class: bin`, the bin of each class")
     names = command.add_argument_group("names")
@@ -140,7 +176,13 @@ def _shard(arguments: argparse.Namespace) -> None:
         options = _shard_options(arguments)
         local, out = arguments.local, arguments.out
         manifest = recipe.make_recipe(
-            arguments.source, out=out, local=local, options=options, workers=workers, overwrite=arguments.overwrite
+            arguments.source,
+            out=out,
+            local=local,
+            options=options,
+            workers=workers,
+            overwrite=arguments.overwrite,
+            corrections=_corrections(arguments),
         )
     else:
         manifest = build.make_shards(_shard_job(arguments), workers=workers, overwrite=arguments.overwrite)
@@ -162,6 +204,11 @@ def _shard_options(arguments: argparse.Namespace) -> Options:
         "max_left_out": arguments.max_left_out,
         "split_rule": arguments.split_rule,
         "least_per_class": arguments.least_per_class,
+        "group_column": arguments.group_column,
+        "group_level": arguments.group_level,
+        "group_pattern": arguments.group_pattern,
+        "leave_out": tuple(arguments.leave_out),
+        "folds": arguments.folds,
     }
     return build.Options(**{name: value for name, value in names.items() if value is not None})
 
@@ -174,7 +221,13 @@ def _shard_job(arguments: argparse.Namespace) -> Job:
     options = _shard_options(arguments)
     if _is_recipe(arguments.source):
         _refuse_own_split(arguments)
-        return recipe.local_job(arguments.source, out=arguments.out, local=arguments.local, options=options)
+        return recipe.local_job(
+            arguments.source,
+            out=arguments.out,
+            local=arguments.local,
+            options=options,
+            corrections=_corrections(arguments),
+        )
     if arguments.out is None or arguments.local is not None:
         raise SourceError(
             "--out is missing, or --from was given without a recipe",
@@ -193,8 +246,15 @@ def _shard_job(arguments: argparse.Namespace) -> Job:
         class_folders=arguments.class_folders,
         ignore=tuple(arguments.ignore),
         encoding=arguments.encoding,
+        corrections=_corrections(arguments),
         split_files=splits.parse_split_files(arguments.split_files) if arguments.split_files else {},
     )
+
+
+def _corrections(arguments: argparse.Namespace) -> Corrections | None:
+    from wasteddp.sharding.corrections import read_corrections
+
+    return read_corrections(arguments.corrections) if arguments.corrections else None
 
 
 def _classes_of(run_or_set: Path) -> tuple[str, ...]:

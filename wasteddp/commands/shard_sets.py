@@ -210,6 +210,7 @@ def _add_plan(commands: Commands) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from wasteddp import settings as settings_file
+    from wasteddp.data.folds import choose_fold
     from wasteddp.data.manifest import Manifest
     from wasteddp.data.train_plan import forecast
 
@@ -217,4 +218,5 @@ def _plan(arguments: argparse.Namespace) -> None:
     settings = (
         settings_file.load(arguments.config, overrides) if arguments.config else settings_file.parse("", overrides)
     )
-    print(forecast(Manifest.load(arguments.folder), settings, nodes=arguments.nodes))
+    manifest = choose_fold(Manifest.load(arguments.folder), settings.data.fold)
+    print(forecast(manifest, settings, nodes=arguments.nodes))

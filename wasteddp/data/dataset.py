@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from wasteddp.data.folds import choose_fold
+from wasteddp.data.groups import Groups, read_groups
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.remote.cache import ShardCache
@@ -36,6 +38,14 @@ class ShardSet:
         """
         return SplitReader(self.manifest, split)
 
+    def groups(self) -> Groups | None:
+        """Return the groups of the samples; None if the set has none.
+
+        Raises:
+            ShardError: their file is damaged.
+        """
+        return read_groups(self.manifest)
+
     def require_room(self, *windows: Iterable[Needs]) -> None:
         """Check that the cache has room for the shards that are read at the same time.
 
@@ -53,13 +63,16 @@ class ShardSet:
 class RemoteShardSet(ShardSet):
     """A `ShardSet` at a URL."""
 
-    def __init__(self, manifest: Manifest, fetcher: Fetcher, cache: ShardCache) -> None:
+    def __init__(self, manifest: Manifest, fetcher: Fetcher, cache: ShardCache, folder: RemoteFolder) -> None:
         super().__init__(manifest)
-        self._fetcher, self._cache = fetcher, cache
+        self._fetcher, self._cache, self._folder = fetcher, cache, folder
 
     def reader(self, split: str, stopped: Stopped = never) -> SplitReader:
         tars = RemoteTars(self.manifest.split(split).shards, self._fetcher, stopped)
         return SplitReader(self.manifest, split, tars)
+
+    def groups(self) -> Groups | None:
+        return read_groups(self.manifest, self._folder.read)
 
     def require_room(self, *windows: Iterable[Needs]) -> None:
         largest = [max(moments, key=lambda needs: sum(needs.values()), default={}) for moments in windows]
@@ -102,14 +115,14 @@ def open_dataset(data: Data, *, rank: int = 0, stopped: Stopped = never) -> Iter
         StoppedError: see `stopped`.
     """
     if data.staged or not is_url(data.shards):
-        yield ShardSet(Manifest.load(data.staged or data.shards))
+        yield ShardSet(choose_fold(Manifest.load(data.staged or data.shards), data.fold))
         return
     patience = Patience(data.read_timeout_s, data.read_attempts, rank)
     with ExitStack() as stack:
         folder = RemoteFolder(data.shards, patience)
         stack.callback(folder.close)
         cache = ShardCache(cache_folder(data.cache), int(data.cache_gb * 1e9))
-        manifest = _manifest(folder, cache.folder, stopped)
+        manifest = choose_fold(_manifest(folder, cache.folder, stopped), data.fold)
         fetcher = Fetcher(
             folder,
             cache,
@@ -119,7 +132,7 @@ def open_dataset(data: Data, *, rank: int = 0, stopped: Stopped = never) -> Iter
             ahead_steps=data.ahead_steps,
         )
         stack.callback(fetcher.close)
-        yield RemoteShardSet(manifest, fetcher, cache)
+        yield RemoteShardSet(manifest, fetcher, cache, folder)
 
 
 def cache_folder(setting: str) -> Path:

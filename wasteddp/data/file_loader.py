@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data.decoding.crop import View
-from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
+from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, take_tolerated
 from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
 from wasteddp.data.decoding.shared_memory import SharedMemory
-from wasteddp.data.decoding.worker import ROW_DTYPE, UNDECODABLE, WHOLE, Rows
+from wasteddp.data.decoding.worker import ROW_DTYPE, TOLERATED, UNDECODABLE, WHOLE, Rows
 from wasteddp.data.decoding.workers import Workers
 from wasteddp.data.process_loader import print_warning
 from wasteddp.parallel import in_order
@@ -57,6 +57,7 @@ def file_views(
     side_px: int,
     workers: Workers,
     warn: Callable[[str], None] = print_warning,
+    tolerated: Callable[[str], None] = lambda path: None,
 ) -> Generator[FileView, None, None]:
     """Yield (path, uint8 [S, S, C] or `Unreadable`) for each file; the same for any number and kind of workers.
 
@@ -68,21 +69,25 @@ def file_views(
         side_px: S.
         workers: that decode.
         warn: called with a message for each process that died and was replaced.
+        tolerated: called with the path of each JPEG that has faults that cost no pixel, in their order.
     """
     if workers.server is None:
 
-        def read(path: str) -> FileView:
+        def read(path: str) -> tuple[FileView, bool]:
             out = np.empty((side_px, side_px, 3), np.uint8)
             try:
                 view.fill(out, Path(path).read_bytes(), _NO_DRAWS)
             except (OSError, UndecodableError) as error:
-                return path, Unreadable(_describe(error))
-            return path, out
+                return (path, Unreadable(_describe(error))), False
+            return (path, out), take_tolerated()
 
-        yield from in_order(read, paths, workers=workers.number)
+        for found, is_tolerated in in_order(read, paths, workers=workers.number):
+            if is_tolerated:
+                tolerated(found[0])
+            yield found
         return
     with ExitStack() as stack:
-        yield from _Processes(view, side_px, workers.number, workers.server, warn, stack).views(paths)
+        yield from _Processes(view, side_px, workers.number, workers.server, warn, tolerated, stack).views(paths)
 
 
 @dataclass(slots=True)
@@ -94,6 +99,7 @@ class _Part:
     paths: list[str]
     slot: int
     unreadable: dict[int, str] = field(default_factory=dict)  # by row
+    tolerated: set[int] = field(default_factory=set)  # rows
     keys: list[int] = field(default_factory=list)  # of the files that were sent
     task: Task | None = None
     sent: Future[None] | None = None
@@ -107,9 +113,10 @@ class _Processes:
         number: int,
         server: DecodeServer,
         warn: Callable[[str], None],
+        tolerated: Callable[[str], None],
         stack: ExitStack,
     ) -> None:
-        self._view, self._side = view, side_px
+        self._view, self._side, self._tolerated = view, side_px, tolerated
         # by key; open until a worker has answered, since a file may have to be sent again
         files = self._files = dict[int, io.FileIO]()
         stack.callback(self._close_files)
@@ -151,6 +158,8 @@ class _Processes:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     with file:
                         self._view.fill(images[row], file.readall(), _NO_DRAWS)
+                    if take_tolerated():
+                        part.tolerated.add(row)
                     continue
             except (OSError, UndecodableError) as error:
                 part.unreadable[row] = _describe(error)
@@ -176,9 +185,14 @@ class _Processes:
             self._pool.wait([part.task])
             assert part.task.answer is not None
             for row, kind, reason in part.task.answer[0]:
+                if kind == TOLERATED:
+                    part.tolerated.add(row)
+                    continue
                 part.unreadable[row] = reason if kind == UNDECODABLE else f"unreadable: {reason}"
         for key in part.keys:
             self._files.pop(key).close()
+        for row in sorted(part.tolerated):
+            self._tolerated(part.paths[row])
         images = self._images(part)
         return [
             (path, Unreadable(part.unreadable[row]) if row in part.unreadable else images[row].copy())

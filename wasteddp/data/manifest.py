@@ -82,6 +82,7 @@ REASONS = (
     "conflicting_label",  # the same bytes occur in two classes; none of the images is kept
     "not_listed",  # list files were given and do not name it
     "unknown_range",  # more than 8 bits, and the values of black and white are not stated
+    "dropped",  # a file of corrections drops it
 )
 
 
@@ -100,6 +101,8 @@ class Manifest:
     bins: Mapping[str, str] = field(default_factory=dict)  # class -> waste bin for it; may be empty
     left_out: tuple[LeftOut, ...] = ()
     near_duplicates: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Any] = field(default_factory=dict)  # the file of `data.groups`; empty: there are none
+    num_tolerated: int = 0  # JPEGs with faults that cost no pixel
     recipe: Mapping[str, Any] = field(default_factory=dict)  # source, licence, citation and options of its creation
     tool: str = ""
     sha256: str = ""
@@ -118,10 +121,13 @@ class Manifest:
         """
         if name not in self.splits or self.splits[name].num_samples == 0:
             there = ", ".join(f"{s.name} ({s.num_samples})" for s in self.splits.values()) or "none"
+            has_folds = any(other.startswith("fold-") for other in self.splits)
             raise ShardError(
                 f"{self.where} has no samples in a split called {name!r}; its splits: {there}",
                 "there would be nothing to read",
-                "use one of its splits, or shard the images again with a split of that name",
+                "set data.fold to the fold to validate on, such as --set data.fold=0, or train all: wasteddp folds"
+                if has_folds
+                else "use one of its splits, or shard the images again with a split of that name",
             )
         return self.splits[name]
 
@@ -145,6 +151,8 @@ class Manifest:
                         for split in self.splits.values()
                     },
                     "near_duplicates": dict(self.near_duplicates),
+                    **({"groups": dict(self.groups)} if self.groups else {}),
+                    **({"num_tolerated": self.num_tolerated} if self.num_tolerated else {}),
                     "recipe": dict(self.recipe),
                     "left_out": [asdict(left) for left in self.left_out],
                 },
@@ -246,6 +254,9 @@ class Manifest:
                 if not _SHA256.fullmatch(sha256):  # a cache uses it as a file name
                     raise ValueError(f"{sha256!r} is not a sha256")
             splits[name] = split
+        groups = raw.get("groups", {})
+        if groups and not (is_inside(groups["file"]) and _SHA256.fullmatch(groups["sha256"])):
+            raise ValueError(f"{groups!r:.200} is not a record of groups")
         return cls(
             folder=folder,
             name=raw["name"],
@@ -254,6 +265,8 @@ class Manifest:
             bins=raw["bins"],
             left_out=tuple(LeftOut(**left) for left in raw["left_out"]),
             near_duplicates=raw["near_duplicates"],
+            groups=groups,
+            num_tolerated=raw.get("num_tolerated", 0),
             recipe=raw["recipe"],
             tool=raw["tool"],
             sha256=hashlib.sha256(text).hexdigest(),

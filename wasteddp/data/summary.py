@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from wasteddp.data.folds import num_folds
 from wasteddp.data.manifest import LeftOut, Manifest
 from wasteddp.errors import inert
 
@@ -30,9 +31,12 @@ def _lines(manifest: Manifest) -> Iterator[str]:
         none = [name for name, count in zip(manifest.classes, split.samples_per_class, strict=True) if not count]
         if none:
             yield f"warning: {split.name} has no samples of {', '.join(none)}"
-    missing = [name for name in ("train", "val", "test") if name not in manifest.splits]
+    wanted = ("test",) if num_folds(manifest) else ("train", "val", "test")
+    missing = [name for name in wanted if name not in manifest.splits]
     if missing:
         yield f"warning: there are no samples in {', '.join(missing)}"
+    if manifest.groups:
+        yield f"{manifest.groups['num_groups']:,} groups by {manifest.groups['rule']}, none of them divided"
     yield from _fractions(manifest)
     yield from _left_out(manifest.left_out)
     yield from _near_duplicates(manifest)
@@ -59,14 +63,19 @@ def _left_out(left_out: Sequence[LeftOut]) -> Iterator[str]:
 def _fractions(manifest: Manifest) -> Iterator[str]:
     """Compare the sizes of the splits with the fractions: more than a hundredth and than one image of each class."""
     options, total = manifest.recipe.get("options", {}), sum(split.num_samples for split in manifest.splits.values())
-    if options.get("split_rule") == "stratified":
-        for name, fraction in zip(("train", "val", "test"), options["fractions"], strict=True):
+    if options.get("split_rule") == "stratified" and not options.get("leave_out"):
+        wanted = dict(zip(("train", "val", "test"), options["fractions"], strict=True))
+        if folds := num_folds(manifest):
+            inside = 1 - wanted["test"]
+            wanted = {name: inside / folds for name in manifest.splits if name != "test"} | {"test": wanted["test"]}
+        for name, fraction in wanted.items():
             found = manifest.splits[name].num_samples if name in manifest.splits else 0
             if abs(found - fraction * total) > max(total / 100, len(manifest.classes)):
                 largest = manifest.near_duplicates["largest_chain"]
+                why = "in one group, near-duplicates included," if manifest.groups else "near-duplicates of each other"
                 yield (
                     f"warning: {name} has {found / total:.1%} of the images, {fraction:.1%} were asked for; "
-                    f"{largest:,} images are near-duplicates of each other and stay in one split"
+                    f"{largest:,} images are {why} and stay in one split"
                 )
 
 
@@ -75,7 +84,8 @@ def _near_duplicates(manifest: Manifest) -> Iterator[str]:
         yield "near-duplicates: the numbers are lower bounds, since some images have very many"
     for where, counts in manifest.near_duplicates.get("across_splits", {}).items():
         if counts["pairs"]:
-            one, _, other = where.partition("-")
+            other = next(name for name in manifest.splits if where.endswith(f"-{name}"))
+            one = where.removesuffix(f"-{other}")
             share = counts[f"{other}_images"] / manifest.splits[other].num_samples
             yield (
                 f"near-duplicates: {counts[f'{other}_images']} images of {other} ({share:.1%}) also occur in {one} "

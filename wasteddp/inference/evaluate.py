@@ -21,6 +21,7 @@ from wasteddp.data import dataset
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.data.decoding.workers import Workers, start_workers
+from wasteddp.data.folds import NO_FOLD
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
@@ -37,7 +38,7 @@ from wasteddp.settings import Data, plain_yaml
 ALONE = Ranks()
 _STEP = 64  # samples whose shards are fetched ahead, and released, together
 _AHEAD = 2  # steps that are decoded ahead
-_OF_THE_SET = ("shards", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
+_OF_THE_SET = ("shards", "fold", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ def data_of(run: Path, shards: str | None) -> Data:
             text = path.read_bytes()
         try:
             found = {key: value for key, value in plain_yaml(text.decode())["data"].items() if key in _OF_THE_SET}
-            found["shards"] = shards or found["shards"]
+            found |= {"shards": shards, "fold": NO_FOLD} if shards else {"shards": found["shards"]}
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
                 f"{path} does not name its shards (data.shards): {str(error).splitlines()[0]}",

@@ -33,7 +33,7 @@ from wasteddp import __version__
 from wasteddp.errors import storage
 from wasteddp.files import CsvWriter, write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.metrics import F32, I64, percent
+from wasteddp.inference.metrics import F32, I64, Metrics, percent
 from wasteddp.inference.reliability import Mistake, Seen
 
 FORMAT = "wasteddp-evaluation"
@@ -147,7 +147,11 @@ def _save_figures(
 
 def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
     """Print the metrics as tables."""
-    metrics, classes = seen.metrics, seen.classes
+    print_metrics(console, seen.metrics, seen.classes, seen.confusion, title=title)
+
+
+def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], confusion: I64, *, title: str) -> None:
+    """Print the metrics and the confusion matrix as tables."""
     summary = Table(title=title, title_justify="left", show_header=False)
     summary.add_column()
     summary.add_column(justify="right")
@@ -170,7 +174,7 @@ def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
         matrix = Table("true", title="confusion: rows true, columns predicted", title_justify="left")
         for number in range(1, len(classes) + 1):
             matrix.add_column(str(number), justify="right")
-        for number, (name, row) in enumerate(zip(classes, seen.confusion.tolist(), strict=True), start=1):
+        for number, (name, row) in enumerate(zip(classes, confusion.tolist(), strict=True), start=1):
             matrix.add_row(f"{number} {_plain(name)}", *(str(count) if count else "·" for count in row))
         console.print(matrix)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain
@@ -59,7 +59,7 @@ def run(options: PredictOptions) -> None:
             records.append(stack.enter_context(csv_record(options.csv, classifier.card)))
         if options.json:
             records.append(stack.enter_context(json_record(options.json, classifier.card, tta=classifier.tta)))
-        for prediction in stack.enter_context(closing(predict(classifier, images, workers))):
+        for prediction in stack.enter_context(closing(predict(classifier, images, workers, terminal.tolerated.append))):
             for record in records:
                 record.add(prediction)
     terminal.finish([path for path in (options.csv, options.json) if path is not None])
@@ -71,10 +71,14 @@ def run(options: PredictOptions) -> None:
         )
 
 
-def predict(classifier: Classifier, paths: Iterable[str], workers: Workers) -> Generator[Prediction, None, None]:
-    """Yield one prediction for each path, in order."""
+def predict(
+    classifier: Classifier, paths: Iterable[str], workers: Workers, tolerated: Callable[[str], None] = lambda path: None
+) -> Generator[Prediction, None, None]:
+    """Yield one prediction for each path, in order. `tolerated`: see `file_views`."""
     size = classifier.card.preprocessing
-    views = file_views(paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers)
+    views = file_views(
+        paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers, tolerated=tolerated
+    )
     with closing(views):
         for batch in classifier.batches(views):
             answers_BK = iter(classifier.probabilities([view for _, view in batch if not isinstance(view, Unreadable)]))

@@ -58,6 +58,7 @@ class Terminal:
         self._bin_width = max([len("bin"), *map(len, card.bins.values())]) if card.bins else 0
         self.num_classified, self.num_failed = 0, 0
         self._failures: list[Failure] = []  # the first few
+        self.tolerated = list[str]()  # JPEGs that are classified in spite of faulty markers
 
     def add(self, prediction: Prediction) -> None:
         if isinstance(prediction, Failure):
@@ -85,6 +86,11 @@ class Terminal:
                 rest = self.num_failed - len(self._failures)
                 print(f"  and {rest} more" + ("" if written else "; --csv FILE or --json FILE lists them all"))
         print(f"\n{self.num_classified} classified, {self.num_failed} unreadable")
+        if self.tolerated:
+            print(
+                f"{len(self.tolerated):,} JPEG(s) have faulty markers and are classified, since all their pixels "
+                f"decode: {_printable(self.tolerated[0])}"
+            )
         for path in written:
             print(f"written: {path}")
 

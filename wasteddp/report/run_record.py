@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from wasteddp.data.folds import NO_FOLD, choose_fold
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.remote.folder import is_url
 from wasteddp.errors import RunError, WastedError
@@ -217,7 +218,7 @@ def _manifest(settings: Mapping[str, Any], notes: list[str]) -> Manifest | None:
     try:
         shards = str(settings["data"]["shards"])
         if not is_url(shards):
-            return Manifest.load(shards)
+            return choose_fold(Manifest.load(shards), settings["data"].get("fold", NO_FOLD))
         notes.append(
             "the shard set is at a URL, and a report fetches nothing, so its images and those left out are not shown"
         )

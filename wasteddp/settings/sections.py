@@ -68,6 +68,9 @@ class Data(_Section):
     """Folder of a verified copy of `shards` on the node's own disk, to read instead of it; empty: no copy."""
     train_split: str = "train"
     eval_split: str = "val"
+    fold: Annotated[int, Field(ge=-1)] = -1
+    """Of a set with folds (`wasteddp shard --folds K`): `train` is all folds but this one, 0 to K - 1, and `val` is
+    this one. -1: a set without folds."""
     image_size: Annotated[int, Field(ge=16, le=2048)] = 224
     """Side of the square images in training, px."""
     eval_resize: Count = 0
@@ -119,6 +122,11 @@ class Data(_Section):
         """Return whether processes decode the images if the network runs on this type of device."""
         asked = str(self.workers).partition(" ")[2]
         return asked == "processes" if asked else device_type == "cuda"
+
+    def split_name(self, split: str) -> str:
+        """Return the name of a split with its fold, which tells it from that of another fold of the set."""
+        folds = {"train": f"all folds but {self.fold}", "val": f"fold {self.fold}"} if self.fold >= 0 else {}
+        return folds.get(split, split)
 
     @property
     def eval_size_px(self) -> int:

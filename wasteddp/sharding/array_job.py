@@ -210,7 +210,8 @@ def _plan(
         as_is = stays_unchanged(scanned.records[index], job.options)
         image_bytes = image.file.size_bytes if as_is else sizes[_hash(scanned, index)]
         label = classes.index(image.class_name)
-        return tar_bytes(Sample(b"", bytes(32), label, image.class_name, image.file.path), image_bytes)
+        empty = Sample(b"", bytes(32), label, image.class_name, image.file.path, image.group)
+        return tar_bytes(empty, image_bytes)
 
     planned: list[PlannedShard] = []
     for split, indices in members.items():

@@ -23,12 +23,15 @@ from pathlib import Path
 import numpy as np
 
 from wasteddp import __version__
+from wasteddp.data.groups import GROUPS_NAME, save_groups
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
 from wasteddp.errors import ShardError, SourceError, storage
-from wasteddp.files import sync_folder, try_lock_or_warn, write_atomically
+from wasteddp.files import sync_folder, try_lock_or_announce, write_atomically
+from wasteddp.lock_files import LockFile
 from wasteddp.parallel import progress
 from wasteddp.sharding import scan, splits
-from wasteddp.sharding.job import Job, Listing, Options, identity, list_images, load_sample
+from wasteddp.sharding.groups import groups_of_set
+from wasteddp.sharding.job import Job, Listing, Options, groups_of_old, identity, list_images, load_sample
 from wasteddp.sharding.selection import select
 from wasteddp.sharding.writer import ShardJournal, write_split
 
@@ -37,7 +40,7 @@ __all__ = ["Job", "Options", "find_finished", "make_shards"]
 TOOL = f"wasteddp {__version__}"
 WORK_NAME = ".sharding"
 _BEGUN_NAME = "begun"  # if it exists, files in the set's folder with our names were written by us
-_OWN_FILE = re.compile(r"(train|val|test)-\d{6}\.(tar|idx)(\.tmp)?|manifest\.json\.tmp")
+_OWN_FILE = re.compile(r"(train|val|test|fold-\d+)-\d{6}\.(tar|idx)(\.tmp)?|groups\.bin(\.tmp)?|manifest\.json\.tmp")
 
 
 def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
@@ -106,9 +109,14 @@ def _write_set(job: Job, listing: Listing, scanned: scan.ScanResult, work: Path,
         left_out=selection.left_out,
         near_duplicates=selection.near_duplicates,
         recipe=job.described() | {"inputs_sha256": inputs_sha256},
+        num_tolerated=int(records["is_tolerated"][[i for of in selection.members.values() for i in of]].sum()),
         tool=TOOL,
     )
+    if rule := job.options.group_rule:
+        found = groups_of_set(written, selection.members, images, rule)
+        manifest = replace(manifest, groups=save_groups(manifest, found))
     keep = {name for split in written.values() for shard in split.shards for name in (shard.tar, shard.index)}
+    keep |= {GROUPS_NAME} if manifest.groups else set()
     remove_own_files(job.out, keep=keep)
     manifest.save()
     return Manifest.load(job.out)
@@ -139,16 +147,17 @@ def _extended(old: Manifest, options: Options, *, is_split: bool) -> Options:
     """
     recorded = old.recipe.get("options", {})
     rule = recorded.get("split_rule", "hash")
-    if is_split or not recorded or (options.split_rule or rule) != rule or options.fractions or options.split_seed:
+    own = options.fractions or options.split_seed or options.group_rule or options.folds
+    if is_split or not recorded or (options.split_rule or rule) != rule or own:
         raise SourceError(
             f"--extend {old.where} was given with images that are already split, with other options for the split, or "
             "with a set that was indexed",
             "images would move from one split to another",
-            "leave the options out: the new set has the rule, seed and fractions of the old one",
+            "leave the options out: the new set has the rule, seed, fractions, groups and folds of the old one",
         )
     group = options.group_near_duplicates
     return replace(
-        options,
+        groups_of_old(options, old),
         split_rule=rule,
         split_seed=recorded["split_seed"],
         fractions=recorded["fractions"] and splits.check_fractions(recorded["fractions"], may_lack_train=True),
@@ -193,7 +202,12 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("a+")  # readable: network file systems require that for a shared lock
     with lock:
-        if not try_lock_or_warn(lock.fileno(), str(out), print, shared=shared):
+        lock_file = LockFile(work / "lock")
+        while not (is_locked := try_lock_or_announce(lock.fileno(), lock_file, str(out), print, shared=shared)):
+            if lock_file.is_decided:
+                break
+            time.sleep(1)  # a process of another machine may have ended
+        if not is_locked:
             raise ShardError(
                 f"another `wasteddp shard` is writing {out}",
                 "two processes would overwrite each other's files",
@@ -202,6 +216,7 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
         try:
             yield work
         finally:
+            lock_file.release()
             if not shared and ((out / MANIFEST_NAME).exists() or not (work / _BEGUN_NAME).exists()):
                 shutil.rmtree(work, ignore_errors=True)
                 if not any(out.iterdir()):

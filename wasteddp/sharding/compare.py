@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data.decoding.decode import UndecodableError, check_image
+from wasteddp.data.groups import Groups, read_groups
 from wasteddp.data.manifest import Index, Manifest, Shard, padded, read_index
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import ShardError, storage
@@ -77,6 +78,49 @@ def recorded_splits(manifest: Manifest) -> dict[str, str]:
                     split_of[_source_of(file.fileno(), record, manifest.folder / shard.tar)] = split.name
             split_of |= dict.fromkeys((row.tobytes().hex() for row in index["sha256"]), split.name)
     return split_of
+
+
+def recorded_groups(manifest: Manifest) -> dict[str, str]:
+    """Return the split of each group of a set; of several, the last. A set without groups has none."""
+    groups = read_groups(manifest)
+    return {name: split for split, names in _groups_by_split(manifest, groups).items() for name in names}
+
+
+def _groups_by_split(manifest: Manifest, groups: Groups | None) -> dict[str, set[str]]:
+    if groups is None:
+        return {}
+    numbers = {
+        split.name: np.unique(groups.of_split(manifest, split.name)).tolist()
+        for split in manifest.splits.values()
+        if split.num_samples
+    }
+    return {split: {groups.names[number] for number in some} for split, some in numbers.items()}
+
+
+def find_divided(manifest: Manifest, groups: Groups | None) -> list[str]:
+    """Describe the groups of a set that are in two splits."""
+    names = _groups_by_split(manifest, groups)
+    return [
+        f"warning: {len(both):,} group(s) are in {one} and in {other}: {', '.join(sorted(both)[:_MAX_NAMED])}"
+        for one, other in combinations(names, 2)
+        if (both := names[one] & names[other])
+    ]
+
+
+def _shared_groups(first: Manifest, second: Manifest) -> Iterator[tuple[str, bool]]:
+    """Describe the groups that two sets share, if they were found by one rule, and whether they leak."""
+    ones, others = read_groups(first), read_groups(second)
+    if ones is None or others is None or ones.rule != others.rule or first.sha256 == second.sha256:
+        return
+    for (one, names), (other, also) in product(
+        _groups_by_split(first, ones).items(), _groups_by_split(second, others).items()
+    ):
+        if both := names & also:
+            yield (
+                f"warning: {len(both):,} group(s) by {ones.rule} of {second.where} {other} are also in {first.where} "
+                f"{one}: {', '.join(sorted(both)[:_MAX_NAMED])}",
+                {one, other} == {"train", "test"},
+            )
 
 
 def _source_of(descriptor: int, record: np.void, tar: Path) -> str:
@@ -143,7 +187,7 @@ def _where(samples: _Samples, other: _Samples) -> str:
 
 class Comparison(NamedTuple):
     lines: list[str]
-    leaks: bool  # an image of one set's train is in the other's test, or nearly
+    leaks: bool  # an image or a group of one set's train is in the other's test, or nearly
 
 
 def compare(first: Manifest, second: Manifest, *, workers: int, distance: int) -> Comparison:
@@ -163,6 +207,9 @@ def compare(first: Manifest, second: Manifest, *, workers: int, distance: int) -
         found = list(_same(one, other))
         lines += found
         leaks |= bool(found) and {one.split, other.split} == {"train", "test"}
+    for line, is_leak in _shared_groups(first, second):
+        lines.append(line)
+        leaks |= is_leak
     hashes, kinds, numbers, num_unread = _hash_all(splits, workers)
     is_first = np.arange(len(splits)) < len(ones)
     bits64 = np.array([h.bits64 for h in hashes], np.uint64)

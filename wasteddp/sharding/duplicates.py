@@ -243,6 +243,18 @@ def _first(chains: npt.NDArray[np.int64], images: npt.NDArray[np.int64]) -> npt.
     return first
 
 
+def join_groups(chains_N: npt.NDArray[np.int64], groups_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return chains that also join all images of a group: int64 [N], as `Near.chains_N`.
+
+    Args:
+        groups_N: a number for each image, the same for all images of a group.
+    """
+    chains = chains_N.copy()
+    _, first, group = np.unique(groups_N, return_index=True, return_inverse=True)
+    _join(chains, first[group], np.arange(len(chains)))
+    return _first(chains, np.arange(len(chains)))
+
+
 def _join(chains: npt.NDArray[np.int64], left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> None:
     """Join the chains of each pair, in place."""
     while len(left):

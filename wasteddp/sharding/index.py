@@ -209,7 +209,8 @@ def _write_set(
         for split in SPLITS
         if split in shards
     }
-    report_tolerated([f"{tar.name}/{s.key}" for tar in found for s in tar.samples if s.is_tolerated])
+    tolerated = [f"{tar.name}/{s.key}" for tar in found for s in tar.samples if s.is_tolerated]
+    report_tolerated(tolerated)
     Manifest(
         folder=out,
         name=name,
@@ -217,6 +218,7 @@ def _write_set(
         splits=splits,
         left_out=tuple(s.problem for tar in found for s in tar.samples if s.problem is not None),
         recipe=dict(recipe),
+        num_tolerated=len(tolerated),
         tool=f"wasteddp {__version__}",
     ).save()
     return Manifest.load(out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 from wasteddp.data.decoding.decode import DEFAULT_QUALITY, UndecodableError, reencode
 from wasteddp.data.manifest import LeftOut, Manifest
 from wasteddp.errors import SourceError, storage
-from wasteddp.sharding import duplicates, scan, splits
+from wasteddp.sharding import duplicates, groups, scan, splits
+from wasteddp.sharding.corrections import Corrections, apply_corrections
 from wasteddp.sharding.sources.archives import open_source
 from wasteddp.sharding.sources.files import Names, Source
 from wasteddp.sharding.sources.layout import (
@@ -24,6 +26,7 @@ from wasteddp.sharding.sources.layout import (
     Layout,
     SourceImage,
     check_classes,
+    offer_groups,
     read_folders,
     read_table,
     rename_classes,
@@ -50,6 +53,15 @@ class Options:
     max_left_out: float | None = None
     split_rule: str | None = None  # of `splits.RULES`; "" where images are already split
     least_per_class: int = 0  # in each split
+    group_column: str = ""  # at most one of these three names the group of an image, which stays in one split
+    group_level: int = 0  # of the folder, 1 the outermost, -1 the innermost
+    group_pattern: str = ""  # searched in the path
+    leave_out: tuple[str, ...] = ()  # the groups that are the test split
+    folds: int = 0  # instead of train and val
+
+    @property
+    def group_rule(self) -> str:
+        return groups.describe_rule(self.group_column, self.group_level, self.group_pattern)
 
     @property
     def max_shard_bytes(self) -> int:
@@ -63,6 +75,7 @@ class Options:
         """
         if self.fractions is not None:
             splits.check_fractions(self.fractions, may_lack_train=may_lack_train)
+        groups.check_rule(self.group_column, self.group_level, self.group_pattern, leave_out=self.leave_out)
         ranges = (
             ("--max-side", self.max_side_px or 16, 16, 65_500),
             ("--quality", self.quality, 1, 100),
@@ -70,6 +83,7 @@ class Options:
             ("--near-duplicate-distance", self.near_duplicate_distance, 0, duplicates.MAX_DISTANCE),
             ("--max-left-out", self.max_left_out or 0, 0, float("inf")),
             ("--least-per-class", self.least_per_class, 0, float("inf")),
+            ("--folds", self.folds or 2, 2, 1000),
         )
         for name, value, low, high in ranges:
             if not low <= value <= high:
@@ -78,7 +92,8 @@ class Options:
     def settled(self, *, is_split: bool) -> Options:
         """Return the options without None where a set by fractions has a default."""
         if is_split:
-            return replace(self, split_rule="", group_near_duplicates=bool(self.group_near_duplicates))
+            asked = self.group_near_duplicates
+            return replace(self, split_rule="", group_near_duplicates=self.folds > 0 if asked is None else asked)
         rule = self.split_rule or splits.RULES[0]
         group = self.group_near_duplicates
         fractions = self.fractions or (splits.DEFAULT_FRACTIONS if rule == "stratified" else None)
@@ -94,8 +109,9 @@ class Options:
         described = asdict(self)
         if self.split_rule != "stratified":
             del described["split_rule"]
-        if not self.least_per_class:
-            del described["least_per_class"]
+        for name in ("least_per_class", "group_column", "group_level", "group_pattern", "leave_out", "folds"):
+            if not described[name]:
+                del described[name]
         return described
 
 
@@ -116,11 +132,14 @@ class Job:
     class_folders: ClassFolders = ""
     ignore: tuple[str, ...] = ()  # patterns of names
     encoding: str = ""  # of the names in an archive; empty: UTF-8
+    corrections: Corrections | None = None  # of labels
 
     def described(self) -> dict[str, Any]:
         """Return how the set is created, as the manifest records it, in JSON types."""
         renamed = {"class_names": dict(self.class_names)} if self.class_names else {}
         described = dict(self.recipe) | renamed | {"options": self.options.described()}
+        if self.corrections:
+            described["corrections"] = self.corrections.described()
         if self.extends:
             described["extends"] = {"name": self.extends.name, "sha256": self.extends.sha256}
         in_json: dict[str, Any] = json.loads(json.dumps(described))
@@ -140,11 +159,24 @@ def identity(job: Job, listing: Listing, hashes: Sequence[bytes]) -> str:
     """Return one hash of everything a set depends on: each image's content, name, class and split, and the options."""
     digest = hashlib.sha256(json.dumps([job.described(), listing.layout.classes, dict(job.bins)]).encode())
     for image, sha256 in zip(listing.layout.images, hashes, strict=True):
-        line = [image.file.path, image.class_name, image.split, sha256.hex()]
+        line = [image.file.path, image.class_name, image.split, sha256.hex(), *[image.group][: bool(image.group)]]
         digest.update(json.dumps(line).encode() + b"\n")
     for left in listing.left_out:
         digest.update(json.dumps([left.source, left.reason]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def groups_of_old(options: Options, old: Manifest) -> Options:
+    """Return the options with the groups and folds of the set that is extended."""
+    recorded = old.recipe.get("options", {})
+    return replace(
+        options,
+        group_column=recorded.get("group_column", ""),
+        group_level=recorded.get("group_level", 0),
+        group_pattern=recorded.get("group_pattern", ""),
+        leave_out=tuple(recorded.get("leave_out", ())),
+        folds=recorded.get("folds", 0),
+    )
 
 
 def list_images(job: Job, work: Path) -> Listing:
@@ -154,26 +186,46 @@ def list_images(job: Job, work: Path) -> Listing:
         SourceError: there are no images, classes or lists contradict each other, or too many listed images are missing.
     """
     source: Source
+    options = groups_of_old(job.options, job.extends) if job.extends else job.options
     if job.source.suffix.lower() == ".csv" and job.source.is_file():
-        source, layout = read_table(job.source, classes=job.classes, may_lack=job.may_lack_classes)
+        source, layout = read_table(
+            job.source, classes=job.classes, may_lack=job.may_lack_classes, group_column=options.group_column
+        )
+    elif options.group_column:
+        raise SourceError(
+            f"--group-column {options.group_column} is given, and {job.source} is not a CSV",
+            "the groups of the images are not known",
+            "name them by their folders or paths: --group-level or --group-pattern",
+        )
     else:
         source = open_source(job.source, work_folder=work, ignore=job.ignore, encoding=job.encoding)
+        command = f"wasteddp shard {shlex.quote(str(job.source))} --out {shlex.quote(str(job.out))}"
         layout = read_folders(
-            source, job.source, classes=job.classes, may_lack=job.may_lack_classes, class_folders=job.class_folders
+            source,
+            job.source,
+            classes=job.classes,
+            may_lack=job.may_lack_classes,
+            class_folders=job.class_folders,
+            command=command,
         )
+        if job.class_folders == "inner" and not options.group_rule:
+            offer_groups(layout, command)
+    layout = groups.assign_groups(layout, options.group_level, options.group_pattern)
     if job.class_names:
         layout = rename_classes(layout, job.class_names, job.source)
     warn_of_similar(layout.classes, job.source)
     absent = sorted(set(layout.classes) - {image.class_name for image in layout.images})
     if absent:
         print(f"{job.source} has no image of {len(absent)} of the {len(layout.classes)} classes: {', '.join(absent)}")
-    by_fractions = job.options.fractions or job.options.split_rule or job.options.least_per_class
+    by_fractions = (
+        job.options.leave_out or job.options.fractions or job.options.split_rule or job.options.least_per_class
+    )
     if layout.is_split and (job.split_files or by_fractions):
         raise SourceError(
             f"{job.source} is already split into {', '.join(sorted({p.split for p in layout.images}))}",
             "a second split would mix images that were kept apart",
-            "leave out --fractions, --split-rule, --least-per-class and --split-files, or give the class folders "
-            "without the split folders",
+            "leave out --fractions, --split-rule, --least-per-class, --leave-out and --split-files, or give the class "
+            "folders without the split folders",
         )
     if job.split_files and by_fractions:
         raise SourceError(
@@ -191,14 +243,27 @@ def list_images(job: Job, work: Path) -> Listing:
     for line in (*source.notes, *unused.note("ignored {} file(s) that are not images in a class folder")):
         print(line)
     if not job.split_files:
-        return Listing(source, layout)
+        return _corrected(job, Listing(source, layout))
     layout, not_listed, missing = splits.apply_lists(layout, splits.read_list_files(job.split_files))
     listed = {image.class_name for image in layout.images}
     check_classes(listed, layout.classes, "the lists of the splits", may_lack=job.may_lack_classes)
     gone = [LeftOut(line.name, "unreadable", f"listed in {line.place}, but not there") for line in missing]
     if len(gone) > scan.max_unusable(len(layout.images) + len(gone), job.options.max_left_out):
         raise scan.too_many(gone, len(layout.images) + len(gone), job.options.max_left_out)
-    return Listing(source, layout, (*gone, *(LeftOut(path, "not_listed", "no list names it") for path in not_listed)))
+    others = (LeftOut(path, "not_listed", "no list names it") for path in not_listed)
+    return _corrected(job, Listing(source, layout, (*gone, *others)))
+
+
+def _corrected(job: Job, listing: Listing) -> Listing:
+    """Return the listing with corrected labels, and groups that the splits do not divide."""
+    left_out = listing.left_out
+    layout = listing.layout
+    if job.corrections:
+        layout, dropped = apply_corrections(layout, job.corrections, known=[left.source for left in left_out])
+        left_out = (*left_out, *dropped)
+    if layout.is_split:
+        groups.refuse_divided(layout.images)
+    return Listing(listing.source, layout, left_out)
 
 
 def load_sample(
@@ -226,7 +291,7 @@ def load_sample(
             ) from error
         sha256 = hashlib.sha256(data).digest()
     label = classes.index(image.class_name)
-    return Sample(data, sha256, label, image.class_name, path)
+    return Sample(data, sha256, label, image.class_name, path, image.group)
 
 
 def stays_unchanged(record: scan.Scan, options: Options) -> bool:

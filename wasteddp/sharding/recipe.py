@@ -15,6 +15,7 @@ from wasteddp.errors import RecipeError, storage
 from wasteddp.files import read_text
 from wasteddp.settings import plain_yaml
 from wasteddp.sharding.build import WORK_NAME, Job, Options, find_finished, make_shards
+from wasteddp.sharding.corrections import Corrections
 from wasteddp.sharding.sources import synthetic as drawing
 from wasteddp.sharding.sources.download import Download, fetch
 
@@ -112,11 +113,18 @@ def load_pairs(path: Path, value: str) -> dict[str, str]:
 
 
 def make_recipe(
-    path: Path, *, out: Path | None, local: Path | None, options: Options, workers: int, overwrite: bool
+    path: Path,
+    *,
+    out: Path | None,
+    local: Path | None,
+    options: Options,
+    workers: int,
+    overwrite: bool,
+    corrections: Corrections | None = None,
 ) -> Manifest:
     """Create the set of a recipe. `out` is by default a folder next to the recipe; `local` is a copy of its images."""
     recipe = load_recipe(path)
-    job = plan_job(recipe, out or path.parent / recipe.name, options)
+    job = replace(plan_job(recipe, out or path.parent / recipe.name, options), corrections=corrections)
     if recipe.draw is None:
         job = find_images(recipe, job, local=local, downloads=path.parent / "downloads" / recipe.name)
     elif not overwrite and (finished := find_finished(job)):
@@ -127,7 +135,9 @@ def make_recipe(
     return make_shards(job, workers=workers, overwrite=overwrite)
 
 
-def local_job(path: Path, *, out: Path | None, local: Path | None, options: Options) -> Job:
+def local_job(
+    path: Path, *, out: Path | None, local: Path | None, options: Options, corrections: Corrections | None = None
+) -> Job:
     """Return the job of a recipe whose images are on this machine.
 
     Raises:
@@ -140,7 +150,7 @@ def local_job(path: Path, *, out: Path | None, local: Path | None, options: Opti
             f"each part would {'draw' if recipe.draw else 'download'} all of them",
             "give a local copy with --from" if recipe.download else "run it on one machine, without --part",
         )
-    job = plan_job(recipe, out or path.parent / recipe.name, options)
+    job = replace(plan_job(recipe, out or path.parent / recipe.name, options), corrections=corrections)
     return find_images(recipe, job, local=local, downloads=local)
 
 

@@ -54,6 +54,12 @@ def check_fractions(fractions: Sequence[float], *, may_lack_train: bool = False)
     return fractions[0], fractions[1], fractions[2]
 
 
+def without_test(fractions: Sequence[float]) -> tuple[float, float, float]:
+    """Return the fractions of train and val among themselves, where the test split is given otherwise."""
+    inside = fractions[0] + fractions[1]
+    return (fractions[0] / inside, fractions[1] / inside, 0.0) if inside else (1.0, 0.0, 0.0)
+
+
 def unit_interval(seed: int, sha256: bytes) -> float:
     """Return the position of an image in [0, 1): 64 bits of sha256("seed:" + content hash)."""
     return int.from_bytes(hashlib.sha256(b"%d:" % seed + sha256).digest()[:8], "big") / 2**64
@@ -74,7 +80,7 @@ def group_splits(splits: Sequence[str], sha256s: Sequence[bytes], chains: npt.ND
     Args:
         chains: [N] a number for each image, the same for all images of a chain.
     """
-    smallest = {members[0]: members for members in _members(sha256s, chains)}
+    smallest = {members[0]: members for members in members_of(sha256s, chains)}
     split_of = {image: splits[first] for first, members in smallest.items() for image in members}
     return [split_of[image] for image in range(len(splits))]
 
@@ -99,7 +105,7 @@ def stratified(
     """
     split_of = [""] * len(classes)
     of_class: dict[str, list[list[int]]] = {}
-    for members in _members(sha256s, chains):
+    for members in members_of(sha256s, chains):
         of_class.setdefault(classes[members[0]], []).append(members)
     for chains_of_class in of_class.values():
         chains_of_class.sort(key=lambda members: unit_interval(seed, sha256s[members[0]]))
@@ -109,7 +115,7 @@ def stratified(
     return split_of
 
 
-def _members(sha256s: Sequence[bytes], chains: npt.NDArray[np.int64]) -> list[list[int]]:
+def members_of(sha256s: Sequence[bytes], chains: npt.NDArray[np.int64]) -> list[list[int]]:
     """Return the images of each chain, those with the smallest content hash first."""
     members: dict[int, list[int]] = {}
     for image, chain in sorted(enumerate(chains.tolist()), key=lambda item: sha256s[item[0]]):
@@ -164,7 +170,13 @@ def _give_each_split_one(placed: dict[str, list[list[int]]], wanted: Sequence[st
 
 
 def check_sizes(
-    split_of: Sequence[str], classes: Sequence[str], fractions: Sequence[float], *, largest_chain: int, least: int
+    split_of: Sequence[str],
+    classes: Sequence[str],
+    fractions: Sequence[float],
+    *,
+    largest_chain: int,
+    least: int,
+    has_groups: bool = False,
 ) -> None:
     """Check that no split of a fraction above 0 is empty or has fewer than `least` images of a class.
 
@@ -176,7 +188,8 @@ def check_sizes(
     sizes = ", ".join(f"{split} {split_of.count(split):,}" for split in wanted)
     empty = [split for split in wanted if split not in split_of]
     if empty:
-        alike = f"; {largest_chain:,} of them are near-duplicates, which stay in one split" if largest_chain > 1 else ""
+        why = "in one group, or joined to it by near-duplicates, and" if has_groups else "near-duplicates, which"
+        alike = f"; {largest_chain:,} of them are {why} stay in one split" if largest_chain > 1 else ""
         raise SourceError(
             f"of {len(split_of):,} images, {' and '.join(empty)} would have none ({sizes}){alike}",
             "a model could not be trained, or not be judged on images that it has not seen",

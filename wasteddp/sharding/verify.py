@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from wasteddp.data.groups import Groups, read_groups
 from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, parse_index, read_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
 from wasteddp.files import sha256_of
 from wasteddp.parallel import in_order, progress
-from wasteddp.sharding.compare import find_repeats
+from wasteddp.sharding.compare import find_divided, find_repeats
 
 _MAX_NAMED = 50  # samples of one shard; the rest are counted
 
@@ -50,7 +51,9 @@ def verify(folder: Path, *, workers: int) -> Verified:
             damage += found
             advance()
     damage += [] if damage else _wrong_counts(manifest)
-    return _verified(shards, damage, [] if damage else find_repeats(manifest))
+    groups = _read_groups(manifest, damage)
+    repeats = [] if damage else [*find_repeats(manifest), *find_divided(manifest, groups)]
+    return _verified(shards, damage, repeats)
 
 
 def verify_remote(url: str, *, workers: int) -> Verified:
@@ -72,10 +75,20 @@ def verify_remote(url: str, *, workers: int) -> Verified:
         def read(shard: Shard) -> Index:
             return parse_index(folder.read(shard.index), shard, f"{folder.url}/{shard.index}")
 
-        repeats = [] if damage else find_repeats(manifest, read)
+        groups = _read_groups(manifest, damage, folder.read)
+        repeats = [] if damage else [*find_repeats(manifest, read), *find_divided(manifest, groups)]
     finally:
         folder.close()
     return _verified(shards, damage, repeats)
+
+
+def _read_groups(manifest: Manifest, damage: list[str], read: Callable[[str], bytes] | None = None) -> Groups | None:
+    """Return the groups of a set; if their file is damaged, add that to `damage`."""
+    try:
+        return read_groups(manifest, read)
+    except WastedError as error:
+        damage.append(error.found)
+        return None
 
 
 def _verified(shards: Sequence[Shard], damage: Sequence[str], repeats: Sequence[str]) -> Verified:

@@ -36,6 +36,7 @@ class Sample:
     label: int
     label_name: str
     source: str
+    group: str = ""  # a site, camera, session or object
 
     def to_json(self) -> bytes:
         fields = {
@@ -43,7 +44,7 @@ class Sample:
             "label_number": self.label,
             "source": self.source,
             "sha256": self.sha256.hex(),
-        }
+        } | ({"group": self.group} if self.group else {})
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")  # \\udcXX: not UTF-8
 
 

@@ -140,7 +140,7 @@ def check_file_system(folder: Path) -> Finding:
         return _red("file system", error)
     except OSError as error:
         found = f"files in {folder} cannot be locked: {error.strerror}"
-        return Finding("file system", "yellow", found, "make sure that only one training at a time writes there")
+        return Finding("file system", "yellow", found, "a file that is touched every 5 s marks a run as in use instead")
     if not is_synced:
         found = f"the folder {folder} cannot be synced"
         return Finding("file system", "yellow", found, "after a power cut, continue from an older checkpoint if needed")

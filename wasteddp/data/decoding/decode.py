@@ -12,6 +12,7 @@ Images that cannot be stored in a shard unchanged are encoded as JPEG again. The
 from __future__ import annotations
 
 import re
+import threading
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ _APP1, _APP2, _START_OF_SCAN = 0xE1, 0xE2, 0xDA  # JPEG markers, ISO/IEC 10918-1
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = 1
 DEFAULT_QUALITY = 95
+_decoded = threading.local()
 
 
 class Header(NamedTuple):
@@ -148,6 +150,7 @@ def decode_rgb(
             of values.
     """
     *size, turn = known or header(data)  # refuses bombs before memory is allocated
+    is_faulty = False
     if is_jpeg(data):
         height, width = _scaled(size[0], size[1], min_height_px, min_width_px)
         if turn >= 5:
@@ -158,11 +161,13 @@ def decode_rgb(
         except ValueError as error:
             if not any(word in str(error).lower() for word in ("cmyk", "colorspace", "subsampling")):
                 raise _undecodable(error, data) from error
+        is_faulty = _is_tolerated(data)
         data = repair_markers(data)
     pixels = _decode_with_pillow(data)
     if pixels.shape[:2] != tuple(size):
         found = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise UndecodableError("unreadable", f"{found} px, the header says {size[1]}x{size[0]}")
+    _decoded.is_tolerated = is_faulty or getattr(_decoded, "is_tolerated", False)
     return pixels
 
 
@@ -174,7 +179,16 @@ def _decode_jpeg(data: bytes, **how: Any) -> npt.NDArray[np.uint8]:
         repaired = repair_markers(data)
         if repaired == data:
             raise
-    return simplejpeg.decode_jpeg(repaired, strict=True, **how)  # type: ignore[no-any-return]
+    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(repaired, strict=True, **how)
+    _decoded.is_tolerated = True
+    return pixels
+
+
+def take_tolerated() -> bool:
+    """Return whether this thread has decoded a JPEG with faults that cost no pixel since the last call."""
+    was = getattr(_decoded, "is_tolerated", False)
+    _decoded.is_tolerated = False
+    return was
 
 
 def _scaled(height: int, width: int, min_height_px: int, min_width_px: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 
 from wasteddp.data.decoding.crop import View
-from wasteddp.data.decoding.decode import UndecodableError
+from wasteddp.data.decoding.decode import UndecodableError, take_tolerated
 from wasteddp.data.decoding.shared_memory import map_shared
 
 # A request to the server is a byte, with a descriptor for START. The answer is a number: a worker's pid or exit code.
@@ -60,7 +60,8 @@ AT_WORK_DTYPE = np.dtype([("row", "i8"), ("sample", "i8"), ("since_s", "f8")])
 WHOLE = -1  # the length of a row that is a whole file, whose sha256 is not known
 
 UNREAD, UNDECODABLE = "unread", "undecodable"
-Failure = tuple[int, str, str]  # row of the batch, UNREAD or UNDECODABLE, message
+TOLERATED = "tolerated"  # of a whole file: decoded, in spite of faults that cost no pixel
+Failure = tuple[int, str, str]  # row of the batch, UNREAD, UNDECODABLE or TOLERATED, message
 Left = tuple[int, bytes | int, tuple[int, int, int, int]]  # row; a JPEG, or its length if the row holds it; box
 Answer = tuple[list[Failure], list[Left]]
 
@@ -153,6 +154,10 @@ def _fill(
         except UndecodableError as error:
             failures.append((row, UNDECODABLE, str(error)))
             continue
+        finally:
+            is_tolerated = take_tolerated()
+        if is_tolerated and length == WHOLE:
+            failures.append((row, TOLERATED, ""))
         if encoded is not None:
             if fits := len(data) <= num_bytes:
                 place[: len(data)] = np.frombuffer(data, np.uint8)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,6 +55,7 @@ class SourceImage:
     file: File
     class_name: str
     split: str = ""
+    group: str = ""  # a site, camera, session or object, which stays in one split
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,14 @@ def read_folders(
     classes: Sequence[str] = (),
     may_lack: bool = False,
     class_folders: ClassFolders = "",
+    command: str = "wasteddp shard FOLDER --out SET",
 ) -> Layout:
     """Read classes and splits from folder names. `classes`, if given, fixes the order and must be the same names.
 
     Args:
         may_lack: some of `classes` may have no image.
         class_folders: which folders are the classes, where outer folders hold the same inner folders.
+        command: that shards them, for messages.
 
     Raises:
         SourceError: there are no images, only one class, an empty class folder, unknown split folders, folders that may
@@ -97,7 +101,7 @@ def read_folders(
     if class_folders == "inner":
         levels = replace(levels, is_inner=True)
     elif not class_folders:
-        _refuse_sites(paths, levels, where)
+        _refuse_sites(paths, levels, where, command)
     images = tuple(
         SourceImage(file, parts[at], levels.split(parts))
         for file, parts in zip(files, paths, strict=True)
@@ -134,9 +138,14 @@ def rename_classes(layout: Layout, names: Mapping[str, str], where: str | Path) 
     return replace(layout, images=images, classes=check_classes({image.class_name for image in images}, (), where))
 
 
-def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = False) -> tuple[PathsSource, Layout]:
+def read_table(
+    path: Path, *, classes: Sequence[str] = (), may_lack: bool = False, group_column: str = ""
+) -> tuple[PathsSource, Layout]:
     """Read a CSV with the columns path,label[,split]. Paths are relative to the CSV's folder, with / or \\ between
     folders. Columns are separated by commas, semicolons or tabs.
+
+    Args:
+        group_column: names the group of each image; empty: there are no groups.
 
     Raises:
         SourceError: the file is not a CSV with these columns, or a row is incomplete or repeats an image.
@@ -159,7 +168,8 @@ def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = Fals
             "the class of each image is not known",
             "add a first line `path,label` or `path,label,split`, and a line for each image",
         )
-    labels: dict[str, tuple[str, str]] = {}
+    labels: dict[str, tuple[str, str, str]] = {}
+    _require_column(path, columns, group_column)
     for number, row in enumerate(rows, start=2):
         name, label = _path_of((row["path"] or "").strip(), path.parent), (row["label"] or "").strip()
         word = (row.get("split") or "").strip().lower()
@@ -171,8 +181,15 @@ def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = Fals
                 "the image would not have exactly one class and one split",
                 f"fix the line; splits are {', '.join(SPLIT_WORDS)}",
             )
-        labels[name] = label, SPLIT_WORDS.get(word, "")
-    without = sum(not split for _, split in labels.values())
+        group = (row[group_column.lower()] or "").strip() if group_column else ""
+        if group_column and not group:
+            raise SourceError(
+                f"{path}, line {number}: {name!r} has no {group_column}",
+                "the image could be in another split than the rest of its group",
+                "fill in the column in every row",
+            )
+        labels[name] = label, SPLIT_WORDS.get(word, ""), group
+    without = sum(not split for _, split, _ in labels.values())
     if 0 < without < len(labels):
         raise SourceError(
             f"{path}: {without} of {len(labels)} rows have no split",
@@ -183,6 +200,15 @@ def read_table(path: Path, *, classes: Sequence[str] = (), may_lack: bool = Fals
     images = tuple(SourceImage(file, *labels[file.path]) for file in source.files)
     found = {image.class_name for image in images}
     return source, Layout(images, check_classes(found, classes, path, may_lack=may_lack))
+
+
+def _require_column(path: Path, columns: Sequence[str], name: str) -> None:
+    if name and name.lower() not in columns:
+        raise SourceError(
+            f"{path} has no column {name}; its columns are {', '.join(columns)}",
+            "the groups of the images are not known",
+            "name one of its columns with --group-column",
+        )
 
 
 def _path_of(text: str, folder: Path) -> str:
@@ -339,7 +365,23 @@ def _is_split(paths: list[list[str]], skip: int, where: str | Path) -> bool:
     return True
 
 
-def _refuse_sites(paths: list[list[str]], levels: _Levels, where: str | Path) -> None:
+def offer_groups(layout: Layout, command: str) -> None:
+    """Print that the folders around the class folders can be groups, if there are several.
+
+    Args:
+        command: that shards the images.
+    """
+    paths = [(image.file.path.split("/"), image.class_name) for image in layout.images]
+    levels = {len(parts) - 1 - parts[-2::-1].index(name) - 1 for parts, name in paths if name in parts[:-1]}
+    outer = {parts[level - 1] for level in levels for parts, _ in paths if level > 0}
+    if len(levels) == 1 and len(outer) > 1:
+        print(
+            f"{', '.join(sorted(outer)[:_MAX_SHOWN])} may be sites or cameras. To keep each of them in one split:\n"
+            f"    {command} --class-folders inner --group-level {min(levels)}"
+        )
+
+
+def _refuse_sites(paths: list[list[str]], levels: _Levels, where: str | Path, command: str) -> None:
     """Refuse outer folders that all hold the same inner folders: either could be the classes."""
     inner: dict[str, set[str]] = {}
     for parts in paths:
@@ -348,9 +390,12 @@ def _refuse_sites(paths: list[list[str]], levels: _Levels, where: str | Path) ->
     common = sorted(set.intersection(*inner.values()) - {""}) if len(inner) > 1 else []
     if len(common) > 1 and not any("" in names for names in inner.values()):
         outer = ", ".join(sorted(inner)[:_MAX_SHOWN])
+        outer_level = 1 + min(levels.class_at(parts) for parts in paths)
         raise SourceError(
             f"each of the {len(inner)} folders {outer} in {where} holds the folders {', '.join(common[:_MAX_SHOWN])}",
             "sites, cameras or splits would be taken for classes",
-            f"give --class-folders inner if {common[0]} is a class, or --class-folders outer if {min(inner)} is one; "
-            "name folders of splits train, val and test",
+            f"if {common[0]} is a class and {min(inner)} is a site, keep each site in one split:\n"
+            f"    {command} --class-folders inner --group-level {outer_level}\n"
+            f"  or test on one site: add --leave-out {shlex.quote(min(inner))}. If {min(inner)} is a class: "
+            "--class-folders outer. Name folders of splits train, val and test",
         )

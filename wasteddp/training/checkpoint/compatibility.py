@@ -63,7 +63,7 @@ class Lineage:
             lanes=settings.num_lanes,
             block=settings.data.block,
             window=settings.data.window,
-            train_split=settings.data.train_split,
+            train_split=settings.data.split_name(settings.data.train_split),
             image_size=settings.data.image_size,
             optimizer=settings.optimizer.name,
             teacher=teacher,
@@ -104,8 +104,8 @@ def measure_of_settings(tree: Mapping[str, Any], manifest: str) -> str:
     """
     data, evaluate = Data.model_construct(**tree.get("data", {})), Evaluate.model_construct(**tree.get("evaluate", {}))
     return (
-        f"{evaluate.metric} on {data.eval_split} of manifest {manifest[:12]} at {data.eval_size_px} px "
-        f"(resized to {data.eval_resize_px})"
+        f"{evaluate.metric} on {data.split_name(data.eval_split)} of manifest {manifest[:12]} "
+        f"at {data.eval_size_px} px (resized to {data.eval_resize_px})"
     )
 
 

@@ -74,18 +74,24 @@ def num_gpus() -> int:
 
 
 def launch(
-    arguments: Sequence[str], num: int, *, program: Path = PROGRAM, more: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    num: int,
+    *,
+    program: Path = PROGRAM,
+    more: Mapping[str, str] | None = None,
+    replaces: bool = True,
 ) -> int:
     """Run the program in `num` processes until all have ended. Return the exit code of the first one that failed.
 
     Args:
         arguments: of the program.
-        num: processes, 1 or more. One replaces this process: the call does not return.
+        num: processes, 1 or more.
         more: environment variables of all processes.
+        replaces: a single process replaces this one, and the call does not return.
     """
     command, environment = [sys.executable, str(program), *arguments], {**os.environ, **(more or {})}
     sys.stdout.flush()
-    if num == 1:
+    if num == 1 and replaces:
         os.execve(sys.executable, command, environment)
     processes = list[subprocess.Popen[bytes]]()
 
@@ -93,10 +99,9 @@ def launch(
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, forward)
-    # run.threads sets the number of threads
-    environment = {"OMP_NUM_THREADS": "1", **environment, "WASTEDDP_LAUNCHER": str(os.getpid())}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    threads = {"OMP_NUM_THREADS": "1"} if num > 1 else {}  # run.threads sets the rest
+    environment = {**threads, **environment, "WASTEDDP_LAUNCHER": str(os.getpid())}
     for process in start_ranks(command, num, environment, stdin=subprocess.DEVNULL, start_new_session=True):
         processes.append(process)  # one by one: a signal may come between two
     code, kill_at = EXIT_FINISHED, float("inf")
@@ -110,6 +115,8 @@ def launch(
             forward(signal.SIGKILL, None)
             kill_at = float("inf")
         time.sleep(_POLL_S)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     codes = [process.returncode for process in processes]
     code = code or next(filter(None, codes), EXIT_FINISHED)
     if code >= 0:

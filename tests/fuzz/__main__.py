@@ -1,0 +1,72 @@
+"""Give damaged files to the program for a time, and print what it neither reads nor refuses with a message.
+
+    python -m tests.fuzz --minutes 60 --seed 0
+
+It damages archives, shard sets, models, checkpoints, a run's files, settings, lists and images. A process of its own
+reads each input. A fault is a traceback, an end by a signal, no end within 20 s, more than 1.5 GiB of memory, or exit
+code 2 without a message. The first input of each fault is kept in --out. Exit code 1: a fault was found.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"  # before the import of numpy and torch: no threads may exist before the forks
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+import narrow
+
+from .harness import fuzz, try_content
+from .targets import make_targets
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--inputs", type=int, default=10**9, help="at most so many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", action="store_true", help="first, see that all intact files are read")
+    parser.add_argument("--only", default="", metavar="TEXT", help="targets whose names contain this text")
+    parser.add_argument("--out", type=Path, default=Path("fuzz-findings"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    narrow.install()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        targets = [one for one in make_targets(Path(folder)) if arguments.only in one.name]
+        intact = True
+        if arguments.check:
+            with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
+                for target in targets:
+                    end, output = try_content(target, (target.folder / target.file).read_bytes(), Path(work))
+                    if end != "read":
+                        print(f"found: the intact file of {target.name}: {end}\n{output.decode(errors='replace')}")
+                        intact = False
+            if not intact:
+                return 1
+        began = time.monotonic()
+        result = fuzz(
+            targets,
+            seed=arguments.seed,
+            num_inputs=arguments.inputs,
+            until=began + 60 * arguments.minutes,
+            keep=arguments.out,
+        )
+    for name, count in sorted(result.inputs.items()):
+        print(f"{name:30} {count:7,}")
+    total = result.inputs.total()
+    ends = ", ".join(f"{count:,} {end}" for end, count in result.ends.most_common())
+    print(f"{total:,} inputs in {time.monotonic() - began:.0f} s: {ends}")
+    for finding in result.findings:
+        print(f"found: {finding}")
+    return 1 if result.findings else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
