@@ -52,7 +52,7 @@ from wasteddp.training.build_model import build
 from wasteddp.training.checkpoint.reader import kept_choices
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.divergence import Retreat
+from wasteddp.training.divergence import Rollback
 from wasteddp.training.watchdog import slurm
 from wasteddp.training.watchdog.hard_exit import leave
 from wasteddp.training.watchdog.watchdog import Watchdog
@@ -76,8 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.closing(runtime), dataloaders.open_inputs(settings, runtime, server) as data:
                 start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
                 steps = 1 if arguments.check else None
-                code = divergence.rolling_back(
-                    lambda retreat: train(settings, runtime, data, start, retreat, max_steps=steps), settings, runtime
+                code = divergence.train_with_rollbacks(
+                    lambda rollback: train(settings, runtime, data, start, rollback, max_steps=steps),
+                    Path(settings.run.out),
+                    settings.train,
+                    runtime,
                 )
                 if arguments.check and code == EXIT_FINISHED:  # not after a signal
                     runtime.say(
@@ -97,7 +100,7 @@ def train(
     runtime: Runtime,
     data: dataloaders.Inputs,
     start: tuple[str, Sequence[str]],
-    retreat: Retreat,
+    rollback: Rollback,
     *,
     max_steps: int | None = None,
 ) -> int:
@@ -105,31 +108,28 @@ def train(
 
     Args:
         start: --resume and --accept-changes.
-        retreat: the number of rollbacks in this process and the learning-rate factor that they led to.
+        rollback: the number of rollbacks in this process and the learning-rate factor that they led to.
     """
     built = build(settings, runtime, data)  # all ranks
-    run, progress = session.begin(settings, built, data, start, retreat, max_steps=max_steps)  # all ranks
-    runtime, ddp, stepper, recipe, meter = run.runtime, built.ddp, built.stepper, built.recipe, run.meter
-    writes_report = runtime.is_main and run.is_recorded
-    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=writes_report), runtime.watch:
+    run, progress = session.begin(settings, built, data, start, rollback, max_steps=max_steps)  # all ranks
+    ddp, objective, optimizer = built.ddp, built.objective, built.optimizer
+    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=run.writes_report), runtime.watch:
         progress = run.open(progress)  # all ranks
         for batch, agreement in run.batches(progress):  # all ranks
             if agreement.stops:
                 progress = run.stop(progress, batch)  # all ranks
                 break
             progress, due = run.before_step(progress, batch, agreement)  # all ranks
-            lr = recipe.begin_step(built.optimizer, progress)
-            for number, micro in enumerate(runtime.micro_batches(batch, ddp)):
-                with meter.forward():
-                    images_BCHW, targets = recipe.inputs(micro, batch.epoch)
-                    loss = recipe.loss(ddp(images_BCHW), targets)
+            lr = optimizer.begin_step(progress)
+            for number, micro in enumerate(run.micro_batches(batch)):
+                with run.meter.forward():
+                    images_BCHW, targets = objective.inputs(micro, batch.epoch)
+                    loss = objective.loss(ddp(images_BCHW), targets)
                 if number == 0:
-                    stepper.zero_grad()  # here instead of after the step: a sixth faster on a CPU (docs/notes.md)
-                runtime.accelerator.backward(loss)  # all ranks
-                meter.add(loss)
-            norm = recipe.clip(is_asked=due.logs or run.guard.skips)  # all ranks
-            skipped = run.guard.step(stepper, meter.step_loss, norm)  # all ranks
-            progress = run.after_step(progress, batch, agreement, due, lr=lr, norm=norm, skipped=skipped)  # all ranks
+                    optimizer.zero_grad()  # here instead of after the step: a sixth faster on a CPU (docs/notes.md)
+                run.backward(loss)  # all ranks
+            update = run.step(optimizer, due)  # all ranks; skips a diverged step, if train.on_divergence is skip
+            progress = run.after_step(progress, batch, agreement, due, lr, update)  # all ranks
             if run.ends(progress, due):
                 break
         return run.finish(progress)  # all ranks

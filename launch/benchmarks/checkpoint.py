@@ -45,13 +45,13 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     from wasteddp.training import build_model
     from wasteddp.training.checkpoint.compatibility import Lineage
     from wasteddp.training.checkpoint.manager import CheckpointManager
-    from wasteddp.training.checkpoint.reader import Progress
+    from wasteddp.training.checkpoint.progress import Progress
     from wasteddp.training.dataloaders import Inputs
     from wasteddp.training.distributed import startup
     from wasteddp.training.optimization import optimizers
 
     runtime = startup.start_runtime(settings)
-    model, _ = build_model.make_network(settings, runtime, tuple("abcdef"))
+    model, _ = build_model.make_network(settings.model, runtime, tuple("abcdef"), seed=settings.run.seed, epochs=1)
     optimizer = optimizers.build(model, settings.optimizer)
     model(torch.randn(2, 3, 64, 64, device=runtime.device)).sum().backward()
     optimizer.step()  # so that the optimizer has a state

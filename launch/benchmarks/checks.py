@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
 from wasteddp.training import build_model, coverage_proof
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard
@@ -65,9 +65,11 @@ def measure(arguments: argparse.Namespace) -> None:
         config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
     )
     runtime = startup.start_runtime(settings)
-    model, _ = build_model.make_network(settings, runtime, [str(number) for number in range(_CLASSES)])
+    model, _ = build_model.make_network(
+        settings.model, runtime, [str(number) for number in range(_CLASSES)], seed=settings.run.seed, epochs=1
+    )
     optimizer = optimizers.build(model, settings.optimizer)
-    ddp, stepper = runtime.prepare(model, optimizer)
+    ddp, scaled = runtime.prepare(model, optimizer)
     size, px = settings.train.max_micro_batch or runtime.micro_batch, settings.data.image_size
     images = torch.randn(size, 3, px, px, device=runtime.device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, _CLASSES, (size,), device=runtime.device)
@@ -75,8 +77,8 @@ def measure(arguments: argparse.Namespace) -> None:
     def step() -> None:
         loss = torch.nn.functional.cross_entropy(ddp(images), labels)
         runtime.accelerator.backward(loss)
-        stepper.step()
-        stepper.zero_grad()
+        scaled.step()
+        scaled.zero_grad()
 
     step_s = _median_s(step, rounds) * runtime.accumulation
     runtime.accelerator.backward(torch.nn.functional.cross_entropy(ddp(images), labels))  # gradients for the norm
@@ -125,14 +127,14 @@ def _costs(
 
     def measure() -> None:
         meter.add(loss)
-        meter.step_done(guard.step(_Nothing(), meter.step_loss, None))
+        meter.step_done(guard.step(cast(Any, _Nothing()), meter.step_loss, needs_norm=False).skipped)
 
     def marks() -> None:
         for _ in runtime.watch.steps(iter([batch]), 0):
             runtime.watch.met(runtime.watch.meet())
 
     def report() -> None:
-        guard.judge(progress, dict(row) | meter.read(runtime, settings.train.batch_size), saves=False)
+        guard.check(progress, dict(row) | meter.read(runtime, settings.train.batch_size), saves=False)
         rows.append(json.dumps({"step": 1, **row}) + "\n")
 
     every_row = 1 / settings.train.log_every_steps
@@ -148,6 +150,9 @@ def _costs(
 
 class _Nothing:
     """An optimizer whose step takes no time: the timed step already includes it."""
+
+    def clip(self, *, is_asked: bool) -> None:
+        pass
 
     def step(self) -> None:
         pass

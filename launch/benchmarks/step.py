@@ -131,31 +131,31 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     from wasteddp.training import dataloaders
     from wasteddp.training.build_model import build
     from wasteddp.training.checkpoint.compatibility import Lineage
-    from wasteddp.training.checkpoint.reader import Progress
+    from wasteddp.training.checkpoint.progress import Progress
     from wasteddp.training.divergence import Guard
     from wasteddp.training.metrics import Meter
 
     runtime = startup.start_runtime(settings)
     data = stack.enter_context(dataloaders.open_inputs(settings, runtime))
     built, meter = build(settings, runtime, data), Meter(runtime.device)
-    runtime, ddp, optimizer, stepper, recipe = built.runtime, built.ddp, built.optimizer, built.stepper, built.recipe
+    runtime, ddp, objective, optimizer = built.runtime, built.ddp, built.objective, built.optimizer
     progress = Progress(Lineage.of(settings, data.manifest))
-    guard = Guard(settings, runtime, built.model, optimizer, num_classes=NUM_CLASSES, progress=progress)
+    guard = Guard(settings, runtime, built.model, optimizer.unwrapped, num_classes=NUM_CLASSES, progress=progress)
     batch = next(data.batches(0, 1, runtime))
 
     def step() -> None:
         guard.begin_step()
-        recipe.begin_step(optimizer, progress)
+        optimizer.begin_step(progress)
         for number, micro in enumerate(runtime.micro_batches(batch, ddp)):
-            images_BCHW, targets = recipe.inputs(micro, batch.epoch)
-            loss = recipe.loss(ddp(images_BCHW), targets)
+            images_BCHW, targets = objective.inputs(micro, batch.epoch)
+            loss = objective.loss(ddp(images_BCHW), targets)
             if number == 0:
-                stepper.zero_grad()
+                optimizer.zero_grad()
             runtime.accelerator.backward(loss)
             meter.add(loss)
-        skipped = guard.step(stepper, meter.step_loss, recipe.clip(is_asked=guard.skips))
-        built.average.update(progress.step, skipped)
-        meter.step_done(skipped)
+        update = guard.step(optimizer, meter.step_loss, needs_norm=False)
+        built.average.update(progress.step, update.skipped)
+        meter.step_done(update.skipped)
 
     return step
 

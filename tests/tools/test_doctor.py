@@ -25,7 +25,7 @@ from wasteddp.tools.finding import Finding, print_table, worst
 from wasteddp.tools.machine_checks import Device
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.tracking import wandb_client
 
 pytestmark = pytest.mark.usefixtures("full_width")  # these tests check the size of a checkpoint

@@ -16,7 +16,7 @@ from torch import nn
 from wasteddp import settings
 from wasteddp.errors import CheckpointError, StorageError
 from wasteddp.training.checkpoint.manager import CheckpointManager, Stateful
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import startup

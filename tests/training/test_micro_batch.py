@@ -23,12 +23,12 @@ from wasteddp.errors import DeviceMemoryError
 from wasteddp.model import resnet
 from wasteddp.order.plan import TrainPlan
 from wasteddp.training import micro_batch
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.micro_batch import attempt, choose_size, most_that_fit
-from wasteddp.training.recipe import Recipe
+from wasteddp.training.objective import Objective
 from wasteddp.training.watchdog.failures import explain
 
 AUTO = settings_file.parse(
@@ -71,7 +71,7 @@ def on_gpu(limit: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple
 
 
 def settle(runtime: Runtime, progress: Progress = START, settings: settings_file.Settings = AUTO) -> Any:
-    return choose_size(settings, runtime, cast(Recipe, None), cast(nn.Module, None), progress)
+    return choose_size(settings, runtime, cast(Objective, None), cast(nn.Module, None), progress)
 
 
 def test_on_a_gpu_the_largest_that_fits_is_taken_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_number_in_the_settings_is_left_alone() -> None:
     assert (runtime.micro_batch, runtime.micro_batch_reason) == (32, "")
 
 
-def real(settings: settings_file.Settings) -> tuple[Runtime, Recipe, nn.Module]:
+def real(settings: settings_file.Settings) -> tuple[Runtime, Objective, nn.Module]:
     runtime = startup.start_runtime(settings)
     train_split = SimpleNamespace(samples_per_class=(60, 40, 20), num_samples=120)
     data = SimpleNamespace(
@@ -138,29 +138,29 @@ def real(settings: settings_file.Settings) -> tuple[Runtime, Recipe, nn.Module]:
     )
     data.share_of_classes = (1 / 2, 1 / 3, 1 / 6)
     model = resnet.build("resnet18", 3).to(runtime.device)
-    recipe = Recipe(settings, runtime, cast(Inputs, data), model)
+    objective = Objective(settings, runtime, cast(Inputs, data), model)
     runtime.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    return runtime, recipe, model
+    return runtime, objective, model
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_an_attempt_leaves_no_trace(name: str) -> None:
     settings = settings_file.parse(AUTO.to_yaml(), [f"optimizer.name={name}", "augment.mixup=0.2"])
-    runtime, recipe, model = real(settings)
+    runtime, objective, model = real(settings)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
-    attempt(4, settings, runtime, recipe, model)
+    attempt(4, settings, runtime, objective, model)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_an_attempt_takes_all_images_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime, recipe, model = real(AUTO)
+    runtime, objective, model = real(AUTO)
     went: list[tuple[str, int]] = []
     model.register_forward_hook(lambda module, args, out: went.append(("forward", len(args[0]))))
     model.fc.register_full_backward_hook(lambda module, into, out: went.append(("backward", len(out[0]))))  # type: ignore[operator,union-attr]
-    attempt(4, AUTO, runtime, recipe, model)
+    attempt(4, AUTO, runtime, objective, model)
     assert went == [("forward", 4), ("backward", 4)]
 
 

@@ -14,7 +14,7 @@ from trainings import config_of, final_weights, rows
 
 from wasteddp import settings, train
 from wasteddp.model import resnet
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.divergence import Guard
 from wasteddp.training.optimization import optimizers

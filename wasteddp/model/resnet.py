@@ -12,7 +12,6 @@ Legend: B images of a micro-batch, L blocks.
 from __future__ import annotations
 
 from functools import partial
-from math import floor
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from wasteddp.data.augmentation.operations import to_device
 from wasteddp.errors import SettingsError
 from wasteddp.order.keyed_random import DEPTH, I64, uniform
-from wasteddp.settings import Model
 
 # In the order of the forward pass. Freezing a stage also freezes the stages before it.
 STAGES = {
@@ -69,24 +67,6 @@ def freeze(model: nn.Module, upto: str) -> None:
     """Disable gradients for every stage up to and including `upto`; "none": all stages stay trainable."""
     for module in frozen_stages(model, upto):
         module.requires_grad_(False)
-
-
-def frozen_at(freeze: str, unfreeze_every_epochs: float, epoch: float) -> str:
-    """Return the last frozen stage after `epoch` epochs, which may be a fraction; "none" if no stage is frozen.
-
-    Gradual unfreezing: every `unfreeze_every_epochs` epochs (0: never) the last frozen stage becomes trainable.
-    Source: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.3.
-    """
-    if freeze == "none" or not unfreeze_every_epochs:
-        return freeze
-    names = ["none", *STAGES]
-    num_unfrozen = floor(epoch / unfreeze_every_epochs + 1e-9)  # 0.3 / 0.1 is below 3 in floating point
-    return names[max(0, names.index(freeze) - num_unfrozen)]
-
-
-def frozen_to_the_end(settings: Model, epochs: int) -> str:
-    """Return the last stage that is still frozen in the last step of `epochs` epochs, and so is never trained."""
-    return frozen_at(settings.freeze, settings.unfreeze_every_epochs, epochs - 1e-6)  # an epoch has < 1e6 steps
 
 
 def drop_gradients(model: nn.Module, upto: str) -> None:

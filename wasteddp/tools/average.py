@@ -38,7 +38,8 @@ from wasteddp.settings import Settings
 from wasteddp.tools.bn_statistics import estimate_statistics, training_batches
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.best_model import card_of
-from wasteddp.training.checkpoint.reader import Progress, State
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import State
 
 _COUNT = ".num_batches_tracked"
 Say = Callable[[str], None]

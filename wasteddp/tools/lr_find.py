@@ -37,7 +37,7 @@ from wasteddp.settings import Settings
 from wasteddp.training import dataloaders, messages, micro_batch
 from wasteddp.training.build_model import build
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
@@ -170,9 +170,9 @@ def _measured(
 ) -> Found:
     """Train with one rate after the other until the loss explodes. Waits for each loss, unlike a training."""
     built = build(settings, runtime, data)
-    ddp, optimizer, stepper, recipe = built.ddp, built.optimizer, built.stepper, built.recipe
+    ddp, objective, optimizer = built.ddp, built.objective, built.optimizer
     progress = Progress(Lineage.of(settings, data.manifest))
-    runtime, progress = micro_batch.choose_size(settings, built.runtime, recipe, built.model, progress)
+    runtime, progress = micro_batch.choose_size(settings, built.runtime, objective, built.model, progress)
     say(messages.facts(settings, runtime, data, len(rates), built.origin))
     losses: list[float] = []
     smooth: list[float] = []
@@ -184,17 +184,17 @@ def _measured(
             progress = replace(progress, step=step, damaged=progress.damaged + len(batch.damage))
             if batch.damage:
                 messages.report_damage(runtime, say, batch.damage, progress.damaged, settings.data.max_damaged)
-            recipe.begin_step(optimizer, progress)
-            optimizers.set_learning_rate(optimizer, rate)
+            optimizer.begin_step(progress)
+            optimizers.set_learning_rate(optimizer.unwrapped, rate)
             total = torch.zeros((), device=runtime.device)
             for micro in runtime.micro_batches(batch, ddp):
-                images_BCHW, targets = recipe.inputs(micro, batch.epoch)
-                loss = recipe.loss(ddp(images_BCHW), targets)
+                images_BCHW, targets = objective.inputs(micro, batch.epoch)
+                loss = objective.loss(ddp(images_BCHW), targets)
                 runtime.accelerator.backward(loss)
                 total += loss.detach()
-            recipe.clip(is_asked=False)
-            stepper.step()
-            stepper.zero_grad()
+            optimizer.clip(is_asked=False)
+            optimizer.step()
+            optimizer.zero_grad()
             if not isfinite(found := float(total)):
                 stopped = f"step {step + 1} of {len(rates)}, with the rate {rate:.2g}: the loss is {found}"
                 break

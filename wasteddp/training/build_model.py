@@ -1,4 +1,4 @@
-"""Builds the network with its initial weights, DDP, the optimizer and the recipe from the settings."""
+"""Builds the network with its initial weights, DDP, the objective and the optimizer from the settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +13,13 @@ from torch import nn
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
 from wasteddp.model import ema, pretrained, resnet
 from wasteddp.settings import Model, Settings
+from wasteddp.training import schedule
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import compilation
 from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.objective import Objective
 from wasteddp.training.optimization import optimizers
-from wasteddp.training.recipe import Recipe
+from wasteddp.training.optimization.optimizers import ScheduledOptimizer
 
 _MOST_GRAPHS = 64  # that torch.compile may compile of one network
 
@@ -30,9 +31,8 @@ class Built:
     runtime: Runtime  # including whether this network is compiled
     model: nn.Module  # not wrapped, on the device
     ddp: nn.Module  # the model as Accelerate prepared it
-    optimizer: torch.optim.Optimizer  # not wrapped
-    stepper: Any  # the optimizer as Accelerate wraps it, for step() and zero_grad()
-    recipe: Recipe
+    objective: Objective
+    optimizer: ScheduledOptimizer
     average: ema.Average
     origin: str  # a description of the initial weights, for the log
 
@@ -44,29 +44,45 @@ def build(settings: Settings, runtime: Runtime, data: Inputs) -> Built:
         SettingsError, WeightsError: on every rank: the network is unknown, or its weights or a compiler are missing.
     """
     runtime = compilation.choose(settings, runtime, data.plan)  # all ranks
-    model, origin = make_network(settings, runtime, data.manifest.classes)  # all ranks
-    optimizer = optimizers.build(model, settings.optimizer)
-    recipe = Recipe(settings, runtime, data, model)  # all ranks
-    ddp, stepper = runtime.prepare(model, optimizer)  # all ranks
+    classes, seed, epochs = data.manifest.classes, settings.run.seed, settings.train.epochs
+    model, origin = make_network(settings.model, runtime, classes, seed=seed, epochs=epochs)  # all ranks
+    plain = optimizers.build(model, settings.optimizer)
+    objective = Objective(settings, runtime, data, model)  # all ranks
+    ddp, scaled = runtime.prepare(model, plain)  # all ranks
+    optimizer = ScheduledOptimizer(
+        model,
+        plain,
+        scaled,
+        runtime=runtime,
+        settings=settings.optimizer,
+        rates=settings.schedule,
+        model=settings.model,
+        epochs=settings.train.epochs,
+        steps_per_epoch=data.plan.steps_per_epoch,
+    )
     average = ema.average_of(settings.train.ema_decay, model, ddp)
-    return Built(runtime, model, ddp, optimizer, stepper, recipe, average, origin)
+    return Built(runtime, model, ddp, objective, optimizer, average, origin)
 
 
-def make_network(settings: Settings, runtime: Runtime, classes: Sequence[str]) -> tuple[nn.Module, str]:
+def make_network(
+    model: Model, runtime: Runtime, classes: Sequence[str], *, seed: int, epochs: int
+) -> tuple[nn.Module, str]:
     """Return the network on the device, with frozen stages, and the origin of its weights for the log. All ranks.
+
+    Args:
+        epochs: of the whole run; stages that it never trains are frozen permanently.
 
     Raises:
         SettingsError, WeightsError: on every rank: the network is unknown or its weights are missing.
     """
-    model = settings.model
-    torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
+    torch.manual_seed(seed)  # the same initial weights on every rank
     with runtime.together():
         network = resnet.build(model.arch, len(classes), zero_init=model.zero_init_residual)
         origin = load_weights(network, model, classes)
     if runtime.world_size > 1:
         found = {f"the weights of {origin}": hash_of_state(network)}
         runtime.require_equal(found, "copy the same file of weights to every machine")  # all ranks
-    resnet.freeze(network, resnet.frozen_to_the_end(model, settings.train.epochs))
+    resnet.freeze(network, schedule.frozen_to_the_end(model, epochs))
     return place(
         network, model, device=runtime.device, world_size=runtime.world_size, compiles=runtime.compiles
     ), origin

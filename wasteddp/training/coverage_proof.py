@@ -42,7 +42,7 @@ from wasteddp.order.coverage import digest, digest_of_epoch, signed
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING, TrainPlan
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.tracking.tracker import Tracker, roll_back
 

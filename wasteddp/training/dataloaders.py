@@ -121,7 +121,9 @@ def open_inputs(settings: Settings, runtime: Runtime, server: DecodeServer | Non
         train_loader = training_loader(
             train_reader,
             seed=settings.run.seed,
-            image_size_px=partial(side_px, settings=settings),
+            image_size_px=partial(
+                side_px, schedule=settings.schedule, full_px=settings.data.image_size, epochs=settings.train.epochs
+            ),
             crop_scale=settings.augment.crop_scale,
             crop_ratio=settings.augment.crop_ratio,
             workers=workers,

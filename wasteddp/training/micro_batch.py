@@ -5,9 +5,9 @@ which it started, not the size that would fit now. The global batch, and so the 
 accumulated micro-batches follows.
 
 On a GPU the size is found by bisection over the divisors of a process's share of the global batch. Each try is a
-forward and a backward pass of the real recipe at the largest image size of the run, on copies of the weights, with as
-much other memory allocated as the optimizer, the loader and a reserve will take. The result is the largest size that
-fits on every rank. On a CPU, where memory is seldom the limit, it is the largest divisor up to
+forward and a backward pass of the run's objective at its largest image size, on copies of the weights, with as much
+other memory allocated as the optimizer, the loader and a reserve will take. The result is the largest size that fits on
+every rank. On a CPU, where memory is seldom the limit, it is the largest divisor up to
 `startup.MOST_UNTRIED`, without a try.
 """
 
@@ -27,17 +27,17 @@ from wasteddp.data.batch import Batch
 from wasteddp.errors import DeviceMemoryError
 from wasteddp.order.plan import micro_batch
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.state import ONE_MOMENT
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.recipe import Recipe
+from wasteddp.training.objective import Objective
 
 _RESERVE = 0.1  # of the GPU's memory: fragmentation, larger cuDNN workspaces, gradient buckets
 _BATCHES_AHEAD = 2  # uint8 batches of a rank's share on the GPU: the current one and the next
 
 
 def choose_size(
-    settings: Settings, runtime: Runtime, recipe: Recipe, model: nn.Module, progress: Progress
+    settings: Settings, runtime: Runtime, objective: Objective, model: nn.Module, progress: Progress
 ) -> tuple[Runtime, Progress]:
     """Return the runtime and the progress with the chosen micro-batch size, after a checkpoint is restored. All ranks.
 
@@ -60,7 +60,7 @@ def choose_size(
             reason = f"the run started with {size}, which does not divide {share}: other BatchNorm groups from here on"
     elif runtime.device.type == "cuda":
         runtime.watch.at("trying how many images fit", slow=True)
-        size = min(runtime.gather(most_that_fit(share, _tried(settings, runtime, recipe, model))))  # all ranks
+        size = min(runtime.gather(most_that_fit(share, _tried(settings, runtime, objective, model))))  # all ranks
         if not size:
             raise _nothing_fits(settings)
         reason = f"the most of {share} that fit on every GPU with {_RESERVE:.0%} of its memory to spare"
@@ -80,11 +80,11 @@ def most_that_fit(images: int, fits: Callable[[int], bool]) -> int:
     return divisors[number - 1] if number else 0
 
 
-def _tried(settings: Settings, runtime: Runtime, recipe: Recipe, model: nn.Module) -> Callable[[int], bool]:
+def _tried(settings: Settings, runtime: Runtime, objective: Objective, model: nn.Module) -> Callable[[int], bool]:
     def fits(size: int) -> bool:
         fitted = True
         try:
-            attempt(size, settings, runtime, recipe, model)
+            attempt(size, settings, runtime, objective, model)
         except torch.OutOfMemoryError:
             fitted = False
         # after the handler: the error references the frames of the attempt, and so its tensors
@@ -96,7 +96,7 @@ def _tried(settings: Settings, runtime: Runtime, recipe: Recipe, model: nn.Modul
     return fits
 
 
-def attempt(size: int, settings: Settings, runtime: Runtime, recipe: Recipe, model: nn.Module) -> None:
+def attempt(size: int, settings: Settings, runtime: Runtime, objective: Objective, model: nn.Module) -> None:
     """Run a step with `size` images in a micro-batch on this rank, in the memory that it will have, without effects.
 
     It does not use DDP: a rank that runs out of memory would leave the others in a collective. It uses copies of the
@@ -121,12 +121,12 @@ def attempt(size: int, settings: Settings, runtime: Runtime, recipe: Recipe, mod
     batch = Batch(0, 0, images, torch.zeros(size, dtype=torch.int64), samples, samples, ())
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
-            module.eval()  # it would wait for the other ranks; `Recipe.begin_step` restores the training mode
+            module.eval()  # it would wait for the other ranks; `begin_step` restores the training mode
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generators, torch.compiler.set_stance("force_eager"):  # compiling each size would take minutes
-        images_BCHW, targets = recipe.inputs(batch, 0)
+        images_BCHW, targets = objective.inputs(batch, 0)
         logits_BK = functional_call(model, {**weights, **buffers}, (images_BCHW,))
-        loss = recipe.loss(logits_BK, targets)
+        loss = objective.loss(logits_BK, targets)
         gradients.clear()
         torch.autograd.backward(loss)
     if device.type == "cuda":

@@ -13,7 +13,8 @@ from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, TrackingError
 from wasteddp.files import write_atomically
 from wasteddp.settings import Settings
 from wasteddp.training import messages
-from wasteddp.training.checkpoint.reader import Checkpoint, Progress
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import Checkpoint
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.tracking import run_id

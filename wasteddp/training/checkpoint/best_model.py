@@ -15,7 +15,7 @@ from wasteddp.inference.bundle import Averaged, BundleCard, Hashes, Preprocessin
 from wasteddp.inference.evaluation_files import save_seen
 from wasteddp.inference.reliability import Seen
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 

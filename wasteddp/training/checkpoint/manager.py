@@ -29,7 +29,8 @@ from wasteddp.training.checkpoint.compatibility import (
     changed_settings,
     refuse_finished,
 )
-from wasteddp.training.checkpoint.reader import Checkpoint, Progress, States
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import Checkpoint, States
 from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_run
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
 from wasteddp.training.dataloaders import Inputs

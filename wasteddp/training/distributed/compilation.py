@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from wasteddp.errors import SettingsError
-from wasteddp.model import resnet
 from wasteddp.order.plan import TrainPlan
 from wasteddp.settings import Settings
 from wasteddp.training import schedule
@@ -112,14 +111,16 @@ class Work:
         model, left = settings.model, steps_per_epoch * settings.train.epochs
         left = min(left, settings.train.stop_at_step or left)
         num_images, graphs = 0.0, set()
-        for epoch in range(settings.train.epochs):
-            steps, side = min(left, steps_per_epoch), schedule.side_px(epoch, settings)
+        epochs, full_px = settings.train.epochs, settings.data.image_size
+        for epoch in range(epochs):
+            steps = min(left, steps_per_epoch)
+            side = schedule.side_px(epoch, settings.schedule, full_px=full_px, epochs=epochs)
             if not steps:
                 break
             left -= steps
-            num_images += steps * images_a_step * (side / settings.data.image_size) ** 2
+            num_images += steps * images_a_step * (side / full_px) ** 2
             for moment in (epoch, epoch + (steps - 1) / steps_per_epoch):
-                graphs.add((side, resnet.frozen_at(model.freeze, model.unfreeze_every_epochs, moment)))
+                graphs.add((side, schedule.frozen_at(model.freeze, model.unfreeze_every_epochs, moment)))
         return cls(num_images, len(graphs) + 1)
 
 

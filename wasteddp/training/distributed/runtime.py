@@ -169,10 +169,10 @@ class Runtime:
         with warnings.catch_warnings():
             # torch 2.14 renames broadcast_buffers; accelerate 1.15 and torch 2.11 know only the old name
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            ddp, stepper = self.accelerator.prepare(model, optimizer)
+            ddp, scaled = self.accelerator.prepare(model, optimizer)
         if self.sent_in_order and self.world_size > 1:
             determinism.add_in_order(ddp, self.sent_in_order)
-        return ddp, stepper
+        return ddp, scaled
 
     def close(self) -> None:
         self.accelerator.end_training()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wasteddp.data.augmentation.augment import Augment
     from wasteddp.data.manifest import Manifest
     from wasteddp.inference.reliability import Seen
-    from wasteddp.training.checkpoint import reader
+    from wasteddp.training.checkpoint import progress
     from wasteddp.training.dataloaders import Inputs
 
 METRICS_FILE = "metrics.jsonl"  # in run.out: a row of metrics in each line
@@ -189,7 +189,7 @@ class RunTracker:
 def run_tracker(
     settings: Settings,
     manifest: Manifest,
-    progress: reader.Progress,
+    progress: progress.Progress,
     *,
     last_step: int,
     own: bool,
