@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             contextlib.ExitStack() as stack,
         ):
             watch.start(settings)
-            server = stack.enter_context(dataloaders.start_early(settings))
+            server = stack.enter_context(dataloaders.start_early(settings.data))
             kept = kept_choices(Path(settings.run.out), arguments.resume)
             runtime = startup.start_runtime(settings, watch, kept)  # all ranks
             with contextlib.closing(runtime), dataloaders.open_inputs(settings, runtime, server) as data:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
                 return code
     except StoppedError:  # all ranks, before the first step; later the loop handles a stop
-        return run_folder.stopped_before_it_began(settings, is_check=arguments.check)
+        return run_folder.stopped_before_it_began(Path(settings.run.out), is_check=arguments.check)
     except Exception as error:
         return watch.failed(error)
     finally:

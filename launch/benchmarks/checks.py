@@ -29,7 +29,7 @@ from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard
-from wasteddp.training.metrics import Meter
+from wasteddp.training.meter import Meter
 from wasteddp.training.optimization import optimizers
 from wasteddp.training.tracking.journal import Journal
 from wasteddp.training.watchdog.heartbeat import Beat, HeartbeatStore
@@ -131,7 +131,7 @@ def _costs(
 
     def marks() -> None:
         for _ in runtime.watch.steps(iter([batch]), 0):
-            runtime.watch.met(runtime.watch.meet())
+            runtime.watch.leave_collective(runtime.watch.enter_collective())
 
     def report() -> None:
         guard.check(progress, dict(row) | meter.read(runtime, settings.train.batch_size), saves=False)

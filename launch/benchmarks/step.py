@@ -133,7 +133,7 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     from wasteddp.training.checkpoint.compatibility import Lineage
     from wasteddp.training.checkpoint.progress import Progress
     from wasteddp.training.divergence import Guard
-    from wasteddp.training.metrics import Meter
+    from wasteddp.training.meter import Meter
 
     runtime = startup.start_runtime(settings)
     data = stack.enter_context(dataloaders.open_inputs(settings, runtime))

@@ -31,9 +31,9 @@ from wasteddp.data.decoding.decode import encode_jpeg
 from wasteddp.parallel import num_usable_cores
 from wasteddp.training import messages
 from wasteddp.training.distributed import startup
-from wasteddp.training.metrics import Meter
+from wasteddp.training.meter import Meter
 from wasteddp.training.tracking.pictures import Gallery, Picture
-from wasteddp.training.tracking.run_id import Label
+from wasteddp.training.tracking.run_id import RunIdentity
 from wasteddp.training.tracking.tracker import RunTracker
 
 _LONGEST_SLEEP_S = 0.5  # a limit for slow machines, so that the benchmark ends in time
@@ -70,8 +70,10 @@ def measure(settings: settings_file.Settings, folder: Path, step_s: float, steps
     """Print the cost of tracking `steps` steps in `folder`."""
     runtime = startup.start_runtime(settings)
     began = time.perf_counter()
-    label = Label("bench", "bench", "wasteddp-bench", "", "", "bench", (), settings.model_dump(mode="json"), _dataset())
-    tracker = RunTracker(folder, label, track=settings.track, total_steps=steps, resumed_step=0)
+    identity = RunIdentity(
+        "bench", "bench", "wasteddp-bench", "", "", "bench", (), settings.model_dump(mode="json"), _dataset()
+    )
+    tracker = RunTracker(folder, identity, track=settings.track, total_steps=steps, resumed_step=0)
     print(f"start: {1000 * (time.perf_counter() - began):.0f} ms of the loop", flush=True)
     time.sleep(10)  # W&B starts in its thread meanwhile, which does not count as a cost of steps
     meter, in_loop_s = Meter(runtime.device), 0.0

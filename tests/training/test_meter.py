@@ -15,7 +15,7 @@ from trainings import config_of
 
 from wasteddp import settings, train
 from wasteddp.training.distributed import startup
-from wasteddp.training.metrics import Meter, starved_fraction
+from wasteddp.training.meter import Meter, starved_fraction
 
 
 class Waits(TorchDispatchMode):

@@ -54,7 +54,7 @@ def test_it_is_the_largest_divisor_that_fits_found_in_few_attempts(images: int, 
 def full_above(limit: int, tried: list[int]) -> Any:
     """Return an attempt on a GPU that has memory for a given number of images."""
 
-    def attempted(size: int, *_: Any) -> None:
+    def attempted(size: int, **_: Any) -> None:
         tried.append(size)
         if size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -149,7 +149,14 @@ def test_an_attempt_leaves_no_trace(name: str) -> None:
     runtime, objective, model = real(settings)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
-    attempt(4, settings, runtime, objective, model)
+    attempt(
+        4,
+        runtime,
+        objective,
+        model,
+        image_size=settings.data.image_size,
+        optimizer=settings.optimizer.name,
+    )
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
@@ -160,7 +167,14 @@ def test_an_attempt_takes_all_images_forwards_and_backwards(monkeypatch: pytest.
     went: list[tuple[str, int]] = []
     model.register_forward_hook(lambda module, args, out: went.append(("forward", len(args[0]))))
     model.fc.register_full_backward_hook(lambda module, into, out: went.append(("backward", len(out[0]))))  # type: ignore[operator,union-attr]
-    attempt(4, AUTO, runtime, objective, model)
+    attempt(
+        4,
+        runtime,
+        objective,
+        model,
+        image_size=AUTO.data.image_size,
+        optimizer=AUTO.optimizer.name,
+    )
     assert went == [("forward", 4), ("backward", 4)]
 
 

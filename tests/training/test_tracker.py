@@ -9,8 +9,7 @@ import pytest
 from tracked import log, tracker_of
 from trainings import rows
 
-from wasteddp.training.tracking.journal import METRICS, is_known
-from wasteddp.training.tracking.tracker import roll_back
+from wasteddp.training.tracking.journal import METRICS, is_known, roll_back
 from wasteddp.training.tracking.wandb_sync import BEST, MEDIA
 
 

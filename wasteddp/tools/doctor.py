@@ -120,19 +120,22 @@ def _examine_run(settings: Settings, runtime: Runtime, leaves_s: float) -> list[
     shards, opened = run_checks.check_shards(settings, runtime.rank)
     classes = opened.manifest.classes if opened else ("",) * _ASSUMED_CLASSES
     runtime.watch.at("loading the initial weights", slow=True)
-    weights = run_checks.check_weights(settings, classes)
+    weights = run_checks.check_weights(settings.model, settings.train.teacher, classes)
     # the same on all ranks, also where one cannot read the classes: sums of different sizes would hang
-    num_bytes = max(runtime.gather(run_checks.model_bytes(settings, len(classes))))
+    num_bytes = max(runtime.gather(run_checks.model_bytes(settings.model.arch, len(classes))))
     findings = [_worst_of_ranks(runtime, one) for one in (shards, weights)]
     findings.append(machine_checks.check_all_reduce(runtime, num_bytes))
     runtime.watch.at("checking the disk and the dashboard", slow=True)
     out = Path(settings.run.out)
     if runtime.is_main:
+        size = state.room_for_checkpoint(
+            num_bytes, optimizer=settings.optimizer.name, ema_decay=settings.train.ema_decay
+        )
         findings += [run_checks.check_folder(settings, opened)] if opened else []
         findings += [
             run_checks.check_file_system(out),
-            run_checks.check_disk(out, state.room_for_run(settings, num_bytes)),
-            run_checks.check_save(out, state.room_for_checkpoint(settings, num_bytes), leaves_s),
+            run_checks.check_disk(out, state.room_for_run(num_bytes, size, keep_last=settings.checkpoint.keep_last)),
+            run_checks.check_save(out, size, leaves_s),
             run_checks.check_wandb(settings.track.wandb),
         ]
     return list(runtime.gather(findings)[0])

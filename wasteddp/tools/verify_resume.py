@@ -21,7 +21,6 @@ from rich.table import Table
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, SettingsError, storage
 from wasteddp.files import read_rows
-from wasteddp.settings import Settings
 from wasteddp.training.distributed.launcher import Processes
 
 _POLL_S = 0.02
@@ -115,7 +114,15 @@ def prove(
         done.append(_kill(ranks, interrupted, number, moment, name, delay_s))
         say(f"attempt {number}: {done[-1].processes} process(es), {name} after step {done[-1].steps_done}")
     _finish(Processes.start(_arguments(config, fixed, interrupted), processes[kills % len(processes)], interrupted))
-    proof = compare(undisturbed, interrupted, settings=settings, seed=seed, processes=tuple(processes), kills=done)
+    proof = compare(
+        undisturbed,
+        interrupted,
+        precision=settings.precision,
+        deterministic=settings.run.deterministic,
+        seed=seed,
+        processes=tuple(processes),
+        kills=done,
+    )
     with storage("writing the receipt", out):
         (out / "receipt.json").write_text(json.dumps(asdict(proof) | {"holds": proof.holds}, indent=1))
         if proof.holds:
@@ -128,7 +135,8 @@ def compare(
     undisturbed: Path,
     interrupted: Path,
     *,
-    settings: Settings,
+    precision: str,
+    deterministic: bool,
     seed: int,
     processes: tuple[int, ...],
     kills: Sequence[Kill],
@@ -147,8 +155,8 @@ def compare(
     return Proof(
         seed=seed,
         processes=processes,
-        precision=settings.precision,
-        deterministic=settings.run.deterministic,
+        precision=precision,
+        deterministic=deterministic,
         kills=tuple(kills),
         rows=tuple(rows),
         final_weights=weights,

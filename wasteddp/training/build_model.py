@@ -76,7 +76,7 @@ def make_network(
         SettingsError, WeightsError: on every rank: the network is unknown or its weights are missing.
     """
     torch.manual_seed(seed)  # the same initial weights on every rank
-    with runtime.together():
+    with runtime.sharing_errors():
         network = resnet.build(model.arch, len(classes), zero_init=model.zero_init_residual)
         origin = load_weights(network, model, classes)
     if runtime.world_size > 1:

@@ -41,10 +41,11 @@ from wasteddp.errors import CoverageError
 from wasteddp.order.coverage import digest, digest_of_epoch, signed
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING, TrainPlan
-from wasteddp.settings import Settings
+from wasteddp.settings import Run
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.tracking.tracker import Tracker, roll_back
+from wasteddp.training.tracking.journal import roll_back
+from wasteddp.training.tracking.tracker import Tracker
 
 STEPS = "steps.jsonl"
 _HEX_DIGITS = 16
@@ -112,9 +113,9 @@ class StepHashes:
         resumed_step: number of optimizer steps done when the run starts.
     """
 
-    def __init__(self, settings: Settings, runtime: Runtime, resumed_step: int) -> None:
-        self._is_on, self._runtime = settings.run.record_steps, runtime
-        self._path = Path(settings.run.out) / STEPS
+    def __init__(self, run: Run, runtime: Runtime, resumed_step: int) -> None:
+        self._is_on, self._runtime = run.record_steps, runtime
+        self._path = Path(run.out) / STEPS
         if self._is_on and runtime.is_main:
             roll_back(self._path, resumed_step)
 

@@ -27,7 +27,7 @@ from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
 from wasteddp.order.shuffle_quality import Labels
-from wasteddp.settings import Settings
+from wasteddp.settings import Data, Settings
 from wasteddp.training.device_batches import copied_ahead
 from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
@@ -87,8 +87,8 @@ def open_inputs(settings: Settings, runtime: Runtime, server: DecodeServer | Non
         ShardError, SettingsError: on every rank: one of them cannot open or use the shards.
     """
     with ExitStack() as stack:
-        with runtime.together():
-            refuse_device_decoding(settings, runtime.device.type)
+        with runtime.sharing_errors():
+            refuse_device_decoding(settings.data.decode, runtime.device.type)
             shards = stack.enter_context(open_dataset(settings.data, rank=runtime.rank, stopped=STOP.__bool__))
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
@@ -163,19 +163,19 @@ def open_inputs(settings: Settings, runtime: Runtime, server: DecodeServer | Non
 
 
 @contextmanager
-def start_early(settings: Settings) -> Iterator[DecodeServer | None]:
+def start_early(data: Data) -> Iterator[DecodeServer | None]:
     """Start the server of the decoding processes, if the run will use any. It imports its modules while this process
     joins the other ranks and starts CUDA."""
-    if not settings.data.uses_processes("cuda" if has_gpu() else "cpu"):
+    if not data.uses_processes("cuda" if has_gpu() else "cpu"):
         yield None
         return
     with DecodeServer() as server:
         yield server
 
 
-def refuse_device_decoding(settings: Settings, device_type: str) -> None:
+def refuse_device_decoding(decode: str, device_type: str) -> None:
     """Raise a SettingsError if data.decode is gpu and there is no GPU."""
-    if settings.data.decode == "gpu" and device_type != "cuda":
+    if decode == "gpu" and device_type != "cuda":
         raise SettingsError(
             f"data.decode is gpu and this process computes on {device_type}",
             "its images would never be decoded",

@@ -192,7 +192,7 @@ def train_with_rollbacks(train: Callable[[Rollback], int], out: Path, asked: Tra
             runtime.accelerator.free_memory()  # frees the diverged model before the next one is built
             newest = _newest_step(folder, runtime)  # all ranks
             if rollback.rollbacks and newest == rollback.from_step:
-                with runtime.together():
+                with runtime.sharing_errors():
                     if runtime.is_main and newest >= 0:
                         with storage("removing a checkpoint that diverges", folder):
                             shutil.rmtree(listed(folder)[-1])

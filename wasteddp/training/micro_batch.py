@@ -17,6 +17,7 @@ import gc
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,9 +61,18 @@ def choose_size(
             reason = f"the run started with {size}, which does not divide {share}: other BatchNorm groups from here on"
     elif runtime.device.type == "cuda":
         runtime.watch.at("trying how many images fit", slow=True)
-        size = min(runtime.gather(most_that_fit(share, _tried(settings, runtime, objective, model))))  # all ranks
+        largest = partial(
+            attempt,
+            runtime=runtime,
+            objective=objective,
+            model=model,
+            image_size=settings.data.image_size,
+            optimizer=settings.optimizer.name,
+        )
+        fits = partial(_fits, attempt=largest, device=runtime.device)
+        size = min(runtime.gather(most_that_fit(share, fits)))  # all ranks
         if not size:
-            raise _nothing_fits(settings)
+            raise _nothing_fits(settings.model.arch, settings.data.image_size)
         reason = f"the most of {share} that fit on every GPU with {_RESERVE:.0%} of its memory to spare"
     else:
         size, reason = runtime.micro_batch, runtime.micro_batch_reason
@@ -80,39 +90,42 @@ def most_that_fit(images: int, fits: Callable[[int], bool]) -> int:
     return divisors[number - 1] if number else 0
 
 
-def _tried(settings: Settings, runtime: Runtime, objective: Objective, model: nn.Module) -> Callable[[int], bool]:
-    def fits(size: int) -> bool:
-        fitted = True
-        try:
-            attempt(size, settings, runtime, objective, model)
-        except torch.OutOfMemoryError:
-            fitted = False
-        # after the handler: the error references the frames of the attempt, and so its tensors
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(runtime.device)  # memory/peak_mb must not include the attempts
-        return fitted
-
+def _fits(size: int, attempt: Callable[[int], None], device: torch.device) -> bool:
+    fits = True
+    try:
+        attempt(size)
+    except torch.OutOfMemoryError:
+        fits = False
+    # after the handler: the error references the frames of the attempt, and so its tensors
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # memory/peak_mb must not include the attempts
     return fits
 
 
-def attempt(size: int, settings: Settings, runtime: Runtime, objective: Objective, model: nn.Module) -> None:
+def attempt(
+    size: int, runtime: Runtime, objective: Objective, model: nn.Module, *, image_size: int, optimizer: str
+) -> None:
     """Run a step with `size` images in a micro-batch on this rank, in the memory that it will have, without effects.
 
     It does not use DDP: a rank that runs out of memory would leave the others in a collective. It uses copies of the
     weights, because DDP's hooks on the original weights count their backward passes.
 
+    Args:
+        image_size: the largest of the run.
+        optimizer: its name.
+
     Raises:
         torch.OutOfMemoryError: the micro-batch does not fit.
     """
-    device, side = runtime.device, settings.data.image_size
+    device, side = runtime.device, image_size
     share = runtime.micro_batch * runtime.accumulation
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     kept = [torch.empty(int(_RESERVE * total) + _BATCHES_AHEAD * share * 3 * side**2, dtype=torch.uint8, device=device)]
     weights = {
         name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in model.named_parameters()
     }
-    if settings.optimizer.name not in ONE_MOMENT:  # the copies of the weights take the place of the first moment
+    if optimizer not in ONE_MOMENT:  # the copies of the weights take the place of the first moment
         kept += [torch.empty_like(tensor) for tensor in weights.values()]
     gradients = [torch.empty_like(tensor) for tensor in weights.values()]  # of the previous step
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
@@ -133,9 +146,9 @@ def attempt(size: int, settings: Settings, runtime: Runtime, objective: Objectiv
         torch.cuda.synchronize(device)
 
 
-def _nothing_fits(settings: Settings) -> DeviceMemoryError:
+def _nothing_fits(arch: str, image_size: int) -> DeviceMemoryError:
     return DeviceMemoryError(
-        f"a GPU has too little memory to train {settings.model.arch} on one image of {settings.data.image_size} px "
+        f"a GPU has too little memory to train {arch} on one image of {image_size} px "
         f"with {_RESERVE:.0%} of the memory in reserve",
         "no micro-batch would fit",
         "lower data.image_size, use a smaller model.arch, or stop other programs on the GPU (see nvidia-smi)",

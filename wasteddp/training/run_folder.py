@@ -42,7 +42,7 @@ def begin_run(
         is_recorded: False if the run was finished and closed before this start: its files stay as they are.
     """
     tracker: Tracker = NoTracker()
-    with runtime.together():
+    with runtime.sharing_errors():
         if runtime.is_main and not is_recorded:
             tracker = ConsoleTracker()
             tracker.id = progress.tracker_id
@@ -72,11 +72,10 @@ def mark_resumable(out: Path) -> None:
     write_atomically(out / _RESUMABLE_MARK, b"")
 
 
-def stopped_before_it_began(settings: Settings, *, is_check: bool) -> int:
+def stopped_before_it_began(out: Path, *, is_check: bool) -> int:
     """Report a stop by a signal before the first step, mark the run as resumable, and return the exit code."""
     if environment.launched("RANK", 0) == 0:
         print(messages.stopped_before_it_began(STOP.signal_name), flush=True)
-        out = Path(settings.run.out)
         try:
             if not is_check:
                 out.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard, Rollback, Update
 from wasteddp.training.evaluate import evaluate
-from wasteddp.training.metrics import Meter
+from wasteddp.training.meter import Meter
 from wasteddp.training.optimization.optimizers import ScheduledOptimizer
 from wasteddp.training.schedule import Due, Intervals, has_new_size
 from wasteddp.training.tracking.profiler import Profiler
@@ -66,7 +66,7 @@ def begin(
     manager = CheckpointManager(settings, built.runtime, data, built.model, optimizer, further=built.average.states)
     teacher, origin = built.objective.teacher.sha256, built.origin
     progress = Progress(Lineage.of(settings, data.manifest, teacher=teacher))
-    measure = measure_of(settings, progress.lineage)
+    measure = measure_of(settings.data, settings.evaluate, data.manifest.sha256)
     progress, changes = replace(progress, best_in=measure), []
     if checkpoint := manager.starting_point(*start, lineage=progress.lineage):
         before, progress = checkpoint.progress, checkpoint.progress.started_again(progress.lineage, measure)
@@ -93,7 +93,7 @@ def begin(
         guard=Guard(settings, runtime, built.model, optimizer, num_classes=num_classes, progress=progress),
         meter=Meter(runtime.device),
         profiler=Profiler(settings.profile, runtime, Path(settings.run.out) / "profile", tracker.say),
-        hashes=StepHashes(settings, runtime, progress.step),
+        hashes=StepHashes(settings.run, runtime, progress.step),
     )  # fmt: skip
     return session, progress
 

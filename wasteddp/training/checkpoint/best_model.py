@@ -25,12 +25,17 @@ def save_best(
     *,
     card: BundleCard,
     seen: Seen,
-    settings: Settings,
+    out: Path,
+    shards: str,
     runtime: Runtime,
     data: Inputs,
 ) -> None:
-    """Write the bundle, then its evaluation. Rank 0, in the thread that writes checkpoints."""
-    out = Path(settings.run.out)
+    """Write the bundle, then its evaluation. Rank 0, in the thread that writes checkpoints.
+
+    Args:
+        out: folder of the run.
+        shards: data.shards, for the record of the evaluation.
+    """
     card = save_bundle(out / "model", card, weights)
     save_seen(
         out / "evaluations" / seen.split,
@@ -40,7 +45,7 @@ def save_best(
         manifest_sha256=data.manifest.sha256,
         options={
             "split": seen.split,
-            "shards": settings.data.shards,
+            "shards": shards,
             "by": "training",
             "precision": runtime.precision,
             "device": runtime.device.type,

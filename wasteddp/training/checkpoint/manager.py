@@ -31,7 +31,7 @@ from wasteddp.training.checkpoint.compatibility import (
 )
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.reader import Checkpoint, States
-from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_run
+from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_checkpoint, room_for_run
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
@@ -81,10 +81,15 @@ class CheckpointManager:
         self.num_failed, self._stall_ms = 0, 0.0
         self.changes: list[str] = []  # from the checkpoint that the run continues from to this start, a line each
         self.notice = Notice.of(os.environ)
-        with runtime.together():
+        with runtime.sharing_errors():
             if runtime.is_main:
                 there = sum(path.stat().st_size for path in self._checkpoints.glob("step-*/*"))
-                refuse_full_disk(self._folder, room_for_run(settings, self.state.model_bytes) - there)
+                model_bytes = self.state.model_bytes
+                size = room_for_checkpoint(
+                    model_bytes, optimizer=settings.optimizer.name, ema_decay=settings.train.ema_decay
+                )
+                room = room_for_run(model_bytes, size, keep_last=settings.checkpoint.keep_last)
+                refuse_full_disk(self._folder, room - there)
                 self._claim = RunLock(self._checkpoints, runtime.say, wait_s=LOCK_WAIT_S)
                 recover(self._checkpoints)
                 self._writer = CheckpointWriter(
@@ -118,17 +123,17 @@ class CheckpointManager:
         """
         try:
             found: Checkpoint | None = None
-            with self._runtime.together():
+            with self._runtime.sharing_errors():
                 if self._runtime.is_main:
                     found = reader.starting_point(self._checkpoints, resume, self._runtime.say)
             path = self._runtime.gather(found and found.path)[0]  # all ranks
-            with self._runtime.together():
+            with self._runtime.sharing_errors():
                 if path and not found:
                     found = reader.read(path)
             if found:  # on all ranks
                 remedy = "give every machine the same checkpoint, or one file system for run.out"
                 self._runtime.require_equal({f"{found.path}": found.sha256[:12]}, remedy)  # all ranks
-            with self._runtime.together():
+            with self._runtime.sharing_errors():
                 if found:
                     changes = accepted_changes(found.progress.lineage, lineage, accepted, where=found.path)
                     self.changes = changes + changed_settings(found.settings_yaml, self._settings)
@@ -175,7 +180,7 @@ class CheckpointManager:
         """
         began = time.perf_counter()
         states = self.state.tensors()  # all ranks
-        with self._runtime.together():
+        with self._runtime.sharing_errors():
             if self._writer:
                 self._settle()
                 scaler, request = self._runtime.accelerator.scaler, self._folder / SAVE_REQUEST
@@ -183,7 +188,15 @@ class CheckpointManager:
                 if best:
                     settings, data = self._settings, self._data
                     card = card_of(settings, data.manifest, progress, epoch=epoch, commit=self._commit)
-                    save = partial(save_best, card=card, seen=best, settings=settings, runtime=self._runtime, data=data)
+                    save = partial(
+                        save_best,
+                        card=card,
+                        seen=best,
+                        out=self._folder,
+                        shards=settings.data.shards,
+                        runtime=self._runtime,
+                        data=data,
+                    )
                     keep_best = partial(self._save_best, save)
                 self._writer.save(
                     replace(
@@ -199,7 +212,7 @@ class CheckpointManager:
                 )
                 self._saved_at = self._clock()
         if self.notice.is_measuring:
-            with self._runtime.together():
+            with self._runtime.sharing_errors():
                 if self._writer:
                     self._writer.wait()
             self.notice.save_s = time.perf_counter() - began
@@ -212,7 +225,7 @@ class CheckpointManager:
         Raises:
             StorageError: on every rank: the save failed, and failed again when it was retried.
         """
-        with self._runtime.together():
+        with self._runtime.sharing_errors():
             self._insist()
 
     def close(self) -> None:
@@ -221,7 +234,7 @@ class CheckpointManager:
         Raises:
             StorageError: on every rank: the last save failed, and failed again when it was retried.
         """
-        with self._runtime.together():
+        with self._runtime.sharing_errors():
             self._insist()
             if self._writer:
                 self._writer.close()

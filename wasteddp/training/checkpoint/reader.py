@@ -32,7 +32,8 @@ from safetensors.torch import load
 
 from wasteddp.errors import CheckpointError
 from wasteddp.files import read_regular
-from wasteddp.training.checkpoint.compatibility import Lineage, measure_of_settings
+from wasteddp.settings import Data, Evaluate
+from wasteddp.training.checkpoint.compatibility import Lineage, measure_of
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 
@@ -179,7 +180,9 @@ def read(path: Path) -> Checkpoint:
         if missing := {"model", "optimizer"} - states.keys():
             raise ValueError(f"it has no state of: {', '.join(sorted(missing))}")
         if "best_in" not in raw:  # not recorded until 2026-11
-            raw["best_in"] = measure_of_settings(yaml.safe_load(settings_yaml) or {}, lineage.manifest)
+            tree = yaml.safe_load(settings_yaml) or {}
+            data = Data.model_construct(**tree.get("data", {}))
+            raw["best_in"] = measure_of(data, Evaluate.model_construct(**tree.get("evaluate", {})), lineage.manifest)
         progress = Progress(lineage=lineage, **raw)
         if _step_in(path) not in (0, progress.step):  # a checkpoint that was copied to an arbitrary name has step 0
             raise ValueError(f"its name says step {_step_in(path)}, and it holds step {progress.step}")

@@ -13,7 +13,6 @@ from torch import nn
 
 from wasteddp.errors import CheckpointError
 from wasteddp.model.resnet import running_statistics
-from wasteddp.settings import Settings
 from wasteddp.training.checkpoint.reader import Checkpoint
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
@@ -82,7 +81,7 @@ class RunState:
         Raises:
             CheckpointError: on every rank: the checkpoint lacks a state that this run has.
         """
-        with self._runtime.together():
+        with self._runtime.sharing_errors():
             if missing := self._further.keys() - checkpoint.states.keys():
                 raise CheckpointError(
                     f"{checkpoint.path} has no state of: {', '.join(sorted(missing))}",
@@ -106,15 +105,14 @@ class RunState:
         )
 
 
-def room_for_checkpoint(settings: Settings, model_bytes: int) -> int:
+def room_for_checkpoint(model_bytes: int, *, optimizer: str, ema_decay: float) -> int:
     """Return the bytes of a checkpoint: the weights, their average, and the optimizer's moments."""
-    moments = 1 if settings.optimizer.name in ONE_MOMENT else 2
-    return model_bytes * (1 + (settings.train.ema_decay > 0) + moments)
+    return model_bytes * (1 + (ema_decay > 0) + (1 if optimizer in ONE_MOMENT else 2))
 
 
-def room_for_run(settings: Settings, model_bytes: int) -> int:
+def room_for_run(model_bytes: int, checkpoint_bytes: int, *, keep_last: int) -> int:
     """Return the most bytes that checkpoints and bundles take: those kept, the best, and those being written."""
-    return room_for_checkpoint(settings, model_bytes) * (settings.checkpoint.keep_last + 2) + 2 * model_bytes
+    return checkpoint_bytes * (keep_last + 2) + 2 * model_bytes
 
 
 def _own_statistics(name: str) -> str:

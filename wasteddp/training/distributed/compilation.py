@@ -43,7 +43,7 @@ def choose(settings: Settings, runtime: Runtime, plan: TrainPlan) -> Runtime:
     is_gpu = runtime.device.type == "cuda"
     lacking = what_is_lacking() if is_gpu else ""
     if settings.model.compile is True:
-        with runtime.together():
+        with runtime.sharing_errors():
             refuse_without_compiler(lacking)
     work = Work.of(settings, plan.steps_per_epoch, settings.train.batch_size // runtime.world_size)
     decision = decide(

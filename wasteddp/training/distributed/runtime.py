@@ -57,7 +57,7 @@ class Runtime:
         return f"{kind} ({torch.cuda.get_device_name(self.device)})" if kind == "cuda" else kind
 
     @contextmanager
-    def together(self, doing: str = "preparing or saving") -> Iterator[None]:
+    def sharing_errors(self, doing: str = "preparing or saving") -> Iterator[None]:
         """Raise a `WastedError` of any rank inside the block on every rank, at the end of the block. All ranks.
 
         Otherwise the rank that fails would leave, and the others would wait in their next collective until they are
@@ -84,9 +84,9 @@ class Runtime:
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        before = self.watch.meet()
+        before = self.watch.enter_collective()
         dist.all_gather_object(values, value, group=self.control)
-        self.watch.met(before)
+        self.watch.leave_collective(before)
         return values
 
     def require_equal(self, facts: Mapping[str, object], remedy: str) -> None:
@@ -110,9 +110,9 @@ class Runtime:
         pending = dist.all_reduce(words, group=self.control, async_op=True)
 
         def finish() -> list[int]:
-            before = self.watch.meet()
+            before = self.watch.enter_collective()
             pending.wait()
-            self.watch.met(before)
+            self.watch.leave_collective(before)
             return words.tolist()
 
         return finish
@@ -126,18 +126,18 @@ class Runtime:
         """Return the sum of a tensor over the ranks. All ranks."""
         if self.world_size == 1:
             return tensor
-        before = self.watch.meet()
+        before = self.watch.enter_collective()
         total: torch.Tensor = self.accelerator.reduce(tensor, "sum")
-        self.watch.met(before)
+        self.watch.leave_collective(before)
         return total
 
     def average_(self, tensors: list[torch.Tensor]) -> None:
         """Replace the tensors by their mean over the ranks, in one message. All ranks."""
         if self.world_size == 1 or not tensors:
             return
-        before = self.watch.meet()
+        before = self.watch.enter_collective()
         flat = self.stack(torch.cat([tensor.reshape(-1) for tensor in tensors])).mean(0)  # in the order of the ranks
-        self.watch.met(before)
+        self.watch.leave_collective(before)
         for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 

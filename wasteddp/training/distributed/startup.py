@@ -28,7 +28,7 @@ from wasteddp import __version__, environment
 from wasteddp.errors import LaunchError, SettingsError
 from wasteddp.order.plan import micro_batch
 from wasteddp.parallel import num_usable_cores, usable_cores
-from wasteddp.settings import Ddp, Settings, leaves
+from wasteddp.settings import Ddp, Model, Settings, Train, leaves
 from wasteddp.training.distributed import determinism, precision
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 from wasteddp.training.distributed.runtime import Runtime, has_gpu, refuse_different
@@ -63,7 +63,7 @@ def start_runtime(settings: Settings, watch: Watchdog | None = None, kept: Kept 
     micro, accumulation = micro_batch(
         global_batch=settings.train.batch_size, world_size=launched, max_micro_batch=asked or MOST_UNTRIED
     )
-    refuse_impossible(settings, launched, accumulation, has_gpu=is_gpu)
+    refuse_impossible(settings.model, settings.ddp, settings.train, launched, accumulation, has_gpu=is_gpu)
     # Longer than the watchdog waits, because its message says more than a collective's timeout.
     timeout = timedelta(seconds=60 + 1.2 * SLOW_FACTOR * settings.run.timeout_s)
     processes = _join(launched, is_gpu, timeout)
@@ -74,7 +74,7 @@ def start_runtime(settings: Settings, watch: Watchdog | None = None, kept: Kept 
             "on a CPU, launch with `--config_file launch/accelerate/cpu2.yaml`; on GPUs, with `--multi_gpu`",
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if launched > 1 else None
-    _refuse_different_starts(settings, launched, control)  # all ranks
+    _refuse_different_starts(facts_of(settings), launched, control)  # all ranks
     watch = watch or Watchdog()
     watch.at("measuring precisions", slow=True)
     kept, chosen = _agreed_precision(settings, processes, control, kept)  # all ranks
@@ -103,7 +103,9 @@ def start_runtime(settings: Settings, watch: Watchdog | None = None, kept: Kept 
     return replace(runtime, threads=threads, cores=cores)
 
 
-def refuse_impossible(settings: Settings, num_processes: int, accumulation: int, *, has_gpu: bool) -> None:
+def refuse_impossible(
+    model: Model, ddp: Ddp, train: Train, num_processes: int, accumulation: int, *, has_gpu: bool
+) -> None:
     """Refuse settings that torch does not support, before the processes join: all of them end with the same message.
 
     Raises:
@@ -111,23 +113,23 @@ def refuse_impossible(settings: Settings, num_processes: int, accumulation: int,
     """
     if num_processes == 1:
         return
-    if settings.model.sync_batchnorm and not has_gpu:
+    if model.sync_batchnorm and not has_gpu:
         raise SettingsError(
             f"model.sync_batchnorm is set and the {num_processes} processes have no GPU",
             "torch's SyncBatchNorm does not support CPU tensors: the first step would fail",
             "set model.sync_batchnorm to false, or train on GPUs",
         )
-    if settings.ddp.static_graph and not settings.train.max_micro_batch:
+    if ddp.static_graph and not train.max_micro_batch:
         raise SettingsError(
             "ddp.static_graph is set and train.max_micro_batch is 0, so the micro-batch size is found later",
             "DDP records a static graph in the first backward pass, and would fail if a step has several",
             "set train.max_micro_batch to a number, or ddp.static_graph to false",
         )
-    if settings.ddp.static_graph and accumulation > 1:
-        images = settings.train.batch_size // num_processes
+    if ddp.static_graph and accumulation > 1:
+        images = train.batch_size // num_processes
         raise SettingsError(
             f"ddp.static_graph is set and a step has {accumulation} micro-batches, because each of the {num_processes} "
-            f"processes has {images} images of it and train.max_micro_batch is {settings.train.max_micro_batch}",
+            f"processes has {images} images of it and train.max_micro_batch is {train.max_micro_batch}",
             "DDP records a static graph in the first backward pass, and fails if that pass sends no gradients",
             f"set train.max_micro_batch to {images} or more, use more processes, or set ddp.static_graph to false",
         )
@@ -163,11 +165,10 @@ def _join(launched: int, is_gpu: bool, timeout: timedelta) -> PartialState:
         ) from error
 
 
-def _refuse_different_starts(settings: Settings, launched: int, control: Any) -> None:
+def _refuse_different_starts(facts: Mapping[str, object], launched: int, control: Any) -> None:
     """Raise a LaunchError if a rank has other settings, code or versions than rank 0. All ranks."""
     if control is None:
         return
-    facts = facts_of(settings)
     digests: list[Any] = [None] * launched
     dist.all_gather_object(digests, hash_of_facts(facts), group=control)
     if len(set(digests)) == 1:
@@ -195,7 +196,13 @@ def _agreed_precision(
             settings.precision,
             has_gpu=processes.device.type == "cuda",
             kept=kept,
-            measure=partial(precision.measure, settings, processes.device),
+            measure=partial(
+                precision.measure,
+                settings.model,
+                processes.device,
+                image_size=settings.data.image_size,
+                max_micro_batch=settings.train.max_micro_batch,
+            ),
             may_measure=not settings.run.deterministic,
             is_speed_asked=settings.model.compile == "auto" and kept.compiles is None,
         )

@@ -221,7 +221,7 @@ def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], *, chan
     """
     if not asked.teacher or not asked.teacher_weight:
         return NoTeacher()
-    with runtime.together():
+    with runtime.sharing_errors():
         card, network = load_network(asked.teacher)
         _refuse_other_questions(asked.teacher, card, classes)
     layout = torch.channels_last if channels_last else torch.contiguous_format

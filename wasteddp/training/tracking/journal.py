@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
+
+from wasteddp.files import read_rows, write_atomically
 
 # Every metric of a run: (unit, meaning). No other metric may be logged. A * stands for a rank or a class.
 METRICS: dict[str, tuple[str, str]] = {
@@ -124,6 +128,28 @@ class Journal:
         except OSError:
             os.ftruncate(self._descriptor, before)
             raise
+
+
+def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Remove the rows after `step`, and lines that are not rows. Return the remaining rows.
+
+    Damaged lines are kept in a file next to `path`. A last line that a kill cut off is not one of them: it is after the
+    last checkpoint.
+
+    Args:
+        say: receives a line about damaged lines.
+    """
+    if not path.exists():
+        return []
+    damaged: list[str] = []
+    rows = [row for row in read_rows(path, "step", damaged=damaged.append) if row["step"] <= step]
+    if lost := [line for line in damaged if line.endswith("\n")]:
+        aside = path.with_name(f"{path.stem}-damaged{path.suffix}")
+        with aside.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(lost)
+        say(f"WARNING: {path}: {len(lost)} damaged line(s) are not rows of metrics; they are moved to {aside.name}")
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
 
 
 def is_known(name: str) -> bool:

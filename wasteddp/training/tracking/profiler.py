@@ -123,7 +123,7 @@ class Profiler:
         shares, seconds = shares_of(stopped.events(), self._cpu_s)
         by_rank = self._runtime.gather(shares)  # all ranks
         text = verdict(by_rank, step_ms=1000 * seconds / self._asked.steps, steps=self._asked.steps)
-        with self._runtime.together():
+        with self._runtime.sharing_errors():
             if self._runtime.is_main:
                 with storage("writing the profile", self._folder):
                     self._folder.mkdir(parents=True, exist_ok=True)
