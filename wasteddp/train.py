@@ -46,15 +46,11 @@ from wasteddp import environment
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, StoppedError
 from wasteddp.report.background import write_at_the_end
-from wasteddp.settings import Settings
-from wasteddp.training import dataloaders, divergence, run_folder, session
-from wasteddp.training.build_model import build
+from wasteddp.training import build_model, dataloaders, divergence, run_folder, session
 from wasteddp.training.checkpoint.reader import kept_choices
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.divergence import Rollback
-from wasteddp.training.watchdog import slurm
-from wasteddp.training.watchdog.hard_exit import leave
+from wasteddp.training.watchdog import hard_exit, slurm
 from wasteddp.training.watchdog.watchdog import Watchdog
 
 
@@ -96,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(
-    settings: Settings,
+    settings: settings_file.Settings,
     runtime: Runtime,
     data: dataloaders.Inputs,
     start: tuple[str, Sequence[str]],
-    rollback: Rollback,
+    rollback: divergence.Rollback,
     *,
     max_steps: int | None = None,
 ) -> int:
@@ -110,7 +106,7 @@ def train(
         start: --resume and --accept-changes.
         rollback: the number of rollbacks in this process and the learning-rate factor that they led to.
     """
-    built = build(settings, runtime, data)  # all ranks
+    built = build_model.build(settings, runtime, data)  # all ranks
     run, progress = session.begin(settings, built, data, start, rollback, max_steps=max_steps)  # all ranks
     ddp, objective, optimizer = built.ddp, built.objective, built.optimizer
     with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=run.writes_report), runtime.watch:
@@ -136,4 +132,4 @@ def train(
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit.leave(main())
