@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from wasteddp import cli, files
+from wasteddp.commands import models
 from wasteddp.files import CsvWriter, appended_rows, read_rows, written_whole
 
 
@@ -72,3 +75,28 @@ def test_no_cell_of_a_csv_is_a_formula_and_each_row_stays_one(name: str) -> None
     assert row[0] in (name, f"./{name}")
     assert row[1] in (name, f"'{name}")
     assert float(row[2]) == 0.25
+
+
+def test_a_new_folder_is_synced_in_all_its_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    files.make_folder(tmp_path / "a" / "b" / "c")
+    assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
+    synced.clear()
+    files.make_folder(tmp_path / "a" / "b" / "c")  # a kill may have come before the sync
+    assert synced == [tmp_path / "a" / "b"]
+
+
+def test_a_command_names_an_error_of_a_file_that_nothing_else_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(models, "_evaluate", no_space)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "runs/x"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "wasteddp evaluate: No space left on device" in said
+    assert "do: free some space" in said

@@ -13,15 +13,15 @@ import sys
 from collections.abc import Sequence
 
 from wasteddp import __version__, environment
-from wasteddp.commands import folds, models, preparing, shard, shard_sets, train, watching
-from wasteddp.errors import EXIT_FINISHED, WastedError, exit_with
+from wasteddp.commands import calibrate, folds, review, runs, shard, shard_sets, training
+from wasteddp.errors import EXIT_FINISHED, WastedError, exit_with, storage_error
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="wasteddp", description="Sharding, training and deciding: images of waste.")
     top.add_argument("--version", action="version", version=f"wasteddp {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (shard, shard_sets, preparing, train, folds, models, watching):
+    for module in (shard, shard_sets, training, folds, calibrate, review, runs):
         module.add(commands)
     return top
 
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `wasteddp ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python prints another error at exit
         return 141  # 128 + SIGPIPE, as a shell expects
+    except OSError as error:  # of a file that no message names more exactly, such as standard output on a full disk
+        exit_with(storage_error(error, f"wasteddp {sys.argv[1] if argv is None else argv[0]}", "a file"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -15,6 +15,7 @@
     ├── CheckpointError        a run's checkpoints
     ├── DivergedError          a loss or gradient that is not finite, or a loss that exploded
     ├── CoverageError          an epoch that did not see each of its samples exactly once
+    ├── DecisionError          bins, costs, or a guarantee that the images cannot give
     ├── BundleError            a model bundle
     ├── RunError               a run's folder
     ├── TrackingError          W&B, where a command needs it; training continues without it
@@ -31,7 +32,7 @@ import errno
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -125,6 +126,10 @@ class CoverageError(WastedError):
     pass
 
 
+class DecisionError(WastedError):
+    pass
+
+
 class BundleError(WastedError):
     pass
 
@@ -167,10 +172,20 @@ def storage(doing: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or path
-        reason = error.strerror or str(error)
-        remedy = _STORAGE_REMEDIES.get(error.errno or 0, "see the reason above")
-        raise StorageError(f"{doing}: {reason}: {where}", f"{path} cannot be read or written", remedy) from error
+        raise storage_error(error, doing, path) from error
+
+
+def storage_error(error: OSError, doing: str, path: str | Path) -> StorageError:
+    """Return the error to report in place of an `OSError`; the arguments are as in `storage`."""
+    reason = error.strerror or str(error)
+    remedy = _STORAGE_REMEDIES.get(error.errno or 0, "see the reason above")
+    return StorageError(f"{doing}: {reason}: {error.filename or path}", f"{path} cannot be read or written", remedy)
+
+
+def print_line(message: str) -> None:
+    """Print a line. A full disk under standard output does not end a training: log.txt has the line as well."""
+    with suppress(OSError):
+        print(message, flush=True)
 
 
 def exit_with(error: WastedError) -> NoReturn:

@@ -166,6 +166,15 @@ def sync_folder(folder: Path) -> bool:
     return True
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, if they are missing, and make their names survive a power cut."""
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in (folder, *missing):  # the folder's own name as well if it exists: a kill may have come before the sync
+        with suppress(PermissionError):  # a parent that this user cannot list
+            sync_folder(one.parent)
+
+
 def expand_home(path: str) -> str:
     """Replace a ~ at the start by the home folder. The rest stays as it is written."""
     return os.path.expanduser(path)  # noqa: PTH111, Path.expanduser changes more, and raises for unknown users
@@ -250,7 +259,7 @@ class RunLock:
 
     def __init__(self, folder: Path, say: Callable[[str], None], *, wait_s: float = LOCK_WAIT_S) -> None:
         with storage("making the checkpoints' folder", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._lock_file = LockFile(folder / ".lock")
             self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -280,5 +289,6 @@ class RunLock:
                 say(f"waiting for {holder}, which still writes into {folder}")
                 is_reported = True
             time.sleep(_POLL_S)
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # on a full disk, others do not learn who has the lock
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -2,6 +2,8 @@
 
 python -m tests.chaos --kills 200 --seed 0       forked processes
 python -m tests.chaos --launchers 20 --seed 0    processes of accelerate launch and torchrun
+python -m tests.chaos --power-loss 200           power cuts, from recorded file operations
+python -m tests.chaos --every-nth                faults of the first, second, third ... call
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.sources import synthetic
 
-from . import launchers
+from . import disk, every_nth, launchers, power
 from .events import KINDS
 from .harness import Record, disturb_many
+from .programs import NAMES, make_programs
+from .results import Results
 
 
 def main() -> None:
@@ -32,21 +37,34 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="events, with faults (default: 200, or 0 with --launchers)")
     parser.add_argument("--launchers", type=int, default=0, help="signals to real launchers and their ranks")
     parser.add_argument("--only", default="", choices=KINDS, help="kind of the events of --kills")
+    parser.add_argument("--power-loss", type=int, default=0, metavar="POINTS", help="power cuts")
+    parser.add_argument("--every-nth", action="store_true", help="a fault at every call; with --out in pieces")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the faults of --every-nth to test")
+    names = ", ".join(NAMES)
+    parser.add_argument(
+        "--programs", nargs="*", default=NAMES, choices=NAMES, metavar="NAME", help=f"of those: {names}"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--minutes", type=float, default=60.0, help="start no event after this time (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, help="folder to keep; results are appended to its results.jsonl")
     arguments = parser.parse_args()
+    on_disk = arguments.power_loss or arguments.every_nth
+    if on_disk:
+        disk.load_again()
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         out = arguments.out or Path(temporary)
-        shards = make_small_shards(out)
         began = time.monotonic()
         how = {
             "seed": arguments.seed,
             "say": lambda line: print(line, flush=True),
             "until": lambda: time.monotonic() > began + 60 * arguments.minutes,
         }
+        if on_disk:
+            _fail_disks(out, arguments, **how)
+            return
+        shards = make_small_shards(out)
         kills = (0 if arguments.launchers else 200) if arguments.kills is None else arguments.kills
         if kills:
             trainings = disturb_many(out, shards, events=kills, only=arguments.only, **how)
@@ -58,6 +76,21 @@ def main() -> None:
             shots = launchers.disturb_launched(out, shards, events=arguments.launchers, **how)
             results = [(f"{one.shot.signal}: {one.shot.name}", one.outcome, one.steps_lost, 0) for one in shots]
             _report(out, launchers.table(shots), results, len({one.training for one in shots}), began_launching)
+
+
+def _fail_disks(out: Path, arguments: argparse.Namespace, **how: Any) -> None:
+    programs = {name: one for name, one in make_programs(out).items() if name in arguments.programs}
+    results = Results(out / ("power.jsonl" if arguments.power_loss else "every-nth.jsonl"))
+    began = time.monotonic()
+    if arguments.power_loss:
+        power.cut_power(programs, results, points=arguments.power_loss, **how)
+    else:
+        every_nth.fail_every_nth(programs, results, share=arguments.share, **how)
+    rows = power.WAYS if arguments.power_loss else every_nth.FAULTS
+    print(results.table(rows, programs))
+    print(
+        f"{results.num} points, {time.monotonic() - began:.0f} s: every program ended as the undisturbed one, none lost"
+    )
 
 
 def _report(out: Path, lines: str, results: list[tuple[str, str, int, int]], trainings: int, began: float) -> None:

@@ -18,6 +18,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -25,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import narrow
 
 from .harness import fuzz, try_content
-from .targets import make_targets
+from .targets import Target, make_targets
+
+CORPUS = Path(__file__).parent / "corpus"  # what found a fault once
 
 
 def main() -> int:
@@ -33,23 +36,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--inputs", type=int, default=10**9, help="at most so many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", action="store_true", help="first, see that all intact files are read")
+    parser.add_argument("--check", action="store_true", help="first, try all intact files, and those of corpus/")
     parser.add_argument("--only", default="", metavar="TEXT", help="targets whose names contain this text")
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"), help="default: %(default)s")
     arguments = parser.parse_args()
     narrow.install()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         targets = [one for one in make_targets(Path(folder)) if arguments.only in one.name]
-        intact = True
-        if arguments.check:
-            with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
-                for target in targets:
-                    end, output = try_content(target, (target.folder / target.file).read_bytes(), Path(work))
-                    if end != "read":
-                        print(f"found: the intact file of {target.name}: {end}\n{output.decode(errors='replace')}")
-                        intact = False
-            if not intact:
-                return 1
+        if arguments.check and not _check(targets):
+            return 1
         began = time.monotonic()
         result = fuzz(
             targets,
@@ -66,6 +61,21 @@ def main() -> int:
     for finding in result.findings:
         print(f"found: {finding}")
     return 1 if result.findings else 0
+
+
+def _check(targets: Sequence[Target]) -> bool:
+    """Print the intact files that are not read, and the files of corpus/TARGET/ that are neither read nor refused."""
+    passed = True
+    for target in targets:
+        inputs = {"the intact file": target.folder / target.file}
+        inputs |= {str(path): path for path in sorted((CORPUS / target.name).glob("*"))}
+        for name, path in inputs.items():
+            with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
+                end, output = try_content(target, path.read_bytes(), Path(work))
+            if end not in (("read",) if path == target.folder / target.file else ("read", "refused")):
+                print(f"found: {name} of {target.name}: {end}\n{output.decode(errors='replace')}")
+                passed = False
+    return passed
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def _json_value(content: bytes, draw: random.Random) -> bytes:
     """Replace, remove or add a value anywhere in the tree."""
     try:
         tree = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _flip(content, draw)
     places: list[tuple[Any, Any]] = []
 

@@ -83,6 +83,23 @@ def test_the_same_command_finds_its_set_and_other_corrections_are_another_set(
     assert "finished set of other images or other options" in capsys.readouterr().err
 
 
+def test_a_file_of_the_review_page_is_taken(
+    image_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, file = image_folder(), tmp_path / "corrections.csv"
+    (images / "metal").rename(images / "=metal")
+    file.write_text(
+        "path,label,class,action\nglass/glass1.jpg,glass,glass,confirm\nglass/glass2.jpg,glass,'=metal,correct\n"
+        "glass/glass3.jpg,glass,,drop\n./=metal/metal1.jpg,'=metal,glass,correct\n"
+    )
+    assert main(["shard", str(images), "--out", str(tmp_path / "set"), "--corrections", str(file)]) == 0
+    assert "2 label(s) corrected, 1 confirmed, 1 image(s) dropped" in capsys.readouterr().out
+    labels = labels_of(tmp_path / "set")
+    assert (labels["glass/glass1.jpg"], labels["glass/glass2.jpg"]) == ("glass", "=metal")
+    assert labels["=metal/metal1.jpg"] == "glass"
+    assert "glass/glass3.jpg" not in labels
+
+
 def test_a_recipe_takes_corrections(tmp_path: Path) -> None:
     recipe, file = tmp_path / "tiny.yaml", tmp_path / "c.csv"
     recipe.write_text(
@@ -106,6 +123,7 @@ def test_a_recipe_takes_corrections(tmp_path: Path) -> None:
         ("path,class\nx.jpg,wood\n", "the source has no image x.jpg; no class wood"),
         ("path,action\nglass/glass1.jpg,keep\n", "line 2: .* has no path, or neither a class nor the action drop"),
         ("path,class\nglass/glass1.jpg,\n", "neither a class"),
+        ("path,class,action\nglass/glass1.jpg,,confirm\n", "neither a class"),
         ("path,class\n,glass\n", "has no path"),
         ("path,class\ng.jpg,glass\ng.jpg,metal\n", "line 3: 'g.jpg','metal','' is there twice"),
         ("name,class\na,b\n", "has the columns name, class"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -160,3 +161,23 @@ def test_a_scan_is_the_same_with_any_number_of_workers(image_folder: Callable[..
     assert one.records.tobytes() == many.records.tobytes()
     hashes = list(intake.fingerprints(source, images, workers=3))
     assert hashes == [row.tobytes() for row in one.records["sha256"]]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_an_image_is_left_out_only_if_a_second_read_fails_too(
+    image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    real, left = FolderSource.read, [failures]
+
+    def read(self: FolderSource, path: str) -> bytes:
+        if path.endswith("a1.jpg") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, path)
+
+    monkeypatch.setattr(FolderSource, "read", read)
+    folder = image_folder({"a": 2, "b": 2})
+    source = FolderSource(folder)
+    images = read_folders(source, folder).images
+    result = intake.scan(source, images, workers=1, journal=tmp_path / "journal")
+    assert [one.detail for one in result.left_out(images)] == ["Input/output error"] * (failures - 1)

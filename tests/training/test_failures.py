@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 
-from wasteddp.errors import DamagedSampleError, DeviceMemoryError, SettingsError
-from wasteddp.settings import parse
+from wasteddp.errors import DamagedSampleError, DeviceMemoryError, SettingsError, StorageError
+from wasteddp.settings import Settings, parse
 from wasteddp.training.watchdog.failures import (
     comes_from_a_peer,
     describe_blocking_ranks,
@@ -111,3 +114,13 @@ def test_one_image_of_one_pixel_in_the_last_stage_is_a_mistake_in_the_settings()
     found = explain(caught.value, parse("", ["data.image_size=32"]), "computing")
     assert isinstance(found, SettingsError)
     assert "raise train.batch_size or train.max_micro_batch" in str(found)
+
+
+def test_an_error_of_a_file_is_the_users_and_one_of_a_connection_is_not() -> None:
+    place = "computing"
+    known = explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Settings(), place)
+    assert isinstance(known, StorageError)
+    assert "the training, while computing: No space left on device" in str(known)
+    assert "do: free some space" in str(known)
+    lost = ConnectionResetError(errno.ECONNRESET, "reset")
+    assert explain(lost, Settings(), place) is lost

@@ -93,3 +93,26 @@ def test_a_line_after_the_end_goes_nowhere_else(tmp_path: Path) -> None:
     os.close(other)
     assert (tmp_path / "other.txt").read_text() == ""
     assert "log.txt cannot be written: Bad file descriptor" in said[0]
+
+
+def test_after_a_failed_sync_the_whole_file_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, said = tmp_path / "metrics.jsonl", os.fsync, list[str]()
+    journal = Journal(path, said.append)
+    journal.append("one\n")
+    first = path.stat().st_ino
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    for _ in range(2):  # the file cannot be written again either
+        journal.sync()
+    assert len(said) == 1
+    assert "cannot be written: Input/output error" in said[0]
+    monkeypatch.setattr(os, "fsync", real)
+    journal.append("two\n")
+    journal.sync()
+    assert path.stat().st_ino != first  # a second fsync of the first file would prove nothing
+    journal.append("three\n")
+    journal.close()
+    assert path.read_text() == "one\ntwo\nthree\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from tracked import log, tracker_of
 from trainings import rows
 
 from wasteddp.training.tracking.journal import METRICS, is_known, roll_back
+from wasteddp.training.tracking.tracker import ConsoleTracker
 from wasteddp.training.tracking.wandb_sync import BEST, MEDIA
 
 
@@ -101,3 +105,11 @@ def test_pictures_that_cannot_be_made_do_not_end_the_training(
     tracker.show(5, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
     tracker.close(0)
     assert "the images of step 5 could not be stored: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_a_full_disk_under_standard_output_does_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys.stdout, "write", full)
+    ConsoleTracker().say("a line")

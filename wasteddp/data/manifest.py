@@ -274,8 +274,8 @@ class Manifest:
         )
 
 
-def padded(num_bytes: int, unit: int = BLOCKSIZE) -> int:
-    """What a tar's member of that size takes, without its header; or anything else that is padded to a `unit`."""
+def pad_size(num_bytes: int, unit: int = BLOCKSIZE) -> int:
+    """What a tar's member of that size takes, without its header; or anything else that is pad_size to a `unit`."""
     return -(-num_bytes // unit) * unit
 
 

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wasteddp.decisions.calibration import Calibration
 from wasteddp.errors import BundleError, storage
-from wasteddp.files import read_regular, write_atomically
+from wasteddp.files import make_folder, read_regular, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,7 @@ class BundleCard:
     temperature: float = 1.0  # logits are divided by it; 1 if the model is not calibrated
     thresholds: Mapping[str, float] = field(default_factory=dict)  # empty if the model is not calibrated
     averaged: Averaged = Averaged()
+    calibration: Mapping[str, Any] = field(default_factory=dict)  # see decisions.calibration; empty if not calibrated
 
     @property
     def weights_name(self) -> str:
@@ -114,7 +116,7 @@ def save_bundle(folder: str | Path, card: BundleCard, state_dict: Mapping[str, t
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()})
     card = replace(card, hashes=replace(card.hashes, weights=hashlib.sha256(content).hexdigest()))
     with storage("writing the model", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     write_atomically(folder / card.weights_name, content)
     write_atomically(folder / CARD_NAME, card.to_json().encode())
     with storage("removing the previous model", folder):
@@ -122,6 +124,11 @@ def save_bundle(folder: str | Path, card: BundleCard, state_dict: Mapping[str, t
             if old.name != card.weights_name:
                 old.unlink()
     return card
+
+
+def replace_card(folder: Path, card: BundleCard) -> None:
+    """Write another card for the weights that are in the folder."""
+    write_atomically(folder / CARD_NAME, card.to_json().encode())
 
 
 def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]]:
@@ -242,6 +249,8 @@ def _parse(raw: dict[str, Any]) -> BundleCard:
     rest["classes"] = tuple(rest["classes"])
     averaged = rest.get("averaged", {})  # format 1 does not have it
     rest["averaged"] = Averaged(**{**averaged, "steps": tuple(averaged.get("steps", ()))})
+    if rest.get("calibration"):
+        Calibration.from_json(rest["calibration"])
     card = BundleCard(**rest)
     if len(set(card.classes)) != len(card.classes) or not all(isinstance(name, str) for name in card.classes):
         raise ValueError("the classes are not different names")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError,
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
-from wasteddp.inference.ranks import Ranks, joined
+from wasteddp.inference.ranks import Ranks, join_ranks
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.parallel import progress
@@ -41,52 +40,52 @@ _AHEAD = 2  # steps that are decoded ahead
 _OF_THE_SET = ("shards", "fold", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluateOptions:
-    """The command line of `wasteddp evaluate`. None: a default that depends on the run or the device."""
-
-    run: Path
-    split: str = "test"
-    shards: str | None = None  # folder or URL
-    batch_size: int | None = None
-    device: str = "auto"
-    tta: str = "none"
-    workers: int | str = 0  # like the setting data.workers
-
-
-def run(options: EvaluateOptions) -> None:
-    """Evaluate, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share the work."""
-    with joined() as ranks:
-        device = ranks.device(options.device)
-        with start_workers(options.workers, device_type(device), cores=ranks.cores) as workers:
-            classifier = Classifier.load(options.run, device=device, batch_size=options.batch_size, tta=options.tta)
-            with dataset.open_dataset(data_of(options.run, options.shards)) as shards:
-                console = Console(quiet=not ranks.is_main)
-                evaluation = evaluate_split(classifier, shards, options.split, console, workers, ranks)
-        if ranks.is_main:
-            _report(options, classifier, shards.manifest, evaluation, console)
-
-
-def _report(
-    options: EvaluateOptions, classifier: Classifier, manifest: Manifest, evaluation: Evaluation, console: Console
+def evaluate_run(
+    run_folder: Path,
+    *,
+    split: str = "test",
+    shards: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    tta: str = "none",
+    workers: int | str = 0,
 ) -> None:
-    folder = options.run / "evaluations" / options.split
+    """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
+
+    Args:
+        shards: folder or URL of the set; None: the one that the model was trained on.
+        batch_size: None: a size that suits the device.
+        workers: as the setting data.workers.
+    """
+    with join_ranks() as ranks:
+        device = ranks.device(device)
+        with start_workers(workers, device_type(device), cores=ranks.cores) as decoders:
+            classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
+            with dataset.open_dataset(data_of(run_folder, shards)) as shard_set:
+                console = Console(quiet=not ranks.is_main)
+                evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
+        if ranks.is_main:
+            folder = run_folder / "evaluations" / split
+            _save(folder, split, classifier, shard_set.manifest, evaluation)
+            seen = evaluation.seen
+            print_evaluation(console, seen, title=f"{run_folder}, {split}: {seen.metrics.num_samples} images")
+            console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _save(folder: Path, split: str, classifier: Classifier, manifest: Manifest, evaluation: Evaluation) -> None:
     save_evaluation(
         folder,
         evaluation,
         classifier.card,
         manifest_sha256=manifest.sha256,
         options={
-            "split": options.split,
+            "split": split,
             "shards": manifest.where,
             "batch_size": classifier.batch_size,
             "device": str(classifier.device),
             "tta": classifier.tta,
         },
     )
-    seen = evaluation.seen
-    print_evaluation(console, seen, title=f"{options.run}, {options.split}: {seen.metrics.num_samples} images")
-    console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluate_split(
@@ -175,14 +174,14 @@ def evaluate(
             sources[sample] = name
     # Check that the samples that were classified are those that the manifest counts.
     _check_counts(confusion.sum(axis=1), split, "the model answered for")
-    answers = Answers.of(labels, probabilities_NK)
+    answers = Answers.from_probabilities(labels, probabilities_NK)
     seen = Seen(
         split=split.name,
         classes=classifier.card.classes,
         confusion=confusion,
         metrics=summarise(confusion),
-        reliability=Reliability.of(answers),
-        mistakes=Mistakes.of(answers),
+        reliability=Reliability.measure(answers),
+        mistakes=Mistakes.find(answers),
     )
     return Evaluation(seen, tuple(sources), labels, probabilities_NK)
 

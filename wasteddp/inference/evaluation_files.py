@@ -21,17 +21,18 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
 from wasteddp import __version__
 from wasteddp.errors import storage
-from wasteddp.files import CsvWriter, write_atomically
+from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import F32, I64, Metrics, percent
 from wasteddp.inference.reliability import Mistake, Seen
@@ -90,9 +91,10 @@ def save_seen(
 
 def _clear(folder: Path) -> None:
     with storage("saving the evaluation", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
+            (folder / f"{name}.tmp").unlink(missing_ok=True)  # left by a kill
 
 
 def _save_figures(
@@ -143,6 +145,96 @@ def _save_figures(
     }
     content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / "metrics.json", content.encode("utf-8", "backslashreplace"))
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Mistake(_Model):
+    sample: Count
+    source: str
+    true: str
+    predicted: str
+    probability: Share
+    probability_of_true: Share
+
+
+class _ClassFigures(_Model):
+    precision: Share | None
+    recall: Share | None
+    f1: Share | None
+    support: Count
+
+
+class _Bin(_Model):
+    left: float = Field(alias="from")
+    right: float = Field(alias="to")
+    count: Count
+    correct: Count
+    mean_confidence: float | None
+
+
+class _Reliability(_Model):
+    expected_calibration_error: float
+    bins: list[_Bin]
+
+
+class _Record(_Model):
+    """The part of metrics.json that the report shows."""
+
+    options: dict[str, Any]
+    hashes: dict[str, str]
+    model: dict[str, Any]
+    classes: list[str] = Field(min_length=1)
+    num_samples: Count
+    num_correct: Count
+    accuracy: Share
+    accuracy_low: Share
+    accuracy_high: Share
+    macro_f1: Share | None
+    macro_recall: Share | None
+    per_class: list[_ClassFigures]
+    confusion: list[list[Count]]
+    reliability: _Reliability
+    surest_mistakes: list[_Mistake]
+    worst_mistakes: list[_Mistake]
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Record:
+        k = len(self.classes)
+        if {len(self.per_class), len(self.confusion), *map(len, self.confusion)} != {k}:
+            raise ValueError(f"it has {k} classes, and tables of another size")
+        if not isinstance(self.options.get("split"), str) or not {"manifest", "weights"} <= self.hashes.keys():
+            raise ValueError("it does not name its split, manifest and weights")
+        if not isinstance(self.model.get("trained"), dict) or not isinstance(self.model["trained"].get("step"), int):
+            raise ValueError("it does not name the step of its model")
+        return self
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the content of a metrics.json after a check of all that the report uses.
+
+    Raises:
+        ValueError: it is not the record of an evaluation in this format.
+        OSError: it cannot be read.
+    """
+    try:
+        record: dict[str, Any] = json.loads(read_regular(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("format_version") != FORMAT_VERSION:
+        raise ValueError("another version wrote it: evaluate again")
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return record
 
 
 def print_evaluation(console: Console, seen: Seen, *, title: str) -> None:
@@ -200,7 +292,7 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
     num_classes = len(classes)
     support = confusion.sum(axis=1, keepdims=True)
     shares = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)
-    names = [_shortened(name) for name in classes]
+    names = [_shorten(name) for name in classes]
 
     cell_in = 0.75 if num_classes <= 12 else 0.45
     names_in = 0.085 * max(map(len, names))  # width of the longest name at 10 points
@@ -241,7 +333,7 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
     return png.getvalue()
 
 
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     """Return a long name without its middle: names often differ in their last word."""
     half = _LONGEST_NAME // 2
     return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[-half + 1 :]}"

@@ -37,7 +37,7 @@ class Share:
     high: float
 
     @classmethod
-    def of(cls, part: int, whole: int) -> Share:
+    def from_counts(cls, part: int, whole: int) -> Share:
         if whole == 0:
             return cls(None, 0.0, 100.0)
         low, high = wilson_interval(part, whole)
@@ -93,8 +93,8 @@ def _class_rows(run: RunRecord, record: Mapping[str, Any]) -> list[ClassRow]:
             name=name,
             bin=bins.get(name, ""),
             images=true,
-            recall=Share.of(hits, true),
-            precision=Share.of(hits, predicted),
+            recall=Share.from_counts(hits, true),
+            precision=Share.from_counts(hits, predicted),
             f1="–" if figures["f1"] is None else percent(figures["f1"]),
         )
         for name, figures, (hits, true, predicted) in zip(record["classes"], record["per_class"], counts, strict=True)
@@ -179,15 +179,20 @@ def thumbnails(
     try:
         with SplitReader(manifest, record["options"]["split"]) as reader:
             for sample in samples:
-                found[sample] = _data_url(reader.read(sample))
+                found[sample] = data_url(reader.read(sample))
     except (WastedError, UndecodableError) as error:
         return found, str(error).splitlines()[0]
     return found, ""
 
 
-def _data_url(data: bytes) -> str:
+def data_url(data: bytes, *, side_px: int = SIDE_PX, quality: int = _QUALITY) -> str:
+    """Return a `data:` URL with a small JPEG of an image file; its longer side has at most `side_px`.
+
+    Raises:
+        UndecodableError: see `decode_rgb`.
+    """
     image = Image.fromarray(decode_rgb(data))
-    image.thumbnail((SIDE_PX, SIDE_PX))
+    image.thumbnail((side_px, side_px))
     small = io.BytesIO()
-    image.save(small, "JPEG", quality=_QUALITY, optimize=True)
+    image.save(small, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()

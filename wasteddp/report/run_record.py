@@ -7,7 +7,6 @@ Legend: N logged rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from wasteddp.data.folds import NO_FOLD, choose_fold
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.remote.folder import is_url
 from wasteddp.errors import RunError, WastedError
-from wasteddp.files import read_rows
+from wasteddp.files import read_regular, read_rows
 from wasteddp.inference.bundle import BundleCard, find_bundle, read_card
-from wasteddp.inference.evaluation_files import FORMAT as EVALUATION_FORMAT
+from wasteddp.inference.evaluation_files import read_record
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -181,11 +180,11 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, F64]:
 def _tree(path: Path, notes: list[str]) -> dict[str, Any]:
     """Read a YAML or JSON file of named values; return {} and add a note if it cannot be read."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(read_regular(path).decode("utf-8"))
         if isinstance(tree, dict):
             return tree
         notes.append(f"{path.name} holds no named values")
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
     return {}
 
@@ -203,13 +202,9 @@ def _evaluations(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     found = []
     for path in sorted((folder / "evaluations").glob("*/metrics.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if record["format"] == EVALUATION_FORMAT and record["format_version"] == 1 and "reliability" in record:
-                found.append(record)
-            else:
-                notes.append(f"{path} was written by another version: evaluate again")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            notes.append(f"{path} cannot be read: {error}")
+            found.append(read_record(path))
+        except (OSError, ValueError) as error:
+            notes.append(f"{path} is not shown: {error}")
     order = {name: number for number, name in enumerate(_SPLITS_FIRST)}
     return sorted(found, key=lambda record: (order.get(record["options"]["split"], 9), record["options"]["split"]))
 

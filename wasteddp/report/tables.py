@@ -162,7 +162,7 @@ def lineage(run: RunRecord) -> list[tuple[str, str, str]]:
 
 def environment_rows(run: RunRecord) -> list[tuple[str, str]]:
     return [
-        (key.removeprefix("packages."), " ".join(value) if isinstance(value, list) else str(value))
+        (key.removeprefix("packages."), " ".join(map(str, value)) if isinstance(value, list) else str(value))
         for key, value in flat(run.environment).items()
         if key != "commit"
     ]

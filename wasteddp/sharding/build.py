@@ -26,7 +26,7 @@ from wasteddp import __version__
 from wasteddp.data.groups import GROUPS_NAME, save_groups
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
 from wasteddp.errors import ShardError, SourceError, storage
-from wasteddp.files import sync_folder, try_lock_or_announce, write_atomically
+from wasteddp.files import make_folder, sync_folder, try_lock_or_announce, write_atomically
 from wasteddp.lock_files import LockFile
 from wasteddp.parallel import progress
 from wasteddp.sharding import scan, splits
@@ -199,7 +199,7 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     work = out / WORK_NAME
     with storage("creating the folder of the set", out):
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(work)
         lock = (work / "lock").open("a+")  # readable: network file systems require that for a shared lock
     with lock:
         lock_file = LockFile(work / "lock")

@@ -1,7 +1,7 @@
 """Corrections of labels: a CSV `path,class[,action]` that `wasteddp review` or a person writes.
 
 A path is that of the image in the source. A row gives the image another class, or with the action `drop` leaves it out.
-A row with the class that the image has already confirms it.
+A row with the class that the image has already confirms it; the actions `correct` and `confirm` may say which it is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from wasteddp.sharding.sources.layout import Layout
 
 _MAX_NAMED = 5
 _DROP = "drop"
+_LABEL = ("", "confirm", "correct")  # actions of a row with a class
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +60,22 @@ def read_corrections(path: Path) -> Corrections:
         raise SourceError(
             f"{path} has the columns {', '.join(columns) or 'none'}",
             "its corrections are not known",
-            "add a first line `path,class` or `path,class,action`; the only action is drop",
+            "add a first line `path,class` or `path,class,action`; actions are confirm, correct and drop",
         )
     class_of: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
         name, class_name, action = ((row.get(key) or "").strip() for key in ("path", "class", "action"))
         name = name.replace("\\", "/") if "\\ud" not in name else name
-        is_known = action.lower() in ("", _DROP)
-        if not name or not is_known or (not class_name and not action) or name in class_of:
+        is_drop = action.lower() == _DROP
+        is_label = action.lower() in _LABEL and class_name != ""
+        if not name or not (is_drop or is_label) or name in class_of:
             raise SourceError(
                 f"{path}, line {number}: {name!r},{class_name!r},{action!r} "
                 + ("is there twice" if name in class_of else "has no path, or neither a class nor the action drop"),
                 "the image would not have exactly one label",
                 "fix the line",
             )
-        class_of[name] = "" if action else class_name
+        class_of[name] = "" if is_drop else class_name
     return Corrections(path, sha256_of(path), class_of)
 
 
@@ -94,6 +96,8 @@ def apply_corrections(
     unknown, classes = list[str](), set[str]()
     for name, class_name in corrections.class_of.items():
         path = paths.get(name) or paths.get(name.removeprefix("./"))
+        if class_name not in layout.classes:  # see CsvWriter
+            class_name = class_name.removeprefix("'")
         if path is not None:
             class_of[path] = class_name
         elif name not in others:

@@ -20,6 +20,7 @@ from wasteddp import __version__
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, is_inside, write_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import make_folder
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.foreign_tar import ReadTar, TarSample, read_tar
 from wasteddp.sharding.scan import report_tolerated
@@ -104,7 +105,7 @@ def index_url(
         wanted = _select_tars(names, folder.url, overwrite=overwrite)
         split_of = choose_splits(wanted, splits, folder.url)
         with storage("creating the folder for the indexes", out):
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             work = TemporaryDirectory(prefix=".indexing-", dir=out)
         with work:
             read = partial(_fetch_tar, folder, Path(work.name), label_keys)
@@ -299,7 +300,8 @@ def _recipe(label_keys: Sequence[str], class_names: Mapping[str, str] | None) ->
 def _write_index(out: Path, tar: ReadTar, samples: Sequence[TarSample], labels: Sequence[int]) -> Shard:
     name = str(Path(tar.name).with_suffix(".idx"))
     path = out / name
-    path.parent.mkdir(exist_ok=True)
+    if not path.parent.exists():
+        make_folder(path.parent)
     records = ((s.offset, s.length, label, s.sha256) for s, label in zip(samples, labels, strict=True))
     return Shard(
         tar=tar.name,

@@ -7,6 +7,7 @@ of the images, with a journal of their own in the same folder (`scan*.jsonl`). A
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ Scan = npt.NDArray[np.void]
 MAX_FILE_BYTES = 256 << 20  # no photograph is larger; the whole file is read into memory
 DEFAULT_MAX_UNUSABLE = 0.1
 _ALWAYS_ALLOWED = 10  # a tenth of a tiny set is less than one image
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # of a disk or a network file system; the next read may succeed
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,12 @@ def fingerprints(source: Source, images: Sequence[SourceImage], *, workers: int)
 
 def _read(source: Source, file: File) -> bytes:
     try:
-        return source.read(file.path)
+        try:
+            return source.read(file.path)
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            return source.read(file.path)  # an error that passes must not leave an image out of the set
     except OSError as error:
         raise UndecodableError("unreadable", error.strerror or str(error)) from error
 

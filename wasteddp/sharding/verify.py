@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from wasteddp.data.groups import Groups, read_groups
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, parse_index, read_index
+from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, pad_size, parse_index, read_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
 from wasteddp.files import sha256_of
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.compare import find_divided, find_repeats
 
+_MAX_LABEL_BYTES = 1 << 20
 _MAX_NAMED = 50  # samples of one shard; the rest are counted
 
 
@@ -154,7 +155,7 @@ def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
             offset, length = int(record["offset"]), int(record["length"])
             image = os.pread(file.fileno(), length, offset)
             header = _header(file.fileno(), offset - BLOCKSIZE)
-            label = _label(file.fileno(), offset + padded(length)) if is_own else {}
+            label = _label(file.fileno(), offset + pad_size(length)) if is_own else {}
             name = f"{header.name.split('.')[0] if header else f'sample {number}'}"
             named = f"{name} ({label.get('source', 'source unknown')})" if is_own else name
             if hashlib.sha256(image).digest() != record["sha256"].tobytes():
@@ -176,7 +177,8 @@ def _label(descriptor: int, offset: int) -> dict[str, Any]:
     """Return the JSON member whose header is at `offset`; {} if either is damaged."""
     header = _header(descriptor, offset)
     try:
-        label = json.loads(os.pread(descriptor, header.size, offset + BLOCKSIZE)) if header else {}
+        is_small = header is not None and 0 <= header.size <= _MAX_LABEL_BYTES
+        label = json.loads(os.pread(descriptor, header.size, offset + BLOCKSIZE)) if header and is_small else {}
     except (ValueError, RecursionError):
         return {}
     return label if isinstance(label, dict) else {}

@@ -29,9 +29,9 @@ from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.crop import EvaluationView, normalise
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.loader import Loader, training_steps
-from wasteddp.data.train_plan import train_plan
+from wasteddp.data.train_plan import plan_training
 from wasteddp.errors import CheckpointError, RunError, storage
-from wasteddp.files import RunLock, write_atomically
+from wasteddp.files import RunLock, make_folder, write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
 from wasteddp.inference.evaluate import check_classes, evaluate_split
@@ -186,7 +186,7 @@ def training_batches(
     data, split = settings.data, shards.manifest.split(settings.data.train_split)
     with ExitStack() as stack:
         reader = stack.enter_context(shards.reader(split.name))
-        plan = train_plan(split, settings, reader.labels)
+        plan = plan_training(split, data, reader.labels, batch_size=settings.train.batch_size, seed=settings.run.seed)
         steps = min(plan.steps_per_epoch, -(-num_images // plan.global_batch))
         planned = [part for _, _, part in training_steps(plan, 0, steps, rank=0, world_size=1)]
         samples = np.concatenate(planned)[:num_images] % reader.num_samples
@@ -256,7 +256,7 @@ def _save(
         else:
             home = folder = out
             with storage("creating the folder of the average", out):
-                out.mkdir(parents=True, exist_ok=True)
+                make_folder(out)
             write_atomically(
                 out / "settings.yaml", mean.settings_yaml.encode()
             )  # `evaluate` reads the shards' folder from it

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from wasteddp import environment
 from wasteddp.errors import LaunchError, SettingsError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import make_folder, write_atomically
 from wasteddp.parallel import progress as progress_bar
 from wasteddp.settings import Settings
 from wasteddp.training import dataloaders, messages, micro_batch
@@ -158,7 +158,7 @@ def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Fou
             "code": environment.commit(),
         }
     with storage("creating the folder", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     write_atomically(folder / "lr-find.json", (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(folder / "lr-find.png", _picture(found))
     say("\n".join([*_table(found), f"written: {folder}/lr-find.json, {folder}/lr-find.png"]))

@@ -16,7 +16,7 @@ import torch
 from wasteddp.data.dataset import open_dataset
 from wasteddp.data.decoding.decode import UndecodableError, decode_rgb
 from wasteddp.data.manifest import Manifest
-from wasteddp.data.train_plan import train_plan
+from wasteddp.data.train_plan import plan_training
 from wasteddp.errors import WastedError, storage
 from wasteddp.files import sync_folder, try_lock
 from wasteddp.inference.bundle import find_bundle, load_bundle
@@ -64,7 +64,13 @@ def check_shards(settings: Settings, rank: int) -> tuple[Finding, Opened | None]
                 with shards.reader(name) as reader:
                     if name == settings.data.train_split:
                         refuse_untrainable(manifest, name)
-                        plan = train_plan(manifest.split(name), settings, reader.labels)
+                        plan = plan_training(
+                            manifest.split(name),
+                            settings.data,
+                            reader.labels,
+                            batch_size=settings.train.batch_size,
+                            seed=settings.run.seed,
+                        )
                     among = manifest.split(name).shards[0].num_samples if manifest.url else reader.num_samples
                     count = min(_SAMPLES, among)
                     for number in range(count):

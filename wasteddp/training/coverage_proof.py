@@ -38,7 +38,7 @@ from torch import nn
 
 from wasteddp.data.batch import Batch
 from wasteddp.errors import CoverageError
-from wasteddp.order.coverage import digest, digest_of_epoch, signed
+from wasteddp.order.coverage import digest, digest_of_epoch, to_signed
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING, TrainPlan
 from wasteddp.settings import Run
@@ -57,14 +57,14 @@ def count(batch: Batch, seed: int) -> tuple[int, int]:
     planned = np.array([item.sample for item in batch.damage], dtype=np.int64)
     stand_ins = np.array([item.replaced_by for item in batch.damage], dtype=np.int64)
     found = digest(seed, read) + digest(seed, planned) - digest(seed, stand_ins)
-    return len(read), signed(found)
+    return len(read), to_signed(found)
 
 
 def add(covered: Sequence[int], of_step: Sequence[int], batch: Batch) -> list[int]:
     """Add a step to (samples, hash, replaced) of the epoch; empty if the epoch started without counting."""
     if batch.step_in_epoch == 0:
         return list(of_step)
-    return [signed(a + b) for a, b in zip(covered, of_step, strict=True)] if covered else []
+    return [to_signed(a + b) for a, b in zip(covered, of_step, strict=True)] if covered else []
 
 
 def prove(progress: Progress, plan: TrainPlan, epoch: int, runtime: Runtime, tracker: Tracker) -> dict[str, float]:
@@ -77,7 +77,7 @@ def prove(progress: Progress, plan: TrainPlan, epoch: int, runtime: Runtime, tra
         CoverageError: on every rank, after the row of metrics is written: the samples are not those of the epoch.
     """
     [expected] = runtime.totals(digest_of_epoch(plan, epoch, part=runtime.rank, parts=runtime.world_size))  # all ranks
-    expected = signed(expected)
+    expected = to_signed(expected)
     if progress.changed:
         tracker.say(f"epoch {epoch}: changed within ({', '.join(progress.changed)}), not proved")
         return {"coverage/changed": 1.0}

@@ -16,17 +16,16 @@ import numpy as np
 from wasteddp import environment
 from wasteddp.data.batch import Batch
 from wasteddp.data.dataset import Needs, open_dataset
-from wasteddp.data.decoding.pool import DecodeServer
-from wasteddp.data.decoding.workers import default_workers
+from wasteddp.data.decoding.workers import DecodeServer, default_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.process_loader import print_warning
 from wasteddp.data.reader import SplitReader
-from wasteddp.data.train_plan import train_plan
+from wasteddp.data.train_plan import plan_training
 from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
-from wasteddp.order.shuffle_quality import Labels
+from wasteddp.order.plan_quality import Labels
 from wasteddp.settings import Data, Settings
 from wasteddp.training.device_batches import copied_ahead
 from wasteddp.training.distributed.runtime import Runtime, has_gpu
@@ -95,7 +94,9 @@ def open_inputs(settings: Settings, runtime: Runtime, server: DecodeServer | Non
             refuse_untrainable(manifest, train.name)
             train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
             val_reader = stack.enter_context(shards.reader(val.name, stopped=STOP.__bool__))
-            plan = train_plan(train, settings, train_reader.labels)
+            plan = plan_training(
+                train, settings.data, train_reader.labels, batch_size=settings.train.batch_size, seed=settings.run.seed
+            )
             cache_forecast = CacheForecast(
                 train_plan=plan,
                 train_reader=train_reader,

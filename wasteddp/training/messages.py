@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from wasteddp import environment
 from wasteddp.data.batch import Damage
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
-from wasteddp.order import shuffle_quality
+from wasteddp.order import plan_quality
 from wasteddp.parallel import duration
 from wasteddp.settings import Settings
 from wasteddp.training import schedule
@@ -25,7 +25,7 @@ def facts(settings: Settings, runtime: Runtime, data: Inputs, last_step: int, or
     full_px, epochs = settings.data.image_size, settings.train.epochs
     sizes = schedule.describe_sizes(settings.schedule, full_px=full_px, epochs=epochs)
     val = manifest.splits[settings.data.eval_split]
-    order = [shuffle_quality.describe(plan, data.train_labels)] if plan.block > 1 and runtime.is_main else []
+    order = [plan_quality.describe(plan, data.train_labels)] if plan.block > 1 and runtime.is_main else []
     if plan.balance:
         order.append(plan.balance.describe(manifest.classes))
     size_px = settings.data.eval_size_px

@@ -28,7 +28,7 @@ class Objective:
     def __init__(self, settings: Settings, runtime: Runtime, data: Inputs, model: nn.Module) -> None:
         self._runtime = runtime
         num_classes = len(data.manifest.classes)
-        self.augment = Augment.of(settings.augment, settings.run.seed).on(runtime.device, runtime.say)
+        self.augment = Augment.from_settings(settings.augment, settings.run.seed).on(runtime.device, runtime.say)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
         counts, shares = data.train.samples_per_class, data.share_of_classes
         loss = losses.build(settings.train, counts, share_of_classes=shares).to(runtime.device)

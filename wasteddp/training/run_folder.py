@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wasteddp import environment
-from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, TrackingError
-from wasteddp.files import write_atomically
+from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, TrackingError, storage
+from wasteddp.files import make_folder, write_atomically
+from wasteddp.inference.bundle import FOLDER_NAME
 from wasteddp.settings import Settings
 from wasteddp.training import messages
 from wasteddp.training.checkpoint.progress import Progress
@@ -50,6 +51,7 @@ def begin_run(
             out = Path(settings.run.out)
             (out / _RESUMABLE_MARK).unlink(missing_ok=True)
             (out / slurm.MISTAKE_MARK).unlink(missing_ok=True)
+            _remove_unfinished(out)
             write_atomically(out / "settings.yaml", settings.to_yaml().encode())
             write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
             own = checkpoint is not None and out.resolve() in checkpoint.path.resolve().parents
@@ -57,6 +59,16 @@ def begin_run(
                 settings, data.manifest, progress, last_step=last_step, own=own, world_size=runtime.world_size
             )
     return tracker
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove what an earlier start, or an evaluation, left half written. Requires the lock on the checkpoints."""
+    with storage("removing unfinished files", out):
+        for pattern in ("*.tmp", f"{FOLDER_NAME}/*.tmp", "evaluations/*/*.tmp"):
+            for path in out.glob(pattern):
+                path.unlink(missing_ok=True)
+        for path in out.glob("media/.*.tmp"):
+            shutil.rmtree(path)
 
 
 def is_closed(out: Path) -> bool:
@@ -78,7 +90,7 @@ def stopped_before_it_began(out: Path, *, is_check: bool) -> int:
         print(messages.stopped_before_it_began(STOP.signal_name), flush=True)
         try:
             if not is_check:
-                out.mkdir(parents=True, exist_ok=True)
+                make_folder(out)
                 mark_resumable(out)
         except OSError as error:
             print(f"WARNING: {out / _RESUMABLE_MARK} cannot be written: {error}", flush=True)

@@ -15,7 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from wasteddp.data.batch import Batch
-from wasteddp.errors import LaunchError, WastedError
+from wasteddp.errors import LaunchError, WastedError, print_line
 from wasteddp.training.distributed import determinism
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 from wasteddp.training.watchdog.watchdog import Watchdog
@@ -120,7 +120,7 @@ class Runtime:
     def say(self, message: str) -> None:
         """Print a line on rank 0, before the tracker exists, which also writes the log."""
         if self.is_main:
-            print(message, flush=True)
+            print_line(message)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over the ranks. All ranks."""

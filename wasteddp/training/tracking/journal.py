@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from wasteddp.files import read_rows, write_atomically
+from wasteddp.errors import StorageError
+from wasteddp.files import read_rows, sync_folder, write_atomically
 
 # Every metric of a run: (unit, meaning). No other metric may be logged. A * stands for a rank or a class.
 METRICS: dict[str, tuple[str, str]] = {
@@ -78,8 +79,10 @@ class Journal:
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path, self._warn = path, warn
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sync_folder(path.parent)
         self._waiting: deque[bytes] = deque()
         self._fails = False
+        self._lost_sync = False  # a sync failed: the kernel may have dropped what it could not write
         self._lock = threading.Lock()
 
     def append(self, text: str) -> None:
@@ -107,11 +110,11 @@ class Journal:
                 self._write(self._waiting[0])
                 self._waiting.popleft()
             if sync:
-                os.fsync(self._descriptor)
-        except OSError as error:
+                self._sync()
+        except (OSError, StorageError) as error:
             if not self._fails:
                 self._warn(
-                    f"WARNING: {self._path} cannot be written: {error.strerror}; its lines wait in memory and training "
+                    f"WARNING: {self._path} cannot be written: {_reason(error)}; its lines wait in memory and training "
                     "continues: free some space"
                 )
             self._fails = True
@@ -119,6 +122,18 @@ class Journal:
             if self._fails:
                 self._warn(f"{self._path} can be written again; no line is missing")
             self._fails = False
+
+    def _sync(self) -> None:
+        if self._lost_sync:  # another fsync would succeed and prove nothing: write the whole file again
+            write_atomically(self._path, self._path.read_bytes())
+            os.close(self._descriptor)
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            self._lost_sync = False
+        try:
+            os.fsync(self._descriptor)
+        except OSError:
+            self._lost_sync = True
+            raise
 
     def _write(self, line: bytes) -> None:
         before = os.fstat(self._descriptor).st_size
@@ -147,9 +162,16 @@ def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list
         aside = path.with_name(f"{path.stem}-damaged{path.suffix}")
         with aside.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(lost)
+            file.flush()
+            os.fsync(file.fileno())
         say(f"WARNING: {path}: {len(lost)} damaged line(s) are not rows of metrics; they are moved to {aside.name}")
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
+
+
+def _reason(error: Exception) -> str | None:
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    return cause.strerror if isinstance(cause, OSError) else str(error)
 
 
 def is_known(name: str) -> bool:

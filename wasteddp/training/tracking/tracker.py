@@ -20,7 +20,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from wasteddp.errors import StorageError, storage
+from wasteddp.errors import StorageError, print_line, storage
+from wasteddp.files import make_folder
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
 from wasteddp.training.tracking import pictures, run_id
@@ -87,7 +88,7 @@ class ConsoleTracker(NoTracker):
     """Prints messages and writes nothing: for a start that neither trains nor measures."""
 
     def say(self, message: str, *, in_passing: bool = False) -> None:
-        print(redacted(message), flush=True)
+        print_line(redacted(message))
 
 
 class RunTracker:
@@ -109,7 +110,7 @@ class RunTracker:
     ) -> None:
         self._display: Display | None = None
         with storage("writing the run's folder", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._log_file = Journal(folder / "log.txt", self._print)
             kept = roll_back(folder / METRICS_FILE, resumed_step, self.say)
             self._metrics_file = Journal(folder / METRICS_FILE, self._print)
@@ -134,7 +135,7 @@ class RunTracker:
         if self._display:
             self._display.print(message)
         else:
-            print(message, flush=True)
+            print_line(message)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         unknown = sorted(name for name in metrics if not is_known(name))

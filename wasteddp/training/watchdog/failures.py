@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from wasteddp.errors import DeviceMemoryError, SettingsError, WastedError
+from wasteddp.errors import DeviceMemoryError, SettingsError, WastedError, storage_error
 from wasteddp.settings import Settings
 from wasteddp.training.distributed import determinism
 from wasteddp.training.watchdog.heartbeat import Beat
@@ -44,6 +44,8 @@ def explain(error: Exception, settings: Settings, place: str) -> Exception:
             "raise train.batch_size or train.max_micro_batch so that a micro-batch has two images, raise "
             "data.image_size, or freeze the network (model.freeze: backbone)",
         )
+    if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+        return storage_error(error, f"the training, while {place}", settings.run.out)
     if not isinstance(error, torch.OutOfMemoryError):
         return error
     evaluates = place == "evaluating"

@@ -82,6 +82,11 @@ def leave(code: int) -> NoReturn:
 
 def leave_now(code: int) -> NoReturn:
     """End the process without exit handlers, from any thread, also where nobody reads its output."""
-    within(_FLUSH_S, sys.stdout.flush)
-    within(_FLUSH_S, sys.stderr.flush)
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+
+    within(_FLUSH_S, flush)
     os._exit(code)
