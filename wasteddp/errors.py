@@ -15,6 +15,7 @@
     ├── CheckpointError        a run's checkpoints
     ├── DivergedError          a loss or gradient that is not finite, or a loss that exploded
     ├── CoverageError          an epoch that did not see each of its samples exactly once
+    ├── DecisionError          bins, costs, or a guarantee that the images cannot give
     ├── BundleError            a model bundle
     ├── RunError               a run's folder
     ├── TrackingError          W&B, where a command needs it; training continues without it
@@ -122,6 +123,10 @@ class DivergedError(WastedError):
 
 
 class CoverageError(WastedError):
+    pass
+
+
+class DecisionError(WastedError):
     pass
 
 

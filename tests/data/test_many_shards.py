@@ -72,12 +72,12 @@ def test_the_bytes_are_those_of_all_tars_open_and_few_are_open(many: Path) -> No
 
 def test_a_tar_that_is_in_use_stays_open(many: Path) -> None:
     tars = LocalTars(many, Manifest.load(many).split("train").shards, most_open=2)
-    with tars.opened(0) as first, tars.opened(1), tars.opened(2), tars.opened(3):
+    with tars.open_shard(0) as first, tars.open_shard(1), tars.open_shard(2), tars.open_shard(3):
         start = os.pread(first, 512, 0)
         for number in range(10, 20):
             tars.pread(number, 10, 0)
         assert os.pread(first, 512, 0) == start
-        with tars.opened(0) as again:
+        with tars.open_shard(0) as again:
             assert again == first
     tars.close()
 
@@ -94,7 +94,7 @@ def test_a_tar_that_is_removed_or_replaced_later_is_named(many: Path, tmp_path: 
             reader.read(5)
         with pytest.raises(DamagedSampleError, match=f"{shards[6].tar}.*it is a pipe or a device"):
             reader.read(6)
-        with pytest.raises(ShardError, match=f"{shards[5].tar} cannot be opened"), reader.opened(5):
+        with pytest.raises(ShardError, match=f"{shards[5].tar} cannot be opened"), reader.open_shard(5):
             pass
 
 

@@ -32,7 +32,7 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from wasteddp.data.remote.filesystems import shown
+    from wasteddp.data.remote.filesystems import hide_secrets
     from wasteddp.data.remote.folder import is_url
     from wasteddp.parallel import num_usable_cores
     from wasteddp.sharding.verify import require_whole, verify, verify_remote
@@ -48,7 +48,7 @@ def _verify(arguments: argparse.Namespace) -> None:
             print(f"{run} is intact: {', '.join(found.checked)}")
             return
     verified = verify_remote(arguments.set, workers=workers) if remote else verify(Path(arguments.set), workers=workers)
-    where, counts = (shown(arguments.set), "") if remote else (arguments.set, ", and label counts")
+    where, counts = (hide_secrets(arguments.set), "") if remote else (arguments.set, ", and label counts")
     require_whole(where, verified)
     print(
         f"{where} is whole: {verified.num_samples:,} samples in {verified.num_shards} shard(s), "
@@ -123,7 +123,7 @@ def _add_index(commands: Commands) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from wasteddp.data.remote.filesystems import shown
+    from wasteddp.data.remote.filesystems import hide_secrets
     from wasteddp.data.remote.folder import is_url
     from wasteddp.data.summary import summarise
     from wasteddp.parallel import num_usable_cores
@@ -163,7 +163,9 @@ def _index(arguments: argparse.Namespace) -> None:
     for line in find_repeats(manifest):
         print(inert(line))
     if remote:
-        print(f"now copy {arguments.out}/*.idx and then {arguments.out}/manifest.json to {shown(arguments.folder)}")
+        print(
+            f"now copy {arguments.out}/*.idx and then {arguments.out}/manifest.json to {hide_secrets(arguments.folder)}"
+        )
 
 
 def _add_draw(commands: Commands) -> None:
@@ -212,11 +214,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     from wasteddp import settings as settings_file
     from wasteddp.data.folds import choose_fold
     from wasteddp.data.manifest import Manifest
-    from wasteddp.data.train_plan import forecast
+    from wasteddp.data.train_plan import preview
 
     overrides = [*arguments.set, f"data.shards={arguments.folder}"]
     settings = (
         settings_file.load(arguments.config, overrides) if arguments.config else settings_file.parse("", overrides)
     )
     manifest = choose_fold(Manifest.load(arguments.folder), settings.data.fold)
-    print(inert(forecast(manifest, settings, nodes=arguments.nodes)))
+    print(inert(preview(manifest, settings, nodes=arguments.nodes)))

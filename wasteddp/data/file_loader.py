@@ -25,10 +25,10 @@ import numpy.typing as npt
 
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, take_tolerated
-from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
+from wasteddp.data.decoding.pool import DecodePool, Task
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, TOLERATED, UNDECODABLE, WHOLE, Rows
-from wasteddp.data.decoding.workers import Workers
+from wasteddp.data.decoding.workers import DecodeServer, Workers
 from wasteddp.data.process_loader import print_warning
 from wasteddp.files import most_files
 from wasteddp.parallel import in_order
@@ -147,7 +147,7 @@ class _Processes:
             if not pending:
                 return
             part = pending.popleft()
-            found = self._finished(part)
+            found = self._finish(part)
             free.append(part.slot)
             yield from found
 
@@ -180,7 +180,7 @@ class _Processes:
         part.task = Task(0, at, self._side, self._view, rows_at, records)
         self._pool.submit(part.task, part.number, wanted=frozenset(part.keys))
 
-    def _finished(self, part: _Part) -> list[FileView]:
+    def _finish(self, part: _Part) -> list[FileView]:
         assert part.sent is not None
         part.sent.result()
         if part.task:

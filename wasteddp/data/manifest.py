@@ -292,7 +292,7 @@ def shared_shards(manifest: Manifest, names: Iterable[str] | None = None) -> lis
     return found
 
 
-def padded(num_bytes: int, unit: int = BLOCKSIZE) -> int:
+def pad_size(num_bytes: int, unit: int = BLOCKSIZE) -> int:
     """What a tar's member of that size takes, without its header; or anything else that is padded to a `unit`."""
     return -(-num_bytes // unit) * unit
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from wasteddp.data.reader import SplitReader
 from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
 from wasteddp.files import read_regular
 from wasteddp.inference.classifier import Classifier, device_type
+from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
-from wasteddp.inference.ranks import Ranks, joined
+from wasteddp.inference.ranks import Ranks, join_ranks
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.parallel import progress
@@ -39,54 +39,93 @@ from wasteddp.settings import Data, plain_yaml
 ALONE = Ranks()
 _STEP = 64  # samples whose shards are fetched ahead, and released, together
 _AHEAD = 2  # steps that are decoded ahead
-_OF_THE_SET = ("shards", "fold", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
+_OF_THE_SET = (
+    "train_split",
+    "eval_split",
+    "shards",
+    "fold",
+    "cache",
+    "cache_gb",
+    "fetchers",
+    "ahead_steps",
+    "read_attempts",
+    "read_timeout_s",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluateOptions:
-    """The command line of `wasteddp evaluate`. None: a default that depends on the run or the device."""
+def evaluate_run(
+    run_folder: Path,
+    *,
+    split: str = "test",
+    shards: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    tta: str = "none",
+    workers: int | str = 0,
+    near_duplicates: bool = False,
+) -> None:
+    """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
 
-    run: Path
-    split: str = "test"
-    shards: str | None = None  # folder or URL
-    batch_size: int | None = None
-    device: str = "auto"
-    tta: str = "none"
-    workers: int | str = 0  # like the setting data.workers
-
-
-def run(options: EvaluateOptions) -> None:
-    """Evaluate, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share the work."""
-    with joined() as ranks:
-        device = ranks.device(options.device)
-        with start_workers(options.workers, device_type(device), cores=ranks.cores) as workers:
-            classifier = Classifier.load(options.run, device=device, batch_size=options.batch_size, tta=options.tta)
-            with dataset.open_dataset(data_of(options.run, options.shards)) as shards:
+    Args:
+        shards: folder or URL of the set; None: the one that the model was trained on.
+        batch_size: None: a size that suits the device.
+        workers: as the setting data.workers.
+        near_duplicates: look for those of training images, where sharding did not.
+    """
+    with join_ranks() as ranks:
+        device = ranks.device(device)
+        with start_workers(workers, device_type(device), cores=ranks.cores) as decoders:
+            classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
+            data = data_of(run_folder, shards)
+            with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
-                evaluation = evaluate_split(classifier, shards, options.split, console, workers, ranks)
-        if ranks.is_main:
-            _report(options, classifier, shards.manifest, evaluation, console)
+                evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
+                if ranks.is_main:
+                    near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
+                    _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
+
+
+def _near(
+    shards: ShardSet, split: str, train: str, evaluation: Evaluation, *, look: bool
+) -> npt.NDArray[np.bool_] | None:
+    """Return which samples have a near-duplicate in the training split [N], or None if it is not known."""
+    if split == train or train not in shards.manifest.splits:
+        return None
+    near = near_by_manifest(shards.manifest, split, train, evaluation.sources)
+    if near is None and look:
+        with shards.reader(train) as training, shards.reader(split) as reader:
+            near = near_by_hashes(training, (reader.read(sample) for sample in range(reader.num_samples)))
+    return near
 
 
 def _report(
-    options: EvaluateOptions, classifier: Classifier, manifest: Manifest, evaluation: Evaluation, console: Console
+    run_folder: Path,
+    split: str,
+    classifier: Classifier,
+    manifest: Manifest,
+    evaluation: Evaluation,
+    near: npt.NDArray[np.bool_] | None,
+    console: Console,
 ) -> None:
-    folder = options.run / "evaluations" / options.split
+    """Save and print an evaluation."""
+    folder, record = run_folder / "evaluations" / split, compare(evaluation, near)
     save_evaluation(
         folder,
         evaluation,
         classifier.card,
         manifest_sha256=manifest.sha256,
         options={
-            "split": options.split,
+            "split": split,
             "shards": manifest.where,
             "batch_size": classifier.batch_size,
             "device": str(classifier.device),
             "tta": classifier.tta,
         },
+        further=record,
     )
     seen = evaluation.seen
-    print_evaluation(console, seen, title=f"{options.run}, {options.split}: {seen.metrics.num_samples} images")
+    print_evaluation(console, seen, title=f"{run_folder}, {split}: {seen.metrics.num_samples} images")
+    print_comparison(console, record)
     console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -141,8 +180,8 @@ def evaluate(
     labels = reader.labels
     _check_counts(np.bincount(labels, minlength=num_classes), split, "its index holds")
 
-    # samples, their sources, probabilities [B, K]
-    done: list[tuple[list[int], list[str], npt.NDArray[np.float32]]] = []
+    # samples, their sources, probabilities [B, K], unlikeness [B]
+    done: list[tuple[list[int], list[str], npt.NDArray[np.float32], npt.NDArray[np.float64] | list[None]]] = []
     failure: WastedError | None = None
     size = classifier.card.preprocessing
     with (
@@ -159,8 +198,8 @@ def evaluate(
     ):
         try:
             for batch in classifier.batches(views):
-                answers_BK = classifier.probabilities([view for _, _, view in batch])
-                done.append(([sample for sample, _, _ in batch], [source for _, source, _ in batch], answers_BK))
+                found = classifier.answers([view for _, _, view in batch])
+                done.append(([sample for sample, _, _ in batch], [source for _, source, _ in batch], *found))
                 for _ in range(len(batch) * ranks.world_size):
                     advance()
         except WastedError as error:
@@ -168,24 +207,27 @@ def evaluate(
     ranks.raise_together(failure)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     probabilities_NK = np.full((reader.num_samples, num_classes), np.nan, np.float32)
+    unlike_N = np.full(reader.num_samples, np.nan)
     sources = [""] * reader.num_samples
-    for samples, names, answers_BK in (part for of_rank in ranks.gather(done) for part in of_rank):
+    for samples, names, answers_BK, unlike_B in (part for of_rank in ranks.gather(done) for part in of_rank):
         probabilities_NK[samples] = answers_BK
+        if classifier.training:
+            unlike_N[samples] = unlike_B
         confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
         for sample, name in zip(samples, names, strict=True):
             sources[sample] = name
     # Check that the samples that were classified are those that the manifest counts.
     _check_counts(confusion.sum(axis=1), split, "the model answered for")
-    answers = Answers.of(labels, probabilities_NK)
+    answers = Answers.from_probabilities(labels, probabilities_NK)
     seen = Seen(
         split=split.name,
         classes=classifier.card.classes,
         confusion=confusion,
         metrics=summarise(confusion),
-        reliability=Reliability.of(answers),
-        mistakes=Mistakes.of(answers),
+        reliability=Reliability.measure(answers),
+        mistakes=Mistakes.find(answers),
     )
-    return Evaluation(seen, tuple(sources), labels, probabilities_NK)
+    return Evaluation(seen, tuple(sources), labels, probabilities_NK, unlike_N if classifier.training else None)
 
 
 def _views(loader: AnyLoader, reader: SplitReader, ranks: Ranks) -> Generator[tuple[int, str, ImageHWC], None, None]:

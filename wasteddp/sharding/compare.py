@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.groups import Groups, read_groups
-from wasteddp.data.manifest import Index, Manifest, Shard, padded, read_index
+from wasteddp.data.manifest import Index, Manifest, Shard, pad_size, read_index
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import ShardError, storage
 from wasteddp.files import open_regular
@@ -126,7 +126,7 @@ def _shared_groups(first: Manifest, second: Manifest) -> Iterator[tuple[str, boo
 
 def _source_of(descriptor: int, record: np.void, tar: Path) -> str:
     """Return the path that `shard` wrote beside an image, in the member after it."""
-    begin = int(record["offset"]) + padded(int(record["length"]))
+    begin = int(record["offset"]) + pad_size(int(record["length"]))
     content = os.pread(descriptor, 64 * BLOCKSIZE, begin)
     try:
         header = tarfile.TarInfo.frombuf(content[:BLOCKSIZE], "utf-8", "replace")

@@ -21,7 +21,7 @@ from wasteddp.data.manifest import (
     Index,
     Manifest,
     Shard,
-    padded,
+    pad_size,
     parse_index,
     read_index,
     shared_shards,
@@ -165,7 +165,7 @@ def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
             offset, length = int(record["offset"]), int(record["length"])
             image = os.pread(file.fileno(), length, offset)
             header = _header(file.fileno(), offset - BLOCKSIZE)
-            label = _label(file.fileno(), offset + padded(length)) if is_own else {}
+            label = _label(file.fileno(), offset + pad_size(length)) if is_own else {}
             name = f"{header.name.split('.')[0] if header else f'sample {number}'}"
             named = f"{name} ({label.get('source', 'source unknown')})" if is_own else name
             if hashlib.sha256(image).digest() != record["sha256"].tobytes():

@@ -97,7 +97,7 @@ def read_folders(
             "give a folder that holds one folder of images for each class",
         )
     paths = [file.path.split("/") for file in files]
-    levels = _Levels.of(paths, where)
+    levels = _Levels.find(paths, where)
     if class_folders == "inner":
         levels = replace(levels, is_inner=True)
     elif not class_folders:
@@ -299,7 +299,7 @@ class _Levels:
     is_inner: bool = False  # classes are one level further in
 
     @classmethod
-    def of(cls, paths: list[list[str]], where: str | Path) -> _Levels:
+    def find(cls, paths: list[list[str]], where: str | Path) -> _Levels:
         skip = _num_wrappers(paths)
         inside = [parts for parts in paths if len(parts) > skip + 1]
         if not _is_split(inside, skip, where):

@@ -1,0 +1,92 @@
+"""Exact bounds of a binomial share, and intervals by resampling. Pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import exp, log, log1p
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+
+_STEPS = 50  # of a bisection: as exact as the sums
+_log_factorial: F64 = np.zeros(1)  # grows
+
+
+def tail(successes: int, trials: int, share: float) -> float:
+    """Return P(X <= successes) of X ~ Binomial(trials, share)."""
+    return _tail(_log_choose(successes, trials), successes, trials, share)
+
+
+def upper_bound(successes: int, trials: int, error: float) -> float:
+    """Return the one-sided upper bound of the share: it is too low with a probability of at most `error`.
+
+    Source: Clopper and Pearson 1934, Biometrika 26:404. 1 without trials.
+    """
+    if successes >= trials:
+        return 1.0
+    logs = _log_choose(successes, trials)
+    low, high = successes / trials, 1.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _tail(logs, successes, trials, middle) >= error else (low, middle)
+    return high
+
+
+def lower_bound(successes: int, trials: int, error: float) -> float:
+    """Return the one-sided lower bound of the share: it is too high with a probability of at most `error`."""
+    return 1.0 - upper_bound(trials - successes, trials, error)
+
+
+def bootstrap_interval(
+    statistic: Callable[[npt.NDArray[np.int64]], float],
+    num_samples: int,
+    *,
+    groups: npt.ArrayLike | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a statistic; NaN results are left out.
+
+    Args:
+        statistic: a function of sample numbers, int64 [M], with repetitions.
+        groups: [N], whole groups are drawn (cluster bootstrap: Field and Welsh 2007, JRSS B 69:369); None: samples are.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap.
+    """
+    rng = np.random.default_rng(seed)
+    if groups is None:
+        resampled = (rng.integers(0, num_samples, num_samples) for _ in range(draws))
+    else:
+        _, number = np.unique(np.asarray(groups), return_inverse=True)
+        order = np.argsort(number, kind="stable")
+        members = np.split(order, np.cumsum(np.bincount(number))[:-1])
+        count = len(members)
+        resampled = (np.concatenate([members[i] for i in rng.integers(0, count, count)]) for _ in range(draws))
+    found = np.array([statistic(rows) for rows in resampled])
+    found = found[~np.isnan(found)]
+    if not len(found):
+        return float("nan"), float("nan")
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _tail(log_choose: F64, successes: int, trials: int, share: float) -> float:
+    if successes >= trials or share <= 0:
+        return 1.0
+    if successes < 0 or share >= 1:
+        return 0.0
+    k = np.arange(successes + 1)
+    terms = log_choose + k * log(share) + (trials - k) * log1p(-share)
+    top = float(terms.max())
+    return min(1.0, exp(top) * float(np.exp(terms - top).sum()))
+
+
+def _log_choose(successes: int, trials: int) -> F64:
+    """Return log(trials choose k) for k = 0 .. successes."""
+    global _log_factorial
+    if trials >= len(_log_factorial):
+        _log_factorial = np.r_[0.0, np.cumsum(np.log(np.arange(1, 2 * trials + 2)))]
+    k = np.arange(max(0, successes + 1))
+    return np.asarray(_log_factorial[trials] - _log_factorial[k] - _log_factorial[np.maximum(0, trials - k)])
