@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from wasteddp.commands import unlike
-from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, keywords, positive, to_path
+from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, keywords, positive, share, to_path
 from wasteddp.files import expand_home
 
 
@@ -28,6 +28,18 @@ def _add_evaluate(commands: Commands) -> None:
     command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
     command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
     unlike.add_images(command)
+    decisions = command.add_argument_group("decisions: docs/decisions.md")
+    decisions.add_argument("--bins", type=to_path, metavar="FILE", help="YAML of bins, hazards and costs")
+    decisions.add_argument(
+        "--max-error",
+        type=share,
+        metavar="E",
+        help="share of items in a wrong bin among those that no person sees; the threshold is chosen on the run's "
+        "evaluation split, with a guarantee",
+    )
+    decisions.add_argument(
+        "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
+    )
     command.add_argument(
         "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
     )
@@ -61,6 +73,9 @@ def _add_predict(commands: Commands) -> None:
     )
     command.add_argument("--csv", type=to_path, metavar="FILE", help="write the probabilities of all classes as CSV")
     command.add_argument("--json", type=to_path, metavar="FILE", help="the same as JSON")
+    command.add_argument(
+        "--policy", type=to_path, metavar="FILE", help="policy.json of `evaluate --bins`: decide on a bin or a person"
+    )
     command.add_argument("--top", type=positive, default=3, metavar="N", help="classes to print (default: %(default)s)")
     add_compute(command)
     add_decoders(command)
