@@ -22,6 +22,7 @@ NUM_BINS = 10  # of confidence, as in inference.reliability
 MAX_STANDARD_ERROR = 0.15  # of log(temperature): 15 % of the temperature
 _LOG_RANGE = 4.0  # temperatures of 1/55 to 55
 _TINY = 1e-30  # a float32 softmax gives 0 below it
+_MOST_DRAWN = 10_000_000  # samples in all resamplings
 _STEPS = 60  # of a bisection
 
 
@@ -127,7 +128,10 @@ def _with_interval(
 ) -> tuple[float, float, float]:
     confidence, is_right = shares_NK.max(axis=1), shares_NK.argmax(axis=1) == truth
     low, high = bootstrap_interval(
-        lambda rows: calibration_error(confidence[rows], is_right[rows]), len(truth), groups=groups
+        lambda rows: calibration_error(confidence[rows], is_right[rows]),
+        len(truth),
+        groups=groups,
+        draws=min(1000, max(100, _MOST_DRAWN // len(truth))),
     )
     return calibration_error(confidence, is_right), low, high
 

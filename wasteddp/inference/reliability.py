@@ -142,6 +142,8 @@ class Seen:
     metrics: Metrics
     reliability: Reliability
     mistakes: Mistakes
+    labels_N: I64 | None = None  # of all samples, in any order, with their probabilities; None: too many to keep
+    probabilities_NK: F32 | None = None
 
 
 def _taken(answers: Answers, rows: I64) -> tuple[Mistake, ...]:

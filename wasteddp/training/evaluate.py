@@ -22,6 +22,8 @@ from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.watchdog.signals import STOP
 
+_MOST_PROBABILITIES = 4_000_000  # of a split, which each rank receives in 16 MB to calibrate the best model
+
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tuple[dict[str, float], Seen]:
@@ -46,6 +48,8 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
     counts = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=runtime.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
     samples, rows = [np.zeros(0, np.int64)], [torch.zeros((4, 0), device=runtime.device)]
+    keeps = split.num_samples * num_classes <= _MOST_PROBABILITIES
+    shares = [torch.zeros((0, num_classes), device=runtime.device)]
     model.eval()
     failure: WastedError | None = None
     try:
@@ -57,7 +61,10 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
             labels_B = item.labels_B.to(runtime.device, non_blocking=True)
             logits_BK = model(normalise(item.images_BCHW.to(runtime.device, non_blocking=True))).float()
             losses_B = nn.functional.cross_entropy(logits_BK, labels_B, reduction="none")
-            confidence_B, predicted_B = logits_BK.softmax(1).max(1)
+            shares_BK = logits_BK.softmax(1)
+            confidence_B, predicted_B = shares_BK.max(1)
+            if keeps:
+                shares.append(shares_BK)
             # padding is multiplied by 0: a mask index or bincount would synchronize the host with the device
             loss_sum += (losses_B * real).sum()
             counts.scatter_add_(0, labels_B * num_classes + predicted_B, real.long())
@@ -80,23 +87,28 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
         )
     metrics = summarise(confusion)
     seen_samples = np.concatenate(samples)
-    real_rows = torch.cat(rows, dim=1).cpu().numpy()[:, seen_samples != PADDING]
+    is_real = seen_samples != PADDING
+    real_rows = torch.cat(rows, dim=1).cpu().numpy()[:, is_real]
+    own_shares = torch.cat(shares).cpu().numpy()[is_real if keeps else slice(0)]
     labels, predicted, confidence, of_truth = real_rows
     answers = Answers(
-        seen_samples[seen_samples != PADDING],
+        seen_samples[is_real],
         labels.astype(np.int64),
         predicted.astype(np.int64),
         confidence,
         of_truth,
     )
-    parts = runtime.gather((Reliability.measure(answers), Mistakes.find(answers)))  # all ranks
+    kept_labels = answers.labels if keeps else answers.labels[:0]
+    parts = runtime.gather((Reliability.measure(answers), Mistakes.find(answers), kept_labels, own_shares))  # all ranks
     seen = Seen(
         split=split.name,
         classes=classes,
         confusion=confusion,
         metrics=metrics,
-        reliability=Reliability.merge(part for part, _ in parts),
-        mistakes=Mistakes.merge(part for _, part in parts),
+        reliability=Reliability.merge(part for part, *_ in parts),
+        mistakes=Mistakes.merge(part for _, part, *_ in parts),
+        labels_N=np.concatenate([part for *_, part, _ in parts]) if keeps else None,
+        probabilities_NK=np.concatenate([part for *_, part in parts]) if keeps else None,
     )
     return {
         "val/loss": total_loss / plan.num_samples,

@@ -8,7 +8,7 @@
     before_step  count damaged samples; decide what is due after the step
     after_step   prove the coverage of the epoch, read the metrics, check for divergence, evaluate, report, save
     ends         stop early, or after an interrupted evaluation
-    finish       wait for the disk, print the closing message, return the exit code
+    finish       wait for the disk, complete the model, print the closing message, return the exit code
 
 All functions run on all ranks.
 """
@@ -37,6 +37,7 @@ from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard, Retreat
 from wasteddp.training.evaluate import evaluate
+from wasteddp.training.features import add_features
 from wasteddp.training.metrics import Meter
 from wasteddp.training.schedule import Due, Intervals
 from wasteddp.training.tracking.profiler import Profiler
@@ -90,6 +91,7 @@ def begin(
         meter=Meter(world.device),
         profiler=Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say),
         hashes=StepHashes(settings, world, progress.step),
+        is_check=max_steps is not None,
     )  # fmt: skip
     return session, progress
 
@@ -113,6 +115,7 @@ class Session:
     meter: Meter
     profiler: Profiler
     hashes: StepHashes
+    is_check: bool = False  # its files are removed at the end
     stopped_by: Batch | None = None  # the batch at which the ranks agreed to stop
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -223,6 +226,8 @@ class Session:
             self.world.raise_together(self.stopped_by.failure if self.stopped_by else None)
             if self.world.is_main:
                 run_folder.mark_resumable(Path(self.settings.run.out))
+        elif self.world.is_main and self.is_recorded and not self.is_check:
+            add_features(Path(self.settings.run.out), self.world, self.data, self.tracker.say)
         splits, signal_name = self.data.manifest.splits, signals.STOP.signal_name
         self.tracker.say(messages.closing(self.settings, progress, exit_code, signal_name, splits=splits))
         return exit_code

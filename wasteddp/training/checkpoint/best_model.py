@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +13,8 @@ import torch
 from wasteddp import __version__
 from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
 from wasteddp.data.manifest import Manifest
+from wasteddp.decisions.calibration import calibrate
+from wasteddp.errors import DecisionError
 from wasteddp.inference.bundle import Averaged, BundleCard, Hashes, Preprocessing, Trained, save_bundle
 from wasteddp.inference.evaluation_files import save_seen
 from wasteddp.inference.reliability import Seen
@@ -31,7 +35,12 @@ def save_best(
 ) -> None:
     """Write the bundle, then its evaluation. Rank 0, in the thread that writes checkpoints."""
     out = Path(settings.run.out)
-    card = save_bundle(out / "model", card, weights)
+    calibrated = card
+    if seen.labels_N is not None and seen.probabilities_NK is not None:
+        with contextlib.suppress(DecisionError):  # too few images: `wasteddp calibrate` says how many would do
+            found = calibrate(seen.labels_N, seen.probabilities_NK, split=seen.split)
+            calibrated = replace(card, temperature=found.temperature, calibration=found.to_json())
+    card = replace(card, hashes=save_bundle(out / "model", calibrated, weights).hashes)  # evaluated without calibration
     save_seen(
         out / "evaluations" / seen.split,
         seen,

@@ -1,0 +1,108 @@
+"""`wasteddp calibrate` and the calibration of a training's best model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small_run import CARD, random_weights, write_images, write_shards
+
+from wasteddp import cli
+from wasteddp.decisions.calibration import Calibration, scaled
+from wasteddp.inference.bundle import read_card, save_bundle
+from wasteddp.inference.classifier import Classifier
+from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
+from wasteddp.tools import calibrate as calibrating
+from wasteddp.training.checkpoint import best_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrate")
+    counts = {"train": (1, 1, 1), "val": (2, 2, 2), "test": (3, 3, 3)}
+    write_shards(folder / "shards", write_images(folder / "images", counts), dict(CARD.bins))
+    save_bundle(folder / "run" / "model", CARD, random_weights())
+    (folder / "run" / "settings.yaml").write_text(f"data:\n  shards: {folder / 'shards'}\n")
+    return folder / "run"
+
+
+def overconfident(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels that are right less often than the probabilities say, and the probabilities."""
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3) * 0.2, count).astype(np.float32)
+    true = scaled(shares, 3.0)
+    return (true.cumsum(axis=1) > rng.random((count, 1))).argmax(axis=1), shares
+
+
+def test_the_card_gets_a_temperature_and_predictions_change_with_it(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, shares = overconfident(300)
+    asked = []
+
+    def measured(classifier: Classifier, *rest: object) -> SimpleNamespace:
+        asked.append(classifier.card.temperature)
+        return SimpleNamespace(labels=labels, probabilities_NK=shares)
+
+    monkeypatch.setattr(calibrating, "evaluate_split", measured)
+    plain = probabilities_of(run)
+    assert cli.main(["calibrate", str(run)]) == 0
+    card = read_card(run / "model")
+    found = Calibration.from_json(card.calibration)
+    assert card.temperature == found.temperature == pytest.approx(3.0, rel=0.4)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"temperature {found.temperature:.3f}, from 300 images of val" in said
+    np.testing.assert_allclose(probabilities_of(run), scaled(plain, found.temperature), atol=1e-5)
+    assert cli.main(["calibrate", str(run)]) == 0
+    assert asked == [1.0, 1.0], "again from the logits as the network gives them"
+
+
+def probabilities_of(run: Path) -> np.ndarray:
+    model = Classifier.load(run)
+    return model.probabilities([np.full((32, 32, 3), level, np.uint8) for level in (0, 90, 255)])
+
+
+def test_too_few_images_leave_the_card_as_it_was(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "model" / "model.json").read_bytes()
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", str(run), "--split", "test"])
+    assert "too few to calibrate the probabilities" in capsys.readouterr().err
+    assert (run / "model" / "model.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("count", [4, 400])
+def test_a_best_model_is_calibrated_where_its_evaluation_has_enough_images(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, shares = overconfident(count)
+    answers = Answers.from_probabilities(labels, shares)
+    found = Reliability.measure(answers), Mistakes.find(answers)
+    seen = Seen("val", CARD.classes, np.zeros((3, 3), np.int64), None, *found, labels, shares)  # type: ignore[arg-type]
+    evaluated = []
+    monkeypatch.setattr(best_model, "save_seen", lambda folder, seen, source, card, **how: evaluated.append(card))
+
+    class Anything:
+        def __getattr__(self, name: str) -> Anything:
+            return self
+
+        def __fspath__(self) -> str:
+            return str(tmp_path)
+
+    anything: object = Anything()
+    card = replace(CARD, temperature=1.0)
+    best_model.save_best(
+        random_weights(),
+        card=card,
+        seen=seen,
+        settings=anything,
+        world=anything,
+        data=anything,  # type: ignore[arg-type]
+    )
+    saved = read_card(tmp_path / "model")
+    assert bool(saved.calibration) == (count == 400)
+    assert (saved.temperature == 1.0) == (count == 4)
+    assert evaluated[0].temperature == 1.0, "the evaluation that a training makes is of the model without calibration"
+    assert evaluated[0].hashes.weights == saved.hashes.weights

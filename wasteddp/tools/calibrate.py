@@ -1,0 +1,58 @@
+"""`wasteddp calibrate`: fit the temperature of a run's model on a split, and keep it in the model's card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from wasteddp.data import dataset
+from wasteddp.data.decoding.workers import start_workers
+from wasteddp.decisions.calibration import Calibration, calibrate
+from wasteddp.inference.bundle import find_bundle, load_bundle, replace_card
+from wasteddp.inference.classifier import Classifier, device_type
+from wasteddp.inference.evaluate import data_of, evaluate_split
+from wasteddp.inference.metrics import percent
+
+
+def run(
+    run_folder: Path,
+    *,
+    split: str = "val",
+    shards: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    workers: int | str = 0,
+) -> None:
+    """Calibrate, write the card and print what changed. The weights and the predicted classes stay the same.
+
+    Raises:
+        DecisionError: the split has too few images; the card stays as it is.
+    """
+    console = Console()
+    card, state_dict = load_bundle(run_folder)
+    plain = replace(card, temperature=1.0, calibration={})
+    classifier = Classifier(plain, state_dict, device=device, batch_size=batch_size, where=run_folder)
+    with (
+        start_workers(workers, device_type(device)) as decoders,
+        dataset.open_dataset(data_of(run_folder, shards)) as there,
+    ):
+        evaluation = evaluate_split(classifier, there, split, console, decoders)
+    found = calibrate(evaluation.labels, evaluation.probabilities_NK, split=split)
+    folder = find_bundle(run_folder)
+    replace_card(folder, replace(card, temperature=found.temperature, calibration=found.to_json()))
+    print(describe(found))
+    print(f"written: {folder / 'model.json'}")
+
+
+def describe(found: Calibration) -> str:
+    """Return the result in one sentence."""
+
+    def error(value: float, low: float, high: float) -> str:
+        return f"{percent(value)} ({percent(low)} to {percent(high)})"
+
+    return (
+        f"temperature {found.temperature:.3f}, from {found.num_samples:,} images of {found.split}: expected "
+        f"calibration error {error(*found.ece_before)} before, {error(*found.ece_after)} after"
+    )
