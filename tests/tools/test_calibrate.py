@@ -97,8 +97,9 @@ def test_a_best_model_is_calibrated_where_its_evaluation_has_enough_images(
         random_weights(),
         card=card,
         seen=seen,
-        settings=anything,
-        world=anything,
+        out=tmp_path,
+        shards="shards",
+        runtime=anything,  # type: ignore[arg-type]
         data=anything,  # type: ignore[arg-type]
     )
     saved = read_card(tmp_path / "model")

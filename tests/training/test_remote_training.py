@@ -26,7 +26,7 @@ from wasteddp.data.train_plan import plan_training
 from wasteddp.settings import load
 from wasteddp.sharding.index import index_folder
 from wasteddp.training import dataloaders, run_folder
-from wasteddp.training.distributed.ranks import Ranks
+from wasteddp.training.distributed.launcher import Processes
 from wasteddp.training.watchdog import signals
 
 
@@ -240,7 +240,7 @@ def test_two_processes_of_which_one_waits_for_a_store_leave_together(
     with serving(small_shards) as server:
         server.faults = lambda name, number: "stall" if name == late else None
         settings = ("data.read_timeout_s=60", "data.read_attempts=1")
-        ranks = Ranks.started(arguments_of(tmp_path, server.url, *settings), 2, tmp_path / "run")
+        ranks = Processes.start(arguments_of(tmp_path, server.url, *settings), 2, tmp_path / "run")
         try:
             until(lambda: server.asked[late] or not ranks.are_running, limit_s=120)
             # with several ranks, a step starts when the batch of the next step is loaded

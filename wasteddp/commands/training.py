@@ -10,7 +10,7 @@ from wasteddp.commands.arguments import Commands, positive, to_path, words
 from wasteddp.errors import SettingsError
 from wasteddp.files import expand_home
 from wasteddp.tools import doctor
-from wasteddp.training import arguments as training
+from wasteddp.training.distributed import launcher
 
 
 def add(commands: Commands) -> None:
@@ -143,7 +143,7 @@ def _add_train(commands: Commands) -> None:
         "stopped. Exit codes: 0 finished; 2 a mistake, which the message names; 75 stopped by a signal and saved; 70 a "
         "process failed: start it again. The same with Accelerate's launcher: accelerate launch wasteddp/train.py.",
     )
-    training.add_arguments(command, needs_config=False)
+    launcher.add_arguments(command, needs_config=False)
     command.add_argument(
         "--from", dest="weights_of", type=to_path, metavar="RUN",
         help="a new run that starts from the model of a finished one, for a set that has grown; its settings are those "
@@ -156,8 +156,6 @@ def _add_train(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from wasteddp.training.distributed import launcher
-
     sets = list[str]()
     if arguments.weights_of:
         arguments.config = arguments.config or str(_settings_of(arguments.weights_of))
@@ -180,7 +178,7 @@ def _train(arguments: argparse.Namespace) -> int:
     more = {"ACCELERATE_USE_CPU": "true"} if arguments.cpu else {}
     is_launched = bool(os.environ.get("RANK"))  # by srun, torchrun or Accelerate: this is one of their processes
     num = arguments.processes or (1 if arguments.cpu or is_launched else max(1, launcher.num_gpus()))
-    return launcher.launch(training.as_given(arguments), num, more=more)
+    return launcher.launch(launcher.as_given(arguments), num, more=more)
 
 
 def _settings_of(run: Path) -> Path:

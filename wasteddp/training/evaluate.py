@@ -73,7 +73,7 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
             rows.append(torch.stack([labels_B, predicted_B, confidence_B, (-losses_B).exp()]))
     except WastedError as error:
         failure = error
-    with runtime.together():  # the forward passes above use no collectives: eval mode, no gradients
+    with runtime.sharing_errors():  # the forward passes above use no collectives: eval mode, no gradients
         if failure:
             raise failure
     confusion = runtime.sum(counts).cpu().numpy().reshape(num_classes, num_classes)  # all ranks

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from wasteddp.errors import StorageError
-from wasteddp.files import open_descriptor, read_regular, sync_folder, write_atomically
+from wasteddp.files import open_descriptor, read_regular, read_rows, sync_folder, write_atomically
 
 # Every metric of a run: (unit, meaning). No other metric may be logged. A * stands for a rank or a class.
 METRICS: dict[str, tuple[str, str]] = {
@@ -141,6 +143,30 @@ class Journal:
         except OSError:
             os.ftruncate(self._descriptor, before)
             raise
+
+
+def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Remove the rows after `step`, and lines that are not rows. Return the remaining rows.
+
+    Damaged lines are kept in a file next to `path`. A last line that a kill cut off is not one of them: it is after the
+    last checkpoint.
+
+    Args:
+        say: receives a line about damaged lines.
+    """
+    if not path.exists():
+        return []
+    damaged: list[str] = []
+    rows = [row for row in read_rows(path, "step", damaged=damaged.append) if row["step"] <= step]
+    if lost := [line for line in damaged if line.endswith("\n")]:
+        aside = path.with_name(f"{path.stem}-damaged{path.suffix}")
+        with aside.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(lost)
+            file.flush()
+            os.fsync(file.fileno())
+        say(f"WARNING: {path}: {len(lost)} damaged line(s) are not rows of metrics; they are moved to {aside.name}")
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
 
 
 def _reason(error: Exception) -> str | None:
