@@ -186,7 +186,7 @@ def storage_error(error: OSError, doing: str, path: str | Path) -> StorageError:
 def print_line(message: str) -> None:
     """Print a line. A full disk under standard output does not end a training: log.txt has the line as well."""
     with suppress(OSError):
-        print(message, flush=True)
+        print(inert(message), flush=True)
 
 
 def exit_with(error: WastedError) -> NoReturn:

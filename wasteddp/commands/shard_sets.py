@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from wasteddp.commands.arguments import Commands, add_workers, integers, to_path, words
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, inert
 from wasteddp.files import expand_home, read_text
 
 
@@ -55,7 +55,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes{counts} match the manifest"
     )
     for line in verified.repeats:
-        print(line)
+        print(inert(line))
 
 
 def _add_compare(commands: Commands) -> None:
@@ -83,7 +83,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     Options(near_duplicate_distance=distance).check()
     first, second = (Manifest.load(folder) for folder in arguments.sets)
     found = compare(first, second, workers=arguments.workers or num_usable_cores(), distance=distance)
-    print("\n".join(found.lines) or f"no image of {second.where} is in {first.where}, identical or nearly")
+    print(inert("\n".join(found.lines)) or f"no image of {second.where} is in {first.where}, identical or nearly")
     return int(found.leaks)
 
 
@@ -161,7 +161,7 @@ def _index(arguments: argparse.Namespace) -> None:
     )
     print(summarise(manifest))
     for line in find_repeats(manifest):
-        print(line)
+        print(inert(line))
     if remote:
         print(
             f"now copy {arguments.out}/*.idx and then {arguments.out}/manifest.json to {hide_secrets(arguments.folder)}"
@@ -221,4 +221,4 @@ def _plan(arguments: argparse.Namespace) -> None:
         settings_file.load(arguments.config, overrides) if arguments.config else settings_file.parse("", overrides)
     )
     manifest = choose_fold(Manifest.load(arguments.folder), settings.data.fold)
-    print(preview(manifest, settings, nodes=arguments.nodes))
+    print(inert(preview(manifest, settings, nodes=arguments.nodes)))

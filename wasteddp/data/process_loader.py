@@ -30,7 +30,7 @@ from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows
 from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.data.reader import SplitReader
-from wasteddp.errors import DamagedSampleError
+from wasteddp.errors import DamagedSampleError, inert
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING
 
@@ -75,7 +75,7 @@ class _Slots:
 
 
 def print_warning(words: str) -> None:
-    print(f"warning: {words}", file=sys.stderr, flush=True)
+    print(f"warning: {inert(words)}", file=sys.stderr, flush=True)
 
 
 class ProcessLoader:

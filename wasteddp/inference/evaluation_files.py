@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wasteddp import __version__
-from wasteddp.errors import storage
+from wasteddp.errors import inert, storage
 from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import F32, I64, Metrics, percent
@@ -289,8 +289,8 @@ def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], co
 
 
 def _plain(name: str) -> str:
-    """Return a class name that rich does not read as markup."""
-    return name.replace("[", "\\[")
+    """Return a class name that neither rich nor a terminal interprets."""
+    return inert(name).replace("[", "\\[")
 
 
 def _csv(head: Iterable[Iterable[Any]], rows: Iterable[Iterable[Any]]) -> bytes:

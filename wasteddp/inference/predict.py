@@ -18,7 +18,7 @@ from pathlib import Path
 from wasteddp.data.decoding.crop import EvaluationView
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.file_loader import Unreadable, file_views
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError, inert, storage
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.prediction_files import Answer, Failure, Prediction, Record, Terminal, csv_record, json_record
 from wasteddp.inference.sorting import load_policy
@@ -133,7 +133,7 @@ def _below(folder: str) -> Iterator[str]:
     for inside, files in walk(folder, (), walked):
         yield from [inside] if isinstance(files, OSError) else (file.path for file in files if _is_image(file.path))
     for line in walked.notes():
-        print(line, file=sys.stderr)
+        print(inert(line), file=sys.stderr)
 
 
 def _is_image(path: str) -> bool:

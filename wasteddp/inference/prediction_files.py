@@ -19,7 +19,7 @@ import numpy.typing as npt
 from wasteddp.decisions.bins import PERSON
 from wasteddp.decisions.decide import REASONS, Policy
 from wasteddp.decisions.unlikeness import UNLIKE_FROM, TrainingFeatures
-from wasteddp.errors import storage
+from wasteddp.errors import inert, storage
 from wasteddp.files import CsvWriter, written_whole
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.feature_files import HOW_TO_ADD
@@ -118,7 +118,7 @@ class Terminal:
         if self.num_failed:
             print(f"\n{self.num_failed} could not be read:")
             for failure in self._failures:
-                print(f"  {_printable(failure.path)}: {failure.reason}")
+                print(f"  {_printable(failure.path)}: {inert(failure.reason)}")
             if self.num_failed > len(self._failures):
                 rest = self.num_failed - len(self._failures)
                 print(f"  and {rest} more" + ("" if written else "; --csv FILE or --json FILE lists them all"))

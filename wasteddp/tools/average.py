@@ -30,7 +30,7 @@ from wasteddp.data.decoding.crop import EvaluationView, normalise
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.loader import Loader, training_steps
 from wasteddp.data.train_plan import plan_training
-from wasteddp.errors import CheckpointError, RunError, storage
+from wasteddp.errors import CheckpointError, RunError, inert, storage
 from wasteddp.files import RunLock, make_folder, write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
@@ -289,4 +289,4 @@ def _print(console: Console, split: str, average: Metrics, best: Metrics, best_s
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(inert(line), flush=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, inert
 from wasteddp.files import expand_home, read_text
 from wasteddp.sharding.sources.files import File, PathsSource, Source
 
@@ -375,8 +375,9 @@ def offer_groups(layout: Layout, command: str) -> None:
     levels = {len(parts) - 1 - parts[-2::-1].index(name) - 1 for parts, name in paths if name in parts[:-1]}
     outer = {parts[level - 1] for level in levels for parts, _ in paths if level > 0}
     if len(levels) == 1 and len(outer) > 1:
+        named = inert(", ".join(sorted(outer)[:_MAX_SHOWN]))
         print(
-            f"{', '.join(sorted(outer)[:_MAX_SHOWN])} may be sites or cameras. To keep each of them in one split:\n"
+            f"{named} may be sites or cameras. To keep each of them in one split:\n"
             f"    {command} --class-folders inner --group-level {min(levels)}"
         )
 

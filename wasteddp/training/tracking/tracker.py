@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from wasteddp.errors import StorageError, print_line, storage
+from wasteddp.errors import StorageError, inert, print_line, storage
 from wasteddp.files import make_folder
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
@@ -126,7 +126,7 @@ class RunTracker:
 
     def say(self, message: str, *, in_passing: bool = False) -> None:
         """Print a message and append it to log.txt. `in_passing`: do not print it if there is a progress display."""
-        message = redacted(message)
+        message = inert(redacted(message))
         self._log_file.append("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
         if not (in_passing and self._display):
             self._print(message)
