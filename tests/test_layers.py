@@ -125,6 +125,7 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
         "evaluate",
         "predict",
         "average",
+        "features",
         "report",
         "review",
         "doctor",

@@ -258,3 +258,39 @@ def test_the_next_start_removes_what_a_killed_process_left_and_nothing_that_is_b
         ShardCache(tmp_path, SIZE)
         assert not left.exists()
         assert fetched.exists()
+
+
+@pytest.mark.parametrize("name", [f"{item_of('a').sha256}.part", item_of("a").sha256, ".lock"])
+def test_a_planted_link_or_pipe_is_not_followed(cache: ShardCache, store: Store, tmp_path: Path, name: str) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"of somebody else")
+    path = cache.folder / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(foreign)
+    with pytest.raises(StorageError, match="is a link, which is not followed"):
+        hold(cache, store, "a")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match="it is a pipe or a device"):
+        hold(cache, store, "a")
+    path.unlink()
+    os.close(hold(cache, store, "a"))
+    assert foreign.read_bytes() == b"of somebody else"
+
+
+def test_a_folder_that_others_can_write_into_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache"
+    ShardCache(folder, SIZE)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o755, 0o700):
+        folder.chmod(mode)
+        ShardCache(folder, SIZE)
+    for mode in (0o770, 0o1777):
+        folder.chmod(mode)
+        with pytest.raises(StorageError, match=r"can be written by other users.*(\n.*)*chmod go-w"):
+            ShardCache(folder, SIZE)
+    folder.chmod(0o755)
+    owner = folder.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(StorageError, match=f"belongs to user {owner}"):
+        ShardCache(folder, SIZE)

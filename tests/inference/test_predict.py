@@ -167,7 +167,9 @@ def test_the_table_names_class_bin_probability_and_runners_up(
         positions = [line.index(f"{name} {100 * share:.1f} %", 20) for share, name in others]
         assert positions == sorted(positions)
         assert line.endswith(row["path"])
-    assert lines[4:] == ["", "4 classified, 0 unreadable", f"written: {photos / 'out.csv'}"]
+    assert lines[4:6] == ["", "4 classified, 0 unreadable"]
+    assert lines[6].startswith("unlikeness: not known")
+    assert lines[7:] == [f"written: {photos / 'out.csv'}"]
 
 
 def test_top_1_prints_no_runner_up_and_a_model_without_bins_no_bin(

@@ -79,9 +79,8 @@ def test_a_best_model_is_calibrated_where_its_evaluation_has_enough_images(
 ) -> None:
     labels, shares = overconfident(count)
     answers = Answers.from_probabilities(labels, shares)
-    reliability, mistakes = Reliability.measure(answers), Mistakes.find(answers)
-    nothing = np.zeros((3, 3), np.int64)
-    seen = Seen("val", CARD.classes, nothing, None, reliability, mistakes, labels, shares)  # type: ignore[arg-type]
+    found = Reliability.measure(answers), Mistakes.find(answers)
+    seen = Seen("val", CARD.classes, np.zeros((3, 3), np.int64), None, *found, labels, shares)  # type: ignore[arg-type]
     evaluated = []
     monkeypatch.setattr(best_model, "save_seen", lambda folder, seen, source, card, **how: evaluated.append(card))
 

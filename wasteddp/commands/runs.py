@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from wasteddp.commands import unlike
 from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, keywords, positive, to_path
 from wasteddp.files import expand_home
 
@@ -20,12 +21,13 @@ def add(commands: Commands) -> None:
 def _add_evaluate(commands: Commands) -> None:
     command = commands.add_parser(
         "evaluate",
-        help="measure a run's model on a split of its shards",
+        help="measure a run's model on a split of its shards, or on a folder of images",
         description="Prints accuracy with its 95 % interval, per-class figures and the confusion matrix, and saves "
         "them in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
     )
     command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
     command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
+    unlike.add_images(command)
     command.add_argument(
         "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
     )
@@ -36,9 +38,14 @@ def _add_evaluate(commands: Commands) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    given = keywords(arguments)
+    if given.pop("images"):
+        unlike.evaluate_images(arguments)
+        return
     from wasteddp.inference.evaluate import evaluate_run
 
-    evaluate_run(**keywords(arguments))
+    unlike.refuse_without_images(arguments)
+    evaluate_run(**{name: value for name, value in given.items() if name not in unlike.ONLY_OF_IMAGES})
 
 
 def _add_predict(commands: Commands) -> None:

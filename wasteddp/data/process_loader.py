@@ -25,7 +25,7 @@ import torch
 from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import Encoded
-from wasteddp.data.decoding.pool import DecodePool, Task
+from wasteddp.data.decoding.pool import DecodePool, Task, most_shards
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows
 from wasteddp.data.decoding.workers import DecodeServer
@@ -115,6 +115,7 @@ class ProcessLoader:
         self._replace, self._pin, self._warn = replace, pin_memory, warn
         self._pool = DecodePool(workers, reader.open_shard, warn=warn, is_idle=idle, server=server)
         self._sender = ThreadPoolExecutor(1, "shards") if reader.may_wait else None
+        self._most_shards = most_shards()
         self._slots: _Slots | None = None
         self._shared: list[SharedMemory] = []
         self._pending: deque[_Pending] = deque()
@@ -174,15 +175,17 @@ class ProcessLoader:
         rows, used = slot.rows(size), np.flatnonzero(samples != PADDING)
         images[samples == PADDING] = 0
         self._describe(rows[: len(used)], used, samples[used] % self._reader.num_samples, samples[used], epoch)
-        pending = _Pending(epoch, step_in_epoch, samples, slot, images, rows, [], frozenset(), None)
+        shards = frozenset(rows["shard"][: len(used)].tolist())
+        pending = _Pending(epoch, step_in_epoch, samples, slot, images, rows, [], shards)
         chunk = max(1, -(-len(used) // self._workers))
+        if len(shards) > self._most_shards:
+            chunk = min(chunk, self._most_shards)  # so that no task needs more
         at = slot.offset + slot.num_bytes
         for begin in range(0, len(used), chunk):
             part = rows[begin : min(begin + chunk, len(used))]
             pending.tasks.append(
                 Task(slot.memory, slot.offset, side, self._view, at + begin * ROW_DTYPE.itemsize, part)
             )
-        pending.shards = frozenset(rows["shard"][: len(used)].tolist())
         return pending
 
     def _describe(self, records: Rows, rows: I64, stored: I64, samples: I64, epoch: int) -> None:

@@ -5,6 +5,7 @@ Remote tars are read from the cache of this machine, which a `Fetcher` fills.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -18,8 +19,11 @@ from typing import Protocol
 from wasteddp.data.manifest import Index, Shard, parse_index, read_index
 from wasteddp.data.remote.folder import Stopped, never
 from wasteddp.data.remote.prefetch import Fetcher, NextUses
-from wasteddp.errors import ShardError
+from wasteddp.errors import DamagedShardError, ShardError
+from wasteddp.files import most_files, open_descriptor
 from wasteddp.order.keyed_random import I64
+
+_MOST_OPEN = 4096
 
 Step = tuple[int, int, I64]  # epoch, step in epoch, sample numbers
 ShardsOf = Callable[[I64], frozenset[int]]  # numbers of the shards that hold the samples
@@ -77,19 +81,39 @@ class Tars(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(slots=True)
+class _Open:
+    descriptor: int
+    num_users: int = 0
+
+
 class LocalTars:
-    """Tars in a folder, all opened at the start.
+    """Tars in a folder. All are checked at the start.
+
+    They stay open if there are at most `most_open` of them. Otherwise those that were used last do.
+
+    Args:
+        folder: of the set.
+        shards: of the split.
+        most_open: by default, a quarter of the files that the process may open.
 
     Raises:
         ShardError: a tar is missing, or its size differs from the manifest's.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard], *, most_open: int | None = None) -> None:
         self._folder, self._shards = folder, shards
-        self._descriptors: list[int] = []
+        self._most_open = most_open or most_files(1 / 4, _MOST_OPEN)
+        self._lock = threading.Lock()
+        self._recent: dict[int, _Open] = {}  # by number, the one that was used last at the end
+        self._descriptors: list[int] = []  # by number; empty if there are too many
         try:
             for shard in shards:
-                self._descriptors.append(_open(folder, shard))
+                descriptor = _open(folder, shard)
+                if len(shards) > self._most_open:
+                    os.close(descriptor)
+                else:
+                    self._descriptors.append(descriptor)
         except ShardError:
             self.close()
             raise
@@ -98,14 +122,17 @@ class LocalTars:
         return read_index(self._folder, self._shards[number])
 
     def open_shard(self, number: int) -> AbstractContextManager[int]:
-        return nullcontext(self._descriptors[number])
+        return nullcontext(self._descriptors[number]) if self._descriptors else self._open_recent(number)
 
     @property
     def may_wait(self) -> bool:
         return False
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
-        return os.pread(self._descriptors[number], length, offset)
+        if self._descriptors:
+            return os.pread(self._descriptors[number], length, offset)
+        with self._open_recent(number) as descriptor:
+            return os.pread(descriptor, length, offset)
 
     def renew(self, number: int) -> bool:
         return False
@@ -122,22 +149,49 @@ class LocalTars:
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
+        while self._recent:
+            os.close(self._recent.popitem()[1].descriptor)
+
+    @contextmanager
+    def _open_recent(self, number: int) -> Iterator[int]:
+        with self._lock:
+            tar = self._recent.pop(number, None)
+            if tar is None:
+                self._make_room()
+                tar = _Open(_open(self._folder, self._shards[number]))
+            tar.num_users += 1
+            self._recent[number] = tar
+        try:
+            yield tar.descriptor
+        finally:
+            with self._lock:
+                tar.num_users -= 1
+
+    def _make_room(self) -> None:
+        """Close tars until there is room for another, or all are in use."""
+        for number in [number for number, tar in self._recent.items() if not tar.num_users]:
+            if len(self._recent) < self._most_open:
+                return
+            os.close(self._recent.pop(number).descriptor)
 
 
 def _open(folder: Path, shard: Shard) -> int:
     path = folder / shard.tar
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_descriptor(path)
     except OSError as error:
-        raise ShardError(
+        is_limit = error.errno in (errno.EMFILE, errno.ENFILE)
+        raise DamagedShardError(
             f"the shard {path} cannot be opened: {error.strerror}",
             "its samples would be missing from every epoch",
-            "copy the whole set again, or create it again with `wasteddp shard`",
+            "raise the number of files that may be open (ulimit -n)"
+            if is_limit
+            else "copy the whole set again, or create it again with `wasteddp shard`",
         ) from error
     found = os.fstat(descriptor).st_size
     if found != shard.num_bytes:
         os.close(descriptor)
-        raise ShardError(
+        raise DamagedShardError(
             f"the shard {path} has {found} bytes; in the manifest it has {shard.num_bytes}",
             "samples would be missing or damaged",
             f"find the damaged samples with `wasteddp verify {folder}`, then copy the set or create it again",

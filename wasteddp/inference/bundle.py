@@ -2,6 +2,7 @@
 
     runs/<name>/model/model.json                        the card: classes, preprocessing, bins, hashes, origin
     runs/<name>/model/model-<sha256>.safetensors        the weights that this card names
+    runs/<name>/model/features-<sha256>.safetensors     a summary of training images' features, if the card names one
 
 The name of the weights' file has the first 12 digits of its sha256, so new weights never overwrite old ones. A new
 bundle takes effect when its card replaces the old one; a kill before or after that leaves a complete bundle. Loading
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "wasteddp-model"
-FORMAT_VERSION = 3  # 2: adds `averaged`, and the teacher to the hashes; 3: the sha256 of the card itself
+# 2: adds `averaged`, and the teacher to the hashes; 3: the sha256 of the card itself; 4: the hash of the features
+FORMAT_VERSION = 4
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
 _HEAD = "fc.weight"  # [K, features]: the last layer of torchvision's ResNets
@@ -74,6 +76,7 @@ class Hashes:
     code: str
     weights: str = ""  # filled in by `save_bundle`
     teacher: str = ""  # weights of the model that it was distilled from; "": none
+    features: str = ""  # summary of training images' features, see `feature_files`; "": none
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,12 @@ class BundleCard:
     @property
     def weights_name(self) -> str:
         return f"model-{self.hashes.weights[:12]}.safetensors"
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Names of the bundle's files."""
+        features = f"features-{self.hashes.features[:12]}.safetensors"
+        return CARD_NAME, self.weights_name, *([features] if self.hashes.features else [])
 
     def to_json(self) -> str:
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
@@ -119,11 +128,17 @@ def save_bundle(folder: str | Path, card: BundleCard, state_dict: Mapping[str, t
         make_folder(folder)
     write_atomically(folder / card.weights_name, content)
     write_atomically(folder / CARD_NAME, card.to_json().encode())
-    with storage("removing the previous model", folder):
-        for old in folder.glob("model-*.safetensors*"):  # and the .tmp that a kill may have left
-            if old.name != card.weights_name:
-                old.unlink()
+    remove_old(folder, card)
     return card
+
+
+def remove_old(folder: Path, card: BundleCard) -> None:
+    """Remove the files that the card does not name, and the .tmp that a kill may have left."""
+    with storage("removing the previous model", folder):
+        for pattern in ("model-*.safetensors*", "features-*.safetensors*"):
+            for old in folder.glob(pattern):
+                if old.name not in card.file_names:
+                    old.unlink()
 
 
 def replace_card(folder: Path, card: BundleCard) -> None:

@@ -1,6 +1,6 @@
 """Classify images with a model bundle: image bytes -> view -> probabilities. Evaluation and prediction both use it.
 
-Legend: B images in a batch, C = 3, S side of the view, K classes.
+Legend: B images in a batch, C = 3, S side of the view, K classes, D features: the inputs of the network's last layer.
 
 An image gets the same probabilities, bit for bit, in every program and with any other images in its batch. Libraries
 choose their kernels by shape: with 1 instead of 8 images, ResNet50's logits differ by up to 1e-5. Every batch therefore
@@ -21,8 +21,10 @@ import torch
 
 from wasteddp.data.decoding.crop import evaluation_view, normalise
 from wasteddp.data.decoding.decode import ImageHWC
+from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.errors import BundleError, LaunchError
 from wasteddp.inference.bundle import BundleCard, load_bundle
+from wasteddp.inference.feature_files import load_features
 from wasteddp.inference.tta import VIEWS
 from wasteddp.model.resnet import build
 
@@ -77,6 +79,7 @@ class Classifier:
         batch_size: images in a batch; None: a size that suits the device.
         tta: a name in `VIEWS`: the views of each image whose probabilities are averaged.
         where: source of the model, for the message.
+        training: features of training images, for the unlikeness of images; None: it is not known.
 
     Raises:
         BundleError: the weights are not those of the card's architecture.
@@ -92,10 +95,16 @@ class Classifier:
         batch_size: int | None = None,
         tta: str = "none",
         where: str | Path = "memory",
+        training: TrainingFeatures | None = None,
     ) -> None:
-        self.card, self.device, self.tta = card, find_device(device), tta
+        self.card, self.device, self.tta, self.training = card, find_device(device), tta, training
         model = network_of(card, state_dict, where=where).to(self.device)
         self._model = model.to(memory_format=torch.channels_last)
+        self._features: list[torch.Tensor] = []  # [B, D] of each forward pass of a batch
+        head = self._model.get_submodule("fc")
+        assert isinstance(head, torch.nn.Linear)  # of torchvision's ResNets
+        head.register_forward_pre_hook(lambda _, inputs: self._features.append(inputs[0]))
+        self._num_features = head.in_features
         self.batch_size = batch_size or (BATCH_SIZE_CPU if self.device.type == "cpu" else BATCH_SIZE_GPU)
 
     @classmethod
@@ -107,7 +116,9 @@ class Classifier:
         Raises:
             BundleError, LaunchError: see `load_bundle` and the class.
         """
-        return cls(*load_bundle(path), device=device, batch_size=batch_size, tta=tta, where=path)
+        card, weights = load_bundle(path)
+        training = load_features(path, card)
+        return cls(card, weights, device=device, batch_size=batch_size, tta=tta, where=path, training=training)
 
     def view(self, data: bytes) -> ImageHWC:
         """Turn an image file's bytes into the model's view: uint8 [S, S, 3]. Safe to call from several threads.
@@ -133,19 +144,41 @@ class Classifier:
         Raises:
             BundleError: the model's outputs are not finite.
         """
+        return self.probabilities_and_features(views)[0]
+
+    def answers(
+        self, views: Sequence[ImageHWC]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64] | list[None]]:
+        """Return `probabilities`, and the unlikeness of each image, a percentile (0 to 100); None if it is not known.
+
+        Args and errors: see `probabilities`.
+        """
+        probabilities_BK, features_BD = self.probabilities_and_features(views)
+        if self.training is None:
+            return probabilities_BK, [None] * len(views)
+        return probabilities_BK, self.training.percentiles(self.training.distances(features_BD))
+
+    def probabilities_and_features(
+        self, views: Sequence[ImageHWC]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return `probabilities`, and float32 [B, D] from the same forward pass, of the images that are not flipped.
+
+        Args and errors: see `probabilities`.
+        """
         answers = [
             self._one_batch(views[begin : begin + self.batch_size]) for begin in range(0, len(views), self.batch_size)
         ]
-        probabilities_BK = np.concatenate([np.zeros((0, len(self.card.classes)), np.float32), *answers])
+        none = np.zeros((0, len(self.card.classes)), np.float32), np.zeros((0, self._num_features), np.float32)
+        probabilities_BK, features_BD = (np.concatenate(parts) for parts in zip(none, *answers, strict=True))
         if not np.isfinite(probabilities_BK).all():
             raise BundleError(
                 f"the model's outputs are not finite ({self.card.arch}, trained until step {self.card.trained.step})",
                 "its predictions would be meaningless",
                 "its training diverged: train again with a lower learning rate",
             )
-        return probabilities_BK
+        return probabilities_BK, features_BD
 
-    def _one_batch(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.float32]:
+    def _one_batch(self, views: Sequence[ImageHWC]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Compute up to `batch_size` views as a batch of exactly `batch_size`."""
         side = self.card.preprocessing.image_size_px
         images_BHWC = np.zeros((self.batch_size, side, side, 3), np.uint8)
@@ -156,6 +189,7 @@ class Classifier:
         # no TF32, and the same kernel each time, on any GPU; no effect on a CPU
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         parts = []
+        self._features.clear()
         with torch.inference_mode(), exact:
             for axes in VIEWS[self.tta]:
                 view_BCHW = images_BCHW.flip(axes) if axes else images_BCHW
@@ -164,7 +198,8 @@ class Classifier:
             while len(parts) > 1:  # in pairs: see VIEWS
                 parts = [(one + other) / 2 for one, other in zip(parts[::2], parts[1::2], strict=True)]
             answers_BK: npt.NDArray[np.float32] = parts[0].cpu().numpy()
-        return answers_BK[: len(views)]
+            features_BD: npt.NDArray[np.float32] = self._features[0].cpu().numpy()  # the first view is not flipped
+        return answers_BK[: len(views)], features_BD[: len(views)]
 
 
 def device_type(name: str) -> str:

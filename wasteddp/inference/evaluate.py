@@ -25,7 +25,9 @@ from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
+from wasteddp.files import read_regular
 from wasteddp.inference.classifier import Classifier, device_type
+from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
 from wasteddp.inference.ranks import Ranks, join_ranks
@@ -37,7 +39,18 @@ from wasteddp.settings import Data, plain_yaml
 ALONE = Ranks()
 _STEP = 64  # samples whose shards are fetched ahead, and released, together
 _AHEAD = 2  # steps that are decoded ahead
-_OF_THE_SET = ("shards", "fold", "cache", "cache_gb", "fetchers", "ahead_steps", "read_attempts", "read_timeout_s")
+_OF_THE_SET = (
+    "train_split",
+    "eval_split",
+    "shards",
+    "fold",
+    "cache",
+    "cache_gb",
+    "fetchers",
+    "ahead_steps",
+    "read_attempts",
+    "read_timeout_s",
+)
 
 
 def evaluate_run(
@@ -49,6 +62,7 @@ def evaluate_run(
     device: str = "auto",
     tta: str = "none",
     workers: int | str = 0,
+    near_duplicates: bool = False,
 ) -> None:
     """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
 
@@ -56,23 +70,45 @@ def evaluate_run(
         shards: folder or URL of the set; None: the one that the model was trained on.
         batch_size: None: a size that suits the device.
         workers: as the setting data.workers.
+        near_duplicates: look for those of training images, where sharding did not.
     """
     with join_ranks() as ranks:
         device = ranks.device(device)
         with start_workers(workers, device_type(device), cores=ranks.cores) as decoders:
             classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
-            with dataset.open_dataset(data_of(run_folder, shards)) as shard_set:
+            data = data_of(run_folder, shards)
+            with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
                 evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
-        if ranks.is_main:
-            folder = run_folder / "evaluations" / split
-            _save(folder, split, classifier, shard_set.manifest, evaluation)
-            seen = evaluation.seen
-            print_evaluation(console, seen, title=f"{run_folder}, {split}: {seen.metrics.num_samples} images")
-            console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
+                if ranks.is_main:
+                    near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
+                    _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
 
 
-def _save(folder: Path, split: str, classifier: Classifier, manifest: Manifest, evaluation: Evaluation) -> None:
+def _near(
+    shards: ShardSet, split: str, train: str, evaluation: Evaluation, *, look: bool
+) -> npt.NDArray[np.bool_] | None:
+    """Return which samples have a near-duplicate in the training split [N], or None if it is not known."""
+    if split == train or train not in shards.manifest.splits:
+        return None
+    near = near_by_manifest(shards.manifest, split, train, evaluation.sources)
+    if near is None and look:
+        with shards.reader(train) as training, shards.reader(split) as reader:
+            near = near_by_hashes(training, (reader.read(sample) for sample in range(reader.num_samples)))
+    return near
+
+
+def _report(
+    run_folder: Path,
+    split: str,
+    classifier: Classifier,
+    manifest: Manifest,
+    evaluation: Evaluation,
+    near: npt.NDArray[np.bool_] | None,
+    console: Console,
+) -> None:
+    """Save and print an evaluation."""
+    folder, record = run_folder / "evaluations" / split, compare(evaluation, near)
     save_evaluation(
         folder,
         evaluation,
@@ -85,7 +121,12 @@ def _save(folder: Path, split: str, classifier: Classifier, manifest: Manifest, 
             "device": str(classifier.device),
             "tta": classifier.tta,
         },
+        further=record,
     )
+    seen = evaluation.seen
+    print_evaluation(console, seen, title=f"{run_folder}, {split}: {seen.metrics.num_samples} images")
+    print_comparison(console, record)
+    console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluate_split(
@@ -139,8 +180,8 @@ def evaluate(
     labels = reader.labels
     _check_counts(np.bincount(labels, minlength=num_classes), split, "its index holds")
 
-    # samples, their sources, probabilities [B, K]
-    done: list[tuple[list[int], list[str], npt.NDArray[np.float32]]] = []
+    # samples, their sources, probabilities [B, K], unlikeness [B]
+    done: list[tuple[list[int], list[str], npt.NDArray[np.float32], npt.NDArray[np.float64] | list[None]]] = []
     failure: WastedError | None = None
     size = classifier.card.preprocessing
     with (
@@ -157,8 +198,8 @@ def evaluate(
     ):
         try:
             for batch in classifier.batches(views):
-                answers_BK = classifier.probabilities([view for _, _, view in batch])
-                done.append(([sample for sample, _, _ in batch], [source for _, source, _ in batch], answers_BK))
+                found = classifier.answers([view for _, _, view in batch])
+                done.append(([sample for sample, _, _ in batch], [source for _, source, _ in batch], *found))
                 for _ in range(len(batch) * ranks.world_size):
                     advance()
         except WastedError as error:
@@ -166,9 +207,12 @@ def evaluate(
     ranks.raise_together(failure)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     probabilities_NK = np.full((reader.num_samples, num_classes), np.nan, np.float32)
+    unlike_N = np.full(reader.num_samples, np.nan)
     sources = [""] * reader.num_samples
-    for samples, names, answers_BK in (part for of_rank in ranks.gather(done) for part in of_rank):
+    for samples, names, answers_BK, unlike_B in (part for of_rank in ranks.gather(done) for part in of_rank):
         probabilities_NK[samples] = answers_BK
+        if classifier.training:
+            unlike_N[samples] = unlike_B
         confusion += confusion_matrix(labels[samples], answers_BK.argmax(axis=1), num_classes)
         for sample, name in zip(samples, names, strict=True):
             sources[sample] = name
@@ -183,7 +227,7 @@ def evaluate(
         reliability=Reliability.measure(answers),
         mistakes=Mistakes.find(answers),
     )
-    return Evaluation(seen, tuple(sources), labels, probabilities_NK)
+    return Evaluation(seen, tuple(sources), labels, probabilities_NK, unlike_N if classifier.training else None)
 
 
 def _views(loader: AnyLoader, reader: SplitReader, ranks: Ranks) -> Generator[tuple[int, str, ImageHWC], None, None]:
@@ -212,7 +256,7 @@ def data_of(run: Path, shards: str | None) -> Data:
     found: dict[str, Any] = {}
     if path.is_file():
         with storage("reading the run's settings", path):
-            text = path.read_bytes()
+            text = read_regular(path)
         try:
             found = {key: value for key, value in plain_yaml(text.decode())["data"].items() if key in _OF_THE_SET}
             found |= {"shards": shards, "fold": NO_FOLD} if shards else {"shards": found["shards"]}

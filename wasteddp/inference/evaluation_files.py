@@ -53,26 +53,39 @@ class Evaluation:
     sources: tuple[str, ...]  # [N]
     labels: npt.NDArray[np.int32]  # [N]
     probabilities_NK: F32
+    unlike_N: npt.NDArray[np.float64] | None = None  # percentiles, 0 to 100; None: not known
 
 
 def save_evaluation(
-    folder: Path, evaluation: Evaluation, card: BundleCard, *, manifest_sha256: str, options: Mapping[str, Any]
+    folder: Path,
+    evaluation: Evaluation,
+    card: BundleCard,
+    *,
+    manifest_sha256: str,
+    options: Mapping[str, Any],
+    further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the four files of one evaluation."""
+    """Write the four files of one evaluation.
+
+    Args:
+        further: more to record in metrics.json.
+    """
     seen, classes = evaluation.seen, evaluation.seen.classes
     _clear(folder)
     title = f"{seen.split}: {percent(seen.metrics.accuracy)} of {seen.metrics.num_samples} images correct"
     write_atomically(folder / "confusion.png", confusion_png(seen.confusion, classes, title=title))
     predicted = evaluation.probabilities_NK.argmax(axis=1)
-    rows = zip(evaluation.sources, evaluation.labels, predicted, evaluation.probabilities_NK, strict=True)
+    is_known = evaluation.unlike_N is not None
+    unlike = ([f"{one:.1f}"] for one in evaluation.unlike_N) if is_known else ([] for _ in predicted)  # type: ignore[union-attr]
+    rows = zip(evaluation.sources, evaluation.labels, predicted, evaluation.probabilities_NK, unlike, strict=True)
     write_atomically(
         folder / "predictions.csv",
         _csv(
-            [["source", "true", "predicted", *(f"p_{name}" for name in classes)]],
-            ([source, classes[true], classes[guess], *p] for source, true, guess, p in rows),
+            [["source", "true", "predicted", *(f"p_{name}" for name in classes), *(["unlike"] if is_known else [])]],
+            ([source, classes[true], classes[guess], *p, *more] for source, true, guess, p, more in rows),
         ),
     )
-    _save_figures(folder, seen, evaluation.sources.__getitem__, card, manifest_sha256, options)
+    _save_figures(folder, seen, evaluation.sources.__getitem__, card, manifest_sha256, options, further or {})
 
 
 def save_seen(
@@ -86,7 +99,7 @@ def save_seen(
 ) -> None:
     """Write the metrics of an evaluation without its predictions. Remove the files of the previous evaluation."""
     _clear(folder)
-    _save_figures(folder, seen, source_of, card, manifest_sha256, options)
+    _save_figures(folder, seen, source_of, card, manifest_sha256, options, {})
 
 
 def _clear(folder: Path) -> None:
@@ -104,6 +117,7 @@ def _save_figures(
     card: BundleCard,
     manifest_sha256: str,
     options: Mapping[str, Any],
+    further: Mapping[str, Any],
 ) -> None:
     """Write confusion.csv, then metrics.json."""
     classes = seen.classes
@@ -142,6 +156,7 @@ def _save_figures(
         "reliability": seen.reliability.to_json(),
         "surest_mistakes": [describe(mistake) for mistake in seen.mistakes.surest],
         "worst_mistakes": [describe(mistake) for mistake in seen.mistakes.worst],
+        **further,
     }
     content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / "metrics.json", content.encode("utf-8", "backslashreplace"))

@@ -52,7 +52,7 @@ def predict_files(
     with ExitStack() as stack:
         decoders = stack.enter_context(start_workers(workers, device_type(device)))
         classifier = Classifier.load(model, device=device, batch_size=batch_size, tta=tta)
-        terminal = Terminal(classifier.card, top=top)
+        terminal = Terminal(classifier.card, top=top, training=classifier.training)
         records: list[Record] = [terminal]
         if csv:
             records.append(stack.enter_context(csv_record(csv, classifier.card)))
@@ -82,9 +82,10 @@ def predict(
     )
     with closing(views):
         for batch in classifier.batches(views):
-            answers_BK = iter(classifier.probabilities([view for _, view in batch if not isinstance(view, Unreadable)]))
+            there = [view for _, view in batch if not isinstance(view, Unreadable)]
+            answers = zip(*classifier.answers(there), strict=True)
             for path, view in batch:
-                yield Failure(path, view.reason) if isinstance(view, Unreadable) else Answer(path, next(answers_BK))
+                yield Failure(path, view.reason) if isinstance(view, Unreadable) else Answer(path, *next(answers))
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:

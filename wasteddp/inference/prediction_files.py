@@ -15,9 +15,11 @@ from typing import IO, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from wasteddp.decisions.unlikeness import UNLIKE_FROM, TrainingFeatures
 from wasteddp.errors import storage
 from wasteddp.files import CsvWriter, written_whole
 from wasteddp.inference.bundle import BundleCard
+from wasteddp.inference.feature_files import HOW_TO_ADD
 from wasteddp.inference.metrics import as_float, percent
 
 _FAILURES_LISTED = 20
@@ -29,6 +31,7 @@ class Answer:
 
     path: str
     probabilities: npt.NDArray[np.float32]  # [K]
+    unlike: float | None = None  # percentile, 0 to 100, see `decisions.unlikeness`; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,12 @@ class Terminal:
     The file's name is the last column, because its width is not known before the last image.
     """
 
-    def __init__(self, card: BundleCard, *, top: int) -> None:
-        self._card, self._top = card, min(top, len(card.classes))
+    def __init__(self, card: BundleCard, *, top: int, training: TrainingFeatures | None = None) -> None:
+        self._card, self._top, self._training = card, min(top, len(card.classes)), training
         self._class_width = max(len("class"), *map(len, card.classes))
         self._bin_width = max([len("bin"), *map(len, card.bins.values())]) if card.bins else 0
-        self.num_classified, self.num_failed = 0, 0
+        self.num_classified, self.num_failed, self._num_unlike = 0, 0, 0
+        self._sum_of_percentiles = 0.0
         self._failures: list[Failure] = []  # the first few
         self.tolerated = list[str]()  # JPEGs that are classified in spite of faulty markers
 
@@ -67,14 +71,19 @@ class Terminal:
                 self._failures.append(prediction)
             return
         if self.num_classified == 0:
-            self._print("class", "bin", "sure", ["next"] + [""] * (self._top - 2) if self._top > 1 else [], "file")
+            following = ["next"] + [""] * (self._top - 2) if self._top > 1 else []
+            self._print("class", "bin", "sure", "unlike", following, "file")
         self.num_classified += 1
+        is_unlike = prediction.unlike is not None and prediction.unlike >= UNLIKE_FROM
+        self._num_unlike += is_unlike
+        self._sum_of_percentiles += prediction.unlike or 0.0
+        unlike = "" if prediction.unlike is None else f"{prediction.unlike:.1f}{'!' if is_unlike else ' '}"
         best, *others = np.argsort(-prediction.probabilities, kind="stable")[: self._top]
         name = self._card.classes[best]
         following = [f"{_printable(self._card.classes[k])} {percent(prediction.probabilities[k])}" for k in others]
         sure = percent(prediction.probabilities[best])
         bin_name = _printable(self._card.bins.get(name, "-"))
-        self._print(_printable(name), bin_name, sure, following, _printable(prediction.path))
+        self._print(_printable(name), bin_name, sure, unlike, following, _printable(prediction.path))
 
     def finish(self, written: list[Path]) -> None:
         """Print the unreadable files and the totals."""
@@ -91,35 +100,47 @@ class Terminal:
                 f"{len(self.tolerated):,} JPEG(s) have faulty markers and are classified, since all their pixels "
                 f"decode: {_printable(self.tolerated[0])}"
             )
+        if self._training and self.num_classified:
+            mean = self._sum_of_percentiles / self.num_classified
+            print(self._training.verdict(mean, self._num_unlike, self.num_classified))
+        elif self.num_classified:
+            print(f"unlikeness: not known, the model has no features of its training images; {HOW_TO_ADD}")
         for path in written:
             print(f"written: {path}")
 
-    def _print(self, name: str, bin_name: str, sure: str, following: list[str], path: str) -> None:
+    def _print(self, name: str, bin_name: str, sure: str, unlike: str, following: list[str], path: str) -> None:
         columns = [f"{name:<{self._class_width}}"]
         if self._card.bins:
             columns.append(f"{bin_name:<{self._bin_width}}")
         columns.append(f"{sure:>7}")
+        if self._training:
+            columns.append(f"{unlike:>6}")
         columns += [f"{one:<{self._class_width + 8}}" for one in following]
         print("  ".join([*columns, path]))
 
 
 class CsvRecord:
-    """Columns: path, class, bin, probability, probability of each class, error. The error is empty on success."""
+    """Columns: path, class, bin, probability, probability of each class, unlike, error.
+
+    `unlike` is empty if it is not known, and the error on success.
+    """
 
     def __init__(self, file: IO[str], card: BundleCard) -> None:
         self._file, self._card = file, card
         self._writer = CsvWriter(file)
         names = (f"p_{name}" for name in card.classes)
-        self._writer.write(["path", "class", "bin", "probability", *names, "error"])
+        self._writer.write(["path", "class", "bin", "probability", *names, "unlike", "error"])
 
     def add(self, prediction: Prediction) -> None:
         if isinstance(prediction, Failure):
-            row: list[Any] = [prediction.path, *[""] * (3 + len(self._card.classes)), prediction.reason]
+            row: list[Any] = [prediction.path, *[""] * (4 + len(self._card.classes)), prediction.reason]
         else:
             best = int(prediction.probabilities.argmax())
             name = self._card.classes[best]
             probabilities = prediction.probabilities  # float32: as many digits as reading it back exactly needs
-            row = [prediction.path, name, self._card.bins.get(name, ""), probabilities[best], *probabilities, ""]
+            unlike = "" if prediction.unlike is None else f"{prediction.unlike:.1f}"
+            bin_name = self._card.bins.get(name, "")
+            row = [prediction.path, name, bin_name, probabilities[best], *probabilities, unlike, ""]
         with storage("writing the predictions", self._file.name):
             self._writer.write(row)
 
@@ -145,6 +166,7 @@ class JsonRecord:
                 "bin": self._card.bins.get(name),
                 "probability": shares[name],
                 "probabilities": shares,
+                "unlike": None if prediction.unlike is None else round(float(prediction.unlike), 1),
                 "error": None,
             }
         with storage("writing the predictions", self._file.name):

@@ -27,7 +27,7 @@ from wasteddp.data.dataset import open_dataset
 from wasteddp.data.folds import NO_FOLD, num_folds
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import EXIT_FINISHED, RunError, SettingsError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.evaluation_files import print_metrics
 from wasteddp.inference.metrics import I64, percent, summarise
 from wasteddp.settings import plain_yaml
@@ -127,7 +127,7 @@ def sum_up(out: Path, manifest: Manifest) -> dict[str, Any]:
                 else "keep one of them in that folder",
             )
         with storage("reading an evaluation", path):
-            record = json.loads(path.read_bytes())
+            record = json.loads(read_regular(path))
         counts = manifest.splits[f"fold-{fold}"].samples_per_class
         if record["hashes"]["manifest"] != manifest.sha256 or tuple(np.sum(record["confusion"], axis=1)) != counts:
             raise RunError(
@@ -163,7 +163,7 @@ def _find_runs(out: Path) -> dict[int, list[Path]]:
     for path in sorted(out.glob("*/settings.yaml")):
         try:
             with storage("reading the settings of a run", path):
-                fold = plain_yaml(path.read_text(encoding="utf-8"))["data"]["fold"]
+                fold = plain_yaml(read_regular(path).decode())["data"]["fold"]
         except (yaml.YAMLError, KeyError, TypeError, ValueError):
             continue
         runs.setdefault(fold, []).append(path.parent)

@@ -26,7 +26,7 @@ from wasteddp.tools.finding import Finding
 from wasteddp.training.build_model import load_weights
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings, refuse_finished
-from wasteddp.training.dataloaders import refuse_untrainable
+from wasteddp.training.dataloaders import refuse_shared, refuse_untrainable
 from wasteddp.training.tracking import wandb_client
 
 _SAMPLES = 64
@@ -60,6 +60,7 @@ def check_shards(settings: Settings, rank: int) -> tuple[Finding, Opened | None]
     try:
         with open_dataset(settings.data, rank=rank) as shards:
             manifest = shards.manifest
+            refuse_shared(manifest, *names)
             for name in names:
                 with shards.reader(name) as reader:
                     if name == settings.data.train_split:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from wasteddp import settings
 from wasteddp.errors import CheckpointError, WastedError
+from wasteddp.files import read_regular
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
+from wasteddp.inference.feature_files import load_features
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.tracking.tracker import METRICS_FILE
 
@@ -54,13 +56,18 @@ def _checks(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{reader.FOLDER}/{path.name}", partial(reader.read, path)
     for place in (folder, folder / FOLDER_NAME, folder / "average", folder / "average" / FOLDER_NAME):
         if (place / CARD_NAME).exists():
-            yield str(place.relative_to(folder) / CARD_NAME), partial(load_bundle, place)
+            yield str(place.relative_to(folder) / CARD_NAME), partial(_load_model, place)
     if (folder / reader.SETTINGS).exists():
         yield reader.SETTINGS, partial(settings.load, folder / reader.SETTINGS)
     if (folder / METRICS_FILE).exists():
         yield METRICS_FILE, partial(_read_rows, folder / METRICS_FILE)
     for path in sorted(folder.glob("evaluations/*/metrics.json")):
         yield str(path.relative_to(folder)), partial(_read_json, path)
+
+
+def _load_model(folder: Path) -> None:
+    card, _ = load_bundle(folder)
+    load_features(folder, card)
 
 
 def _problem(check: Callable[[], object]) -> str:
@@ -75,11 +82,11 @@ def _problem(check: Callable[[], object]) -> str:
 
 
 def _read_json(path: Path) -> object:
-    return json.loads(path.read_bytes())
+    return json.loads(read_regular(path))
 
 
 def _read_rows(path: Path) -> None:
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_regular(path).splitlines(), start=1):
         try:
             json.loads(line)["step"]
         except (ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ from wasteddp.data.batch import Batch
 from wasteddp.data.dataset import Needs, open_dataset
 from wasteddp.data.decoding.workers import DecodeServer, default_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
-from wasteddp.data.manifest import Manifest, Split
+from wasteddp.data.manifest import Manifest, Split, shared_shards
 from wasteddp.data.process_loader import print_warning
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.train_plan import plan_training
@@ -32,6 +32,7 @@ from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
 from wasteddp.training.watchdog.signals import STOP
 
+_MOST_NAMED = 3
 _MOMENTS = 64  # sampled evenly over the run, to estimate the cache that it needs
 
 
@@ -92,6 +93,7 @@ def open_inputs(settings: Settings, runtime: Runtime, server: DecodeServer | Non
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
+            refuse_shared(manifest, train.name, val.name)
             train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
             val_reader = stack.enter_context(shards.reader(val.name, stopped=STOP.__bool__))
             plan = plan_training(
@@ -194,6 +196,17 @@ def refuse_different_sets(manifest: Manifest, runtime: Runtime) -> None:
             f"{manifest.where}: rank 0 reads the manifest {found[0][:12]} and rank {other} {found[other][:12]}",
             "the ranks would train on different sets of images",
             "copy the same shard set to every machine, and do not write to it while a training starts",
+        )
+
+
+def refuse_shared(manifest: Manifest, train: str, val: str) -> None:
+    """Raise a ShardError if two splits share a tar. Settings that name one split for both are taken as they are."""
+    shared = shared_shards(manifest, (train, val))
+    if shared:
+        raise ShardError(
+            f"{manifest.where}: {len(shared)} tar(s) are in both splits: {', '.join(shared[:_MOST_NAMED])}",
+            "the model would be evaluated on images that it was trained on",
+            "make the set again with `wasteddp shard` or `wasteddp index`, each tar in one split",
         )
 
 

@@ -9,7 +9,7 @@
     micro_batches, backward, step    of the loop, with the metrics and the check for divergence
     after_step   prove the coverage of the epoch, read the metrics, check for divergence, evaluate, report, save
     ends         stop early, or after an interrupted evaluation
-    finish       wait for the disk, print the closing message, return the exit code
+    finish       wait for the disk, complete the model, print the closing message, return the exit code
 
 All functions run on all ranks.
 """
@@ -38,6 +38,7 @@ from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard, Rollback, Update
 from wasteddp.training.evaluate import evaluate
+from wasteddp.training.features import add_features
 from wasteddp.training.meter import Meter
 from wasteddp.training.optimization.optimizers import ScheduledOptimizer
 from wasteddp.training.schedule import Due, Intervals, has_new_size
@@ -94,6 +95,7 @@ def begin(
         meter=Meter(runtime.device),
         profiler=Profiler(settings.profile, runtime, Path(settings.run.out) / "profile", tracker.say),
         hashes=StepHashes(settings.run, runtime, progress.step),
+        is_check=max_steps is not None,
     )  # fmt: skip
     return session, progress
 
@@ -117,6 +119,7 @@ class Session:
     meter: Meter
     profiler: Profiler
     hashes: StepHashes
+    is_check: bool = False  # its files are removed at the end
     stopped_by: Batch | None = None  # the batch at which the ranks agreed to stop
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -244,6 +247,8 @@ class Session:
             self.runtime.raise_together(self.stopped_by.failure if self.stopped_by else None)
             if self.runtime.is_main:
                 run_folder.mark_resumable(Path(self.settings.run.out))
+        elif self.runtime.is_main and self.is_recorded and not self.is_check:
+            add_features(Path(self.settings.run.out), self.runtime, self.data, self.tracker.say)
         message = messages.closing(
             self.settings.run.out,
             progress,

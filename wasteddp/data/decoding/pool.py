@@ -26,12 +26,12 @@ from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import AT_WORK_DTYPE, UNKNOWN, Answer, Failure, Rows
 from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.errors import WorkerError
+from wasteddp.files import most_files
 
 KILLED = "killed"  # a kind of failure, as is `worker.UNREAD`
 
 _DEATHS_OF_A_ROW = 2
 _DEATHS_IN_A_ROW = 10  # of a worker, without an answer in between
-_MOST_SHARDS = 128  # that a worker keeps open
 _DESCRIPTORS_AT_ONCE = 200  # Linux sends at most 253 in a message (SCM_MAX_FD)
 
 OpenShard = Callable[[int], AbstractContextManager[int]]  # the descriptor of a shard, by number
@@ -121,7 +121,7 @@ class DecodePool:
         Args:
             task: to run.
             worker: its number, modulo the number of workers.
-            wanted: the shards that the worker may keep open; it closes all others. None: the last `_MOST_SHARDS`.
+            wanted: the shards that the worker may keep open; it closes all others. None: the last `most_shards`.
         """
         needed = dict.fromkeys(task.rows["shard"].tolist())
         with ExitStack() as stack:
@@ -243,6 +243,11 @@ class DecodePool:
         return number, sample, time.monotonic() - since_s
 
 
+def most_shards() -> int:
+    """Return how many shards a worker keeps open, and how many a task should need at most."""
+    return most_files(1 / 8, 128)
+
+
 def _describe_end(code: int) -> str:
     if code == UNKNOWN:
         return "was killed with the server of the decoding processes"
@@ -254,7 +259,7 @@ def _describe_end(code: int) -> str:
 
 def _send_task(worker: _Worker, task: Task, descriptors: Mapping[int, int], wanted: frozenset[int] | None) -> None:
     if wanted is None:
-        past = list(worker.shards)[: max(0, len(worker.shards) - _MOST_SHARDS)]
+        past = list(worker.shards)[: max(0, len(worker.shards) - most_shards())]
     else:
         past = [shard for shard in worker.shards if shard not in wanted]
     past = [shard for shard in past if shard not in descriptors]

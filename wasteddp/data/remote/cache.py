@@ -8,20 +8,23 @@
 A process that uses a file holds a shared flock on it. A process that fetches or removes a file holds an exclusive one.
 The kernel releases the locks of a process that dies, so a kill needs no cleanup: the next process fetches the part
 again. Locks are polled, since no time limit could end a wait in the kernel.
+
+The folder belongs to one user. It is refused if others can write into it, and no link in it is followed.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from wasteddp.errors import ShardError, StorageError, storage
-from wasteddp.files import try_lock
+from wasteddp.files import open_descriptor, try_lock
 
 _POLL_S = 0.02
 AT_ONCE = -1.0  # an item that is needed now may replace any other except those of steps in flight (distance below 0)
@@ -74,8 +77,10 @@ class ShardCache:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._damaged: set[str] = set()  # found by this process; the next run fetches them again
         with storage("creating the cache", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / _LOCK).open("w")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _refuse_foreign(folder)
+            lock = self._open_lock()
         for part in folder.glob(f"*{_PART}"):
             _remove_unused(part)  # left by a kill: no process is fetching it
         with lock:
@@ -137,7 +142,7 @@ class ShardCache:
                 return whole
             part = self.folder / f"{item.sha256}{_PART}"
             with storage("opening a file of the cache", part):
-                descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = open_descriptor(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 if not try_lock(descriptor):
                     return NotYet("another process is fetching it", os.fstat(descriptor).st_mtime_ns)
@@ -173,7 +178,7 @@ class ShardCache:
         """Return a descriptor with a shared lock, or None if the file does not exist."""
         path = self._path(item.sha256)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -228,20 +233,36 @@ class ShardCache:
         with storage("listing the cache", self.folder), os.scandir(self.folder) as entries:
             for entry in entries:
                 try:
-                    status = entry.stat()
+                    status = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:  # renamed or removed meanwhile
                     continue
                 if not entry.name.startswith("."):
                     found.append(_Entry(Path(entry.path), status.st_size, status.st_mtime_ns))
         return found
 
+    def _open_lock(self) -> IO[bytes]:
+        return os.fdopen(open_descriptor(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b")
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Let one thread of one process enter at a time. Each leaves after milliseconds."""
-        with storage("locking the cache", self.folder), (self.folder / _LOCK).open("w") as lock:
+        with storage("locking the cache", self.folder), self._open_lock() as lock:
             while not try_lock(lock.fileno()):
                 time.sleep(_POLL_S / 10)
             yield
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise a StorageError if other users could put files or links into the folder."""
+    found = folder.stat()
+    is_foreign = found.st_uid != os.geteuid() and os.geteuid() != 0
+    if is_foreign or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        whose = f"belongs to user {found.st_uid}" if is_foreign else "can be written by other users"
+        raise StorageError(
+            f"the cache {folder} {whose} (mode {stat.S_IMODE(found.st_mode):o})",
+            "they could replace its files, or let links lead to files of yours that would be overwritten",
+            f"take the permission away (chmod go-w {folder}), or set data.cache to a folder of your own",
+        )
 
 
 def _removable(
@@ -258,7 +279,7 @@ def _removable(
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process uses it. Return whether it was removed."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
@@ -275,7 +296,7 @@ def _remove_unused(path: Path) -> bool:
 def _has_name(path: Path, descriptor: int) -> bool:
     """Return whether the open file still has that name."""
     try:
-        there = path.stat()
+        there = path.lstat()
     except FileNotFoundError:
         return False
     return os.path.samestat(there, os.fstat(descriptor))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp.errors import StorageError
-from wasteddp.files import read_rows, sync_folder, write_atomically
+from wasteddp.files import open_descriptor, read_regular, read_rows, sync_folder, write_atomically
 
 # Every metric of a run: (unit, meaning). No other metric may be logged. A * stands for a rank or a class.
 METRICS: dict[str, tuple[str, str]] = {
@@ -78,7 +78,7 @@ class Journal:
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path, self._warn = path, warn
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sync_folder(path.parent)
         self._waiting: deque[bytes] = deque()
         self._fails = False
@@ -125,9 +125,9 @@ class Journal:
 
     def _sync(self) -> None:
         if self._lost_sync:  # another fsync would succeed and prove nothing: write the whole file again
-            write_atomically(self._path, self._path.read_bytes())
+            write_atomically(self._path, read_regular(self._path))
             os.close(self._descriptor)
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            self._descriptor = open_descriptor(self._path, os.O_WRONLY | os.O_APPEND)
             self._lost_sync = False
         try:
             os.fsync(self._descriptor)

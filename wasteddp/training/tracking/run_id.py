@@ -18,7 +18,7 @@ from typing import Any
 from wasteddp import environment
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import TrackingError
-from wasteddp.files import write_atomically
+from wasteddp.files import read_regular, write_atomically
 from wasteddp.redaction import redacted_tree
 from wasteddp.settings import Settings
 
@@ -51,7 +51,7 @@ def load(folder: Path) -> RunIdentity:
         TrackingError: the file is missing or damaged.
     """
     try:
-        raw = json.loads((folder / FILE_NAME).read_bytes())
+        raw = json.loads(read_regular(folder / FILE_NAME))
         return RunIdentity(**{**raw, "tags": tuple(raw["tags"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(

@@ -100,9 +100,9 @@ class Delivery:
         metadata = {"step": card.trained.step, "metric": card.trained.metric, "value": card.trained.value}
         metadata |= {"arch": card.arch, "classes": list(card.classes), "weights": card.hashes.weights}
         artifact = wandb.Artifact(f"model-{self._identity.id}", type="model", metadata=metadata)
-        for path in (bundle / CARD_NAME, bundle / card.weights_name):
+        for name in card.file_names:
             # no copy for staging or the cache: the file is read from the bundle
-            artifact.add_file(str(path), policy="immutable", skip_cache=True)
+            artifact.add_file(str(bundle / name), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=["best", f"step-{card.trained.step}"])
 
     def finish(self, exit_code: int | None) -> None:

@@ -1,0 +1,193 @@
+"""Accuracy by degree of unlikeness, without near-duplicates of training images, and beside the home test set.
+
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from wasteddp.data.decoding.decode import UndecodableError, check_image
+from wasteddp.data.manifest import Manifest
+from wasteddp.data.reader import SplitReader
+from wasteddp.decisions.unlikeness import UNLIKE_FROM
+from wasteddp.errors import storage
+from wasteddp.inference.evaluation_files import Evaluation
+from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.parallel import in_order, num_usable_cores
+from wasteddp.sharding import duplicates
+
+DEGREES = (0.0, 50.0, 90.0, UNLIKE_FROM, 100.1)  # percentiles
+HOME = "test"
+
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How many of some images were classified correctly."""
+
+    num_correct: int
+    num_images: int
+
+    @classmethod
+    def of(cls, right_N: Flags) -> Accuracy:
+        return cls(int(right_N.sum()), len(right_N))
+
+    @property
+    def share(self) -> float:
+        return self.num_correct / self.num_images if self.num_images else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        low, high = wilson_interval(self.num_correct, self.num_images)
+        known = {"accuracy": self.share, "accuracy_low": low, "accuracy_high": high} if self.num_images else {}
+        return {"num_images": self.num_images, "num_correct": self.num_correct, **known}
+
+    def __str__(self) -> str:
+        low, high = wilson_interval(self.num_correct, self.num_images)
+        interval = f", 95 % interval {percent(low)} to {percent(high)}" if self.num_images else ""
+        return f"{percent(self.share)} of {self.num_images} image(s){interval}"
+
+
+def by_unlikeness(unlike_N: npt.NDArray[np.float64], right_N: Flags) -> list[tuple[float, float, Accuracy]]:
+    """Return (from, below, accuracy) for the percentiles 0 to 50, to 90, to 95, and 95 to 100."""
+    edges = pairwise(DEGREES)
+    return [(low, min(high, 100.0), Accuracy.of(right_N[(unlike_N >= low) & (unlike_N < high)])) for low, high in edges]
+
+
+def difference(home: Accuracy, here: Accuracy) -> tuple[float, float, float]:
+    """Return home's accuracy less the one here, and its 95 % interval. Both have images.
+
+    Source: Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10.
+    """
+    (low_1, high_1), (low_2, high_2) = (wilson_interval(one.num_correct, one.num_images) for one in (home, here))
+    gap = home.share - here.share
+    return (
+        gap,
+        gap - sqrt((home.share - low_1) ** 2 + (high_2 - here.share) ** 2),
+        gap + sqrt((high_1 - home.share) ** 2 + (here.share - low_2) ** 2),
+    )
+
+
+def read_home(run: Path, weights: str) -> tuple[Accuracy | None, str]:
+    """Return the accuracy in RUN/evaluations/test, or None and the reason why it is not used.
+
+    Args:
+        weights: sha256 of the weights that must have been evaluated.
+    """
+    path = run / "evaluations" / HOME / "metrics.json"
+    if not path.is_file():
+        return None, f"there is no {path}; measure it with: wasteddp evaluate {run}"
+    with storage("reading the home evaluation", path):
+        text = path.read_bytes()
+    try:
+        record = json.loads(text)
+        if record["hashes"]["weights"] != weights:
+            return None, f"{path} is of other weights; measure it again with: wasteddp evaluate {run}"
+        return Accuracy(int(record["num_correct"]), int(record["num_samples"])), ""
+    except (ValueError, KeyError, TypeError):
+        return None, f"{path} is damaged; measure it again with: wasteddp evaluate {run}"
+
+
+def near_by_manifest(manifest: Manifest, split: str, train: str, sources: Sequence[str]) -> Flags | None:
+    """Return which images of a split have a near-duplicate in train, as sharding found; None if it is not known."""
+    across = manifest.near_duplicates.get("across_splits", {})
+    counts = across.get(f"{train}-{split}") or across.get(f"{split}-{train}")
+    if counts is None:
+        return None
+    near = set[str]()
+    for one, split_of_one, other, split_of_other, _ in manifest.near_duplicates.get("pairs", ()):
+        if (split_of_one, split_of_other) == (train, split):
+            near.add(other)
+        elif (split_of_one, split_of_other) == (split, train):
+            near.add(one)
+    flags_N = np.array([source in near for source in sources], bool)
+    return flags_N if flags_N.sum() == counts.get(f"{split}_images", len(near)) else None  # a list that was cut
+
+
+def near_by_hashes(train: SplitReader, images: Iterable[bytes]) -> Flags:
+    """Return which images have a near-duplicate among the training images. Images without pixels have none.
+
+    At most `duplicates.MOST_LISTED` pairs are found.
+    """
+    numbers = range(train.num_samples)
+    workers = num_usable_cores()
+    hashes = list(in_order(lambda number: _hash(train.read(number)), numbers, workers=workers))
+    hashes += list(in_order(_hash, images, workers=workers))
+    there = np.array([one is not None for one in hashes], bool)
+    found = [one for one in hashes if one is not None]
+    kinds = (np.flatnonzero(there) >= train.num_samples).astype(np.int64)
+    near = duplicates.find_near(
+        np.array([one.bits64 for one in found], np.uint64),
+        np.frombuffer(b"".join(one.bits256 for one in found), np.uint8).reshape(-1, 32),
+        kinds,
+        np.array([[False, True], [True, False]]),
+    )
+    flags = np.zeros(len(hashes), bool)
+    flags[np.flatnonzero(there)[near.pairs[:, 1]]] = True  # the second is of the higher kind
+    return flags[train.num_samples :]
+
+
+def _hash(data: bytes) -> duplicates.PerceptualHash | None:
+    try:
+        return duplicates.perceptual_hash(check_image(data).grey)
+    except UndecodableError:
+        return None
+
+
+def compare(evaluation: Evaluation, near_N: Flags | None) -> dict[str, Any]:
+    """Return what metrics.json records of an evaluation besides its metrics."""
+    right_N = evaluation.probabilities_NK.argmax(axis=1) == evaluation.labels
+    record: dict[str, Any] = {}
+    if evaluation.unlike_N is not None:
+        record["by_unlikeness"] = [
+            {"from": low, "to": high, **part.to_json()}
+            for low, high, part in by_unlikeness(evaluation.unlike_N, right_N)
+        ]
+    if near_N is not None:
+        record["near_duplicates_in_train"] = {
+            "with": Accuracy.of(right_N).to_json(),
+            "without": Accuracy.of(right_N[~near_N]).to_json(),
+            "num_near": int(near_N.sum()),
+        }
+    return record
+
+
+def print_comparison(console: Console, record: dict[str, Any]) -> None:
+    """Print what `compare` returned."""
+    if rows := record.get("by_unlikeness"):
+        table = Table("percentile of val", title="by unlikeness to the training images", title_justify="left")
+        for column in ("images", "accuracy", "95 % interval"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            accuracy = Accuracy(row["num_correct"], row["num_images"])
+            low, high = wilson_interval(accuracy.num_correct, accuracy.num_images)
+            interval = f"{percent(low)} to {percent(high)}" if accuracy.num_images else "-"
+            mark = " (unlike)" if row["from"] == UNLIKE_FROM else ""
+            table.add_row(
+                f"{row['from']:g} to {row['to']:g}{mark}",
+                str(accuracy.num_images),
+                percent(accuracy.share),
+                interval,
+            )
+        console.print(table)
+    if near := record.get("near_duplicates_in_train"):
+        without = Accuracy(near["without"]["num_correct"], near["without"]["num_images"])
+        console.print(
+            f"near-duplicates: {near['num_near']} of {near['with']['num_images']} images have one in train; "
+            f"accuracy without them: {without}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
