@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from wasteddp.order import shuffle_quality, traffic
-from wasteddp.order.coverage import digest, digest_of_range, signed
+from wasteddp.order import plan_quality
+from wasteddp.order.coverage import digest, digest_of_range, to_signed
 from wasteddp.order.plan import TrainPlan
 
 RANKS_PER_NODE = 8
@@ -93,16 +93,16 @@ def walk(plan: TrainPlan, ranks: range, world_size: int, epoch: int = 0) -> Part
         samples = plan.rank_samples(epoch, rank=rank, world_size=world_size)
         counts.append(len(samples))
         total += digest(plan.seed, samples)
-    return Part(sum(counts), signed(total), min(counts), max(counts))
+    return Part(sum(counts), to_signed(total), min(counts), max(counts))
 
 
 def covers(plan: TrainPlan, parts: list[Part], epoch: int = 0) -> bool:
     """Return whether count and hash are those of all samples except the ones that the epoch leaves out."""
     expected = digest_of_range(plan.seed, 0, plan.num_samples) - digest(plan.seed, plan.left_out_samples(epoch))
-    seen = signed(sum(part.digest for part in parts))
+    seen = to_signed(sum(part.digest for part in parts))
     return (sum(part.samples for part in parts), seen) == (
         plan.steps_per_epoch * plan.global_batch,
-        signed(expected),
+        to_signed(expected),
     )
 
 
@@ -127,8 +127,8 @@ def print_orders(arguments: argparse.Namespace) -> None:
         proved = covers(plan, parts)
         seconds = _core_seconds() - began
         looked_at = sorted({nodes * number // 16 for number in range(16)})
-        found = traffic.measure(plan, plan.shard_samples, num_nodes=nodes, nodes=looked_at)
-        worth = shuffle_quality.measure(plan)
+        found = plan_quality.measure_traffic(plan, plan.shard_samples, num_nodes=nodes, nodes=looked_at)
+        worth = plan_quality.measure_shuffle(plan)
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         balance = f"{min(p.least for p in parts):,} to {max(p.most for p in parts):,}"
         print(

@@ -11,8 +11,8 @@ bash launch/install.sh dev
 export PATH=$PWD/.venv/bin:$PATH
 SECONDS=0
 unit=(
-  tests/order/test_demand.py tests/order/test_keyed_random.py tests/order/test_shuffle_quality.py
-  tests/order/test_traffic.py tests/sharding/test_archives.py tests/sharding/test_splits.py
+  tests/data/test_next_uses.py tests/order/test_keyed_random.py tests/order/test_plan_quality.py
+  tests/sharding/test_archives.py tests/sharding/test_splits.py
   tests/data/test_decode.py tests/data/test_manifest.py tests/inference/test_reliability.py tests/training/test_console.py
   tests/training/test_journal.py tests/training/test_run_lock.py tests/test_docs.py tests/test_settings.py
 )

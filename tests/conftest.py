@@ -91,10 +91,10 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     import forked
     from trainings import PROGRAM
 
-    from wasteddp.training.distributed import ranks
+    from wasteddp.training.distributed import launcher
 
-    monkeypatch.setattr(ranks, "subprocess", forked)
-    monkeypatch.setattr(ranks, "_TRAIN", PROGRAM)
+    monkeypatch.setattr(launcher, "subprocess", forked)
+    monkeypatch.setattr(launcher, "PROGRAM", PROGRAM)
 
 
 @pytest.fixture

@@ -162,6 +162,7 @@ _STORAGE_REMEDIES = {
     errno.EROFS: "this file system is read-only: name another folder",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "part of this path is a file, not a folder: name another folder",
+    errno.ELOOP: "this path is a link, which is not followed here, or leads back to itself: remove it",
     errno.EISDIR: "this path is a folder, and a file is needed: name another path",
 }
 
@@ -185,7 +186,7 @@ def storage_error(error: OSError, doing: str, path: str | Path) -> StorageError:
 def print_line(message: str) -> None:
     """Print a line. A full disk under standard output does not end a training: log.txt has the line as well."""
     with suppress(OSError):
-        print(message, flush=True)
+        print(inert(message), flush=True)
 
 
 def exit_with(error: WastedError) -> NoReturn:

@@ -12,8 +12,10 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import resource
 import socket
 import stat
 import time
@@ -38,20 +40,49 @@ _MARKS = {  # byte order marks; the longer first
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)  # CIFS and some FUSE file systems
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the bytes of a regular file. A pipe or a device, which may never end, is not read.
+def open_descriptor(path: str | Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
+    """Open a regular file and return its descriptor. A pipe or a device, which may never end, is not opened.
 
     Raises:
-        OSError: there is no such file, it cannot be read, or it is something else.
+        OSError: there is no such file, it cannot be opened, or it is something else.
     """
     try:
-        # Opening a pipe would wait for its writer; for a regular file, O_NONBLOCK changes nothing.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
-            return file.read()
+        # Without O_NONBLOCK, a pipe would wait for its other end. For a regular file it changes nothing.
+        descriptor = os.open(path, flags | os.O_NONBLOCK, mode)
     except ValueError as error:
         raise OSError(errno.EINVAL, "its name has a NUL byte", str(path)) from error
+    found = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(found):
+        os.close(descriptor)
+        if stat.S_ISDIR(found):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return descriptor
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: as in `open_descriptor`.
+    """
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def read_regular(path: str | Path) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or as in `open_descriptor`.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
+def most_files(part: float, most: int) -> int:
+    """Return this part of the number of files that the process may open, at least 1 and at most `most`."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most if limit == resource.RLIM_INFINITY else max(1, min(most, int(limit * part)))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -71,8 +102,9 @@ def written_whole(path: Path, *, errors: str | None = None) -> Iterator[IO[Any]]
     """
     temporary = path.with_name(path.name + ".tmp")
     with storage("writing", path):
+        temporary.unlink(missing_ok=True)  # left by a kill, or a link that another user has put there
         file: IO[Any] = (
-            temporary.open("w", encoding="utf-8", errors=errors, newline="") if errors else temporary.open("wb")
+            temporary.open("x", encoding="utf-8", errors=errors, newline="") if errors else temporary.open("xb")
         )
     try:
         yield file
@@ -90,7 +122,8 @@ def written_whole(path: Path, *, errors: str | None = None) -> Iterator[IO[Any]]
 @contextmanager
 def appended_rows(path: Path) -> Iterator[Callable[[Any], None]]:
     """Append rows to a file of JSON lines. They are on the disk when the block ends. A line cut by a kill is ended."""
-    with storage("writing", path), path.open("ab+") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    with storage("writing", path), os.fdopen(open_descriptor(path, flags), "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":
@@ -113,7 +146,7 @@ def read_rows(path: Path, *numbers: str, damaged: Callable[[str], object] = lamb
     """
     if not path.exists():
         return
-    with storage("reading", path), path.open(encoding="utf-8", errors="replace") as file:
+    with storage("reading", path), io.TextIOWrapper(open_regular(path), "utf-8", "replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
@@ -148,7 +181,7 @@ class CsvWriter:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's content, in hex."""
-    with storage("reading", path), path.open("rb") as file:
+    with storage("reading", path), open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -190,7 +223,7 @@ def read_text(path: str | Path, doing: str) -> str:
         TextError: it is in another encoding, or not text. StorageError: it cannot be read.
     """
     with storage(doing, path):
-        content = Path(path).read_bytes()
+        content = read_regular(path)
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -261,7 +294,7 @@ class RunLock:
         with storage("making the checkpoints' folder", folder):
             make_folder(folder)
             self._lock_file = LockFile(folder / ".lock")
-            self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             self._lock(folder, say, wait_s)
         except BaseException:

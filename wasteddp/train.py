@@ -32,12 +32,12 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Python puts the folder of a script first on the module path: replace it by the checkout.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from wasteddp.training import arguments as command_line
+from wasteddp.training.distributed import launcher
 from wasteddp.training.watchdog import signals
 
 if __name__ == "__main__":
     signals.install()  # before the import of torch, which takes seconds: a signal would kill the process
-    command_line.parser(__doc__).parse_args()  # as well: a wrong argument is reported at once
+    launcher.parser(__doc__).parse_args()  # as well: a wrong argument is reported at once
 
 import contextlib
 from collections.abc import Sequence
@@ -46,20 +46,17 @@ from wasteddp import environment
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, StoppedError
 from wasteddp.report.background import write_at_the_end
-from wasteddp.settings import Settings
-from wasteddp.training import dataloaders, divergence, run_folder, session
-from wasteddp.training.build_model import build
+from wasteddp.training import build_model, dataloaders, divergence, run_folder, session
 from wasteddp.training.checkpoint.reader import kept_choices
-from wasteddp.training.distributed import runtime
-from wasteddp.training.divergence import Retreat
-from wasteddp.training.watchdog import slurm
-from wasteddp.training.watchdog.hard_exit import leave
+from wasteddp.training.distributed import startup
+from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.watchdog import hard_exit, slurm
 from wasteddp.training.watchdog.watchdog import Watchdog
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     environment.prepare()
-    arguments = command_line.parser(__doc__).parse_args(argv)
+    arguments = launcher.parser(__doc__).parse_args(argv)
     watch = Watchdog.from_environment()
     try:
         settings = settings_file.load(arguments.config, arguments.set)
@@ -69,20 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             contextlib.ExitStack() as stack,
         ):
             watch.start(settings)
-            server = stack.enter_context(dataloaders.start_early(settings))
+            server = stack.enter_context(dataloaders.start_early(settings.data))
             kept = kept_choices(Path(settings.run.out), arguments.resume)
-            world = runtime.start(settings, watch, kept)  # all ranks
-            with contextlib.closing(world), dataloaders.open_inputs(settings, world, server) as data:
+            runtime = startup.start_runtime(settings, watch, kept)  # all ranks
+            with contextlib.closing(runtime), dataloaders.open_inputs(settings, runtime, server) as data:
                 start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
                 steps = 1 if arguments.check else None
-                code = divergence.rolling_back(
-                    lambda retreat: train(settings, world, data, start, retreat, max_steps=steps), settings, world
+                code = divergence.train_with_rollbacks(
+                    lambda rollback: train(settings, runtime, data, start, rollback, max_steps=steps),
+                    Path(settings.run.out),
+                    settings.train,
+                    runtime,
                 )
                 if arguments.check and code == EXIT_FINISHED:  # not after a signal
-                    world.say("checked: one step, one evaluation and one checkpoint succeeded; their files are removed")
+                    runtime.say(
+                        "checked: one step, one evaluation and one checkpoint succeeded; their files are removed"
+                    )
                 return code
     except StoppedError:  # all ranks, before the first step; later the loop handles a stop
-        return run_folder.stopped_before_it_began(settings, is_check=arguments.check)
+        return run_folder.stopped_before_it_began(Path(settings.run.out), is_check=arguments.check)
     except Exception as error:
         return watch.failed(error)
     finally:
@@ -90,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(
-    settings: Settings,
-    world: runtime.Runtime,
+    settings: settings_file.Settings,
+    runtime: Runtime,
     data: dataloaders.Inputs,
     start: tuple[str, Sequence[str]],
-    retreat: Retreat,
+    rollback: divergence.Rollback,
     *,
     max_steps: int | None = None,
 ) -> int:
@@ -102,35 +104,32 @@ def train(
 
     Args:
         start: --resume and --accept-changes.
-        retreat: the number of rollbacks in this process and the learning-rate factor that they led to.
+        rollback: the number of rollbacks in this process and the learning-rate factor that they led to.
     """
-    built = build(settings, world, data)  # all ranks
-    run, progress = session.begin(settings, built, data, start, retreat, max_steps=max_steps)  # all ranks
-    world, ddp, stepper, recipe, meter = run.world, built.ddp, built.stepper, built.recipe, run.meter
-    writes_report = world.is_main and run.is_recorded
-    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=writes_report), world.watch:
+    built = build_model.build(settings, runtime, data)  # all ranks
+    run, progress = session.begin(settings, built, data, start, rollback, max_steps=max_steps)  # all ranks
+    ddp, objective, optimizer = built.ddp, built.objective, built.optimizer
+    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=run.writes_report), runtime.watch:
         progress = run.open(progress)  # all ranks
         for batch, agreement in run.batches(progress):  # all ranks
             if agreement.stops:
                 progress = run.stop(progress, batch)  # all ranks
                 break
             progress, due = run.before_step(progress, batch, agreement)  # all ranks
-            lr = recipe.begin_step(built.optimizer, progress)
-            for number, micro in enumerate(world.micro_batches(batch, ddp)):
-                with meter.forward():
-                    images_BCHW, targets = recipe.inputs(micro, batch.epoch)
-                    loss = recipe.loss(ddp(images_BCHW), targets)
+            lr = optimizer.begin_step(progress)
+            for number, micro in enumerate(run.micro_batches(batch)):
+                with run.meter.forward():
+                    images_BCHW, targets = objective.inputs(micro, batch.epoch)
+                    loss = objective.loss(ddp(images_BCHW), targets)
                 if number == 0:
-                    stepper.zero_grad()  # here instead of after the step: a sixth faster on a CPU (docs/notes.md)
-                world.accelerator.backward(loss)  # all ranks
-                meter.add(loss)
-            norm = recipe.clip(is_asked=due.logs or run.guard.skips)  # all ranks
-            skipped = run.guard.step(stepper, meter.step_loss, norm)  # all ranks
-            progress = run.after_step(progress, batch, agreement, due, lr=lr, norm=norm, skipped=skipped)  # all ranks
+                    optimizer.zero_grad()  # here instead of after the step: a sixth faster on a CPU (docs/notes.md)
+                run.backward(loss)  # all ranks
+            update = run.step(optimizer, due)  # all ranks; skips a diverged step, if train.on_divergence is skip
+            progress = run.after_step(progress, batch, agreement, due, lr, update)  # all ranks
             if run.ends(progress, due):
                 break
         return run.finish(progress)  # all ranks
 
 
 if __name__ == "__main__":
-    leave(main())
+    hard_exit.leave(main())

@@ -45,20 +45,20 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     from wasteddp.training import build_model
     from wasteddp.training.checkpoint.compatibility import Lineage
     from wasteddp.training.checkpoint.manager import CheckpointManager
-    from wasteddp.training.checkpoint.reader import Progress
+    from wasteddp.training.checkpoint.progress import Progress
     from wasteddp.training.dataloaders import Inputs
-    from wasteddp.training.distributed import runtime
+    from wasteddp.training.distributed import startup
     from wasteddp.training.optimization import optimizers
 
-    world = runtime.start(settings)
-    model, _ = build_model.make_network(settings, world, tuple("abcdef"))
+    runtime = startup.start_runtime(settings)
+    model, _ = build_model.make_network(settings.model, runtime, tuple("abcdef"), seed=settings.run.seed, epochs=1)
     optimizer = optimizers.build(model, settings.optimizer)
-    model(torch.randn(2, 3, 64, 64, device=world.device)).sum().backward()
+    model(torch.randn(2, 3, 64, 64, device=runtime.device)).sum().backward()
     optimizer.step()  # so that the optimizer has a state
-    manager = CheckpointManager(settings, world, cast(Inputs, None), model, optimizer)
+    manager = CheckpointManager(settings, runtime, cast(Inputs, None), model, optimizer)
     states = [*model.state_dict().values(), *optimizers.state_tensors(optimizer, model).values()]
     num_bytes = sum(tensor.nbytes for tensor in states)
-    source = torch.ones(num_bytes // 4, device=world.device)
+    source = torch.ones(num_bytes // 4, device=runtime.device)
     target = torch.zeros(num_bytes // 4, pin_memory=source.is_cuda)
     lineage = Lineage("0" * 64, (), "", 0, 1, 1, 1, 0, "train", 224, "")
     stalls, copies, writes, others = [], [], [], []
@@ -78,7 +78,7 @@ def compare_stall(settings: Settings, rounds: int) -> None:
             torch.save(contents, Path(settings.run.out) / "other.pth")
             others.append(1000 * (time.perf_counter() - began))
         manager.close()
-    world.close()
+    runtime.close()
     stall, copy = statistics.median(stalls[1:]), statistics.median(copies[1:])
     print(
         f"{settings.model.arch}, {settings.optimizer.name}, {num_bytes / 1e6:.0f} MB, median of {rounds}: the loop "

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
 from wasteddp.training import build_model, coverage_proof
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.reader import Progress
-from wasteddp.training.distributed import runtime
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.distributed import startup
+from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard
-from wasteddp.training.metrics import Meter
+from wasteddp.training.meter import Meter
 from wasteddp.training.optimization import optimizers
 from wasteddp.training.tracking.journal import Journal
 from wasteddp.training.watchdog.heartbeat import Beat, HeartbeatStore
@@ -63,24 +64,26 @@ def measure(arguments: argparse.Namespace) -> None:
     settings = settings_file.load(
         config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
     )
-    world = runtime.start(settings)
-    model, _ = build_model.make_network(settings, world, [str(number) for number in range(_CLASSES)])
+    runtime = startup.start_runtime(settings)
+    model, _ = build_model.make_network(
+        settings.model, runtime, [str(number) for number in range(_CLASSES)], seed=settings.run.seed, epochs=1
+    )
     optimizer = optimizers.build(model, settings.optimizer)
-    ddp, stepper = world.prepare(model, optimizer)
-    size, px = settings.train.max_micro_batch or world.micro_batch, settings.data.image_size
-    images = torch.randn(size, 3, px, px, device=world.device).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, _CLASSES, (size,), device=world.device)
+    ddp, scaled = runtime.prepare(model, optimizer)
+    size, px = settings.train.max_micro_batch or runtime.micro_batch, settings.data.image_size
+    images = torch.randn(size, 3, px, px, device=runtime.device).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, _CLASSES, (size,), device=runtime.device)
 
     def step() -> None:
         loss = torch.nn.functional.cross_entropy(ddp(images), labels)
-        world.accelerator.backward(loss)
-        stepper.step()
-        stepper.zero_grad()
+        runtime.accelerator.backward(loss)
+        scaled.step()
+        scaled.zero_grad()
 
-    step_s = _median_s(step, rounds) * world.accumulation
-    world.accelerator.backward(torch.nn.functional.cross_entropy(ddp(images), labels))  # gradients for the norm
+    step_s = _median_s(step, rounds) * runtime.accumulation
+    runtime.accelerator.backward(torch.nn.functional.cross_entropy(ddp(images), labels))  # gradients for the norm
     with tempfile.TemporaryDirectory() as folder:
-        costs = _costs(settings, world, model, optimizer, step_s=step_s, folder=Path(folder), rounds=10 * rounds)
+        costs = _costs(settings, runtime, model, optimizer, step_s=step_s, folder=Path(folder), rounds=10 * rounds)
     total = sum(cost.per_step_s for cost in costs)
     print(f"a step of {settings.model.arch}, {settings.train.batch_size} images of {px} px: {1000 * step_s:.1f} ms")
     for cost in costs:
@@ -93,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def _costs(
     settings: Settings,
-    world: runtime.Runtime,
+    runtime: Runtime,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -102,12 +105,12 @@ def _costs(
     rounds: int,
 ) -> list[Cost]:
     lineage = Lineage("", tuple("abcdef"), "", 0, 0, 0, 1, 0, "train", 0, "")
-    progress, meter = Progress(lineage, covered=[0, 0, 0]), Meter(world.device)
-    guard = Guard(settings, world, model, optimizer, num_classes=_CLASSES, progress=progress)
+    progress, meter = Progress(lineage, covered=[0, 0, 0]), Meter(runtime.device)
+    guard = Guard(settings, runtime, model, optimizer, num_classes=_CLASSES, progress=progress)
     samples = np.arange(settings.train.batch_size)
     empty = torch.zeros(0)
     batch = Batch(0, 1, empty, empty, samples, samples, ())
-    loss = torch.ones((), device=world.device)
+    loss = torch.ones((), device=runtime.device)
     row = {"train/loss": 1.0, "train/grad_norm": 1.0, "epoch": 1.0, "lr": 0.1}
     rows = Journal(folder / "metrics.jsonl", print)
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
@@ -119,19 +122,19 @@ def _costs(
         board.beat(0)
 
     def count() -> None:
-        sums = world.totals(0, 0, *coverage_proof.count(batch, 0))
+        sums = runtime.totals(0, 0, *coverage_proof.count(batch, 0))
         coverage_proof.add(progress.covered, sums[1:], batch)
 
     def measure() -> None:
         meter.add(loss)
-        meter.step_done(guard.step(_Nothing(), meter.step_loss, None))
+        meter.step_done(guard.step(cast(Any, _Nothing()), meter.step_loss, needs_norm=False).skipped)
 
     def marks() -> None:
-        for _ in world.watch.steps(iter([batch]), 0):
-            world.watch.met(world.watch.meet())
+        for _ in runtime.watch.steps(iter([batch]), 0):
+            runtime.watch.leave_collective(runtime.watch.enter_collective())
 
     def report() -> None:
-        guard.judge(progress, dict(row) | meter.read(world, settings.train.batch_size), saves=False)
+        guard.check(progress, dict(row) | meter.read(runtime, settings.train.batch_size), saves=False)
         rows.append(json.dumps({"step": 1, **row}) + "\n")
 
     every_row = 1 / settings.train.log_every_steps
@@ -141,19 +144,22 @@ def _costs(
         Cost("coverage: hash and count of a batch", _median_s(count, rounds), 1),
         Cost("sum of the losses, on the device", _median_s(measure, rounds), 1),
         Cost("finite loss, metrics, writing a row", _median_s(report, rounds), every_row),
-        Cost("norm of the gradient", _median_s(lambda: _norm(world, model), rounds), every_row),
+        Cost("norm of the gradient", _median_s(lambda: _norm(runtime, model), rounds), every_row),
     ]
 
 
 class _Nothing:
     """An optimizer whose step takes no time: the timed step already includes it."""
 
+    def clip(self, *, is_asked: bool) -> None:
+        pass
+
     def step(self) -> None:
         pass
 
 
-def _norm(world: runtime.Runtime, model: torch.nn.Module) -> None:
-    float(world.accelerator.clip_grad_norm_(model.parameters(), float("inf")))
+def _norm(runtime: Runtime, model: torch.nn.Module) -> None:
+    float(runtime.accelerator.clip_grad_norm_(model.parameters(), float("inf")))
 
 
 def _median_s(call: Callable[[], object], rounds: int) -> float:

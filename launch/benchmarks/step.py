@@ -38,7 +38,7 @@ from wasteddp import settings as settings_file
 from wasteddp.model import resnet
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
-from wasteddp.training.distributed import precision, runtime
+from wasteddp.training.distributed import precision, startup
 from wasteddp.training.optimization import optimizers
 
 OURS, BARE, DETERMINISTIC, TIMM = "wasteddp", "bare loop", "deterministic", "timm"
@@ -131,31 +131,31 @@ def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     from wasteddp.training import dataloaders
     from wasteddp.training.build_model import build
     from wasteddp.training.checkpoint.compatibility import Lineage
-    from wasteddp.training.checkpoint.reader import Progress
+    from wasteddp.training.checkpoint.progress import Progress
     from wasteddp.training.divergence import Guard
-    from wasteddp.training.metrics import Meter
+    from wasteddp.training.meter import Meter
 
-    world = runtime.start(settings)
-    data = stack.enter_context(dataloaders.open_inputs(settings, world))
-    built, meter = build(settings, world, data), Meter(world.device)
-    world, ddp, optimizer, stepper, recipe = built.world, built.ddp, built.optimizer, built.stepper, built.recipe
+    runtime = startup.start_runtime(settings)
+    data = stack.enter_context(dataloaders.open_inputs(settings, runtime))
+    built, meter = build(settings, runtime, data), Meter(runtime.device)
+    runtime, ddp, objective, optimizer = built.runtime, built.ddp, built.objective, built.optimizer
     progress = Progress(Lineage.of(settings, data.manifest))
-    guard = Guard(settings, world, built.model, optimizer, num_classes=NUM_CLASSES, progress=progress)
-    batch = next(data.batches(0, 1, world))
+    guard = Guard(settings, runtime, built.model, optimizer.unwrapped, num_classes=NUM_CLASSES, progress=progress)
+    batch = next(data.batches(0, 1, runtime))
 
     def step() -> None:
         guard.begin_step()
-        recipe.begin_step(optimizer, progress)
-        for number, micro in enumerate(world.micro_batches(batch, ddp)):
-            images_BCHW, targets = recipe.inputs(micro, batch.epoch)
-            loss = recipe.loss(ddp(images_BCHW), targets)
+        optimizer.begin_step(progress)
+        for number, micro in enumerate(runtime.micro_batches(batch, ddp)):
+            images_BCHW, targets = objective.inputs(micro, batch.epoch)
+            loss = objective.loss(ddp(images_BCHW), targets)
             if number == 0:
-                stepper.zero_grad()
-            world.accelerator.backward(loss)
+                optimizer.zero_grad()
+            runtime.accelerator.backward(loss)
             meter.add(loss)
-        skipped = guard.step(stepper, meter.step_loss, recipe.clip(is_asked=guard.skips))
-        built.average.update(progress.step, skipped)
-        meter.step_done(skipped)
+        update = guard.step(optimizer, meter.step_loss, needs_norm=False)
+        built.average.update(progress.step, update.skipped)
+        meter.step_done(update.skipped)
 
     return step
 

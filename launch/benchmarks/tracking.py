@@ -30,10 +30,10 @@ from wasteddp import settings as settings_file
 from wasteddp.data.decoding.decode import encode_jpeg
 from wasteddp.parallel import num_usable_cores
 from wasteddp.training import messages
-from wasteddp.training.distributed import runtime
-from wasteddp.training.metrics import Meter
+from wasteddp.training.distributed import startup
+from wasteddp.training.meter import Meter
 from wasteddp.training.tracking.pictures import Gallery, Picture
-from wasteddp.training.tracking.run_id import Label
+from wasteddp.training.tracking.run_id import RunIdentity
 from wasteddp.training.tracking.tracker import RunTracker
 
 _LONGEST_SLEEP_S = 0.5  # a limit for slow machines, so that the benchmark ends in time
@@ -68,15 +68,17 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 def measure(settings: settings_file.Settings, folder: Path, step_s: float, steps: int) -> None:
     """Print the cost of tracking `steps` steps in `folder`."""
-    world = runtime.start(settings)
+    runtime = startup.start_runtime(settings)
     began = time.perf_counter()
-    label = Label("bench", "bench", "wasteddp-bench", "", "", "bench", (), settings.model_dump(mode="json"), _dataset())
-    tracker = RunTracker(folder, label, track=settings.track, total_steps=steps, resumed_step=0)
+    identity = RunIdentity(
+        "bench", "bench", "wasteddp-bench", "", "", "bench", (), settings.model_dump(mode="json"), _dataset()
+    )
+    tracker = RunTracker(folder, identity, track=settings.track, total_steps=steps, resumed_step=0)
     print(f"start: {1000 * (time.perf_counter() - began):.0f} ms of the loop", flush=True)
     time.sleep(10)  # W&B starts in its thread meanwhile, which does not count as a cost of steps
-    meter, in_loop_s = Meter(world.device), 0.0
+    meter, in_loop_s = Meter(runtime.device), 0.0
     evaluated_at = steps // 2 // settings.train.log_every_steps * settings.train.log_every_steps
-    loss = torch.ones((), device=world.device)
+    loss = torch.ones((), device=runtime.device)
     before_s = _processor_s()
     for step in range(1, steps + 1):
         time.sleep(min(step_s, _LONGEST_SLEEP_S))
@@ -85,7 +87,11 @@ def measure(settings: settings_file.Settings, folder: Path, step_s: float, steps
         meter.step_done()
         tracker.advance(step, f"epoch {step / 55:.1f}")
         if step % settings.train.log_every_steps == 0:
-            row = meter.read(world, settings.train.batch_size) | {"epoch": step / 55, "lr": 0.1, "train/grad_norm": 1.0}
+            row = meter.read(runtime, settings.train.batch_size) | {
+                "epoch": step / 55,
+                "lr": 0.1,
+                "train/grad_norm": 1.0,
+            }
             tracker.say(messages.progress_line(step, steps, row, better=False))
             if step == evaluated_at:
                 tracker.show(step, lambda: _gallery(settings.data.image_size, settings.track.images))

@@ -42,7 +42,7 @@ from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
 from wasteddp.training.distributed import precision
-from wasteddp.training.distributed.runtime import MOST_UNTRIED
+from wasteddp.training.distributed.startup import MOST_UNTRIED
 
 _WARM = _ROW = 10  # steps before the timed ones, and between two rows of the program
 OURS = "wasteddp"

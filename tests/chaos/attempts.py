@@ -16,7 +16,7 @@ from pathlib import Path
 
 from wasteddp import train
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
-from wasteddp.training.distributed.ranks import free_port, rank_environment
+from wasteddp.training.distributed.launcher import free_port, rank_environment
 from wasteddp.training.watchdog import signals
 
 from . import inside

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from wasteddp.training.distributed.ranks import free_port
+from wasteddp.training.distributed.launcher import free_port
 
 from .attempts import HangError
 from .events import SIGNALS

@@ -16,11 +16,11 @@ from typing import BinaryIO
 
 import pytest
 from faulty_server import until
-from test_demand import demand_of, fewest_fetches
+from test_next_uses import fewest_fetches, next_uses_of
 
 from wasteddp.data.remote.cache import AT_ONCE, Item, NotYet, ShardCache
+from wasteddp.data.remote.prefetch import NEVER
 from wasteddp.errors import RemoteError, ShardError, StoppedError, StorageError
-from wasteddp.order.demand import NEVER
 
 ROOT = Path(__file__).parents[2]
 SIZE = 1000
@@ -93,12 +93,12 @@ def test_what_is_held_stays_and_the_longest_unused_makes_way(cache: ShardCache, 
 @pytest.mark.parametrize("seed", range(10))
 def test_it_fetches_as_often_as_the_best_order_of_letting_go(cache: ShardCache, store: Store, seed: int) -> None:
     needs = random.Random(seed).choices("abcdefg", k=60)
-    demand = demand_of(needs)
+    uses = next_uses_of(needs)
     letters = {item_of(letter).sha256: letter for letter in "abcdefg"}
-    while taken := demand.take():
+    while taken := uses.take():
         (letter,) = taken[1]
         found = cache.try_hold(
-            item_of(letter), store.fetch(letter), distance=lambda s: demand.distance(letters[s]), need=AT_ONCE
+            item_of(letter), store.fetch(letter), distance=lambda s: uses.distance(letters[s]), need=AT_ONCE
         )
         assert isinstance(found, int)
         os.close(found)
@@ -206,7 +206,7 @@ def test_while_one_process_fetches_others_wait_and_take_over_when_it_is_killed(c
         refused = cache.try_hold(item_of("a"), store.fetch("a"), distance=never, need=AT_ONCE)
         assert isinstance(refused, NotYet)
         assert refused.why == "another process is fetching it"
-        with pytest.raises(ShardError, match=r"another process is fetching it\n.*nothing has moved there for 0 s"):
+        with pytest.raises(ShardError, match=r"another process is fetching it\n.*there was no progress for 0 s"):
             hold(cache, store, "a", patience_s=0.1)
         with pytest.raises(StoppedError):
             hold(cache, store, "a", patience_s=60, look=_stopped)
@@ -258,3 +258,39 @@ def test_the_next_start_removes_what_a_killed_process_left_and_nothing_that_is_b
         ShardCache(tmp_path, SIZE)
         assert not left.exists()
         assert fetched.exists()
+
+
+@pytest.mark.parametrize("name", [f"{item_of('a').sha256}.part", item_of("a").sha256, ".lock"])
+def test_a_planted_link_or_pipe_is_not_followed(cache: ShardCache, store: Store, tmp_path: Path, name: str) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"of somebody else")
+    path = cache.folder / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(foreign)
+    with pytest.raises(StorageError, match="is a link, which is not followed"):
+        hold(cache, store, "a")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match="it is a pipe or a device"):
+        hold(cache, store, "a")
+    path.unlink()
+    os.close(hold(cache, store, "a"))
+    assert foreign.read_bytes() == b"of somebody else"
+
+
+def test_a_folder_that_others_can_write_into_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache"
+    ShardCache(folder, SIZE)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o755, 0o700):
+        folder.chmod(mode)
+        ShardCache(folder, SIZE)
+    for mode in (0o770, 0o1777):
+        folder.chmod(mode)
+        with pytest.raises(StorageError, match=r"can be written by other users.*(\n.*)*chmod go-w"):
+            ShardCache(folder, SIZE)
+    folder.chmod(0o755)
+    owner = folder.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(StorageError, match=f"belongs to user {owner}"):
+        ShardCache(folder, SIZE)

@@ -205,7 +205,7 @@ def test_a_store_that_is_gone_is_an_error_of_its_own(data: Callable[..., Data], 
     ("name", "fault", "message"),
     [
         ("manifest.json", "404", r"manifest\.json cannot be read \(attempt 1 of 2\): 404 (.|\n)*wasteddp index"),
-        ("manifest.json", "403", r"403 Forbidden(.|\n)*the right to read there"),
+        ("manifest.json", "403", r"403 Forbidden(.|\n)*permission to read there"),
         ("manifest.json", "flip", "is not a manifest of this format"),
         ("train-000001.idx", "flip", r"the index http.*train-000001.idx has \d+ bytes and sha256"),
         ("train-000001.idx", "cut", r"train-000001.idx cannot be read .*\(attempt 2 of 2\): ClientPayloadError"),

@@ -23,8 +23,7 @@ from small_run import write_image
 
 from wasteddp.data import file_loader as module
 from wasteddp.data.decoding.crop import EvaluationView, View
-from wasteddp.data.decoding.pool import DecodeServer
-from wasteddp.data.decoding.workers import Workers
+from wasteddp.data.decoding.workers import DecodeServer, Workers
 from wasteddp.data.file_loader import FileView, Unreadable, file_views
 from wasteddp.errors import WorkerError
 

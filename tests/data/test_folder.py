@@ -25,7 +25,7 @@ from faulty_server import Answer, Fault, FaultyServer, serving
 
 from wasteddp.data.remote import folder as remote
 from wasteddp.data.remote import web
-from wasteddp.data.remote.filesystems import shown
+from wasteddp.data.remote.filesystems import hide_secrets
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
 from wasteddp.errors import DamagedShardError, RemoteError, SettingsError, StoppedError
 
@@ -99,7 +99,7 @@ def test_what_does_not_pass_is_named_with_url_byte_and_attempt(
         copied(folder)
     assert caught.value.found.startswith(f"{server.url}/{NAME} cannot be read at byte 0 of 10,240 (attempt 3 of 3): ")
     assert why in caught.value.found
-    assert "goes on from the newest checkpoint" in caught.value.remedy
+    assert "continues from the newest checkpoint" in caught.value.remedy
     assert len(waits) == 2
 
 
@@ -257,7 +257,7 @@ def test_passwords_and_signatures_are_sent_and_never_shown(tmp_path: Path) -> No
             folder.read("b")
         assert "secret" not in str(caught.value)
         folder.close()
-    assert shown("https://user:word@host:1/a/b/?sig=secret") == "https://host:1/a/b"
+    assert hide_secrets("https://user:word@host:1/a/b/?sig=secret") == "https://host:1/a/b"
 
 
 def test_any_protocol_of_fsspec_is_read(waits: list[float]) -> None:

@@ -99,9 +99,9 @@ def test_galleries_show_the_images_that_the_device_decodes(small_shards: Path) -
 def test_without_a_gpu_it_is_refused() -> None:
     settings = parse("", ["data.decode=gpu"])
     with pytest.raises(SettingsError, match=r"data\.decode is gpu and this process computes on cpu"):
-        dataloaders.refuse_device_decoding(settings, "cpu")
-    dataloaders.refuse_device_decoding(settings, "cuda")
-    dataloaders.refuse_device_decoding(parse(""), "cpu")
+        dataloaders.refuse_device_decoding(settings.data.decode, "cpu")
+    dataloaders.refuse_device_decoding(settings.data.decode, "cuda")
+    dataloaders.refuse_device_decoding(parse("").data.decode, "cpu")
 
 
 def photos(count: int, seed: int, *, most_px: int = 90) -> tuple[list[torch.Tensor], np.ndarray]:

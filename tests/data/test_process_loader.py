@@ -20,8 +20,8 @@ from killing_view import KillingView
 from wasteddp.data.batch import Batch
 from wasteddp.data.decoding import shared_memory
 from wasteddp.data.decoding.crop import TrainingView
-from wasteddp.data.decoding.pool import DecodeServer
 from wasteddp.data.decoding.shared_memory import SharedMemory
+from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.data.loader import AnyLoader, Loader, evaluation_loader, evaluation_steps, training_loader, training_steps
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.process_loader import ProcessLoader

@@ -21,7 +21,7 @@ TRIVIAL = Augment(0, horizontal_flip=0.5, erase=0.5, policy="trivialaugment")
 RAND = Augment(0, vertical_flip=0.5, brightness=0.2, policy="randaugment", policy_ops=3, policy_strength=0.5)
 
 
-def drawn(samples: I64, epoch: int = 0, **changes: Any) -> list[tuple[I64, F64]]:
+def draw(samples: I64, epoch: int = 0, **changes: Any) -> list[tuple[I64, F64]]:
     asked: dict[str, Any] = {
         "seed": 0,
         "policy": "randaugment",
@@ -30,7 +30,7 @@ def drawn(samples: I64, epoch: int = 0, **changes: Any) -> list[tuple[I64, F64]]
         "height": 96,
         "width": 64,
     }
-    return list(randaugment.drawn(samples, epoch, **asked | changes))
+    return list(randaugment.draw(samples, epoch, **asked | changes))
 
 
 def images(count: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def torchvisions_magnitudes(policy: str, operation: Operation) -> F64:
 
 @pytest.mark.parametrize("policy", ["trivialaugment", "randaugment"])
 def test_every_operation_comes_equally_often_in_every_round_and_both_ways(policy: str) -> None:
-    rounds = drawn(np.arange(14_000), policy=policy)
+    rounds = draw(np.arange(14_000), policy=policy)
     assert len(rounds) == (1 if policy == "trivialaugment" else 2)
     for found, magnitudes in rounds:
         counts = np.bincount(found, minlength=14)
@@ -64,13 +64,13 @@ def test_every_operation_comes_equally_often_in_every_round_and_both_ways(policy
 
 
 def test_the_second_operation_knows_nothing_of_the_first() -> None:
-    (first, _), (second, _) = drawn(np.arange(39_200))
+    (first, _), (second, _) = draw(np.arange(39_200))
     pairs = np.bincount(first * 14 + second, minlength=196)
     assert abs(pairs - 200).max() < 71
 
 
 def test_trivialaugment_has_torchvisions_31_magnitudes_equally_often() -> None:
-    ((found, magnitudes),) = drawn(np.arange(60_000), policy="trivialaugment")
+    ((found, magnitudes),) = draw(np.arange(60_000), policy="trivialaugment")
     for operation in Operation:
         if operation in (Operation.IDENTITY, Operation.AUTOCONTRAST, Operation.EQUALIZE):
             continue
@@ -86,7 +86,7 @@ def test_trivialaugment_has_torchvisions_31_magnitudes_equally_often() -> None:
 
 @pytest.mark.parametrize("magnitude", [0, 9, 11, 30])
 def test_randaugments_strength_is_torchvisions_magnitude_of_30(magnitude: int) -> None:
-    for found, magnitudes in drawn(np.arange(2_000), strength=magnitude / 30):
+    for found, magnitudes in draw(np.arange(2_000), strength=magnitude / 30):
         for operation in set(Operation) - {Operation.IDENTITY, Operation.AUTOCONTRAST, Operation.EQUALIZE}:
             own = magnitudes[found == operation]
             assert np.abs(np.abs(own) - torchvisions_magnitudes("randaugment", operation)[magnitude]).max() < 1e-4
@@ -94,7 +94,7 @@ def test_randaugments_strength_is_torchvisions_magnitude_of_30(magnitude: int) -
 
 def test_more_rounds_leave_the_first_as_they_were() -> None:
     for (few, few_magnitudes), (many, many_magnitudes) in zip(
-        drawn(np.arange(50), num_ops=2), drawn(np.arange(50), num_ops=5), strict=False
+        draw(np.arange(50), num_ops=2), draw(np.arange(50), num_ops=5), strict=False
     ):
         assert np.array_equal(few, many)
         assert np.array_equal(few_magnitudes, many_magnitudes)
@@ -121,7 +121,7 @@ def test_epochs_samples_and_seeds_differ(policy: str) -> None:
 def test_flips_come_before_the_policy_and_erasing_after_it() -> None:
     batch, samples = images(20), np.arange(20)
     expected = batch.flip(3)
-    for found, magnitudes in drawn(samples, 2, height=20, width=24, strength=0.5):
+    for found, magnitudes in draw(samples, 2, height=20, width=24, strength=0.5):
         expected = operations.apply(expected, found, magnitudes)
     augment = Augment(0, horizontal_flip=1, erase=1, policy="randaugment", policy_strength=0.5)
     seen = augment(batch, samples, 2)
@@ -134,14 +134,16 @@ def test_without_a_policy_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a policy was asked for")
 
-    monkeypatch.setattr(randaugment, "drawn", refuse)
-    Augment.of(settings.Augment(), seed=0)(images(4), np.arange(4), 0)
+    monkeypatch.setattr(randaugment, "draw", refuse)
+    Augment.from_settings(settings.Augment(), seed=0)(images(4), np.arange(4), 0)
 
 
 def test_the_settings_reach_the_pixels() -> None:
     asked = settings.Augment(horizontal_flip=0, policy="randaugment", policy_ops=3, policy_strength=0.7)
     plain = Augment(5, policy="randaugment", policy_ops=3, policy_strength=0.7)
-    assert torch.equal(Augment.of(asked, seed=5)(images(9), np.arange(9), 0), plain(images(9), np.arange(9), 0))
+    assert torch.equal(
+        Augment.from_settings(asked, seed=5)(images(9), np.arange(9), 0), plain(images(9), np.arange(9), 0)
+    )
     for other in ({"policy": "trivialaugment"}, {"policy_ops": 2}, {"policy_strength": 0.6}):
-        changed = Augment.of(asked.model_copy(update=other), seed=5)
+        changed = Augment.from_settings(asked.model_copy(update=other), seed=5)
         assert not torch.equal(changed(images(9), np.arange(9), 0), plain(images(9), np.arange(9), 0))

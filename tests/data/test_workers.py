@@ -24,8 +24,7 @@ from small_run import CARD, random_weights, write_image, write_images, write_run
 
 from wasteddp.cli import main
 from wasteddp.data.dataset import ShardSet
-from wasteddp.data.decoding.pool import DecodeServer
-from wasteddp.data.decoding.workers import Workers, default_workers, start_workers
+from wasteddp.data.decoding.workers import DecodeServer, Workers, default_workers, start_workers
 from wasteddp.data.manifest import INDEX_DTYPE, Manifest
 from wasteddp.errors import DamagedSampleError
 from wasteddp.inference import evaluate as evaluating

@@ -51,7 +51,7 @@ def test_calibration_makes_an_overconfident_model_honest_and_says_how_much() -> 
 
 def test_the_calibration_error_is_that_of_the_reliability_table() -> None:
     labels, shares = samples(500, 2.0)
-    table = Reliability.of(Answers.of(labels, shares))
+    table = Reliability.measure(Answers.from_probabilities(labels, shares))
     assert calibration_error(shares.max(axis=1).astype(float), shares.argmax(axis=1) == labels) == pytest.approx(
         table.calibration_error
     )

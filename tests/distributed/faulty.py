@@ -22,7 +22,7 @@ from wasteddp.data.augmentation.augment import Augment
 from wasteddp.data.loader import Loader
 from wasteddp.errors import DamagedSampleError
 from wasteddp.train import main
-from wasteddp.training.metrics import Meter
+from wasteddp.training.meter import Meter
 from wasteddp.training.watchdog import signals
 from wasteddp.training.watchdog.hard_exit import leave
 

@@ -11,18 +11,18 @@ PROGRAM = """
 import sys
 import torch
 from wasteddp import settings
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
 from wasteddp.training.watchdog.hard_exit import leave
 
 overrides = ["precision=fp32", "run.threads=1", "train.batch_size=4", *sys.argv[1:]]
-world = runtime.start(settings.parse("", overrides))
+runtime = startup.start_runtime(settings.parse("", overrides))
 model = torch.nn.Linear(5, 3, bias=False)
-ddp, _ = world.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
-world.accelerator.backward(ddp(torch.full((1, 5), 1.0 if world.rank else 1 / 3)).sum())
-if world.is_main:
+ddp, _ = runtime.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+runtime.accelerator.backward(ddp(torch.full((1, 5), 1.0 if runtime.rank else 1 / 3)).sum())
+if runtime.is_main:
     (gradient,) = set(model.weight.grad.flatten().tolist())
     print("found", ddp.bucket_bytes_cap, gradient)
-world.close()
+runtime.close()
 leave(0)  # as in train.py: otherwise a rank sometimes aborts in the destructors of torch's threads
 """
 

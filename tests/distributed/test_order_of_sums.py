@@ -13,35 +13,35 @@ import os
 import sys
 import torch
 from wasteddp import settings
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
 from wasteddp.training.watchdog.hard_exit import leave
 
 overrides = ["precision=fp32", "run.threads=1", "train.batch_size=6", *sys.argv[1:]]
-world = runtime.start(settings.parse("", overrides))
-torch.manual_seed(world.rank)
+runtime = startup.start_runtime(settings.parse("", overrides))
+torch.manual_seed(runtime.rank)
 images = torch.randn(8, 67)
 gradients = []
 for steps in (1, 3):
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(67, 67) for _ in range(6)])
-    ddp, _ = world.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    ddp, _ = runtime.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
     for _ in range(steps):
         model.zero_grad()
-        world.accelerator.backward(ddp(images).square().sum())
+        runtime.accelerator.backward(ddp(images).square().sum())
     gradients.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
 torch.manual_seed(0)
 alone = torch.nn.Sequential(*[torch.nn.Linear(67, 67) for _ in range(6)])
 alone(images).square().sum().backward()
 own = torch.cat([p.grad.reshape(-1) for p in alone.parameters()])
-first, second, third = world.stack(own)
+first, second, third = runtime.stack(own)
 mean = (first + second + third) / 3
-means = [torch.tensor([1.0 + world.rank]), torch.tensor([[0.5, 3.0 * world.rank]])]
-world.average_(means)
-if world.is_main:
+means = [torch.tensor([1.0 + runtime.rank]), torch.tensor([[0.5, 3.0 * runtime.rank]])]
+runtime.average_(means)
+if runtime.is_main:
     near = torch.allclose(gradients[0], mean, rtol=2e-2 if "ddp.compression=bf16" in overrides else 1e-4, atol=1e-3)
     exact, same = torch.equal(gradients[0], mean), torch.equal(*gradients)
     print("found", near, exact, same, [m.tolist() for m in means])
-world.close()
+runtime.close()
 leave(0)
 """
 

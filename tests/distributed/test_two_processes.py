@@ -16,7 +16,7 @@ from safetensors.torch import load
 from trainings import CPU2, PROGRAM, config_of, final_weights, launch, rows, run_ranks, start_ranks
 
 from wasteddp.data.manifest import Manifest
-from wasteddp.data.train_plan import train_plan
+from wasteddp.data.train_plan import plan_training
 from wasteddp.settings import load as load_settings
 
 
@@ -100,7 +100,8 @@ def test_what_one_rank_cannot_read_is_said_once_and_ends_every_rank(small_shards
             tmp_path, server.url, "data.block=10", "data.lanes=2", "data.prefetch=1", "data.ahead_steps=1"
         )
         split = Manifest.load(small_shards).split("train")
-        plan = train_plan(split, load_settings(arguments[1], arguments[3::2]))
+        settings = load_settings(arguments[1], arguments[3::2])
+        plan = plan_training(split, settings.data, batch_size=settings.train.batch_size, seed=settings.run.seed)
         of_0, of_1 = (  # shards that the ranks read in the first epoch
             {
                 n

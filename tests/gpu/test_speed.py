@@ -16,7 +16,7 @@ from test_two_ranks import launch as launch_sharing
 from trainings import ROOT, config_of, launch
 
 from wasteddp import settings as settings_file
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.compilation import what_is_lacking
 
 pytestmark = ON_A_GPU
@@ -29,11 +29,11 @@ def test_auto_takes_one_precision_and_leaves_no_trace(measured: Callable[[str], 
     settings = settings_file.parse("run: {threads: 1}\ntrain: {batch_size: 256, max_micro_batch: 256}")
     torch.zeros(1, device="cuda")
     random, taken = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
-    world = runtime.start(settings)
-    measured(f"precision auto, ResNet50, 224 px, 256 images, eager: {world.precision} ({world.precision_reason})")
-    assert world.precision in ("bf16", "fp16")
-    assert world.images_per_s > 0
-    assert (world.accelerator.scaler is not None) == (world.precision == "fp16")
+    runtime = startup.start_runtime(settings)
+    measured(f"precision auto, ResNet50, 224 px, 256 images, eager: {runtime.precision} ({runtime.precision_reason})")
+    assert runtime.precision in ("bf16", "fp16")
+    assert runtime.images_per_s > 0
+    assert (runtime.accelerator.scaler is not None) == (runtime.precision == "fp16")
     assert torch.equal(torch.cuda.get_rng_state(), random)
     assert torch.cuda.memory_allocated() - taken < 100e6  # cuBLAS keeps a workspace; the weights take 100 MB
 
@@ -87,7 +87,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from wasteddp.training.distributed.compilation import keep_compiled_code
-from wasteddp.training.distributed.placement import compile_in_place
+from wasteddp.training.build_model import compile_in_place
 torch.manual_seed(1)
 images = torch.randn(8, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
 labels = torch.arange(8, device="cuda") % 3
@@ -136,7 +136,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from wasteddp.model import resnet
 from wasteddp.training.distributed.compilation import keep_compiled_code
-from wasteddp.training.distributed.placement import compile_in_place
+from wasteddp.training.build_model import compile_in_place
 model = resnet.build("resnet50", 6).cuda().to(memory_format=torch.channels_last).train()
 images = torch.randn(64, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
 keep_compiled_code()

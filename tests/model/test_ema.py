@@ -18,7 +18,7 @@ from wasteddp import cli, settings, train
 from wasteddp.inference.bundle import Averaged, load_bundle
 from wasteddp.model import ema
 from wasteddp.model.ema import Ema, NoAverage, decay_at
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
 
 DECAY = 0.5  # reached at step 8, so that a run of 8 steps has the warm-up and a little more
 
@@ -107,9 +107,9 @@ def test_without_a_decay_the_network_itself_is_evaluated_and_nothing_is_kept() -
 
 
 def test_the_average_computes_in_the_precision_of_the_run_and_with_weights_of_its_own() -> None:
-    world = runtime.start(settings.parse("precision: bf16\nrun: {threads: 1}\ntrain: {batch_size: 4}"))
+    runtime = startup.start_runtime(settings.parse("precision: bf16\nrun: {threads: 1}\ntrain: {batch_size: 4}"))
     model = network()
-    prepared, _ = world.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    prepared, _ = runtime.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     average = Ema(model, DECAY)
     images = torch.randn(4, 3, 4, 4)
     seen: list[torch.dtype] = []

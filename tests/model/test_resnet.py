@@ -61,29 +61,6 @@ def test_blocks_start_as_the_identity_unless_told_otherwise(arch: str) -> None:
         assert bool((last.weight == 0).all()) == zero_init
 
 
-def test_stages_are_unfrozen_one_after_another_from_the_last() -> None:
-    def found(freeze: str, every: float) -> list[str]:
-        return [resnet.frozen_at(freeze, every, step / 10) for step in range(0, 80, 5)]
-
-    assert found("none", 1) == ["none"] * 16
-    assert found("layer2", 0) == ["layer2"] * 16
-    assert found("layer2", 2.0) == ["layer2"] * 4 + ["layer1"] * 4 + ["stem"] * 4 + ["none"] * 4
-    assert found("backbone", 0.5)[:7] == ["backbone", "layer3", "layer2", "layer1", "stem", "none", "none"]
-    # 0.3 / 0.1 is below 3 in floating point; a stage must not be unfrozen one step late
-    assert (resnet.frozen_at("layer3", 0.1, 3 / 10), resnet.frozen_at("layer3", 0.1, 0.2999)) == ("stem", "layer1")
-
-
-@pytest.mark.parametrize(
-    ("every", "epochs", "expected"),
-    [(0, 90, "layer2"), (2, 2, "layer2"), (2, 3, "layer1"), (1, 3, "stem"), (1, 4, "none")],
-)
-def test_only_what_is_never_trained_is_frozen_permanently(every: float, epochs: int, expected: str) -> None:
-    parsed = settings.parse(f"model: {{freeze: layer2, unfreeze_every_epochs: {every}}}").model
-    assert resnet.frozen_to_the_end(parsed, epochs) == expected
-    last = resnet.frozen_at("layer2", every, epochs - 1 / 1000)  # with 1,000 steps in an epoch
-    assert last == expected
-
-
 def test_unfreezing_what_is_not_frozen_is_refused() -> None:
     with pytest.raises(SettingsError, match="unfreeze_every_epochs is 2, but freeze is none"):
         settings.parse("model: {unfreeze_every_epochs: 2}")

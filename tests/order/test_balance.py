@@ -25,10 +25,10 @@ from wasteddp.errors import SettingsError
 from wasteddp.order import balance as balancing
 from wasteddp.order import plan as plans
 from wasteddp.order.balance import Balance, quotas
-from wasteddp.order.coverage import digest, digest_of_epoch, signed
+from wasteddp.order.coverage import digest, digest_of_epoch, to_signed
 from wasteddp.order.keyed_random import BALANCE, permute
 from wasteddp.order.plan import TrainPlan
-from wasteddp.order.shuffle_quality import measure
+from wasteddp.order.plan_quality import measure_shuffle
 from wasteddp.training.dataloaders import Inputs
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -44,7 +44,9 @@ def plan_of(sizes: list[int], evenness: float, batch: int, lanes: int = 0, seed:
     plan = TrainPlan(sum(sizes), batch, seed, lanes or batch)
     num_draws = plan.steps_per_epoch * batch
     labels = labels_of(sizes, seed)
-    return replace(plan, balance=Balance.of(labels, evenness, num_classes=len(sizes), num_draws=num_draws, seed=seed))
+    return replace(
+        plan, balance=Balance.from_labels(labels, evenness, num_classes=len(sizes), num_draws=num_draws, seed=seed)
+    )
 
 
 def epoch_samples(plan: TrainPlan, epoch: int) -> np.ndarray:
@@ -156,7 +158,7 @@ def test_the_hash_of_an_epoch_is_that_of_its_order_in_any_number_of_parts(
         return
     plan = plan_of(sizes, evenness, batch)
     seen = digest(plan.seed, epoch_samples(plan, epoch) % plan.num_samples)
-    assert signed(sum(digest_of_epoch(plan, epoch, part=part, parts=parts) for part in range(parts))) == seen
+    assert to_signed(sum(digest_of_epoch(plan, epoch, part=part, parts=parts) for part in range(parts))) == seen
 
 
 @settings(deadline=None, max_examples=30)
@@ -164,7 +166,7 @@ def test_the_hash_of_an_epoch_is_that_of_its_order_in_any_number_of_parts(
 def test_the_same_holds_for_an_order_without_balance(num_samples: int, batch: int, epoch: int, parts: int) -> None:
     plan = TrainPlan(num_samples, batch, 3, batch)
     seen = digest(plan.seed, epoch_samples(plan, epoch))
-    assert signed(sum(digest_of_epoch(plan, epoch, part=part, parts=parts) for part in range(parts))) == seen
+    assert to_signed(sum(digest_of_epoch(plan, epoch, part=part, parts=parts) for part in range(parts))) == seen
 
 
 @pytest.mark.parametrize("module", [plans, balancing], ids=["shuffle", "pass through a class"])
@@ -191,7 +193,7 @@ def test_memory_is_eight_bytes_a_sample_and_epochs_and_seeds_differ() -> None:
 
 def test_a_balanced_order_is_as_well_shuffled_as_a_uniform_one_of_its_draws() -> None:
     plan = plan_of([8000, 1500, 500], 1.0, 50)
-    found = measure(plan, labels_of([8000, 1500, 500]))
+    found = measure_shuffle(plan, labels_of([8000, 1500, 500]))
     assert found.batch > 0.85
     assert found.recent > 0.7  # from 64 groups
 
@@ -233,7 +235,7 @@ def test_the_plan_says_how_many_draws_each_class_has(small_shards: Path, capsys:
 
 def test_the_same_image_is_cropped_otherwise_each_time_that_an_epoch_draws_it(small_shards: Path) -> None:
     with SplitReader(Manifest.load(small_shards), "train") as reader:
-        balance = Balance.of(reader.labels, 1.0, num_classes=3, num_draws=48, seed=0)
+        balance = Balance.from_labels(reader.labels, 1.0, num_classes=3, num_draws=48, seed=0)
         plan = TrainPlan(50, 48, 0, 48, balance=balance)
         with training_loader(
             reader,

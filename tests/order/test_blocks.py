@@ -11,7 +11,7 @@ from wasteddp.order.blocks import BlockOrder, Cuts, block_order
 
 
 def order_of(shard_samples: list[int], block: int, epoch: int = 0) -> BlockOrder:
-    return block_order(Cuts.of(shard_samples, block), 0, epoch)
+    return block_order(Cuts.from_sizes(shard_samples, block), 0, epoch)
 
 
 def walked(order: BlockOrder, num_samples: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,20 @@ def test_padding_missing_tars_cut_tars_and_indexes_are_told_apart(shard_set: Man
     assert f"{train[1].tar}: cannot be read: No such file or directory" in damage
     assert f"{train[2].index} has 5 bytes" in damage
     assert f"{val[0].tar}: 2,000 bytes instead of {val[0].num_bytes:,}; damaged: " in damage
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_tar_in_two_splits_is_damage(shard_set: Manifest, is_copied: bool) -> None:
+    train, val = shard_set.splits["train"], shard_set.splits["val"]
+    shard = train.shards[0]
+    if is_copied:  # under another name
+        for name in (shard.tar, shard.index):
+            copy = name.replace("train", "val-of")
+            (shard_set.folder / copy).write_bytes((shard_set.folder / name).read_bytes())
+        shard = replace(shard, tar=shard.tar.replace("train", "val-of"), index=shard.index.replace("train", "val-of"))
+    labels = read_index(shard_set.folder, shard)["label"].tolist()
+    counts = tuple(count + labels.count(label) for label, count in enumerate(val.samples_per_class))
+    both = replace(val, shards=(*val.shards, shard), samples_per_class=counts)
+    replace(shard_set, splits={**shard_set.splits, "val": both}).save()
+    found = verify(shard_set.folder, workers=1).damage
+    assert found == (f"{shard.tar} of split val is {train.shards[0].tar} of split train",)

@@ -184,7 +184,12 @@ LINES = (
     ),
     *job(
         "two_nodes_and_one_process_see_the_same_and_learn_the_same",
-        ("wasteddp/training/dataloaders.py", "last_step, rank=world.rank,", "last_step, rank=0,", r"== \[1, 2, 3, 4\]"),
+        (
+            "wasteddp/training/dataloaders.py",
+            "last_step, rank=runtime.rank,",
+            "last_step, rank=0,",
+            r"== \[1, 2, 3, 4\]",
+        ),
     ),
     *job(
         "a_warning_saves_requeues_and_goes_on",

@@ -253,7 +253,7 @@ def test_two_nodes_train_as_one(outcome: Callable[[str], Ran]) -> None:
 
 @pytest.mark.scenario("alone", "undisturbed")
 def test_two_nodes_and_one_process_see_the_same_and_learn_the_same(outcome: Callable[[str], Ran]) -> None:
-    """Guards rank=world.rank of dataloaders.py: with rank 0 both nodes read the same, and the losses differ."""
+    """Guards rank=runtime.rank of dataloaders.py: with rank 0 both nodes read the same, and the losses differ."""
     one, two = outcome("alone"), outcome("undisturbed")
     assert [row["step"] for row in rows(one.run)] == [row["step"] for row in rows(two.run)] == list(range(1, 21))
     for ours, theirs in zip(rows(two.run), rows(one.run), strict=True):

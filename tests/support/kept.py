@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.reader import Progress, States, listed, step_of
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import States, listed, step_of
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 
 LINEAGE = Lineage("m" * 64, ("glass", "paper"), "resnet18", 0, 32, 32, 1, 0, "train", 64, "sgd")

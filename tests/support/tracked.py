@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp.settings import Track
-from wasteddp.training.tracking.run_id import Label
+from wasteddp.training.tracking.run_id import RunIdentity
 from wasteddp.training.tracking.tracker import RunTracker
 
-LABEL = Label(
+LABEL = RunIdentity(
     id="run1", name="tracked", project="tests", entity="", group="seeds", job_type="train", tags=("small", "cpu"),
     config={"optimizer": {"lr": 0.1}, "hashes": {"manifest": "0" * 64}},
     dataset={"name": "sample set", "uri": "file:///shards/sample", "manifest": "0" * 64, "samples": {"train": 5}},

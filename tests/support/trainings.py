@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import forked
 
-from wasteddp.training.distributed.ranks import free_port, rank_environment
+from wasteddp.training.distributed.launcher import free_port, rank_environment
 
 ROOT = Path(__file__).parents[2]
 REAL_PROGRAM = ROOT / "wasteddp" / "train.py"

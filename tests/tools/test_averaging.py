@@ -21,10 +21,9 @@ from wasteddp.cli import main
 from wasteddp.errors import CheckpointError
 from wasteddp.files import RunLock
 from wasteddp.inference.bundle import Averaged, load_bundle
-from wasteddp.model.resnet import build
+from wasteddp.model.resnet import build, estimate_statistics
 from wasteddp.tools import average
 from wasteddp.tools.average import mean_of_newest
-from wasteddp.tools.bn_statistics import estimate_statistics
 
 IMAGES = 20  # for the statistics: two batches of 8 and a remainder
 

@@ -78,9 +78,9 @@ def test_a_best_model_is_calibrated_where_its_evaluation_has_enough_images(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels, shares = overconfident(count)
-    answers = Answers.of(labels, shares)
-    seen = Seen("val", CARD.classes, np.zeros((3, 3), np.int64), None, Reliability.of(answers), Mistakes.of(answers),
-                labels, shares)  # type: ignore[arg-type]  # fmt: skip
+    answers = Answers.from_probabilities(labels, shares)
+    found = Reliability.measure(answers), Mistakes.find(answers)
+    seen = Seen("val", CARD.classes, np.zeros((3, 3), np.int64), None, *found, labels, shares)  # type: ignore[arg-type]
     evaluated = []
     monkeypatch.setattr(best_model, "save_seen", lambda folder, seen, source, card, **how: evaluated.append(card))
 
@@ -97,8 +97,9 @@ def test_a_best_model_is_calibrated_where_its_evaluation_has_enough_images(
         random_weights(),
         card=card,
         seen=seen,
-        settings=anything,
-        world=anything,
+        out=tmp_path,
+        shards="shards",
+        runtime=anything,  # type: ignore[arg-type]
         data=anything,  # type: ignore[arg-type]
     )
     saved = read_card(tmp_path / "model")

@@ -25,7 +25,7 @@ from wasteddp.tools.finding import Finding, print_table, worst
 from wasteddp.tools.machine_checks import Device
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.tracking import wandb_client
 
 pytestmark = pytest.mark.usefixtures("full_width")  # these tests check the size of a checkpoint
@@ -156,11 +156,16 @@ def test_a_set_behind_a_url_is_read_as_a_run_reads_it(small_shards: Path, tmp_pa
 
 
 def test_missing_weights_are_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_checks.check_weights(parse("model: {weights: none, arch: resnet18}"), ("a", "b")).colour == "green"
-    missing = run_checks.check_weights(parse(f"model: {{weights: {tmp_path}/no.pth, arch: resnet18}}"), ("a", "b"))
+    assert (
+        run_checks.check_weights(parse("model: {weights: none, arch: resnet18}").model, "", ("a", "b")).colour
+        == "green"
+    )
+    missing = run_checks.check_weights(
+        parse(f"model: {{weights: {tmp_path}/no.pth, arch: resnet18}}").model, "", ("a", "b")
+    )
     assert (missing.colour, "there is no such file" in missing.found) == ("red", True)
     teacher = parse(f"model: {{weights: none, arch: resnet18}}\ntrain: {{teacher: {tmp_path}}}")
-    assert run_checks.check_weights(teacher, ("a", "b")).colour == "red"
+    assert run_checks.check_weights(teacher.model, teacher.train.teacher, ("a", "b")).colour == "red"
 
 
 def test_a_loaded_machine_is_yellow() -> None:
@@ -211,7 +216,7 @@ def test_the_dashboard_s_mode_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_size_of_a_checkpoint_is_that_of_the_model(small_shards: Path, tmp_path: Path) -> None:
     settings = load(config_of(tmp_path, small_shards)[1])
-    assert 44e6 < run_checks.model_bytes(settings, 3) < 46e6  # ResNet18: 11.2 million weights of 4 bytes
+    assert 44e6 < run_checks.model_bytes(settings.model.arch, 3) < 46e6  # ResNet18: 11.2 million weights of 4 bytes
 
 
 def test_the_table_can_be_read_without_colours() -> None:

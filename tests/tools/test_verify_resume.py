@@ -38,7 +38,7 @@ def write_run(run: Path, *, steps: int = 3, **other: str) -> Path:
 def proof_of(folder: Path, processes: tuple[int, ...] = (1,), **other: str) -> Proof:
     undisturbed, interrupted = write_run(folder / "undisturbed"), write_run(folder / "interrupted", **other)
     return compare(
-        undisturbed, interrupted, settings=settings.parse(""), seed=1, processes=processes, kills=[KILL]
+        undisturbed, interrupted, precision="fp32", deterministic=False, seed=1, processes=processes, kills=[KILL]
     )  # fmt: skip
 
 
@@ -103,16 +103,16 @@ def test_on_a_gpu_both_runs_are_deterministic(
     (tmp_path / "c.yaml").write_text(CONFIG)
     started: list[bool] = []
 
-    class Finished(verify_resume.Ranks):
+    class Finished(verify_resume.Processes):
         @classmethod
-        def started(cls, arguments: Sequence[str], num: int, run: Path) -> Finished:
+        def start(cls, arguments: Sequence[str], num: int, run: Path) -> Finished:
             overrides = [value for key, value in pairwise(arguments) if key == "--set"]
             started.append(settings.load(arguments[1], overrides).run.deterministic)
             if not run.exists():
                 write_run(run)
             return cls([], run)
 
-    monkeypatch.setattr(verify_resume, "Ranks", Finished)
+    monkeypatch.setattr(verify_resume, "Processes", Finished)
     monkeypatch.setattr(verify_resume, "_kill", lambda *_: KILL)
     monkeypatch.setattr(verify_resume, "_finish", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)

@@ -12,7 +12,6 @@ from torch import nn
 from wasteddp import settings
 from wasteddp.model import resnet
 from wasteddp.training.optimization import optimizers
-from wasteddp.training.recipe import Recipe
 
 
 def network(scale: float) -> nn.Module:
@@ -83,15 +82,19 @@ def test_clipping_comes_behind_the_loss_scale_and_tells_the_norm_before_it(limit
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.grad *= 1024
-    world = SimpleNamespace(accelerator=_HalfPrecision(optimizer, scaler), device=torch.device("cpu"), say=print)
-    data = SimpleNamespace(
-        plan=SimpleNamespace(steps_per_epoch=1),
-        manifest=SimpleNamespace(classes=("a", "b", "c")),
-        train=SimpleNamespace(samples_per_class=(1, 1, 1)),
-        share_of_classes=(1 / 3, 1 / 3, 1 / 3),
-    )
+    runtime = SimpleNamespace(accelerator=_HalfPrecision(optimizer, scaler))
     parsed = settings.parse(f"optimizer: {{adaptive_clip: 0.1, clip_norm: {limit}}}")
-    recipe = Recipe(parsed, world, data, model)  # type: ignore[arg-type]
-    assert recipe.clip(is_asked=False) == norm
+    scheduled = optimizers.ScheduledOptimizer(
+        model,
+        optimizer,
+        optimizer,
+        runtime=runtime,  # type: ignore[arg-type]
+        settings=parsed.optimizer,
+        rates=parsed.schedule,
+        model=parsed.model,
+        epochs=1,
+        steps_per_epoch=1,
+    )
+    assert scheduled.clip(is_asked=False) == norm
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected.get_parameter(name).grad), name  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def batch(number: int) -> Batch:
 
 @dataclass
 class World:
-    """A world of two ranks, in which the other rank does the same as this one; `events` has the calls in order."""
+    """A runtime of two ranks, in which the other rank does the same as this one; `events` has the calls in order."""
 
     world_size: int = 2
     other_ends_at: int = -1  # the batch that the other rank lacks
@@ -46,19 +46,19 @@ class World:
         return finish
 
 
-def loop(world: World, batches: Iterator[Batch], asks: Callable[[], bool] = lambda: False) -> list[Any]:
+def loop(runtime: World, batches: Iterator[Batch], asks: Callable[[], bool] = lambda: False) -> list[Any]:
     """Return the agreement before each step."""
     results = []
-    for number, (_, agree) in enumerate(agreed(batches, world, seed=SEED, asks=asks)):  # type: ignore[arg-type]
+    for number, (_, agree) in enumerate(agreed(batches, runtime, seed=SEED, asks=asks)):  # type: ignore[arg-type]
         results.append(agree())
-        world.events.append(f"step {number}")
+        runtime.events.append(f"step {number}")
     return results
 
 
 def test_the_next_sum_travels_while_a_step_is_computed() -> None:
-    world = World()
-    loop(world, map(batch, range(3)))
-    assert world.events == [
+    runtime = World()
+    loop(runtime, map(batch, range(3)))
+    assert runtime.events == [
         "begin 0",
         *("read 0", "begin 1", "step 0"),
         *("read 1", "begin 2", "step 1"),
@@ -77,19 +77,19 @@ def test_each_step_gets_the_sum_of_its_own_batch() -> None:
 
 
 def test_a_rank_without_a_batch_stops_all_before_its_step_and_after_the_one_before() -> None:
-    world = World()
+    runtime = World()
     last = Batch.failed(ShardError("a.tar is gone", "no batch", "copy it again"))
-    results = loop(world, iter([batch(0), batch(1), last]))
+    results = loop(runtime, iter([batch(0), batch(1), last]))
     assert [result.stops for result in results] == [False, False, True]
-    assert world.events.index("step 1") > world.events.index("begin 2")  # agreed before the step, but not too early
+    assert runtime.events.index("step 1") > runtime.events.index("begin 2")  # agreed before the step, but not too early
 
 
 def test_ranks_that_stop_have_begun_as_many_sums_each() -> None:
     """An additional sum on one rank would be matched with the next sum of the other."""
     last = Batch.failed(ShardError("a.tar is gone", "no batch", "copy it again"))
     failing, other = World(), World(other_ends_at=2)
-    for world, batches in ((failing, iter([batch(0), batch(1), last])), (other, map(batch, range(9)))):
-        for _, agree in agreed(batches, world, seed=SEED, asks=bool):  # type: ignore[arg-type]
+    for runtime, batches in ((failing, iter([batch(0), batch(1), last])), (other, map(batch, range(9)))):
+        for _, agree in agreed(batches, runtime, seed=SEED, asks=bool):  # type: ignore[arg-type]
             if agree().stops:
                 break
     assert failing.begun == other.begun == 3

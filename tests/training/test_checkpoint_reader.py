@@ -14,7 +14,7 @@ from kept import LINEAGE, save, tensors
 
 from wasteddp.errors import CheckpointError
 from wasteddp.training.checkpoint import reader
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 
 STORED = Path(__file__).parents[1] / "stored"
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from wasteddp.training.tracking.console import Display, figures
+from wasteddp.training.tracking.tracker import Display, figures
 
 ROW = {
     "train/loss": 1.43211,

@@ -17,7 +17,7 @@ from wasteddp import train
 from wasteddp.data.loader import Loader
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
-from wasteddp.order.coverage import digest, digest_of_range, signed
+from wasteddp.order.coverage import digest, digest_of_range, to_signed
 from wasteddp.training import dataloaders
 
 
@@ -26,7 +26,7 @@ def test_a_digest_adds_up_in_any_order_and_in_any_parts(samples: list[int], seed
     whole = digest(seed, np.array(samples, np.int64))
     assert digest(seed, np.array(sorted(samples), np.int64)) == whole
     parts = [digest(seed, np.array(part, np.int64)) for part in (samples[:at], samples[at:])]
-    assert signed(sum(parts)) == whole
+    assert to_signed(sum(parts)) == whole
     assert -(2**63) <= whole < 2**63
 
 

@@ -14,7 +14,7 @@ from wasteddp.training.dataloaders import refuse_different_sets
 
 
 class World:
-    """A world of three ranks, of which the last reads another manifest."""
+    """A runtime of three ranks, of which the last reads another manifest."""
 
     def gather(self, value: Any) -> list[Any]:
         return [value, value, "f" * 64]

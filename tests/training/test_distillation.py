@@ -21,10 +21,10 @@ from wasteddp.data.batch import Batch
 from wasteddp.errors import BundleError, SettingsError
 from wasteddp.inference.bundle import load_bundle, save_bundle
 from wasteddp.model import resnet
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
+from wasteddp.training.objective import Objective
 from wasteddp.training.optimization import losses
 from wasteddp.training.optimization.losses import Distilled, NoTeacher, Taught, Teacher
-from wasteddp.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_student_that_answers_like_its_teacher_learns_nothing_from_it() -> Non
     assert logits.grad.abs().max() < 1e-12
 
 
-def recipe_of(teacher: Path, *overrides: str) -> Recipe:
+def objective_of(teacher: Path, *overrides: str) -> Objective:
     """A teacher and a student without shards: six images of 24 px, mixed and erased."""
     fixed = ["run.threads=1", "train.batch_size=6", "model.arch=resnet18", "augment.mixup=0.5", "augment.erase=0.5"]
     settings = settings_file.parse("", [*fixed, f"train.teacher={teacher}", *overrides])
@@ -87,7 +87,7 @@ def recipe_of(teacher: Path, *overrides: str) -> Recipe:
         train=SimpleNamespace(samples_per_class=(3, 2, 1)),
         share_of_classes=(1 / 2, 1 / 3, 1 / 6),
     )
-    return Recipe(settings, runtime.start(settings), data, resnet.build("resnet18", 3))
+    return Objective(settings, startup.start_runtime(settings), data, resnet.build("resnet18", 3))
 
 
 def batch() -> Batch:
@@ -98,9 +98,9 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_teacher_sees_what_the_student_sees_and_stays_as_it_is(teacher: Path, precision: str) -> None:
-    recipe = recipe_of(teacher, f"precision={precision}", "train.loss=focal", "train.logit_adjustment=1")
-    assert isinstance(recipe.teacher, Teacher)
-    images, taught = recipe.inputs(batch(), 0)
+    objective = objective_of(teacher, f"precision={precision}", "train.loss=focal", "train.logit_adjustment=1")
+    assert isinstance(objective.teacher, Teacher)
+    images, taught = objective.inputs(batch(), 0)
     assert isinstance(taught, Taught)
     assert taught.targets.shape == (6, 3)  # mixed targets
     network = resnet.build("resnet18", 3).eval()
@@ -110,19 +110,19 @@ def test_the_teacher_sees_what_the_student_sees_and_stays_as_it_is(teacher: Path
     assert torch.equal(taught.logits_BK, expected)
     assert taught.logits_BK.dtype == torch.float32
     assert not taught.logits_BK.requires_grad
-    kept = recipe.teacher.network.state_dict()
+    kept = objective.teacher.network.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in random_weights().items())
     logits = torch.zeros(6, 3, requires_grad=True)
-    recipe.loss(logits, taught).backward()
+    objective.loss(logits, taught).backward()
     assert logits.grad is not None
     assert (logits.grad != 0).all()
 
 
 def test_loading_a_teacher_draws_no_random_numbers(teacher: Path) -> None:
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
-    world = runtime.start(settings)
+    runtime = startup.start_runtime(settings)
     state = torch.get_rng_state()
-    found = losses.teacher_of(settings, world, CLASSES)
+    found = losses.load_teacher(settings.train, runtime, CLASSES, channels_last=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.sha256 == load_bundle(teacher)[0].hashes.weights
     assert f", taught by {teacher} (resnet18, val/macro_f1 50.00% at step 120, {found.sha256[:12]})" in found.words
@@ -130,21 +130,21 @@ def test_loading_a_teacher_draws_no_random_numbers(teacher: Path) -> None:
 
 def test_without_a_teacher_or_its_weight_targets_and_loss_are_what_they_were(teacher: Path) -> None:
     for override in ("train.teacher=''", "train.teacher_weight=0"):
-        recipe = recipe_of(teacher, override)
-        assert isinstance(recipe.teacher, NoTeacher)
-        assert isinstance(recipe.inputs(batch(), 0)[1], torch.Tensor)
-        assert isinstance(recipe._loss, nn.CrossEntropyLoss)
+        objective = objective_of(teacher, override)
+        assert isinstance(objective.teacher, NoTeacher)
+        assert isinstance(objective.inputs(batch(), 0)[1], torch.Tensor)
+        assert isinstance(objective._loss, nn.CrossEntropyLoss)
 
 
 def test_a_teacher_of_other_classes_or_colours_is_refused(teacher: Path) -> None:
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
-    world = runtime.start(settings)
+    runtime = startup.start_runtime(settings)
     with pytest.raises(BundleError, match=r"the classes glass, metal, paper, and the run's are metal, glass, paper,"):
-        losses.teacher_of(settings, world, ("metal", "glass", "paper"))
+        losses.load_teacher(settings.train, runtime, ("metal", "glass", "paper"), channels_last=True)
     other = replace(CARD, preprocessing=replace(CARD.preprocessing, std=(0.5, 0.5, 0.5)))
     save_bundle(teacher, other, random_weights())
     with pytest.raises(BundleError, match=r"std \[0.5, 0.5, 0.5\], and the run uses"):
-        losses.teacher_of(settings, world, CLASSES)
+        losses.load_teacher(settings.train, runtime, CLASSES, channels_last=True)
 
 
 @pytest.mark.parametrize("folder", ["runs/a", "runs/a/model", "./runs/b/../a"])

@@ -18,9 +18,9 @@ from wasteddp.data.augmentation.augment import Augment
 from wasteddp.errors import DivergedError
 from wasteddp.settings import parse
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.reader import Progress
-from wasteddp.training.distributed import runtime
-from wasteddp.training.divergence import Guard, RollBack
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.distributed import startup
+from wasteddp.training.divergence import Guard, RollbackRequest
 from wasteddp.training.optimization import optimizers
 
 LINEAGE = Lineage("0", ("a", "b"), "resnet18", 0, 4, 4, 1, 0, "train", 32, "sgd")
@@ -141,18 +141,29 @@ def test_a_loss_far_above_a_guess_has_exploded(
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
 def test_a_skipped_step_changes_neither_weights_nor_state_nor_statistics(name: str) -> None:
     settings = parse(f"optimizer: {{name: {name}}}\ntrain: {{batch_size: 4, on_divergence: skip}}\nrun: {{threads: 1}}")
-    world = runtime.start(settings)
+    runtime = startup.start_runtime(settings)
 
     def trained(batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
         optimizer = optimizers.build(model, settings.optimizer)
-        guard = Guard(settings, world, model, optimizer, num_classes=2, progress=Progress(LINEAGE))
+        guard = Guard(settings, runtime, model, optimizer, num_classes=2, progress=Progress(LINEAGE))
+        scheduled = optimizers.ScheduledOptimizer(
+            model,
+            optimizer,
+            optimizer,
+            runtime=runtime,
+            settings=settings.optimizer,
+            rates=settings.schedule,
+            model=settings.model,
+            epochs=1,
+            steps_per_epoch=9,
+        )
         for batch in batches:
             guard.begin_step()
             loss = model(batch).square().mean()
             loss.backward()
-            guard.step(optimizer, loss.detach(), nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
+            guard.step(scheduled, loss.detach(), needs_norm=False)
             optimizer.zero_grad()
         state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
         return state | optimizers.state_tensors(optimizer, model)
@@ -166,21 +177,21 @@ def test_a_skipped_step_changes_neither_weights_nor_state_nor_statistics(name: s
 
 def test_weights_that_are_not_finite_are_never_saved() -> None:
     settings = parse("train: {batch_size: 4, on_divergence: rollback, max_rollbacks: 1}\nrun: {threads: 1}")
-    world, model = runtime.start(settings), nn.Linear(3, 2)
+    runtime, model = startup.start_runtime(settings), nn.Linear(3, 2)
     guard = Guard(
-        settings, world, model, optimizers.build(model, settings.optimizer), num_classes=2, progress=Progress(LINEAGE)
+        settings, runtime, model, optimizers.build(model, settings.optimizer), num_classes=2, progress=Progress(LINEAGE)
     )
     row = {"train/loss": 0.5, "train/grad_norm": 1.0}
-    assert guard.judge(Progress(LINEAGE), dict(row), saves=True) == Progress(LINEAGE)
+    assert guard.check(Progress(LINEAGE), dict(row), saves=True) == Progress(LINEAGE)
     with torch.no_grad():
         model.weight[0, 0] = 1e30  # finite, but the next step would overflow
-    with pytest.raises(RollBack, match="the weights are as large as 1e\\+30 after this step"):
-        guard.judge(Progress(LINEAGE), dict(row), saves=True)
+    with pytest.raises(RollbackRequest, match="the weights are as large as 1e\\+30 after this step"):
+        guard.check(Progress(LINEAGE), dict(row), saves=True)
     with torch.no_grad():
         model.weight[0, 1] = float("nan")
-    with pytest.raises(RollBack, match="the mean loss since the last row of metrics is nan"):
-        guard.judge(Progress(LINEAGE), row | {"train/loss": float("nan")}, saves=True)  # the loss is reported first
-    with pytest.raises(RollBack, match="the weights are not finite"):
-        guard.judge(Progress(LINEAGE), dict(row), saves=True)
+    with pytest.raises(RollbackRequest, match="the mean loss since the last row of metrics is nan"):
+        guard.check(Progress(LINEAGE), row | {"train/loss": float("nan")}, saves=True)  # the loss is reported first
+    with pytest.raises(RollbackRequest, match="the weights are not finite"):
+        guard.check(Progress(LINEAGE), dict(row), saves=True)
     with pytest.raises(DivergedError, match="after 1 rollbacks"):
-        guard.judge(replace(Progress(LINEAGE), rollbacks=1), dict(row), saves=True)
+        guard.check(replace(Progress(LINEAGE), rollbacks=1), dict(row), saves=True)

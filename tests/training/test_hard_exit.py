@@ -45,7 +45,7 @@ import os, sys, time
 from wasteddp.settings import Settings
 from wasteddp.training.watchdog import signals
 from wasteddp.training.watchdog import watchdog
-from wasteddp.training.distributed.ranks import free_port
+from wasteddp.training.distributed.launcher import free_port
 watchdog._STOPPED_S, watchdog._LAUNCHER_S = 0.3, 1.0
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "2"}
 signals.STOP.signal_name, os.environ["TORCHELASTIC_USE_AGENT_STORE"], joined = sys.argv[2:]

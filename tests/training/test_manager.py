@@ -16,10 +16,10 @@ from torch import nn
 from wasteddp import settings
 from wasteddp.errors import CheckpointError, StorageError
 from wasteddp.training.checkpoint.manager import CheckpointManager, Stateful
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 from wasteddp.training.dataloaders import Inputs
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.tracking.journal import is_known
 
@@ -33,9 +33,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[Runtime]:
+def runtime(tmp_path: Path) -> Iterator[Runtime]:
     AcceleratorState._reset_state(reset_partial_state=True)
-    yield runtime.start(parsed(tmp_path))
+    yield startup.start_runtime(parsed(tmp_path))
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -53,7 +53,7 @@ def network() -> nn.Module:
 
 def manager_of(
     folder: Path,
-    world: Runtime,
+    runtime: Runtime,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
@@ -63,7 +63,7 @@ def manager_of(
 ) -> CheckpointManager:
     optimizer = optimizer or OPTIMIZERS["sgd"](model.parameters())
     data = cast(Inputs, None)  # used only for a best model
-    return CheckpointManager(parsed(folder, text), world, data, model, optimizer, further=further, clock=clock)
+    return CheckpointManager(parsed(folder, text), runtime, data, model, optimizer, further=further, clock=clock)
 
 
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -81,7 +81,7 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, l
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_after_a_restore_are_those_of_a_run_without_one(
-    name: str, saved_compiled: bool, loaded_compiled: bool, tmp_path: Path, world: Runtime
+    name: str, saved_compiled: bool, loaded_compiled: bool, tmp_path: Path, runtime: Runtime
 ) -> None:
     def start(*, compiled: bool) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
         model = network()
@@ -93,12 +93,12 @@ def test_steps_after_a_restore_are_those_of_a_run_without_one(
 
     _, used, optimizer = start(compiled=saved_compiled)
     take_steps(used, optimizer, 0, 3)
-    with manager_of(tmp_path, world, used, optimizer) as manager:
+    with manager_of(tmp_path, runtime, used, optimizer) as manager:
         manager.save(Progress(LINEAGE, step=3), epoch=0, best=None)
         manager.close()
     model, used, optimizer = start(compiled=loaded_compiled)
     take_steps(used, optimizer, 7, 8)  # a different state, which the checkpoint replaces
-    with manager_of(tmp_path, world, used, optimizer) as manager:
+    with manager_of(tmp_path, runtime, used, optimizer) as manager:
         found = manager.starting_point("auto", [], lineage=LINEAGE)
         assert found is not None
         assert all(key.startswith(("0.", "1.", "4.")) for key in found.states["model"])
@@ -111,9 +111,9 @@ def test_steps_after_a_restore_are_those_of_a_run_without_one(
         assert torch.equal(tensor, model.state_dict()[key]), key
 
 
-def test_a_save_is_due_by_the_clock(tmp_path: Path, world: Runtime) -> None:
+def test_a_save_is_due_by_the_clock(tmp_path: Path, runtime: Runtime) -> None:
     now = 0.0
-    with manager_of(tmp_path, world, network(), text="checkpoint: {every_minutes: 2}", clock=lambda: now) as manager:
+    with manager_of(tmp_path, runtime, network(), text="checkpoint: {every_minutes: 2}", clock=lambda: now) as manager:
         assert not manager.asks()
         now = 119.0
         assert not manager.asks()
@@ -126,8 +126,10 @@ def test_a_save_is_due_by_the_clock(tmp_path: Path, world: Runtime) -> None:
         assert manager.asks()
 
 
-def test_a_save_is_made_on_request_and_the_request_goes_when_it_is_on_the_disk(tmp_path: Path, world: Runtime) -> None:
-    with manager_of(tmp_path, world, network()) as manager:
+def test_a_save_is_made_on_request_and_the_request_goes_when_it_is_on_the_disk(
+    tmp_path: Path, runtime: Runtime
+) -> None:
+    with manager_of(tmp_path, runtime, network()) as manager:
         assert not manager.asks()
         (tmp_path / "run" / "SAVE_NOW").touch()
         assert manager.asks()
@@ -138,26 +140,26 @@ def test_a_save_is_made_on_request_and_the_request_goes_when_it_is_on_the_disk(t
         assert steps_in(tmp_path / "run" / "checkpoints") == [1]
 
 
-def test_further_states_come_back_or_are_missed(tmp_path: Path, world: Runtime) -> None:
+def test_further_states_come_back_or_are_missed(tmp_path: Path, runtime: Runtime) -> None:
     average = nn.Linear(2, 2)
-    with manager_of(tmp_path, world, network(), further={"ema": average}) as manager:
+    with manager_of(tmp_path, runtime, network(), further={"ema": average}) as manager:
         manager.save(Progress(LINEAGE, step=1), epoch=0, best=None)
         manager.close()
     other = nn.Linear(2, 2)
-    with manager_of(tmp_path, world, network(), further={"ema": other}) as manager:
+    with manager_of(tmp_path, runtime, network(), further={"ema": other}) as manager:
         found = manager.starting_point("auto", [], lineage=LINEAGE)
         assert found is not None
         manager.state.restore(found)
         assert torch.equal(other.weight, average.weight)
     with (
-        manager_of(tmp_path, world, network(), further={"twin": other}) as manager,
+        manager_of(tmp_path, runtime, network(), further={"twin": other}) as manager,
         pytest.raises(CheckpointError, match="has no state of: twin"),
     ):
         manager.state.restore(found)
 
 
 def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
-    tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = CheckpointWriter._write
 
@@ -169,7 +171,7 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
         raise StorageError("no room", "", "")
 
     monkeypatch.setattr(CheckpointWriter, "_write", slow)
-    with manager_of(tmp_path, world, network()) as manager:
+    with manager_of(tmp_path, runtime, network()) as manager:
         assert manager.metrics == {"checkpoint/stall_ms": 0, "checkpoint/failed": 0}, "there has been none"
         manager.save(Progress(LINEAGE, step=1), epoch=0, best=None)
         assert "checkpoint/seconds" not in manager.metrics, "it is being written"
@@ -188,9 +190,9 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
     assert all(is_known(name) for name in manager.metrics)
 
 
-def test_two_keepers_of_one_run_are_refused(tmp_path: Path, world: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_keepers_of_one_run_are_refused(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wasteddp.training.checkpoint.manager.LOCK_WAIT_S", 0.2)
-    with manager_of(tmp_path, world, network()), pytest.raises(CheckpointError, match="is being written by process"):
-        manager_of(tmp_path, world, network())
-    with manager_of(tmp_path, world, network()):
+    with manager_of(tmp_path, runtime, network()), pytest.raises(CheckpointError, match="is being written by process"):
+        manager_of(tmp_path, runtime, network())
+    with manager_of(tmp_path, runtime, network()):
         pass

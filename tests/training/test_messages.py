@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-from wasteddp import settings as settings_file
 from wasteddp.cli import parser
-from wasteddp.training.checkpoint.reader import Lineage, Progress
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import Lineage
 from wasteddp.training.messages import closing, progress_line
 
 LINEAGE = Lineage("0" * 64, ("glass", "metal"), "resnet18", 0, 12, 12, 1, 0, "train", 32, "sgd")
@@ -37,9 +37,8 @@ def test_a_row_in_words_has_the_figures_the_memory_and_the_time_left() -> None:
 
 @pytest.mark.parametrize("splits", [("train", "val", "test"), ("train", "val")])
 def test_the_commands_of_the_closing_words_can_be_copied_whatever_the_path(splits: tuple[str, ...]) -> None:
-    settings = settings_file.parse("", ["run.out=runs/my first run"])
     progress = Progress(LINEAGE, step=120, best_value=0.75, best_step=90)
-    said = closing(settings, progress, 0, "", splits=splits)
+    said = closing("runs/my first run", progress, 0, "", metric="accuracy", eval_split="val", splits=splits)
     assert said.startswith(
         "finished at step 120: best accuracy 75.00% at step 90; the model is in runs/my first run/model"
     )
@@ -54,5 +53,7 @@ def test_the_commands_of_the_closing_words_can_be_copied_whatever_the_path(split
 
 
 def test_a_stopped_run_says_that_the_same_command_goes_on() -> None:
-    said = closing(settings_file.parse(""), Progress(LINEAGE, step=7), 75, "SIGTERM", splits=("train", "val"))
+    said = closing(
+        "runs/a", Progress(LINEAGE, step=7), 75, "SIGTERM", metric="accuracy", eval_split="val", splits=("train", "val")
+    )
     assert said == "stopped by SIGTERM at step 7 and saved; run the same command again to resume (exit code 75)"

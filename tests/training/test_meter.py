@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainings import config_of
 
 from wasteddp import settings, train
-from wasteddp.training.distributed import runtime
-from wasteddp.training.metrics import Meter, starved_fraction
+from wasteddp.training.distributed import startup
+from wasteddp.training.meter import Meter, starved_fraction
 
 
 class Waits(TorchDispatchMode):
@@ -61,19 +61,19 @@ def test_nothing_waits_for_the_device_until_a_row_is_due(
 
 
 def test_a_row_has_the_figures_of_each_rank(tmp_path: Path) -> None:
-    world = runtime.start(settings.parse("precision: fp32\nrun: {threads: 1}\ntrain: {batch_size: 8}"))
-    meter = Meter(world.device)
+    runtime = startup.start_runtime(settings.parse("precision: fp32\nrun: {threads: 1}\ntrain: {batch_size: 8}"))
+    meter = Meter(runtime.device)
     for _ in range(3):
         meter.add(torch.tensor(2.0))
         meter.step_done()
-    alone = meter.read(world, 8)
+    alone = meter.read(runtime, 8)
     assert alone["train/loss"] == 2.0
     assert 0 <= alone["train/step_ms_p50"] <= alone["train/step_ms_p95"]
     assert alone["memory/peak_mb"] > 10
     assert not [name for name in alone if name.startswith("rank/")], "one rank needs no figures of its own"
 
     class Two:  # the values of a second rank that waited twice as long
-        world_size, device = 2, world.device
+        world_size, device = 2, runtime.device
 
         def sum(self, tensor: torch.Tensor) -> torch.Tensor:
             return 2 * tensor
@@ -119,15 +119,15 @@ def test_a_thread_that_waits_for_nothing_is_starved_where_it_is_on_no_core(
 
 
 def test_only_a_forward_pass_can_starve_and_a_row_begins_again() -> None:
-    world = runtime.start(settings.parse("precision: fp32\nrun: {threads: 1}\ntrain: {batch_size: 8}"))
-    meter = Meter(world.device)
+    runtime = startup.start_runtime(settings.parse("precision: fp32\nrun: {threads: 1}\ntrain: {batch_size: 8}"))
+    meter = Meter(runtime.device)
     time.sleep(0.1)  # outside the forward pass: not counted
-    assert meter.read(world, 8)["train/starved_fraction"] == 0
+    assert meter.read(runtime, 8)["train/starved_fraction"] == 0
     with meter.forward():
         time.sleep(0.3)  # not on a core, as if others used the cores
-    assert meter.read(world, 8)["train/starved_fraction"] > 0.9
+    assert meter.read(runtime, 8)["train/starved_fraction"] > 0.9
     with meter.forward():
         begun_s = time.thread_time()
         while time.thread_time() < begun_s + 0.1:
             pass
-    assert meter.read(world, 8)["train/starved_fraction"] < 0.9
+    assert meter.read(runtime, 8)["train/starved_fraction"] < 0.9

@@ -1,8 +1,6 @@
-"""Learning rates, decay, and optimizer states that are restored exactly."""
+"""Rates of stages, decay, and optimizer states that are restored exactly."""
 
 from __future__ import annotations
-
-from math import ceil, cos, pi
 
 import pytest
 import torch
@@ -14,64 +12,6 @@ from wasteddp.training.checkpoint.state import room_for_checkpoint
 from wasteddp.training.optimization import optimizers
 
 NAMES = ["sgd", "adam", "adamw", "lars", "lamb"]
-
-
-def rates(text: str, steps_per_epoch: int = 10) -> list[float]:
-    parsed = settings.parse(f"train: {{epochs: 10}}\noptimizer: {{lr: 1.0}}\n{text}")
-    return [optimizers.learning_rate(step, parsed, steps_per_epoch) for step in range(10 * steps_per_epoch)]
-
-
-def test_cosine_with_warmup_is_the_formula() -> None:
-    found = rates("schedule: {name: cosine, warmup_epochs: 2, final_fraction: 0.1}")
-    assert found[:20] == pytest.approx([0.01 + 0.99 * step / 20 for step in range(20)])
-    assert found[20:] == pytest.approx([0.1 + 0.9 * (1 + cos(pi * step / 80)) / 2 for step in range(80)])
-
-
-def test_steps_drop_at_their_epochs() -> None:
-    found = rates("schedule: {name: step, step_epochs: 4, step_factor: 0.5}")
-    assert found == pytest.approx([1.0] * 40 + [0.5] * 40 + [0.25] * 20)
-
-
-def test_constant_is_constant_after_its_warmup() -> None:
-    found = rates("schedule: {name: constant, warmup_epochs: 0.5}")
-    assert found[0] == 0.01
-    assert set(found[5:]) == {1.0}
-
-
-@pytest.mark.parametrize(
-    ("factor", "lengths"), [(1.0, [30] * 3), (2.0, [30, 60]), (1.5, [30, 45, 67.5]), (1.001, [30, 30.03])]
-)
-def test_cosine_with_restarts_is_its_cycles_laid_end_to_end(factor: float, lengths: list[float]) -> None:
-    cycles = f"name: cosine_restarts, cycle_epochs: 3, cycle_factor: {factor}"
-    found = rates(f"schedule: {{{cycles}, warmup_epochs: 1, final_fraction: 0.2}}")
-    assert found[:10] == pytest.approx([0.01 + 0.99 * step / 10 for step in range(10)])
-    for step in range(90):
-        begin = 0.0
-        for length in lengths:  # the slow method: a loop over the cycles
-            if step < begin + length - 1e-9:
-                assert found[10 + step] == pytest.approx(0.2 + 0.8 * (1 + cos(pi * (step - begin) / length)) / 2)
-                break
-            begin += length
-    assert found[10] == 1.0
-    if factor in (1.0, 2.0):
-        assert found[40] == 1.0
-        assert found[39] < 0.21
-
-
-@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-15, 1.0 + 1e-9, 1.01, 2.0, 3.0, 7.5, 1e6])
-def test_restarts_come_at_their_steps_in_the_longest_run(factor: float) -> None:
-    """A million epochs of 1000 steps: each cycle starts at the peak, right after the previous cycle."""
-    schedule = f"schedule: {{name: cosine_restarts, cycle_epochs: 1, cycle_factor: {factor!r}}}"
-    parsed = settings.parse(f"train: {{epochs: 1000000}}\noptimizer: {{lr: 1.0}}\n{schedule}")
-    begin, length = 0.0, 1000.0
-    for _ in range(200):
-        if begin > 1e9:
-            break
-        first = ceil(begin - 1e-6)
-        assert optimizers.learning_rate(first, parsed, 1000) == pytest.approx(1, abs=3e-6)
-        if first:
-            assert optimizers.learning_rate(first - 1, parsed, 1000) < 0.01
-        begin, length = begin + length, length * factor
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,9 +77,7 @@ def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_been(name: str)
     tensors = {key: value.clone() for key, value in optimizers.state_tensors(optimizer, whole).items()}
     assert len(tensors) == 6 * (1 if name in ("sgd", "lars") else 3)
     # the largest state: as many numbers as the weights, and one per parameter
-    room = room_for_checkpoint(
-        settings.parse(f"optimizer: {{name: {name}}}"), sum(p.nbytes for p in whole.parameters())
-    )
+    room = room_for_checkpoint(sum(p.nbytes for p in whole.parameters()), optimizer=name, ema_decay=0)
     assert 0 <= sum(p.nbytes for p in [*whole.parameters(), *tensors.values()]) - room <= 4 * 6
     optimizers.load_state_tensors(again, resumed, tensors)
     step(whole, optimizer, 3)

@@ -79,7 +79,13 @@ def test_measuring_leaves_no_trace_in_random_numbers() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    speeds = precision.measure(parsed, torch.device("cpu"), ("fp32", "bf16"))
+    speeds = precision.measure(
+        parsed.model,
+        torch.device("cpu"),
+        ("fp32", "bf16"),
+        image_size=parsed.data.image_size,
+        max_micro_batch=parsed.train.max_micro_batch,
+    )
     assert torch.equal(torch.rand(3), expected)
     assert speeds.keys() == {"fp32", "bf16"}
     assert min(speeds.values()) > 0
@@ -90,7 +96,10 @@ def test_lacking_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(precision.resnet, "build", fail)
-    assert precision.measure(settings.parse(""), torch.device("cpu"), ("fp32",)) == {}
+    assert (
+        precision.measure(settings.parse("").model, torch.device("cpu"), ("fp32",), image_size=224, max_micro_batch=0)
+        == {}
+    )
 
 
 # --- what a run keeps ------------------------------------------------------------------------------------------------

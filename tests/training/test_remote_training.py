@@ -22,11 +22,11 @@ from wasteddp import cli, train
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.remote import folder as remote
-from wasteddp.data.train_plan import train_plan
+from wasteddp.data.train_plan import plan_training
 from wasteddp.settings import load
 from wasteddp.sharding.index import index_folder
 from wasteddp.training import dataloaders, run_folder
-from wasteddp.training.distributed.ranks import Ranks
+from wasteddp.training.distributed.launcher import Processes
 from wasteddp.training.watchdog import signals
 
 
@@ -72,7 +72,8 @@ def last_needed(shards: Path, arguments: list[str]) -> tuple[str, int]:
     """Return the training tar that the first epoch needs last, and the first step that needs it."""
     _, config, *overrides = arguments
     split = Manifest.load(shards).split("train")
-    plan = train_plan(split, load(config, overrides[1::2]))
+    settings = load(config, overrides[1::2])
+    plan = plan_training(split, settings.data, batch_size=settings.train.batch_size, seed=settings.run.seed)
     needed = [set(plan.shard_of(plan.step_samples(0, step)).tolist()) for step in range(plan.steps_per_epoch)]
     first_use = {number: step for step in reversed(range(len(needed))) for number in needed[step]}
     late = max(first_use, key=lambda number: first_use[number])
@@ -239,7 +240,7 @@ def test_two_processes_of_which_one_waits_for_a_store_leave_together(
     with serving(small_shards) as server:
         server.faults = lambda name, number: "stall" if name == late else None
         settings = ("data.read_timeout_s=60", "data.read_attempts=1")
-        ranks = Ranks.started(arguments_of(tmp_path, server.url, *settings), 2, tmp_path / "run")
+        ranks = Processes.start(arguments_of(tmp_path, server.url, *settings), 2, tmp_path / "run")
         try:
             until(lambda: server.asked[late] or not ranks.are_running, limit_s=120)
             # with several ranks, a step starts when the batch of the next step is loaded

@@ -10,8 +10,9 @@ import torch
 
 from wasteddp import parallel, settings
 from wasteddp.errors import LaunchError
-from wasteddp.training.distributed import runtime
+from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.precision import NOTHING_KEPT, choose, refuse_impossible
+from wasteddp.training.distributed.runtime import has_gpu
 
 
 @pytest.mark.parametrize(
@@ -39,10 +40,10 @@ def test_precision_on_a_cpu_comes_with_its_reason(
 
 def test_fp16_is_refused_where_the_launch_says_cpu_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert runtime.has_gpu()
+    assert has_gpu()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(LaunchError, match="precision is fp16 and there is no GPU"):
-        runtime.start(settings.parse("precision: fp16"))
+        startup.start_runtime(settings.parse("precision: fp16"))
 
 
 def test_fp16_without_a_gpu_is_refused() -> None:
@@ -64,15 +65,15 @@ def test_fp16_without_a_gpu_is_refused() -> None:
 def test_ranks_share_the_cores_that_several_may_use(
     others: list[tuple[str, range]], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = SimpleNamespace(gather=lambda mine: [mine, *((name, frozenset(cores)) for name, cores in others)])
+    runtime = SimpleNamespace(gather=lambda mine: [mine, *((name, frozenset(cores)) for name, cores in others)])
     before = torch.get_num_threads()
-    monkeypatch.setattr(runtime, "usable_cores", lambda: frozenset(range(8)))
-    monkeypatch.setattr(runtime, "num_usable_cores", lambda: 8)
-    monkeypatch.setattr(runtime.socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(startup, "usable_cores", lambda: frozenset(range(8)))
+    monkeypatch.setattr(startup, "num_usable_cores", lambda: 8)
+    monkeypatch.setattr(startup.socket, "gethostname", lambda: "here")
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as set by accelerate launch
-        assert runtime._use_cores(0, world) == (torch.get_num_threads(), threads) == (threads, threads)  # type: ignore[arg-type]
-        assert runtime._use_cores(5, world) == (torch.get_num_threads(), threads) == (5, threads)  # type: ignore[arg-type]
+        assert startup._use_cores(0, runtime) == (torch.get_num_threads(), threads) == (threads, threads)  # type: ignore[arg-type]
+        assert startup._use_cores(5, runtime) == (torch.get_num_threads(), threads) == (5, threads)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)
 
@@ -104,8 +105,8 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.Mo
         num_processes = 1
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(runtime, "_join", lambda *_: Alone())
+    monkeypatch.setattr(startup, "_join", lambda *_: Alone())
     with pytest.raises(LaunchError) as caught:
-        runtime.start(settings.parse("run: {threads: 1}"))
+        startup.start_runtime(settings.parse("run: {threads: 1}"))
     assert "the launcher started 2 processes and Accelerate sees 1" in str(caught.value)
     assert "launch/accelerate/cpu2.yaml" in str(caught.value)

@@ -17,7 +17,7 @@ from trainings import config_of, final_weights, rows
 from wasteddp import train
 from wasteddp.inference.bundle import load_bundle
 from wasteddp.training.checkpoint.reader import listed, read
-from wasteddp.training.metrics import Meter
+from wasteddp.training.meter import Meter
 
 
 @pytest.fixture

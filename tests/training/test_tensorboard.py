@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from wasteddp.errors import SettingsError
-from wasteddp.training.tracking.tensorboard import TensorBoardMirror
+from wasteddp.training.tracking.mirrors import TensorBoardMirror
 
 
 @pytest.fixture

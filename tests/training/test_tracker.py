@@ -12,8 +12,8 @@ import pytest
 from tracked import log, tracker_of
 from trainings import rows
 
-from wasteddp.training.tracking.journal import METRICS, is_known
-from wasteddp.training.tracking.tracker import ConsoleTracker, roll_back
+from wasteddp.training.tracking.journal import METRICS, is_known, roll_back
+from wasteddp.training.tracking.tracker import ConsoleTracker
 from wasteddp.training.tracking.wandb_sync import BEST, MEDIA
 
 

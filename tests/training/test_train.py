@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,18 @@ def test_wrong_settings_are_one_message(small_shards: Path, tmp_path: Path, refu
     assert "50 samples and train.batch_size is 64" in refused(arguments, "train.batch_size=64")
     assert "there is no folder /nowhere" in refused(arguments, "data.shards=/nowhere")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_split_that_is_trained_and_evaluated_on_is_refused(
+    small_shards: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shards = Path(shutil.copytree(small_shards, tmp_path / "shards"))
+    manifest = Manifest.load(shards)
+    split = manifest.splits["train"]
+    replace(manifest, splits={**manifest.splits, "val": replace(split, name="val")}).save()
+    found = refused(config_of(tmp_path, shards))
+    assert f"{len(split.shards)} tar(s) are in both splits: train-000000.tar of split val is train-000000.tar" in found
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def test_a_missing_shard_is_one_message(small_shards: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -14,8 +14,8 @@ from trainings import config_of, final_weights, rows
 
 from wasteddp import settings, train
 from wasteddp.model import resnet
-from wasteddp.training.checkpoint.reader import Progress
-from wasteddp.training.distributed import runtime
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.distributed import startup
 from wasteddp.training.divergence import Guard
 from wasteddp.training.optimization import optimizers
 
@@ -30,7 +30,7 @@ def test_what_is_frozen_now_and_trained_later_neither_moves_nor_decays_until_the
         f"optimizer: {optimizer}\nmodel: {{freeze: layer3, unfreeze_every_epochs: 1}}\nrun: {{threads: 1}}"
     )
     built = optimizers.build(model, parsed.optimizer)
-    Guard(parsed, runtime.start(parsed), model, built, num_classes=3, progress=Progress(LINEAGE))
+    Guard(parsed, startup.start_runtime(parsed), model, built, num_classes=3, progress=Progress(LINEAGE))
     for upto in ("layer3", "layer2", "layer1", "stem", "none"):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         resnet.train_mode(model, upto)

@@ -43,8 +43,8 @@ def test_marks_are_the_same_whatever_the_rank_and_slow_at_first() -> None:
     def marks(watch: Watchdog) -> list[tuple[int, str, bool]]:
         seen = []
         for _ in watch.steps(iter("abc"), first_step=4):
-            before = watch.meet()
-            watch.met(before)
+            before = watch.enter_collective()
+            watch.leave_collective(before)
             seen.append((watch._mark.number, watch._mark.place, watch._mark.slow))
         for _ in watch.over(iter("de"), "evaluating"):
             seen.append((watch._mark.number, watch._mark.place, watch._mark.slow))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from wasteddp.files import expand_home
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return a command's arguments by name, as its function of the package takes them."""
+    return {name: value for name, value in vars(arguments).items() if name != "run"}
 
 
 def add_workers(command: argparse.ArgumentParser) -> None:
@@ -56,6 +61,13 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def share(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,6 @@ _NOT_OF_A_RECIPE = ("split_files", "bins", "classes", "class_folders", "ignore",
 
 
 def add(commands: Commands) -> None:
-    _add_shard(commands)
-
-
-def _add_shard(commands: Commands) -> None:
     command = commands.add_parser(
         "shard",
         help="write images to a shard set",
@@ -103,7 +100,9 @@ def _add_shard(commands: Commands) -> None:
         "--keep-conflicts", action="store_true", help="keep one of identical images with different labels"
     )
     images = command.add_argument_group("images")
-    images.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side")
+    images.add_argument(
+        "--max-side", dest="max_side_px", type=int, metavar="PX", help="shrink images with a longer side"
+    )
     images.add_argument("--quality", type=int, metavar="Q", help="quality of re-encoded JPEGs (default: 95)")
     images.add_argument("--shard-mb", type=float, metavar="MB", help="size of a tar (default: 256)")
     images.add_argument(
@@ -192,25 +191,9 @@ def _shard(arguments: argparse.Namespace) -> None:
 def _shard_options(arguments: argparse.Namespace) -> Options:
     from wasteddp.sharding import build
 
-    names = {
-        "fractions": arguments.fractions,
-        "split_seed": arguments.split_seed,
-        "max_side_px": arguments.max_side,
-        "quality": arguments.quality,
-        "shard_mb": arguments.shard_mb,
-        "keep_conflicts": arguments.keep_conflicts,
-        "group_near_duplicates": arguments.group_near_duplicates,
-        "near_duplicate_distance": arguments.near_duplicate_distance,
-        "max_left_out": arguments.max_left_out,
-        "split_rule": arguments.split_rule,
-        "least_per_class": arguments.least_per_class,
-        "group_column": arguments.group_column,
-        "group_level": arguments.group_level,
-        "group_pattern": arguments.group_pattern,
-        "leave_out": tuple(arguments.leave_out),
-        "folds": arguments.folds,
-    }
-    return build.Options(**{name: value for name, value in names.items() if value is not None})
+    given = {field.name: getattr(arguments, field.name) for field in fields(build.Options)}
+    given["leave_out"] = tuple(arguments.leave_out)
+    return build.Options(**{name: value for name, value in given.items() if value is not None})
 
 
 def _shard_job(arguments: argparse.Namespace) -> Job:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from wasteddp.commands.arguments import Commands, add_workers, integers, to_path, words
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, inert
 from wasteddp.files import expand_home, read_text
 
 
@@ -32,7 +32,7 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from wasteddp.data.remote.filesystems import shown
+    from wasteddp.data.remote.filesystems import hide_secrets
     from wasteddp.data.remote.folder import is_url
     from wasteddp.parallel import num_usable_cores
     from wasteddp.sharding.verify import require_whole, verify, verify_remote
@@ -48,14 +48,14 @@ def _verify(arguments: argparse.Namespace) -> None:
             print(f"{run} is intact: {', '.join(found.checked)}")
             return
     verified = verify_remote(arguments.set, workers=workers) if remote else verify(Path(arguments.set), workers=workers)
-    where, counts = (shown(arguments.set), "") if remote else (arguments.set, ", and label counts")
+    where, counts = (hide_secrets(arguments.set), "") if remote else (arguments.set, ", and label counts")
     require_whole(where, verified)
     print(
         f"{where} is whole: {verified.num_samples:,} samples in {verified.num_shards} shard(s), "
         f"{verified.num_bytes:,} bytes re-read; sizes, sha256 of tars and indexes{counts} match the manifest"
     )
     for line in verified.repeats:
-        print(line)
+        print(inert(line))
 
 
 def _add_compare(commands: Commands) -> None:
@@ -83,7 +83,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     Options(near_duplicate_distance=distance).check()
     first, second = (Manifest.load(folder) for folder in arguments.sets)
     found = compare(first, second, workers=arguments.workers or num_usable_cores(), distance=distance)
-    print("\n".join(found.lines) or f"no image of {second.where} is in {first.where}, identical or nearly")
+    print(inert("\n".join(found.lines)) or f"no image of {second.where} is in {first.where}, identical or nearly")
     return int(found.leaks)
 
 
@@ -123,7 +123,7 @@ def _add_index(commands: Commands) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from wasteddp.data.remote.filesystems import shown
+    from wasteddp.data.remote.filesystems import hide_secrets
     from wasteddp.data.remote.folder import is_url
     from wasteddp.data.summary import summarise
     from wasteddp.parallel import num_usable_cores
@@ -161,9 +161,11 @@ def _index(arguments: argparse.Namespace) -> None:
     )
     print(summarise(manifest))
     for line in find_repeats(manifest):
-        print(line)
+        print(inert(line))
     if remote:
-        print(f"now copy {arguments.out}/*.idx and then {arguments.out}/manifest.json to {shown(arguments.folder)}")
+        print(
+            f"now copy {arguments.out}/*.idx and then {arguments.out}/manifest.json to {hide_secrets(arguments.folder)}"
+        )
 
 
 def _add_draw(commands: Commands) -> None:
@@ -212,11 +214,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     from wasteddp import settings as settings_file
     from wasteddp.data.folds import choose_fold
     from wasteddp.data.manifest import Manifest
-    from wasteddp.data.train_plan import forecast
+    from wasteddp.data.train_plan import preview
 
     overrides = [*arguments.set, f"data.shards={arguments.folder}"]
     settings = (
         settings_file.load(arguments.config, overrides) if arguments.config else settings_file.parse("", overrides)
     )
     manifest = choose_fold(Manifest.load(arguments.folder), settings.data.fold)
-    print(forecast(manifest, settings, nodes=arguments.nodes))
+    print(inert(preview(manifest, settings, nodes=arguments.nodes)))

@@ -8,7 +8,7 @@ from wasteddp.commands.arguments import Commands, add_compute, to_path
 from wasteddp.errors import SettingsError
 from wasteddp.files import expand_home
 
-_ONLY_OF_IMAGES = ("name", "classes", "class_folders", "ignore", "encoding")
+ONLY_OF_IMAGES = ("name", "classes", "class_folders", "ignore", "encoding")
 
 
 def add(commands: Commands) -> None:
@@ -83,7 +83,7 @@ def evaluate_images(arguments: argparse.Namespace) -> None:
 
 def refuse_without_images(arguments: argparse.Namespace) -> None:
     """Refuse options that have an effect only with --images."""
-    given = [name for name in _ONLY_OF_IMAGES if getattr(arguments, name)]
+    given = [name for name in ONLY_OF_IMAGES if getattr(arguments, name)]
     if given:
         raise SettingsError(
             f"--{given[0].replace('_', '-')} was given without --images",

@@ -15,7 +15,7 @@ from wasteddp.data.reader import SplitReader
 from wasteddp.data.remote.cache import ShardCache
 from wasteddp.data.remote.folder import Patience, RemoteFolder, Stopped, is_url, never
 from wasteddp.data.remote.prefetch import Fetcher
-from wasteddp.data.remote.tars import RemoteTars
+from wasteddp.data.tars import RemoteTars
 from wasteddp.errors import DamagedShardError, SettingsError, ShardError, storage
 from wasteddp.settings import Data
 

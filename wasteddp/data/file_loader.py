@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import stat
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -26,17 +25,19 @@ import numpy.typing as npt
 
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, take_tolerated
-from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
+from wasteddp.data.decoding.pool import DecodePool, Task
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, TOLERATED, UNDECODABLE, WHOLE, Rows
-from wasteddp.data.decoding.workers import Workers
+from wasteddp.data.decoding.workers import DecodeServer, Workers
 from wasteddp.data.process_loader import print_warning
+from wasteddp.files import most_files
 from wasteddp.parallel import in_order
 
 _FILES_AT_ONCE = 8  # R: a message costs a tenth of what decoding a small JPEG does
 _PARTS_IN_FLIGHT = 2  # for each worker: one being decoded, one waiting
 _OPENERS = 4  # threads: opening a file on a network file system takes a millisecond
 _NO_DRAWS = np.zeros(0)
+_MAX_STREAM_BYTES = 256 << 20  # as `wasteddp shard` allows for a file
 _KEYS = 1 << 31  # of descriptors, int32
 
 
@@ -76,7 +77,8 @@ def file_views(
         def read(path: str) -> tuple[FileView, bool]:
             out = np.empty((side_px, side_px, 3), np.uint8)
             try:
-                view.fill(out, Path(path).read_bytes(), _NO_DRAWS)
+                with Path(path).open("rb", buffering=0) as file:
+                    view.fill(out, file.readall() if _is_regular(file) else _read_stream(file), _NO_DRAWS)
             except (OSError, UndecodableError) as error:
                 return (path, Unreadable(_describe(error))), False
             return (path, out), take_tolerated()
@@ -145,7 +147,7 @@ class _Processes:
             if not pending:
                 return
             part = pending.popleft()
-            found = self._finished(part)
+            found = self._finish(part)
             free.append(part.slot)
             yield from found
 
@@ -155,9 +157,9 @@ class _Processes:
         for row, path in enumerate(part.paths):
             try:
                 file = Path(path).open("rb", buffering=0)  # noqa: SIM115, closed after a worker has answered
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                if not _is_regular(file):
                     with file:
-                        self._view.fill(images[row], file.readall(), _NO_DRAWS)
+                        self._view.fill(images[row], _read_stream(file), _NO_DRAWS)
                     if take_tolerated():
                         part.tolerated.add(row)
                     continue
@@ -178,7 +180,7 @@ class _Processes:
         part.task = Task(0, at, self._side, self._view, rows_at, records)
         self._pool.submit(part.task, part.number, wanted=frozenset(part.keys))
 
-    def _finished(self, part: _Part) -> list[FileView]:
+    def _finish(self, part: _Part) -> list[FileView]:
         assert part.sent is not None
         part.sent.result()
         if part.task:
@@ -209,6 +211,20 @@ class _Processes:
             file.close()
 
 
+def _is_regular(file: io.FileIO) -> bool:
+    return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+
+
+def _read_stream(file: io.FileIO) -> bytes:
+    """Return the bytes of a pipe or a device, which may never end."""
+    data = bytearray()
+    while part := file.read(1 << 20):
+        data += part
+        if len(data) > _MAX_STREAM_BYTES:
+            raise UndecodableError("too_large", f"over {_MAX_STREAM_BYTES:,} bytes from a pipe or a device")
+    return bytes(data)
+
+
 def _describe(error: OSError | UndecodableError) -> str:
     if isinstance(error, IsADirectoryError):  # `find_images` returns a folder only if it cannot be listed
         return "unreadable: this folder cannot be listed"
@@ -217,5 +233,4 @@ def _describe(error: OSError | UndecodableError) -> str:
 
 def _most_files() -> int:
     """Return how many files may be open at the same time: at most half of the process's limit (1,024 by default)."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 400 if allowed == resource.RLIM_INFINITY else min(400, allowed // 2)
+    return most_files(1 / 2, 400)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from wasteddp.data.manifest import Manifest, Shard
 from wasteddp.errors import ShardError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import read_regular, write_atomically
 
 GROUPS_NAME = "groups.bin"
 I32 = npt.NDArray[np.int32]
@@ -67,7 +67,7 @@ def read_groups(manifest: Manifest, read: Callable[[str], bytes] | None = None) 
     if read is None:
         path = manifest.folder / record["file"]
         with storage("reading the groups of a set", path):
-            content = path.read_bytes()
+            content = read_regular(path)
     else:
         content = read(record["file"])
     head, _, body = content.partition(b"\n")

@@ -31,7 +31,7 @@ import torch
 from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
 from wasteddp.data.decoding.crop import Draws, EvaluationView, TrainingView, View
 from wasteddp.data.decoding.decode import Encoded, ImageHWC, UndecodableError
-from wasteddp.data.decoding.pool import DecodeServer
+from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.data.process_loader import ProcessLoader, print_warning
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import DamagedSampleError
@@ -191,11 +191,13 @@ class Loader:
         try:
             return sample, self._view.fill(out, self._reader.read(sample), draws)
         except (UndecodableError, DamagedSampleError) as error:
-            replacement, left = self._replaced(out, sample, epoch, error)
+            replacement, left = self._replace_sample(out, sample, epoch, error)
             damage.append(replacement)
             return replacement.replaced_by, left
 
-    def _replaced(self, out: ImageHWC, sample: int, epoch: int, error: Exception) -> tuple[Damage, Encoded | None]:
+    def _replace_sample(
+        self, out: ImageHWC, sample: int, epoch: int, error: Exception
+    ) -> tuple[Damage, Encoded | None]:
         """Write the view of the next sample that can be read, in place of `sample`, which cannot."""
         where = self._reader.describe(sample)
         reason = error.found.removeprefix(f"{where}: ") if isinstance(error, DamagedSampleError) else str(error)

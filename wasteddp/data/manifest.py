@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.errors import ShardError, storage
-from wasteddp.files import write_atomically
+from wasteddp.files import read_regular, write_atomically
 
 FORMAT = "wasteddp-shards"
 FORMAT_VERSION = 1
@@ -205,7 +205,7 @@ class Manifest:
                 "again",
             )
         with storage("reading the manifest", path):
-            text = path.read_bytes()
+            text = read_regular(path)
         return cls.parse(text, folder)
 
     @classmethod
@@ -274,7 +274,25 @@ class Manifest:
         )
 
 
-def padded(num_bytes: int, unit: int = BLOCKSIZE) -> int:
+def shared_shards(manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
+    """Name each tar that is in two splits, by its name or by its content.
+
+    Args:
+        names: of the splits; by default all.
+    """
+    found = list[str]()
+    first = dict[str, tuple[str, Shard]]()  # by name and by sha256
+    for name in manifest.splits if names is None else dict.fromkeys(names):
+        for shard in manifest.splits[name].shards:
+            for key in (shard.tar, shard.sha256) if shard.num_samples else ():
+                split, other = first.setdefault(key, (name, shard))
+                if split != name:
+                    found.append(f"{shard.tar} of split {name} is {other.tar} of split {split}")
+                    break
+    return found
+
+
+def pad_size(num_bytes: int, unit: int = BLOCKSIZE) -> int:
     """What a tar's member of that size takes, without its header; or anything else that is padded to a `unit`."""
     return -(-num_bytes // unit) * unit
 
@@ -301,7 +319,7 @@ def read_index(folder: Path, shard: Shard, *, check: bool = True) -> Index:
     """
     path = folder / shard.index
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except OSError as error:
         raise ShardError(
             f"the index {path} cannot be read: {error.strerror}",

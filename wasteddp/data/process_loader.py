@@ -25,11 +25,12 @@ import torch
 from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import Encoded
-from wasteddp.data.decoding.pool import DecodePool, DecodeServer, Task
+from wasteddp.data.decoding.pool import DecodePool, Task, most_shards
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows
+from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.data.reader import SplitReader
-from wasteddp.errors import DamagedSampleError
+from wasteddp.errors import DamagedSampleError, inert
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING
 
@@ -74,7 +75,7 @@ class _Slots:
 
 
 def print_warning(words: str) -> None:
-    print(f"warning: {words}", file=sys.stderr, flush=True)
+    print(f"warning: {inert(words)}", file=sys.stderr, flush=True)
 
 
 class ProcessLoader:
@@ -112,8 +113,9 @@ class ProcessLoader:
         self._labels = reader.labels
         self._workers, self._prefetch, self._largest_px = workers, prefetch, largest_px
         self._replace, self._pin, self._warn = replace, pin_memory, warn
-        self._pool = DecodePool(workers, reader.opened, warn=warn, is_idle=idle, server=server)
+        self._pool = DecodePool(workers, reader.open_shard, warn=warn, is_idle=idle, server=server)
         self._sender = ThreadPoolExecutor(1, "shards") if reader.may_wait else None
+        self._most_shards = most_shards()
         self._slots: _Slots | None = None
         self._shared: list[SharedMemory] = []
         self._pending: deque[_Pending] = deque()
@@ -127,11 +129,11 @@ class ProcessLoader:
         try:
             while True:
                 while len(pending) <= self._prefetch and (step := next(steps, None)):
-                    pending.append(self._started(*step))
+                    pending.append(self._start(*step))
                     self._send(pending[-1], len(pending))
                 if not pending:
                     return
-                batch = self._finished(pending[0])
+                batch = self._finish(pending[0])
                 pending.popleft()
                 yield batch
         finally:
@@ -143,7 +145,7 @@ class ProcessLoader:
 
         May be called from any thread.
         """
-        longest = self._pool.longest()
+        longest = self._pool.find_longest()
         if longest is None:
             return ""
         number, sample, seconds = longest
@@ -166,22 +168,24 @@ class ProcessLoader:
 
     # --- loading a batch --------------------------------------------------------------------------------------------
 
-    def _started(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
+    def _start(self, epoch: int, step_in_epoch: int, samples: I64) -> _Pending:
         side = self._size(epoch) if callable(self._size) else self._size
         slot, size = self._slot(len(samples), side), len(samples)
         images = slot.shared.view(slot.offset, size * side * side * 3).reshape(size, side, side, 3)
         rows, used = slot.rows(size), np.flatnonzero(samples != PADDING)
         images[samples == PADDING] = 0
         self._describe(rows[: len(used)], used, samples[used] % self._reader.num_samples, samples[used], epoch)
-        pending = _Pending(epoch, step_in_epoch, samples, slot, images, rows, [], frozenset(), None)
+        shards = frozenset(rows["shard"][: len(used)].tolist())
+        pending = _Pending(epoch, step_in_epoch, samples, slot, images, rows, [], shards)
         chunk = max(1, -(-len(used) // self._workers))
+        if len(shards) > self._most_shards:
+            chunk = min(chunk, self._most_shards)  # so that no task needs more
         at = slot.offset + slot.num_bytes
         for begin in range(0, len(used), chunk):
             part = rows[begin : min(begin + chunk, len(used))]
             pending.tasks.append(
                 Task(slot.memory, slot.offset, side, self._view, at + begin * ROW_DTYPE.itemsize, part)
             )
-        pending.shards = frozenset(rows["shard"][: len(used)].tolist())
         return pending
 
     def _describe(self, records: Rows, rows: I64, stored: I64, samples: I64, epoch: int) -> None:
@@ -213,7 +217,7 @@ class ProcessLoader:
         else:
             send()
 
-    def _finished(self, pending: _Pending) -> Batch:
+    def _finish(self, pending: _Pending) -> Batch:
         if pending.sent:
             pending.sent.result()  # raises the error of a shard that could not be fetched
         self._pool.wait(pending.tasks)
@@ -229,7 +233,7 @@ class ProcessLoader:
         for failure in sorted(failures):
             row = failure[0]
             sample = int(read[row])
-            replacement, encoded[row] = self._tried_again(pending, failure, sample)
+            replacement, encoded[row] = self._try_again(pending, failure, sample)
             if replacement:
                 damage.append(replacement)
                 read[row] = replacement.replaced_by
@@ -239,7 +243,7 @@ class ProcessLoader:
         return Batch(
             pending.epoch,
             pending.step_in_epoch,
-            self._handed_out(pending).permute(0, 3, 1, 2),  # [B, S, S, C] -> [B, C, S, S], channels-last without a copy
+            self._hand_out(pending).permute(0, 3, 1, 2),  # [B, S, S, C] -> [B, C, S, S], channels-last without a copy
             labels,
             pending.samples,
             read,
@@ -264,7 +268,7 @@ class ProcessLoader:
 
     # --- a row that failed ------------------------------------------------------------------------------------------
 
-    def _tried_again(self, pending: _Pending, failure: Failure, sample: int) -> tuple[Damage | None, Encoded | None]:
+    def _try_again(self, pending: _Pending, failure: Failure, sample: int) -> tuple[Damage | None, Encoded | None]:
         """Fill a failed row again: with the same sample if it can be read now, else with the next readable sample."""
         row, kind, reason = failure
         cause: Exception | None = None
@@ -275,19 +279,21 @@ class ProcessLoader:
                 cause, reason = error, error.found.removeprefix(f"{self._reader.describe(sample)}: ")
             else:
                 self._pool.drop(int(self._reader.records(np.array([sample]))[0][0]))
-                found, encoded = self._alone(pending, row, sample, int(pending.samples[row]))
+                found, encoded = self._fill_alone(pending, row, sample, int(pending.samples[row]))
                 if not found:
                     return None, encoded
                 reason = "the training process can read its bytes, but a decoding process cannot"
         for after in range(1, MAX_REPLACEMENTS if self._replace else 0):
             used = (sample + after) % self._reader.num_samples
-            found, encoded = self._alone(pending, row, used, used)
+            found, encoded = self._fill_alone(pending, row, used, used)
             if not found:
                 return Damage(sample, self._reader.describe(sample), reason, used), encoded
         where = self._reader.describe_with_source(sample)
         raise refuse_damaged(where, reason, is_replaced=self._replace) from cause
 
-    def _alone(self, pending: _Pending, row: int, stored: int, sample: int) -> tuple[list[Failure], Encoded | None]:
+    def _fill_alone(
+        self, pending: _Pending, row: int, stored: int, sample: int
+    ) -> tuple[list[Failure], Encoded | None]:
         """Fill one row in a separate task; return its failures, and the image that is left to the device."""
         record = pending.rows[row : row + 1]
         self._describe(record, np.array([row]), np.array([stored]), np.array([sample]), pending.epoch)
@@ -305,13 +311,13 @@ class ProcessLoader:
     def _slot(self, rows: int, side: int) -> _Slot:
         slots = self._slots
         if slots is None or rows > slots.rows or rows * side * side * 3 > slots.image_bytes:
-            slots = self._slots = self._reserved(rows, max(side, self._largest_px))
+            slots = self._slots = self._reserve(rows, max(side, self._largest_px))
         return slots.free.popleft()
 
-    def _reserved(self, rows: int, side: int) -> _Slots:
+    def _reserve(self, rows: int, side: int) -> _Slots:
         """Reserve slots for the pending batches and those in use. Batches in earlier, smaller slots stay there."""
-        image_bytes = _aligned(rows * side * side * 3)
-        slot_bytes = _aligned(image_bytes + rows * ROW_DTYPE.itemsize)
+        image_bytes = _align(rows * side * side * 3)
+        slot_bytes = _align(image_bytes + rows * ROW_DTYPE.itemsize)
         num_slots = self._prefetch + 1 + _HANDED_OUT
         shared, key = SharedMemory(num_slots * slot_bytes), len(self._shared)
         self._shared.append(shared)
@@ -325,7 +331,7 @@ class ProcessLoader:
         slots.free.extend(_Slot(key, shared, number * slot_bytes, image_bytes) for number in range(num_slots))
         return slots
 
-    def _handed_out(self, pending: _Pending) -> torch.Tensor:
+    def _hand_out(self, pending: _Pending) -> torch.Tensor:
         """Return the images in their slot, or a copy if the user of the batches still holds earlier ones."""
         slots, slot = self._slots, pending.slot
         if slots is None or slot.shared is not slots.shared or slots.num_out >= _HANDED_OUT:
@@ -335,7 +341,7 @@ class ProcessLoader:
             return copy
         base = slot.shared.view(slot.offset, pending.images.size)
         slots.num_out += 1
-        weakref.finalize(base, _returned, slots, slot).atexit = False
+        weakref.finalize(base, _free_slot, slots, slot).atexit = False
         return torch.from_numpy(base.reshape(pending.images.shape))
 
     def _give_back(self, slot: _Slot) -> None:
@@ -343,11 +349,11 @@ class ProcessLoader:
             self._slots.free.append(slot)
 
 
-def _returned(slots: _Slots, slot: _Slot) -> None:
+def _free_slot(slots: _Slots, slot: _Slot) -> None:
     """Free a slot after the last tensor that refers to it was deleted."""
     slots.num_out -= 1
     slots.free.append(slot)
 
 
-def _aligned(num_bytes: int) -> int:
+def _align(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNED) * _ALIGNED

@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.data.manifest import INDEX_DTYPE, Index, Manifest, padded
+from wasteddp.data.manifest import INDEX_DTYPE, Index, Manifest, pad_size
 from wasteddp.data.tars import LocalTars, Step, Tars
 from wasteddp.errors import DamagedSampleError, DamagedShardError, ShardError
 from wasteddp.order.keyed_random import I64
@@ -89,9 +89,9 @@ class SplitReader:
         """Return (shard number, index record) for each sample, 0 .. N-1."""
         return np.searchsorted(self._starts, samples, side="right") - 1, self._index[samples]
 
-    def opened(self, shard: int) -> AbstractContextManager[int]:
-        """Return a context with the descriptor of a shard; see `Tars.opened`."""
-        return self._tars.opened(shard)
+    def open_shard(self, shard: int) -> AbstractContextManager[int]:
+        """Return a context with the descriptor of a shard; see `Tars.open_shard`."""
+        return self._tars.open_shard(shard)
 
     @property
     def may_wait(self) -> bool:
@@ -103,7 +103,7 @@ class SplitReader:
         record = self._index[sample]
         # In tars of `wasteddp shard`, padding follows the image, then the header of the .json member and the member.
         image_end = int(record["offset"]) + int(record["length"])
-        header_at = padded(image_end)
+        header_at = pad_size(image_end)
         key = self.key(sample)
         header = self._tars.pread(self._shard_of(sample), BLOCKSIZE, header_at)
         if _member_name(header) != f"{key}.json":

@@ -8,44 +8,48 @@ from dataclasses import replace
 import numpy as np
 
 from wasteddp.data.manifest import Manifest, Split, read_index
-from wasteddp.order import shuffle_quality, traffic
+from wasteddp.order import plan_quality
 from wasteddp.order.balance import Balance
 from wasteddp.order.plan import TrainPlan
-from wasteddp.settings import Settings
+from wasteddp.settings import Data, Settings
 
 
-def train_plan(split: Split, settings: Settings, labels: shuffle_quality.Labels | None = None) -> TrainPlan:
+def plan_training(
+    split: Split, data: Data, labels: plan_quality.Labels | None = None, *, batch_size: int, seed: int
+) -> TrainPlan:
     """Return the order that the settings define for a split.
 
     Args:
         split: to train on.
-        settings: of the run.
+        data: its lanes, blocks, window and balance.
         labels: of its samples, [N]; needed only for data.balance.
+        batch_size: samples in a step of all ranks.
+        seed: of the run.
     """
     plan = TrainPlan(
         num_samples=split.num_samples,
-        global_batch=settings.train.batch_size,
-        seed=settings.run.seed,
-        lanes=settings.num_lanes,
-        block=settings.data.block,
-        window=settings.data.window,
+        global_batch=batch_size,
+        seed=seed,
+        lanes=data.lanes or batch_size,
+        block=data.block,
+        window=data.window,
         shard_samples=tuple(shard.num_samples for shard in split.shards),
     )
-    if not settings.data.balance:
+    if not data.balance:
         return plan
     if labels is None:
         raise ValueError("data.balance needs labels")
-    balance = Balance.of(
+    balance = Balance.from_labels(
         labels,
-        settings.data.balance,
+        data.balance,
         num_classes=len(split.samples_per_class),
-        num_draws=plan.steps_per_epoch * plan.global_batch,
-        seed=plan.seed,
+        num_draws=plan.steps_per_epoch * batch_size,
+        seed=seed,
     )
     return replace(plan, balance=balance)
 
 
-def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) -> str:
+def preview(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) -> str:
     """Return lines about the steps, the shuffle and what each node would fetch.
 
     Args:
@@ -59,7 +63,7 @@ def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) ->
     """
     split = manifest.split(settings.data.train_split)
     labels = np.concatenate([read_index(manifest.folder, shard)["label"] for shard in split.shards])
-    plan = train_plan(split, settings, labels)
+    plan = plan_training(split, settings.data, labels, batch_size=settings.train.batch_size, seed=settings.run.seed)
     epochs = settings.train.epochs
     lines = [
         f"{manifest.name}: {plan.num_samples} {split.name} samples in {plan.num_shards} shards",
@@ -67,7 +71,7 @@ def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) ->
         + "epochs"
         + ("" if plan.balance else f"; each epoch leaves out {plan.left_out_per_epoch}, different ones each time"),
         *([plan.balance.describe(manifest.classes)] if plan.balance else []),
-        shuffle_quality.describe(plan, labels),
+        plan_quality.describe(plan, labels),
         "",
         "nodes  shards a node  fetched, of its share  shards within 10 steps",
     ]
@@ -75,6 +79,6 @@ def forecast(manifest: Manifest, settings: Settings, *, nodes: Sequence[int]) ->
         if plan.lanes % num:
             lines.append(f"{num:5}  not possible: {plan.lanes} lanes")
             continue
-        found = traffic.measure(plan, [shard.num_bytes for shard in split.shards], num_nodes=num)
+        found = plan_quality.measure_traffic(plan, [shard.num_bytes for shard in split.shards], num_nodes=num)
         lines.append(f"{num:5}  {found.most_shards:13}  {found.fetched:21.2f}  {found.at_once:22}")
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
 from wasteddp.errors import storage
+from wasteddp.files import read_regular
 from wasteddp.inference.evaluation_files import Evaluation
 from wasteddp.inference.metrics import percent, wilson_interval
 from wasteddp.parallel import in_order, num_usable_cores
@@ -90,7 +91,7 @@ def read_home(run: Path, weights: str) -> tuple[Accuracy | None, str]:
     if not path.is_file():
         return None, f"there is no {path}; measure it with: wasteddp evaluate {run}"
     with storage("reading the home evaluation", path):
-        text = path.read_bytes()
+        text = read_regular(path)
     try:
         record = json.loads(text)
         if record["hashes"]["weights"] != weights:

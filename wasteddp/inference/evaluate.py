@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,17 @@ from wasteddp.data.folds import NO_FOLD
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
+from wasteddp.decisions.bins import BinRules, load_bins
+from wasteddp.decisions.decide import choose_policy
 from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
+from wasteddp.files import read_regular
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
-from wasteddp.inference.ranks import Ranks, joined
+from wasteddp.inference.ranks import Ranks, join_ranks
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
+from wasteddp.inference.sorting import report_policy
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.parallel import progress
 from wasteddp.settings import Data, plain_yaml
@@ -53,57 +56,93 @@ _OF_THE_SET = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluateOptions:
-    """The command line of `wasteddp evaluate`. None: a default that depends on the run or the device."""
+def evaluate_run(
+    run_folder: Path,
+    *,
+    split: str = "test",
+    shards: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    tta: str = "none",
+    workers: int | str = 0,
+    near_duplicates: bool = False,
+    bins: Path | None = None,
+    max_error: float | None = None,
+    confidence: float = 0.95,
+) -> None:
+    """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
 
-    run: Path
-    split: str = "test"
-    shards: str | None = None  # folder or URL
-    batch_size: int | None = None
-    device: str = "auto"
-    tta: str = "none"
-    workers: int | str = 0  # like the setting data.workers
-    near_duplicates: bool = False  # look for those of training images, where sharding did not
-
-
-def run(options: EvaluateOptions) -> None:
-    """Evaluate, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share the work."""
-    with joined() as ranks:
-        device = ranks.device(options.device)
-        with start_workers(options.workers, device_type(device), cores=ranks.cores) as workers:
-            classifier = Classifier.load(options.run, device=device, batch_size=options.batch_size, tta=options.tta)
-            data = data_of(options.run, options.shards)
-            with dataset.open_dataset(data) as shards:
+    Args:
+        shards: folder or URL of the set; None: the one that the model was trained on.
+        batch_size: None: a size that suits the device.
+        workers: as the setting data.workers.
+        near_duplicates: look for those of training images, where sharding did not.
+        bins: file of bins, see `decisions.bins`; None: those of the shard set.
+        max_error: with it or with `bins`, thresholds are chosen on the run's evaluation split, and measured on `split`.
+        confidence: with which `max_error` must hold.
+    """
+    with join_ranks() as ranks:
+        device = ranks.device(device)
+        with start_workers(workers, device_type(device), cores=ranks.cores) as decoders:
+            classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
+            data, classes = data_of(run_folder, shards), classifier.card.classes
+            rules = load_bins(bins, classes) if bins else BinRules.of_map(classifier.card.bins, classes)
+            with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
-                evaluation = evaluate_split(classifier, shards, options.split, console, workers, ranks)
+                evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
                 if ranks.is_main:
-                    _report(options, classifier, shards, evaluation, console, train=data.train_split)
+                    near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
+                    _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
+                if bins or max_error is not None:
+                    same = split == data.eval_split
+                    chosen = (
+                        evaluation
+                        if same
+                        else evaluate_split(
+                            classifier, shard_set, data.eval_split, Console(quiet=True), decoders, ranks
+                        )
+                    )
+                    policy = choose_policy(
+                        rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
+                    )
+                    folder = run_folder / "evaluations" / split
+                    if ranks.is_main:
+                        report_policy(folder, policy, evaluation, classifier.card, console, chosen_on=data.eval_split)
+                    if same:
+                        console.print("warning: the thresholds were chosen on the same images", style="yellow")
+
+
+def _near(
+    shards: ShardSet, split: str, train: str, evaluation: Evaluation, *, look: bool
+) -> npt.NDArray[np.bool_] | None:
+    """Return which samples have a near-duplicate in the training split [N], or None if it is not known."""
+    if split == train or train not in shards.manifest.splits:
+        return None
+    near = near_by_manifest(shards.manifest, split, train, evaluation.sources)
+    if near is None and look:
+        with shards.reader(train) as training, shards.reader(split) as reader:
+            near = near_by_hashes(training, (reader.read(sample) for sample in range(reader.num_samples)))
+    return near
 
 
 def _report(
-    options: EvaluateOptions,
+    run_folder: Path,
+    split: str,
     classifier: Classifier,
-    shards: ShardSet,
+    manifest: Manifest,
     evaluation: Evaluation,
+    near: npt.NDArray[np.bool_] | None,
     console: Console,
-    *,
-    train: str,
 ) -> None:
-    folder, manifest, near = options.run / "evaluations" / options.split, shards.manifest, None
-    if options.split != train and train in manifest.splits:
-        near = near_by_manifest(manifest, options.split, train, evaluation.sources)
-        if near is None and options.near_duplicates:
-            with shards.reader(train) as training, shards.reader(options.split) as reader:
-                near = near_by_hashes(training, (reader.read(sample) for sample in range(reader.num_samples)))
-    record = compare(evaluation, near)
+    """Save and print an evaluation."""
+    folder, record = run_folder / "evaluations" / split, compare(evaluation, near)
     save_evaluation(
         folder,
         evaluation,
         classifier.card,
         manifest_sha256=manifest.sha256,
         options={
-            "split": options.split,
+            "split": split,
             "shards": manifest.where,
             "batch_size": classifier.batch_size,
             "device": str(classifier.device),
@@ -112,7 +151,7 @@ def _report(
         further=record,
     )
     seen = evaluation.seen
-    print_evaluation(console, seen, title=f"{options.run}, {options.split}: {seen.metrics.num_samples} images")
+    print_evaluation(console, seen, title=f"{run_folder}, {split}: {seen.metrics.num_samples} images")
     print_comparison(console, record)
     console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
 
@@ -206,14 +245,14 @@ def evaluate(
             sources[sample] = name
     # Check that the samples that were classified are those that the manifest counts.
     _check_counts(confusion.sum(axis=1), split, "the model answered for")
-    answers = Answers.of(labels, probabilities_NK)
+    answers = Answers.from_probabilities(labels, probabilities_NK)
     seen = Seen(
         split=split.name,
         classes=classifier.card.classes,
         confusion=confusion,
         metrics=summarise(confusion),
-        reliability=Reliability.of(answers),
-        mistakes=Mistakes.of(answers),
+        reliability=Reliability.measure(answers),
+        mistakes=Mistakes.find(answers),
     )
     return Evaluation(seen, tuple(sources), labels, probabilities_NK, unlike_N if classifier.training else None)
 
@@ -244,7 +283,7 @@ def data_of(run: Path, shards: str | None) -> Data:
     found: dict[str, Any] = {}
     if path.is_file():
         with storage("reading the run's settings", path):
-            text = path.read_bytes()
+            text = read_regular(path)
         try:
             found = {key: value for key, value in plain_yaml(text.decode())["data"].items() if key in _OF_THE_SET}
             found |= {"shards": shards, "fold": NO_FOLD} if shards else {"shards": found["shards"]}

@@ -153,8 +153,8 @@ def evaluate_images(
     labels = np.array([classes.index(image.class_name) for image in read], np.int32)
     probabilities_NK = np.concatenate(probabilities)
     confusion = confusion_matrix(labels, probabilities_NK.argmax(axis=1), len(classes))
-    answers = Answers.of(labels, probabilities_NK)
-    seen = Seen(name, classes, confusion, summarise(confusion), Reliability.of(answers), Mistakes.of(answers))
+    answers = Answers.from_probabilities(labels, probabilities_NK)
+    seen = Seen(name, classes, confusion, summarise(confusion), Reliability.measure(answers), Mistakes.find(answers))
     unlike_N = np.array(unlike, np.float64) if classifier.training else None
     sources = tuple(image.file.path for image in read)
     return Evaluation(seen, sources, labels, probabilities_NK, unlike_N), read, unreadable, digest.hexdigest()

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wasteddp import __version__
-from wasteddp.errors import storage
+from wasteddp.errors import inert, storage
 from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import F32, I64, Metrics, percent
@@ -39,7 +39,9 @@ from wasteddp.inference.reliability import Mistake, Seen
 
 FORMAT = "wasteddp-evaluation"
 FORMAT_VERSION = 1
-_FILES = ("metrics.json", "confusion.csv", "confusion.png", "predictions.csv")
+_FILES = (
+    "metrics.json", "confusion.csv", "confusion.png", "predictions.csv", "decisions.json", "policy.json",
+)  # fmt: skip
 _LARGEST_PRINTED_MATRIX = 12  # classes: wider ones do not fit in 80 columns
 _LONGEST_NAME = 28  # characters; longer names would take more space than the matrix
 _MOST_SLANTED = 16  # classes; with more, slanted names would overlap, upright ones do not
@@ -287,8 +289,8 @@ def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], co
 
 
 def _plain(name: str) -> str:
-    """Return a class name that rich does not read as markup."""
-    return name.replace("[", "\\[")
+    """Return a class name that neither rich nor a terminal interprets."""
+    return inert(name).replace("[", "\\[")
 
 
 def _csv(head: Iterable[Iterable[Any]], rows: Iterable[Iterable[Any]]) -> bytes:
@@ -307,7 +309,7 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
     num_classes = len(classes)
     support = confusion.sum(axis=1, keepdims=True)
     shares = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)
-    names = [_shortened(name) for name in classes]
+    names = [_shorten(name) for name in classes]
 
     cell_in = 0.75 if num_classes <= 12 else 0.45
     names_in = 0.085 * max(map(len, names))  # width of the longest name at 10 points
@@ -348,7 +350,7 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
     return png.getvalue()
 
 
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     """Return a long name without its middle: names often differ in their last word."""
     half = _LONGEST_NAME // 2
     return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[-half + 1 :]}"

@@ -12,57 +12,62 @@ import glob
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from wasteddp.data.decoding.crop import EvaluationView
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.file_loader import Unreadable, file_views
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError, inert, storage
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.prediction_files import Answer, Failure, Prediction, Record, Terminal, csv_record, json_record
+from wasteddp.inference.sorting import load_policy
 from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 
 
-@dataclass(frozen=True, slots=True)
-class PredictOptions:
-    """The command line of `wasteddp predict`. None: no such file, or a batch size that depends on the device."""
+def predict_files(
+    model: Path,
+    paths: Sequence[str],
+    *,
+    csv: Path | None = None,
+    json: Path | None = None,
+    top: int = 3,
+    policy: Path | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    tta: str = "none",
+    workers: int | str = 0,
+) -> None:
+    """Classify image files, print the `top` classes of each, and write the requested files.
 
-    model: Path
-    paths: tuple[str, ...]
-    csv: Path | None = None
-    json: Path | None = None
-    top: int = 3
-    batch_size: int | None = None
-    device: str = "auto"
-    tta: str = "none"
-    workers: int | str = 0  # like the setting data.workers
-
-
-def run(options: PredictOptions) -> None:
-    """Classify, print, and write the requested files.
+    Args:
+        model: folder of a run or of its model.
+        paths: as `find_images` takes them.
+        policy: policy.json of `wasteddp evaluate --bins`; None: no decision is made.
+        batch_size: None: a size that suits the device.
+        workers: as the setting data.workers.
 
     Raises:
         SourceError: a path matches nothing, or no image could be classified.
     """
-    images = find_images(options.paths)
+    images = find_images(paths)
     with ExitStack() as stack:
-        workers = stack.enter_context(start_workers(options.workers, device_type(options.device)))
-        classifier = Classifier.load(
-            options.model, device=options.device, batch_size=options.batch_size, tta=options.tta
-        )
-        terminal = Terminal(classifier.card, top=options.top, training=classifier.training)
+        decoders = stack.enter_context(start_workers(workers, device_type(device)))
+        classifier = Classifier.load(model, device=device, batch_size=batch_size, tta=tta)
+        rules = load_policy(policy, classifier.card) if policy else None
+        terminal = Terminal(classifier.card, top=top, training=classifier.training, policy=rules)
         records: list[Record] = [terminal]
-        if options.csv:
-            records.append(stack.enter_context(csv_record(options.csv, classifier.card)))
-        if options.json:
-            records.append(stack.enter_context(json_record(options.json, classifier.card, tta=classifier.tta)))
-        for prediction in stack.enter_context(closing(predict(classifier, images, workers, terminal.tolerated.append))):
+        if csv:
+            records.append(stack.enter_context(csv_record(csv, classifier.card, policy=rules)))
+        if json:
+            records.append(stack.enter_context(json_record(json, classifier.card, tta=classifier.tta, policy=rules)))
+        for prediction in stack.enter_context(
+            closing(predict(classifier, images, decoders, terminal.tolerated.append))
+        ):
             for record in records:
                 record.add(prediction)
-    terminal.finish([path for path in (options.csv, options.json) if path is not None])
+    terminal.finish([path for path in (csv, json) if path is not None])
     if terminal.num_classified == 0:
         raise SourceError(
             f"none of the {terminal.num_failed} files could be classified; the reasons are listed above",
@@ -128,7 +133,7 @@ def _below(folder: str) -> Iterator[str]:
     for inside, files in walk(folder, (), walked):
         yield from [inside] if isinstance(files, OSError) else (file.path for file in files if _is_image(file.path))
     for line in walked.notes():
-        print(line, file=sys.stderr)
+        print(inert(line), file=sys.stderr)
 
 
 def _is_image(path: str) -> bool:

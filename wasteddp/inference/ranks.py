@@ -69,7 +69,7 @@ class Ranks:
 
 
 @contextmanager
-def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """Join the ranks that a launcher started. gloo is enough: they exchange results only once.
 
     Raises:

@@ -34,7 +34,7 @@ class Answers:
     of_truth: F32  # probability of the true class
 
     @classmethod
-    def of(cls, labels: npt.ArrayLike, probabilities_MK: F32) -> Answers:
+    def from_probabilities(cls, labels: npt.ArrayLike, probabilities_MK: F32) -> Answers:
         """Return the answers for a whole split in its order."""
         rows, truth = np.arange(len(probabilities_MK)), np.asarray(labels, np.int64)
         predicted = probabilities_MK.argmax(axis=1)
@@ -60,7 +60,7 @@ class Mistakes:
     worst: tuple[Mistake, ...]  # by the probability of the true class: those with the largest loss
 
     @classmethod
-    def of(cls, answers: Answers) -> Mistakes:
+    def find(cls, answers: Answers) -> Mistakes:
         wrong = np.flatnonzero(answers.predicted != answers.labels)
         # ties are ordered by sample number, so that the order is the same on any number of processes
         surest = wrong[np.lexsort((answers.samples[wrong], -answers.confidence[wrong]))]
@@ -68,7 +68,7 @@ class Mistakes:
         return cls(_taken(answers, surest[:MISTAKES_LISTED]), _taken(answers, worst[:MISTAKES_LISTED]))
 
     @classmethod
-    def merged(cls, parts: Iterable[Mistakes]) -> Mistakes:
+    def merge(cls, parts: Iterable[Mistakes]) -> Mistakes:
         """Merge the mistakes of all processes."""
         parts = list(parts)
         surest = sorted((m for part in parts for m in part.surest), key=lambda m: (-m.confidence, m.sample))
@@ -85,7 +85,7 @@ class Reliability:
     confidence_sums: tuple[float, ...]
 
     @classmethod
-    def of(cls, answers: Answers) -> Reliability:
+    def measure(cls, answers: Answers) -> Reliability:
         confidence = answers.confidence.astype(np.float64)
         bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
         right = answers.predicted == answers.labels
@@ -96,7 +96,7 @@ class Reliability:
         )
 
     @classmethod
-    def merged(cls, parts: Iterable[Reliability]) -> Reliability:
+    def merge(cls, parts: Iterable[Reliability]) -> Reliability:
         """Add up the counts of all processes."""
         parts = list(parts)
         return cls(

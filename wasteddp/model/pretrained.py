@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
-from wasteddp.errors import WeightsError
+from wasteddp.errors import WeightsError, storage
+from wasteddp.files import open_regular
 
 _DOWNLOAD_TIMEOUT_S = 20.0
 _HEAD = "fc."
@@ -109,9 +110,10 @@ def _local(path: Path) -> dict[str, torch.Tensor]:
     if path.is_dir():  # a model bundle, or a checkpoint
         path = next((p for p in sorted(path.glob("model*.safetensors"))), path / "model.safetensors")
     try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            if path.suffix == ".safetensors":
+                return dict(load(file.read()))
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(
             f"model.weights is {str(path)!r}, and there is no such file",
@@ -135,7 +137,7 @@ def _refuse_other_content(cached: Path) -> None:
     """
     promised = cached.stem.rpartition("-")[2]
     if cached.exists():
-        with cached.open("rb") as file:
+        with storage("reading the ImageNet weights", cached), open_regular(cached) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if not found.startswith(promised):
             raise WeightsError(

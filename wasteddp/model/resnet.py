@@ -11,19 +11,19 @@ Legend: B images of a micro-batch, L blocks.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from functools import partial
-from math import floor
 
 import numpy as np
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from wasteddp.data.augmentation.operations import to_device
 from wasteddp.errors import SettingsError
 from wasteddp.order.keyed_random import DEPTH, I64, uniform
-from wasteddp.settings import Model
 
 # In the order of the forward pass. Freezing a stage also freezes the stages before it.
 STAGES = {
@@ -71,24 +71,6 @@ def freeze(model: nn.Module, upto: str) -> None:
         module.requires_grad_(False)
 
 
-def frozen_at(freeze: str, unfreeze_every_epochs: float, epoch: float) -> str:
-    """Return the last frozen stage after `epoch` epochs, which may be a fraction; "none" if no stage is frozen.
-
-    Gradual unfreezing: every `unfreeze_every_epochs` epochs (0: never) the last frozen stage becomes trainable.
-    Source: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.3.
-    """
-    if freeze == "none" or not unfreeze_every_epochs:
-        return freeze
-    names = ["none", *STAGES]
-    num_unfrozen = floor(epoch / unfreeze_every_epochs + 1e-9)  # 0.3 / 0.1 is below 3 in floating point
-    return names[max(0, names.index(freeze) - num_unfrozen)]
-
-
-def frozen_to_the_end(settings: Model, epochs: int) -> str:
-    """Return the last stage that is still frozen in the last step of `epochs` epochs, and so is never trained."""
-    return frozen_at(settings.freeze, settings.unfreeze_every_epochs, epochs - 1e-6)  # an epoch has < 1e6 steps
-
-
 def drop_gradients(model: nn.Module, upto: str) -> None:
     """Delete the gradients of stages that are frozen now but trained later, so that the optimizer does not change them.
 
@@ -133,6 +115,29 @@ def is_head(name: str) -> bool:
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:
     """Return BatchNorm's running means and variances, which each rank computes from its own micro-batches."""
     return [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: Iterable[torch.Tensor], names: Collection[str]) -> None:
+    """Recompute BatchNorm's running statistics as the mean of the batches' statistics.
+
+    It is for weights that no training step produced, such as a mean of several. Source: Izmailov et al. 2018,
+    "Averaging Weights Leads to Wider Optima and Better Generalization", section 3.2.
+
+    Args:
+        model: set to eval mode.
+        batches: normalised images [B, 3, S, S], all of one size B: each batch has the same weight.
+        names: names of the BatchNorms to recompute; the others are unchanged.
+    """
+    model.eval()
+    norms = [module for name, module in model.named_modules() if name in names and isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch: the cumulative mean
+        norm.train()
+    for images_BCHW in batches:
+        model(images_BCHW)
+    model.eval()
 
 
 class StochasticDepth:

@@ -45,7 +45,9 @@ class Balance:
     members: I64  # the samples, sorted by class: [N]
 
     @classmethod
-    def of(cls, labels: npt.ArrayLike, evenness: float, *, num_classes: int, num_draws: int, seed: int) -> Balance:
+    def from_labels(
+        cls, labels: npt.ArrayLike, evenness: float, *, num_classes: int, num_draws: int, seed: int
+    ) -> Balance:
         """Compute the draws for a split.
 
         Args:

@@ -34,7 +34,7 @@ class Cuts:
     blocks_before: I64  # full blocks before each shard, then F: [S + 1]
 
     @classmethod
-    def of(cls, shard_samples: Sequence[int], block: int) -> Cuts:
+    def from_sizes(cls, shard_samples: Sequence[int], block: int) -> Cuts:
         """Cut shards of these sizes into blocks."""
         sizes = np.asarray(shard_samples, dtype=np.int64)
         return cls(block, np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([[0], np.cumsum(sizes // block)]))

@@ -21,12 +21,12 @@ _CHUNK = 1 << 15  # samples hashed in one call: their arrays stay in a core's ca
 
 def digest(seed: int, samples: I64) -> int:
     """Return the hash of some samples; 0 if there are none."""
-    return signed(int(bits(COVERAGE, seed, samples).sum(dtype=np.uint64)))
+    return to_signed(int(bits(COVERAGE, seed, samples).sum(dtype=np.uint64)))
 
 
 def digest_of_range(seed: int, begin: int, end: int) -> int:
     """Return the hash of the samples begin .. end - 1, in constant memory; it takes about 10 ns a sample."""
-    return signed(sum(digest(seed, chunk) for chunk in _chunks(range(begin, end))))
+    return to_signed(sum(digest(seed, chunk) for chunk in _chunks(range(begin, end))))
 
 
 def digest_of_epoch(plan: TrainPlan, epoch: int, *, part: int = 0, parts: int = 1) -> int:
@@ -45,7 +45,7 @@ def digest_of_epoch(plan: TrainPlan, epoch: int, *, part: int = 0, parts: int = 
         return _digest_of_draws(plan.balance, epoch, part, parts)
     own = _part(range(plan.num_samples), part, parts)
     left_out = 0 if part else digest(plan.seed, plan.left_out_samples(epoch))
-    return signed(digest_of_range(plan.seed, own.start, own.stop) - left_out)
+    return to_signed(digest_of_range(plan.seed, own.start, own.stop) - left_out)
 
 
 def _digest_of_draws(balance: Balance, epoch: int, part: int, parts: int) -> int:
@@ -61,7 +61,7 @@ def _digest_of_draws(balance: Balance, epoch: int, part: int, parts: int) -> int
                 for chunk in _chunks(_part(not_taken, part, parts)):
                     total -= digest(balance.seed, balance.walk(label, chunk))
         begin_of_class += size
-    return signed(total)
+    return to_signed(total)
 
 
 def _part(whole: range, part: int, parts: int) -> range:
@@ -73,6 +73,6 @@ def _chunks(numbers: range) -> Iterator[I64]:
         yield np.arange(at, min(at + _CHUNK, numbers.stop), dtype=np.int64)
 
 
-def signed(number: int) -> int:
+def to_signed(number: int) -> int:
     """Return the signed 64-bit integer that equals `number` modulo 2^64."""
     return (number + 2**63) % 2**64 - 2**63

@@ -84,7 +84,7 @@ class TrainPlan:
         fits = self.steps_per_epoch * self.global_batch
         if self.balance and (self.block > 1 or self.balance.num_draws != fits):
             raise ValueError(f"{self.balance.num_draws} draws, blocks of {self.block}, and {fits} samples an epoch")
-        object.__setattr__(self, "_cuts", Cuts.of(shard_samples, self.block))
+        object.__setattr__(self, "_cuts", Cuts.from_sizes(shard_samples, self.block))
 
     @property
     def steps_per_epoch(self) -> int:

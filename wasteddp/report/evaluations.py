@@ -37,7 +37,7 @@ class Share:
     high: float
 
     @classmethod
-    def of(cls, part: int, whole: int) -> Share:
+    def from_counts(cls, part: int, whole: int) -> Share:
         if whole == 0:
             return cls(None, 0.0, 100.0)
         low, high = wilson_interval(part, whole)
@@ -93,8 +93,8 @@ def _class_rows(run: RunRecord, record: Mapping[str, Any]) -> list[ClassRow]:
             name=name,
             bin=bins.get(name, ""),
             images=true,
-            recall=Share.of(hits, true),
-            precision=Share.of(hits, predicted),
+            recall=Share.from_counts(hits, true),
+            precision=Share.from_counts(hits, predicted),
             f1="–" if figures["f1"] is None else percent(figures["f1"]),
         )
         for name, figures, (hits, true, predicted) in zip(record["classes"], record["per_class"], counts, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -48,35 +48,20 @@ _NO_CHART = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ReportOptions:
-    """The command line of `wasteddp report`. `out` None: write to the folder of the first run."""
-
-    runs: tuple[Path, ...]
-    out: Path | None = None
-
-
-def run(options: ReportOptions) -> None:
-    """Write the page and print its path."""
-    out = write_report(options.runs, options.out)
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, opens in any browser, needs no network")
-
-
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write `report.html` of one run, or `comparison.html` of several. Return its path.
 
     Raises:
         RunError: a folder is not a run's folder, or there are too many runs.
     """
-    if len(folders) > _MOST_LINES:
+    if len(runs) > _MOST_LINES:
         raise RunError(
-            f"{len(folders)} runs were named; one chart can show at most {_MOST_LINES}",
+            f"{len(runs)} runs were named; one chart can show at most {_MOST_LINES}",
             "the lines of the charts could not be distinguished",
             "compare fewer runs",
         )
-    runs = [read_run(folder) for folder in folders]
-    path = out or folders[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-    write_atomically(path, render(runs).encode("utf-8", "replace"))
+    path = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    write_atomically(path, render([read_run(folder) for folder in runs]).encode("utf-8", "replace"))
     return path
 
 

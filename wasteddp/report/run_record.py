@@ -152,7 +152,7 @@ def read_run(folder: Path) -> RunRecord:
         card=_card(folder, notes),
         evaluations=_evaluations(folder, notes),
         manifest=_manifest(settings, notes),
-        profile=profile.read_text(encoding="utf-8") if profile.is_file() else "",
+        profile=read_regular(profile).decode(errors="replace") if profile.is_file() else "",
         resumable=(folder / "RESUMABLE").exists(),
         notes=tuple(notes),
     )

@@ -49,7 +49,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, name: str = "the settings
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        raise _explained(error, name, changed) from error
+        raise _explain(error, name, changed) from error
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -199,7 +199,7 @@ def _refuse_secrets(tree: Any, key: str) -> None:
         _refuse_secrets(value, f"{key}.{name}" if key else str(name))
 
 
-def _explained(error: ValidationError, name: str, changed: Mapping[str, str]) -> SettingsError:
+def _explain(error: ValidationError, name: str, changed: Mapping[str, str]) -> SettingsError:
     """Return one error that lists all problems: the file or the --set of `changed`, key, value, and what is allowed."""
     lines, remedies = dict[str, list[str]](), []
     for problem in error.errors():

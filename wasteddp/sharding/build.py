@@ -26,7 +26,7 @@ from wasteddp import __version__
 from wasteddp.data.groups import GROUPS_NAME, save_groups
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
 from wasteddp.errors import ShardError, SourceError, storage
-from wasteddp.files import make_folder, sync_folder, try_lock_or_announce, write_atomically
+from wasteddp.files import make_folder, read_regular, sync_folder, try_lock_or_announce, write_atomically
 from wasteddp.lock_files import LockFile
 from wasteddp.parallel import progress
 from wasteddp.sharding import scan, splits
@@ -133,7 +133,7 @@ def settle(job: Job, listing: Listing, work: Path) -> Job:
             options = replace(options, split_rule=recorded.get("split_rule", "hash"))  # older sets do not name it
         elif begun.exists():
             with storage("reading the rule of the split", begun):
-                options = replace(options, split_rule=begun.read_text() or "hash")
+                options = replace(options, split_rule=read_regular(begun).decode() or "hash")
         if options.split_rule == "hash":
             print(f"{job.out} keeps its rule for splits, hash; --split-rule stratified gives each class its fractions")
     return replace(job, options=options.settled(is_split=listing.layout.is_split))

@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.groups import Groups, read_groups
-from wasteddp.data.manifest import Index, Manifest, Shard, padded, read_index
+from wasteddp.data.manifest import Index, Manifest, Shard, pad_size, read_index
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import ShardError, storage
+from wasteddp.files import open_regular
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.duplicates import PerceptualHash, find_near, perceptual_hash
 
@@ -49,7 +50,7 @@ class _Samples(NamedTuple):
                 break
             number -= shard.num_samples
         try:
-            with (self.manifest.folder / shard.tar).open("rb") as file:
+            with open_regular(self.manifest.folder / shard.tar) as file:
                 header = tarfile.TarInfo.frombuf(os.pread(file.fileno(), BLOCKSIZE, offset), "utf-8", "replace")
             return f"{header.name} in {shard.tar}"
         except (OSError, tarfile.HeaderError):
@@ -72,7 +73,7 @@ def recorded_splits(manifest: Manifest) -> dict[str, str]:
             index = read_index(manifest.folder, shard)
             with (
                 storage("reading the paths of a set", manifest.folder),
-                (manifest.folder / shard.tar).open("rb") as file,
+                open_regular(manifest.folder / shard.tar) as file,
             ):
                 for record in index:
                     split_of[_source_of(file.fileno(), record, manifest.folder / shard.tar)] = split.name
@@ -125,7 +126,7 @@ def _shared_groups(first: Manifest, second: Manifest) -> Iterator[tuple[str, boo
 
 def _source_of(descriptor: int, record: np.void, tar: Path) -> str:
     """Return the path that `shard` wrote beside an image, in the member after it."""
-    begin = int(record["offset"]) + padded(int(record["length"]))
+    begin = int(record["offset"]) + pad_size(int(record["length"]))
     content = os.pread(descriptor, 64 * BLOCKSIZE, begin)
     try:
         header = tarfile.TarInfo.frombuf(content[:BLOCKSIZE], "utf-8", "replace")

@@ -19,7 +19,7 @@ from typing import Any
 from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import ShardError, WastedError, storage
-from wasteddp.files import sha256_of
+from wasteddp.files import open_regular, sha256_of
 from wasteddp.sharding.scan import MAX_FILE_BYTES
 from wasteddp.sharding.sources.archives import BoundedTarInfo, tar_members
 from wasteddp.sharding.sources.files import is_ignored
@@ -89,7 +89,7 @@ def read_tar(path: Path, label_keys: Sequence[str], *, where: str = "", name: st
             label.
     """
     tar = _Tar(path, where or str(path), name or path.name)
-    with storage("reading a tar", path), path.open("rb") as file:
+    with storage("reading a tar", path), open_regular(path) as file:
         samples = []
         for key, members in _samples(tar):
             image = _image_of(tar, key, members)
@@ -181,7 +181,7 @@ def _members(tar: _Tar) -> Iterator[_Member]:
         base = info.name.rpartition("/")[2]
         if "." in base and not is_ignored(info.name):
             yield _Member(info.name, base.partition(".")[2].lower(), offset, size, problem)
-    with tar.path.open("rb") as file:
+    with open_regular(tar.path) as file:
         # A complete tar ends in two blocks of zeros. tarfile, like most readers, also accepts the end of the file.
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

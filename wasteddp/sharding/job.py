@@ -16,7 +16,7 @@ from typing import Any
 
 from wasteddp.data.decoding.decode import DEFAULT_QUALITY, UndecodableError, reencode
 from wasteddp.data.manifest import LeftOut, Manifest
-from wasteddp.errors import SourceError, storage
+from wasteddp.errors import SourceError, inert, storage
 from wasteddp.sharding import duplicates, groups, scan, splits
 from wasteddp.sharding.corrections import Corrections, apply_corrections
 from wasteddp.sharding.sources.archives import open_source
@@ -216,7 +216,8 @@ def list_images(job: Job, work: Path) -> Listing:
     warn_of_similar(layout.classes, job.source)
     absent = sorted(set(layout.classes) - {image.class_name for image in layout.images})
     if absent:
-        print(f"{job.source} has no image of {len(absent)} of the {len(layout.classes)} classes: {', '.join(absent)}")
+        named = inert(", ".join(absent))
+        print(f"{job.source} has no image of {len(absent)} of the {len(layout.classes)} classes: {named}")
     by_fractions = (
         job.options.leave_out or job.options.fractions or job.options.split_rule or job.options.least_per_class
     )
@@ -241,7 +242,7 @@ def list_images(job: Job, work: Path) -> Listing:
         )
     unused = Names(len(layout.ignored), list(layout.ignored[:5]))
     for line in (*source.notes, *unused.note("ignored {} file(s) that are not images in a class folder")):
-        print(line)
+        print(inert(line))
     if not job.split_files:
         return _corrected(job, Listing(source, layout))
     layout, not_listed, missing = splits.apply_lists(layout, splits.read_list_files(job.split_files))

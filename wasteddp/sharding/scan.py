@@ -21,7 +21,7 @@ from wasteddp.data import manifest
 from wasteddp.data.decoding.decode import MAX_JPEG_SIDE_PX, UndecodableError, check_image
 from wasteddp.data.decoding.formats import is_decoder_here_now
 from wasteddp.data.manifest import LeftOut
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, inert
 from wasteddp.files import appended_rows, read_rows
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding import duplicates
@@ -170,7 +170,8 @@ def _leave_out_wide(records: Scan) -> dict[int, str]:
 def report_tolerated(names: Sequence[str]) -> None:
     """Print how many JPEGs have faults that cost no pixel, and the first of them."""
     if names:
-        print(f"{len(names):,} JPEG(s) have faulty markers and are used, since all their pixels decode: {names[0]}")
+        first = inert(names[0])
+        print(f"{len(names):,} JPEG(s) have faulty markers and are used, since all their pixels decode: {first}")
 
 
 def fingerprints(source: Source, images: Sequence[SourceImage], *, workers: int) -> Iterator[bytes]:

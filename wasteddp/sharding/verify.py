@@ -15,10 +15,20 @@ from typing import Any
 import numpy as np
 
 from wasteddp.data.groups import Groups, read_groups
-from wasteddp.data.manifest import INDEX_DTYPE, MANIFEST_NAME, Index, Manifest, Shard, padded, parse_index, read_index
+from wasteddp.data.manifest import (
+    INDEX_DTYPE,
+    MANIFEST_NAME,
+    Index,
+    Manifest,
+    Shard,
+    pad_size,
+    parse_index,
+    read_index,
+    shared_shards,
+)
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
-from wasteddp.files import sha256_of
+from wasteddp.files import open_regular, sha256_of
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.compare import find_divided, find_repeats
 
@@ -46,7 +56,7 @@ def verify(folder: Path, *, workers: int) -> Verified:
     manifest = Manifest.load(folder)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     is_own = "inputs_sha256" in manifest.recipe  # written by `wasteddp shard`, not indexed
-    damage: list[str] = []
+    damage = shared_shards(manifest)
     with progress("verifying shards", len(shards)) as advance:
         for found in in_order(lambda shard: _damage(folder, shard, is_own=is_own), shards, workers=workers):
             damage += found
@@ -67,7 +77,7 @@ def verify_remote(url: str, *, workers: int) -> Verified:
     try:
         manifest = Manifest.parse(folder.read(MANIFEST_NAME), Path(), url=folder.url)
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
-        damage: list[str] = []
+        damage = shared_shards(manifest)
         with progress("verifying shards", len(shards)) as advance:
             for found in in_order(lambda shard: _remote_damage(folder, shard), shards, workers=workers):
                 damage += found
@@ -150,12 +160,12 @@ def _damage(folder: Path, shard: Shard, *, is_own: bool) -> list[str]:
 def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
     """Name each sample that does not match the index. Headers and labels are checked only in tars of our own."""
     damaged: list[str] = []
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, record in enumerate(index):
             offset, length = int(record["offset"]), int(record["length"])
             image = os.pread(file.fileno(), length, offset)
             header = _header(file.fileno(), offset - BLOCKSIZE)
-            label = _label(file.fileno(), offset + padded(length)) if is_own else {}
+            label = _label(file.fileno(), offset + pad_size(length)) if is_own else {}
             name = f"{header.name.split('.')[0] if header else f'sample {number}'}"
             named = f"{name} ({label.get('source', 'source unknown')})" if is_own else name
             if hashlib.sha256(image).digest() != record["sha256"].tobytes():

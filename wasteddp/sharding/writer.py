@@ -18,9 +18,9 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import IO
 
-from wasteddp.data.manifest import Shard, padded, write_index
+from wasteddp.data.manifest import Shard, pad_size, write_index
 from wasteddp.errors import ShardError, storage
-from wasteddp.files import appended_rows, read_rows, sha256_of, write_atomically, written_whole
+from wasteddp.files import appended_rows, read_regular, read_rows, sha256_of, write_atomically, written_whole
 from wasteddp.parallel import in_order
 
 _OWNER = "wasteddp"
@@ -60,7 +60,7 @@ class ShardJournal:
         self._finished: dict[str, Shard] = {}  # by the tar's name
         for journal in sorted({path, *path.parent.glob("shards*.txt")}):
             with storage("reading the journal of the shards", journal):
-                begin = journal.read_bytes()[: len(plan)] if journal.exists() else b""
+                begin = read_regular(journal)[: len(plan)] if journal.exists() else b""
             if begin == plan.encode():
                 self._take(journal)
             elif journal == path:
@@ -145,7 +145,7 @@ def plan_shards(split: str, member_bytes: Sequence[int], *, max_bytes: int) -> l
     for end, size in enumerate(member_bytes, start=1):
         total += size
         if total >= max_bytes or end == len(member_bytes):
-            size = padded(total + 2 * BLOCKSIZE, tarfile.RECORDSIZE)
+            size = pad_size(total + 2 * BLOCKSIZE, tarfile.RECORDSIZE)
             planned.append(PlannedShard(split, len(planned), begin, end, size))
             begin, total = end, 0
     return planned
@@ -153,7 +153,7 @@ def plan_shards(split: str, member_bytes: Sequence[int], *, max_bytes: int) -> l
 
 def tar_bytes(sample: Sample, image_bytes: int) -> int:
     """Return the bytes in a tar of a sample with an image of that size: two headers and two padded members."""
-    return 2 * BLOCKSIZE + padded(image_bytes) + padded(len(sample.to_json()))
+    return 2 * BLOCKSIZE + pad_size(image_bytes) + pad_size(len(sample.to_json()))
 
 
 def write_planned_shard(

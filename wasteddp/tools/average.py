@@ -7,7 +7,7 @@
 Late in training the weights move around the edge of a wide minimum of the loss; their mean is closer to its centre.
 Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", algorithm 1.
 
-The BatchNorm statistics of the mean are not the mean of the statistics: see `bn_statistics`.
+The BatchNorm statistics of the mean are not the mean of the statistics: training images pass through the network again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +26,11 @@ from wasteddp import environment
 from wasteddp import settings as settings_file
 from wasteddp.data import dataset
 from wasteddp.data.dataset import ShardSet
+from wasteddp.data.decoding.crop import EvaluationView, normalise
 from wasteddp.data.decoding.workers import Workers, start_workers
-from wasteddp.errors import CheckpointError, RunError, storage
+from wasteddp.data.loader import Loader, training_steps
+from wasteddp.data.train_plan import plan_training
+from wasteddp.errors import CheckpointError, RunError, inert, storage
 from wasteddp.files import RunLock, make_folder, write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
@@ -34,13 +38,15 @@ from wasteddp.inference.comparison import compare, near_by_manifest
 from wasteddp.inference.evaluate import check_classes, evaluate_split
 from wasteddp.inference.evaluation_files import Evaluation, save_evaluation
 from wasteddp.inference.metrics import Metrics, percent
-from wasteddp.model.resnet import build
+from wasteddp.model.resnet import build, estimate_statistics
+from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
-from wasteddp.tools.bn_statistics import estimate_statistics, training_batches
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.best_model import card_of
-from wasteddp.training.checkpoint.reader import Progress, State
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import State
 
+_PREFETCH = 2
 _COUNT = ".num_batches_tracked"
 Say = Callable[[str], None]
 
@@ -163,6 +169,45 @@ def _with_statistics(mean: Mean, settings: Settings, shards: ShardSet, options: 
     return model.state_dict(), num_images
 
 
+def training_batches(
+    settings: Settings, shards: ShardSet, num_images: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Yield normalised training images on the device, [B, 3, S, S], with the preprocessing of an evaluation.
+
+    They are centre views at the size of the evaluation, without augmentation, because the model will be used on such
+    images (Touvron et al. 2019, "Fixing the train-test resolution discrepancy", also adapt the statistics to the size
+    in use). The run's augmentation and its schedule of sizes are not needed.
+
+    They are in the order of the run's first epoch, in full batches of evaluate.batch_size, or in one smaller batch if
+    there are fewer.
+
+    Args:
+        num_images: number of images, at most one epoch; a remainder that does not fill a batch is left out.
+    """
+    data, split = settings.data, shards.manifest.split(settings.data.train_split)
+    with ExitStack() as stack:
+        reader = stack.enter_context(shards.reader(split.name))
+        plan = plan_training(split, data, reader.labels, batch_size=settings.train.batch_size, seed=settings.run.seed)
+        steps = min(plan.steps_per_epoch, -(-num_images // plan.global_batch))
+        planned = [part for _, _, part in training_steps(plan, 0, steps, rank=0, world_size=1)]
+        samples = np.concatenate(planned)[:num_images] % reader.num_samples
+        size = min(settings.evaluate.batch_size, len(samples))
+        parts = samples[: len(samples) // size * size].reshape(-1, size)
+        shards.require_room(reader.needs(parts[at : at + _PREFETCH + 1].reshape(-1)) for at in range(len(parts)))
+        loader = stack.enter_context(
+            Loader(
+                reader,
+                EvaluationView(data.eval_resize_px),
+                image_size_px=data.eval_size_px,
+                workers=num_usable_cores(),
+                prefetch=_PREFETCH,
+                replace=True,  # replace undecodable images, as in training
+            )
+        )
+        for batch in loader.batches((0, number, part) for number, part in enumerate(parts)):
+            yield normalise(batch.images_BCHW.to(device))
+
+
 def _classifier(
     mean: Mean, weights: State, settings: Settings, shards: ShardSet, options: AverageOptions
 ) -> Classifier:
@@ -249,4 +294,4 @@ def _print(console: Console, split: str, average: Metrics, best: Metrics, best_s
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(inert(line), flush=True)

@@ -75,7 +75,7 @@ def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Findin
     """All ranks: run every check, in the order in which a run would meet the problems."""
     from wasteddp.tools import machine_checks
     from wasteddp.tools.finding import Finding
-    from wasteddp.training.distributed import runtime
+    from wasteddp.training.distributed import startup
 
     load = machine_checks.check_load(*machine_checks.load_of_machine())  # before the checks add to it
     findings = [
@@ -83,66 +83,69 @@ def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Findin
         machine_checks.check_precision(settings.precision),
     ]
     try:
-        world = runtime.start(settings, watch)
+        runtime = startup.start_runtime(settings, watch)
     except (LaunchError, SettingsError) as error:  # the same on every rank
         return [*findings, Finding("processes", "red", error.found, error.remedy)]
-    if settings.precision == "auto":  # measured by `runtime.start`, on a GPU
-        findings[-1] = replace(findings[-1], found=f"{world.precision}: {world.precision_reason}")
-    with contextlib.closing(world):
+    if settings.precision == "auto":  # measured by `startup.start_runtime`, on a GPU
+        findings[-1] = replace(findings[-1], found=f"{runtime.precision}: {runtime.precision_reason}")
+    with contextlib.closing(runtime):
         found = (
-            f"{world.world_size} process(es) x {world.micro_batch} images x {world.accumulation} accumulated = "
+            f"{runtime.world_size} process(es) x {runtime.micro_batch} images x {runtime.accumulation} accumulated = "
             f"global batch {settings.train.batch_size}"
         )
         findings.append(Finding("processes", "green", found))
-        findings += _examine_machines(world, load)
-        return findings + _examine_run(settings, world, leaves_s)
+        findings += _examine_machines(runtime, load)
+        return findings + _examine_run(settings, runtime, leaves_s)
 
 
-def _examine_machines(world: Runtime, load: Finding) -> list[Finding]:
+def _examine_machines(runtime: Runtime, load: Finding) -> list[Finding]:
     """All ranks: run the checks of the machines."""
     from wasteddp.tools import machine_checks
 
-    devices = world.gather(machine_checks.device_of(world))
-    gpus = sum(device.host == devices[world.rank].host and device.identity != "cpu" for device in devices)
-    shared_memory = _worst_of_ranks(world, machine_checks.check_shared_memory(gpus))
-    world.totals(0)  # all ranks return from it at nearly the same moment
-    times = world.gather(time.time())
-    load = _worst_of_ranks(world, load)
+    devices = runtime.gather(machine_checks.device_of(runtime))
+    gpus = sum(device.host == devices[runtime.rank].host and device.identity != "cpu" for device in devices)
+    shared_memory = _worst_of_ranks(runtime, machine_checks.check_shared_memory(gpus))
+    runtime.totals(0)  # all ranks return from it at nearly the same moment
+    times = runtime.gather(time.time())
+    load = _worst_of_ranks(runtime, load)
     return [machine_checks.check_devices(devices), load, shared_memory, machine_checks.check_clocks(times)]
 
 
-def _examine_run(settings: Settings, world: Runtime, leaves_s: float) -> list[Finding]:
+def _examine_run(settings: Settings, runtime: Runtime, leaves_s: float) -> list[Finding]:
     """All ranks: run the checks of the run; rank 0 alone checks the work of rank 0."""
     from wasteddp.tools import machine_checks, run_checks
     from wasteddp.training.checkpoint import state
 
-    world.watch.at("reading the shards", slow=True)
-    shards, opened = run_checks.check_shards(settings, world.rank)
+    runtime.watch.at("reading the shards", slow=True)
+    shards, opened = run_checks.check_shards(settings, runtime.rank)
     classes = opened.manifest.classes if opened else ("",) * _ASSUMED_CLASSES
-    world.watch.at("loading the initial weights", slow=True)
-    weights = run_checks.check_weights(settings, classes)
+    runtime.watch.at("loading the initial weights", slow=True)
+    weights = run_checks.check_weights(settings.model, settings.train.teacher, classes)
     # the same on all ranks, also where one cannot read the classes: sums of different sizes would hang
-    num_bytes = max(world.gather(run_checks.model_bytes(settings, len(classes))))
-    findings = [_worst_of_ranks(world, one) for one in (shards, weights)]
-    findings.append(machine_checks.check_all_reduce(world, num_bytes))
-    world.watch.at("checking the disk and the dashboard", slow=True)
+    num_bytes = max(runtime.gather(run_checks.model_bytes(settings.model.arch, len(classes))))
+    findings = [_worst_of_ranks(runtime, one) for one in (shards, weights)]
+    findings.append(machine_checks.check_all_reduce(runtime, num_bytes))
+    runtime.watch.at("checking the disk and the dashboard", slow=True)
     out = Path(settings.run.out)
-    if world.is_main:
+    if runtime.is_main:
+        size = state.room_for_checkpoint(
+            num_bytes, optimizer=settings.optimizer.name, ema_decay=settings.train.ema_decay
+        )
         findings += [run_checks.check_folder(settings, opened)] if opened else []
         findings += [
             run_checks.check_file_system(out),
-            run_checks.check_disk(out, state.room_for_run(settings, num_bytes)),
-            run_checks.check_save(out, state.room_for_checkpoint(settings, num_bytes), leaves_s),
+            run_checks.check_disk(out, state.room_for_run(num_bytes, size, keep_last=settings.checkpoint.keep_last)),
+            run_checks.check_save(out, size, leaves_s),
             run_checks.check_wandb(settings.track.wandb),
         ]
-    return list(world.gather(findings)[0])
+    return list(runtime.gather(findings)[0])
 
 
-def _worst_of_ranks(world: Runtime, finding: Finding) -> Finding:
+def _worst_of_ranks(runtime: Runtime, finding: Finding) -> Finding:
     """All ranks: return the worst of their findings, with its rank if they differ."""
     from wasteddp.tools.finding import worst
 
-    findings: list[Finding] = world.gather(finding)
+    findings: list[Finding] = runtime.gather(finding)
     colour = worst(findings)
     rank = next(rank for rank, one in enumerate(findings) if one.colour == colour)
     if colour == "green":

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from wasteddp.errors import inert
+
 Colour = Literal["green", "yellow", "red"]
 EXIT_CODES: dict[Colour, int] = {"green": 0, "yellow": 1, "red": 2}
 _VERDICTS: dict[Colour, str] = {
@@ -43,7 +45,8 @@ def print_table(findings: Sequence[Finding], file: TextIO | None = None) -> None
         table.add_column(title, overflow="fold")
     for finding in findings:
         colour = finding.colour
-        table.add_row(f"[{colour}]{colour}", escape(finding.check), escape(finding.found), escape(finding.do))
+        texts = (escape(inert(text)) for text in (finding.check, finding.found, finding.do))
+        table.add_row(f"[{colour}]{colour}", *texts)
     console.print(table)
     colour = worst(findings)
     console.print(f"[{colour}]{colour}[/]: {_VERDICTS[colour]}")

@@ -37,8 +37,9 @@ from wasteddp.settings import Settings
 from wasteddp.training import dataloaders, messages, micro_batch
 from wasteddp.training.build_model import build
 from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.reader import Progress
-from wasteddp.training.distributed import runtime
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.distributed import startup
+from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
 
 _EXPLODED = 4.0  # times the best smoothed loss
@@ -146,14 +147,14 @@ def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Fou
             "start it without a launcher: the global batch is that of the settings at any number of processes",
         )
     rates, folder = options.rates(), out or Path(f"{settings.run.out.rstrip('/')}.lr-find")
-    with closing(runtime.start(settings)) as world, dataloaders.open_inputs(settings, world) as data:
-        found = _measured(settings, world, data, rates, say)
+    with closing(startup.start_runtime(settings)) as runtime, dataloaders.open_inputs(settings, runtime) as data:
+        found = _measured(settings, runtime, data, rates, say)
         record = asdict(found) | {
             "settings": settings.model_dump(mode="json"),
             "manifest": data.manifest.sha256,
-            "precision": world.precision,
-            "device": world.device.type,
-            "micro_batch": world.micro_batch,
+            "precision": runtime.precision,
+            "device": runtime.device.type,
+            "micro_batch": runtime.micro_batch,
             "code": environment.commit(),
         }
     with storage("creating the folder", folder):
@@ -165,35 +166,35 @@ def run(settings: Settings, options: Options, out: Path | None, say: Say) -> Fou
 
 
 def _measured(
-    settings: Settings, world: runtime.Runtime, data: dataloaders.Inputs, rates: Sequence[float], say: Say
+    settings: Settings, runtime: Runtime, data: dataloaders.Inputs, rates: Sequence[float], say: Say
 ) -> Found:
     """Train with one rate after the other until the loss explodes. Waits for each loss, unlike a training."""
-    built = build(settings, world, data)
-    ddp, optimizer, stepper, recipe = built.ddp, built.optimizer, built.stepper, built.recipe
+    built = build(settings, runtime, data)
+    ddp, objective, optimizer = built.ddp, built.objective, built.optimizer
     progress = Progress(Lineage.of(settings, data.manifest))
-    world, progress = micro_batch.choose_size(settings, built.world, recipe, built.model, progress)
-    say(messages.facts(settings, world, data, len(rates), built.origin))
+    runtime, progress = micro_batch.choose_size(settings, built.runtime, objective, built.model, progress)
+    say(messages.facts(settings, runtime, data, len(rates), built.origin))
     losses: list[float] = []
     smooth: list[float] = []
     stopped = ""
-    batches = data.batches(0, len(rates), world)
+    batches = data.batches(0, len(rates), runtime)
     with progress_bar("range test", len(rates)) as advance:
         for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
-            world.raise_together(batch.failure)
+            runtime.raise_together(batch.failure)
             progress = replace(progress, step=step, damaged=progress.damaged + len(batch.damage))
             if batch.damage:
-                messages.report_damage(world, say, batch.damage, progress.damaged, settings.data.max_damaged)
-            recipe.begin_step(optimizer, progress)
-            optimizers.set_learning_rate(optimizer, rate)
-            total = torch.zeros((), device=world.device)
-            for micro in world.micro_batches(batch, ddp):
-                images_BCHW, targets = recipe.inputs(micro, batch.epoch)
-                loss = recipe.loss(ddp(images_BCHW), targets)
-                world.accelerator.backward(loss)
+                messages.report_damage(runtime, say, batch.damage, progress.damaged, settings.data.max_damaged)
+            optimizer.begin_step(progress)
+            optimizers.set_learning_rate(optimizer.unwrapped, rate)
+            total = torch.zeros((), device=runtime.device)
+            for micro in runtime.micro_batches(batch, ddp):
+                images_BCHW, targets = objective.inputs(micro, batch.epoch)
+                loss = objective.loss(ddp(images_BCHW), targets)
+                runtime.accelerator.backward(loss)
                 total += loss.detach()
-            recipe.clip(is_asked=False)
-            stepper.step()
-            stepper.zero_grad()
+            optimizer.clip(is_asked=False)
+            optimizer.step()
+            optimizer.zero_grad()
             if not isfinite(found := float(total)):
                 stopped = f"step {step + 1} of {len(rates)}, with the rate {rate:.2g}: the loss is {found}"
                 break

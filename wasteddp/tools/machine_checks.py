@@ -90,15 +90,15 @@ class Device:
     cores: frozenset[int]  # that the rank may run on
 
 
-def device_of(world: Runtime) -> Device:
+def device_of(runtime: Runtime) -> Device:
     """Return the device of this rank. A UUID identifies a GPU, since two ranks may number one GPU differently."""
-    if world.device.type != "cuda":
-        identity, name, free = world.device.type, platform.machine(), 1.0
+    if runtime.device.type != "cuda":
+        identity, name, free = runtime.device.type, platform.machine(), 1.0
     else:
-        properties = torch.cuda.get_device_properties(world.device)
-        available, total = torch.cuda.mem_get_info(world.device)
+        properties = torch.cuda.get_device_properties(runtime.device)
+        available, total = torch.cuda.mem_get_info(runtime.device)
         identity, name, free = str(properties.uuid), properties.name, available / total
-    return Device(world.rank, socket.gethostname(), identity, name, free, world.threads, usable_cores())
+    return Device(runtime.rank, socket.gethostname(), identity, name, free, runtime.threads, usable_cores())
 
 
 def check_devices(devices: list[Device]) -> Finding:
@@ -202,20 +202,20 @@ def check_clocks(times: list[float]) -> Finding:
     return Finding("clock", "green", found if len(times) > 1 else found.partition(";")[0])
 
 
-def check_all_reduce(world: Runtime, num_bytes: int) -> Finding:
+def check_all_reduce(runtime: Runtime, num_bytes: int) -> Finding:
     """All ranks: sum tensors of the model's size, as each step does with the gradients, and check the sums."""
-    if world.world_size == 1:
+    if runtime.world_size == 1:
         return Finding("all-reduce", "green", "one process: nothing to sum")
-    small = torch.arange(1000, dtype=torch.float32, device=world.device) + world.rank
-    expected = torch.arange(1000, dtype=torch.float32) * world.world_size + sum(range(world.world_size))
-    right = torch.equal(world.sum(small).cpu(), expected)
-    wrong = world.totals(not right)[0]
-    large = torch.ones(num_bytes // 4, device=world.device)
+    small = torch.arange(1000, dtype=torch.float32, device=runtime.device) + runtime.rank
+    expected = torch.arange(1000, dtype=torch.float32) * runtime.world_size + sum(range(runtime.world_size))
+    right = torch.equal(runtime.sum(small).cpu(), expected)
+    wrong = runtime.totals(not right)[0]
+    large = torch.ones(num_bytes // 4, device=runtime.device)
     seconds = []
     for _ in range(_ROUNDS):
-        world.totals(0)  # all ranks start at the same time
+        runtime.totals(0)  # all ranks start at the same time
         began = time.perf_counter()
-        float(world.sum(large)[0])  # reading it waits for the GPU
+        float(runtime.sum(large)[0])  # reading it waits for the GPU
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[1:])
     found = f"{num_bytes / 1e6:.0f} MB of gradients in {1000 * median:.0f} ms, {num_bytes / median / 1e9:.2f} GB/s"
@@ -223,14 +223,14 @@ def check_all_reduce(world: Runtime, num_bytes: int) -> Finding:
         return Finding(
             "all-reduce",
             "red",
-            f"wrong sums on {wrong} of {world.world_size} ranks",
+            f"wrong sums on {wrong} of {runtime.world_size} ranks",
             "training would silently be wrong: try NCCL_P2P_DISABLE=1 and update driver and NCCL",
         )
-    if world.device.type == "cuda" and median > _SLOW_ALL_REDUCE_S:
+    if runtime.device.type == "cuda" and median > _SLOW_ALL_REDUCE_S:
         return Finding(
             "all-reduce",
             "yellow",
             f"{found}, right",
             "slow for GPUs: set NCCL_SOCKET_IFNAME to the fast network; NCCL_DEBUG=INFO shows which one is used",
         )
-    return Finding("all-reduce", "green", f"{found}, right on all {world.world_size} ranks")
+    return Finding("all-reduce", "green", f"{found}, right on all {runtime.world_size} ranks")

@@ -209,7 +209,7 @@ def _of_split(model: _Model, shard_set: ShardSet, split: str, console: Console) 
 
 def _is_current(folder: Path, run_folder: Path, manifest_sha256: str) -> bool:
     try:
-        hashes = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["hashes"]
+        hashes = json.loads(read_regular(folder / "metrics.json"))["hashes"]
         weights = read_card(find_bundle(run_folder)).hashes.weights
         is_there = (folder / "predictions.csv").is_file()  # training writes only the metrics
         return is_there and hashes["manifest"] == manifest_sha256 and hashes["weights"] == weights

@@ -16,27 +16,27 @@ import torch
 from wasteddp.data.dataset import open_dataset
 from wasteddp.data.decoding.decode import UndecodableError, decode_rgb
 from wasteddp.data.manifest import Manifest
-from wasteddp.data.train_plan import train_plan
+from wasteddp.data.train_plan import plan_training
 from wasteddp.errors import WastedError, storage
 from wasteddp.files import sync_folder, try_lock
 from wasteddp.inference.bundle import find_bundle, load_bundle
 from wasteddp.model import resnet
-from wasteddp.settings import Settings
+from wasteddp.settings import Model, Settings
 from wasteddp.tools.finding import Finding
 from wasteddp.training.build_model import load_weights
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings, refuse_finished
-from wasteddp.training.dataloaders import refuse_untrainable
+from wasteddp.training.dataloaders import refuse_shared, refuse_untrainable
 from wasteddp.training.tracking import wandb_client
 
 _SAMPLES = 64
 _CHUNK_BYTES = 1 << 24
 
 
-def model_bytes(settings: Settings, num_classes: int) -> int:
+def model_bytes(arch: str, num_classes: int) -> int:
     """Return the bytes of the weights and statistics, without allocating them."""
     with torch.device("meta"):
-        return sum(tensor.nbytes for tensor in resnet.build(settings.model.arch, num_classes).state_dict().values())
+        return sum(tensor.nbytes for tensor in resnet.build(arch, num_classes).state_dict().values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,18 @@ def check_shards(settings: Settings, rank: int) -> tuple[Finding, Opened | None]
     try:
         with open_dataset(settings.data, rank=rank) as shards:
             manifest = shards.manifest
+            refuse_shared(manifest, *names)
             for name in names:
                 with shards.reader(name) as reader:
                     if name == settings.data.train_split:
                         refuse_untrainable(manifest, name)
-                        plan = train_plan(manifest.split(name), settings, reader.labels)
+                        plan = plan_training(
+                            manifest.split(name),
+                            settings.data,
+                            reader.labels,
+                            batch_size=settings.train.batch_size,
+                            seed=settings.run.seed,
+                        )
                     among = manifest.split(name).shards[0].num_samples if manifest.url else reader.num_samples
                     count = min(_SAMPLES, among)
                     for number in range(count):
@@ -73,7 +80,7 @@ def check_shards(settings: Settings, rank: int) -> tuple[Finding, Opened | None]
                         try:
                             decode_rgb(data)
                         except UndecodableError as error:
-                            return _bad_shards(f"{reader.describe(sample)}: {error}", settings), None
+                            return _bad_shards(f"{reader.describe(sample)}: {error}", settings.data.shards), None
                         read_bytes += len(data)
     except WastedError as error:
         return _red("shards", error), None
@@ -89,17 +96,17 @@ def _red(check: str, error: WastedError) -> Finding:
     return Finding(check, "red", error.found, error.remedy)
 
 
-def _bad_shards(found: str, settings: Settings) -> Finding:
-    return Finding("shards", "red", found, f"list all damage: wasteddp verify {settings.data.shards}")
+def _bad_shards(found: str, shards: str) -> Finding:
+    return Finding("shards", "red", found, f"list all damage: wasteddp verify {shards}")
 
 
-def check_weights(settings: Settings, classes: Sequence[str]) -> Finding:
+def check_weights(model: Model, teacher: str, classes: Sequence[str]) -> Finding:
     """Load the initial weights, and the teacher's, as a run does: it may download them."""
     try:
-        network = resnet.build(settings.model.arch, len(classes))
-        origin = load_weights(network, settings.model, classes)
-        if settings.train.teacher:
-            load_bundle(find_bundle(Path(settings.train.teacher)))
+        network = resnet.build(model.arch, len(classes))
+        origin = load_weights(network, model, classes)
+        if teacher:
+            load_bundle(find_bundle(Path(teacher)))
     except WastedError as error:
         return _red("weights", error)
     return Finding("weights", "green", origin)

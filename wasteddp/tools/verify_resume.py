@@ -21,8 +21,7 @@ from rich.table import Table
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE, CheckpointError, SettingsError, storage
 from wasteddp.files import read_rows
-from wasteddp.settings import Settings
-from wasteddp.training.distributed.ranks import Ranks
+from wasteddp.training.distributed.launcher import Processes
 
 _POLL_S = 0.02
 _LONGEST_DELAY_S = 0.5
@@ -105,17 +104,25 @@ def prove(
     moments = sorted(draws.sample(range(1, steps), kills))
     say(f"seed {seed}: undisturbed with {processes[0]} process(es), {steps} steps")
     undisturbed, interrupted = out / "undisturbed", out / "interrupted"
-    _finish(Ranks.started(_arguments(config, fixed, undisturbed), processes[0], undisturbed))
+    _finish(Processes.start(_arguments(config, fixed, undisturbed), processes[0], undisturbed))
     done = []
     for number, moment in enumerate(moments, start=1):
-        ranks = Ranks.started(
+        ranks = Processes.start(
             _arguments(config, fixed, interrupted), processes[(number - 1) % len(processes)], interrupted
         )
         name, delay_s = draws.choice(["SIGKILL", "SIGTERM"]), draws.uniform(0, _LONGEST_DELAY_S)
         done.append(_kill(ranks, interrupted, number, moment, name, delay_s))
         say(f"attempt {number}: {done[-1].processes} process(es), {name} after step {done[-1].steps_done}")
-    _finish(Ranks.started(_arguments(config, fixed, interrupted), processes[kills % len(processes)], interrupted))
-    proof = compare(undisturbed, interrupted, settings=settings, seed=seed, processes=tuple(processes), kills=done)
+    _finish(Processes.start(_arguments(config, fixed, interrupted), processes[kills % len(processes)], interrupted))
+    proof = compare(
+        undisturbed,
+        interrupted,
+        precision=settings.precision,
+        deterministic=settings.run.deterministic,
+        seed=seed,
+        processes=tuple(processes),
+        kills=done,
+    )
     with storage("writing the receipt", out):
         (out / "receipt.json").write_text(json.dumps(asdict(proof) | {"holds": proof.holds}, indent=1))
         if proof.holds:
@@ -128,7 +135,8 @@ def compare(
     undisturbed: Path,
     interrupted: Path,
     *,
-    settings: Settings,
+    precision: str,
+    deterministic: bool,
     seed: int,
     processes: tuple[int, ...],
     kills: Sequence[Kill],
@@ -147,8 +155,8 @@ def compare(
     return Proof(
         seed=seed,
         processes=processes,
-        precision=settings.precision,
-        deterministic=settings.run.deterministic,
+        precision=precision,
+        deterministic=deterministic,
         kills=tuple(kills),
         rows=tuple(rows),
         final_weights=weights,
@@ -158,7 +166,7 @@ def compare(
     )
 
 
-def _kill(ranks: Ranks, run: Path, attempt: int, at_step: int, name: str, delay_s: float) -> Kill:
+def _kill(ranks: Processes, run: Path, attempt: int, at_step: int, name: str, delay_s: float) -> Kill:
     while ranks.are_running and _last_step(run) < at_step:
         time.sleep(_POLL_S)
     time.sleep(delay_s)
@@ -171,13 +179,13 @@ def _kill(ranks: Ranks, run: Path, attempt: int, at_step: int, name: str, delay_
     return Kill(attempt, len(codes), name, at_step, round(delay_s, 3), steps_done, codes)
 
 
-def _finish(ranks: Ranks) -> None:
+def _finish(ranks: Processes) -> None:
     codes = ranks.wait()
     if set(codes) != {EXIT_FINISHED}:
         raise _unexpected(ranks, "no signal", codes)
 
 
-def _unexpected(ranks: Ranks, what: str, codes: tuple[int, ...]) -> CheckpointError:
+def _unexpected(ranks: Processes, what: str, codes: tuple[int, ...]) -> CheckpointError:
     log = ranks.log
     said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
     return CheckpointError(

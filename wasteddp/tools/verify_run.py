@@ -10,6 +10,7 @@ from pathlib import Path
 
 from wasteddp import settings
 from wasteddp.errors import CheckpointError, WastedError
+from wasteddp.files import read_regular
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
 from wasteddp.inference.feature_files import load_features
 from wasteddp.training.checkpoint import reader
@@ -81,11 +82,11 @@ def _problem(check: Callable[[], object]) -> str:
 
 
 def _read_json(path: Path) -> object:
-    return json.loads(path.read_bytes())
+    return json.loads(read_regular(path))
 
 
 def _read_rows(path: Path) -> None:
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_regular(path).splitlines(), start=1):
         try:
             json.loads(line)["step"]
         except (ValueError, KeyError, TypeError) as error:

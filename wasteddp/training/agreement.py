@@ -33,7 +33,7 @@ Pending = Callable[[], Agreement]  # all ranks, once for each batch, before its 
 
 
 def agreed(
-    batches: Iterator[Batch], world: Runtime, *, seed: int, asks: Callable[[], bool]
+    batches: Iterator[Batch], runtime: Runtime, *, seed: int, asks: Callable[[], bool]
 ) -> Iterator[tuple[Batch, Pending]]:
     """Yield each batch with a function that returns the agreement on it. All ranks.
 
@@ -46,7 +46,7 @@ def agreed(
     def begin(batch: Batch, *, may_ask: bool) -> tuple[bool, Callable[[], list[int]]]:
         ends, has_asked = bool(signals.STOP) or batch.failure is not None, may_ask and asks()
         counts = ends, has_asked, len(batch.damage), *coverage_proof.count(batch, seed)
-        return has_asked, world.begin_totals(*counts)  # all ranks
+        return has_asked, runtime.begin_totals(*counts)  # all ranks
 
     def read(total: Callable[[], list[int]]) -> Agreement:
         stops, saves, damaged, *sums = total()
@@ -55,7 +55,7 @@ def agreed(
     def agree(batch: Batch) -> Agreement:
         return read(begin(batch, may_ask=True)[1])
 
-    if world.world_size == 1:  # a request during a step takes effect right after it
+    if runtime.world_size == 1:  # a request during a step takes effect right after it
         for batch in batches:
             yield batch, partial(agree, batch)
         return

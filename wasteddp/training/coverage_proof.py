@@ -38,13 +38,14 @@ from torch import nn
 
 from wasteddp.data.batch import Batch
 from wasteddp.errors import CoverageError
-from wasteddp.order.coverage import digest, digest_of_epoch, signed
+from wasteddp.order.coverage import digest, digest_of_epoch, to_signed
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING, TrainPlan
-from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.settings import Run
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.tracking.tracker import Tracker, roll_back
+from wasteddp.training.tracking.journal import roll_back
+from wasteddp.training.tracking.tracker import Tracker
 
 STEPS = "steps.jsonl"
 _HEX_DIGITS = 16
@@ -56,17 +57,17 @@ def count(batch: Batch, seed: int) -> tuple[int, int]:
     planned = np.array([item.sample for item in batch.damage], dtype=np.int64)
     stand_ins = np.array([item.replaced_by for item in batch.damage], dtype=np.int64)
     found = digest(seed, read) + digest(seed, planned) - digest(seed, stand_ins)
-    return len(read), signed(found)
+    return len(read), to_signed(found)
 
 
 def add(covered: Sequence[int], of_step: Sequence[int], batch: Batch) -> list[int]:
     """Add a step to (samples, hash, replaced) of the epoch; empty if the epoch started without counting."""
     if batch.step_in_epoch == 0:
         return list(of_step)
-    return [signed(a + b) for a, b in zip(covered, of_step, strict=True)] if covered else []
+    return [to_signed(a + b) for a, b in zip(covered, of_step, strict=True)] if covered else []
 
 
-def prove(progress: Progress, plan: TrainPlan, epoch: int, world: Runtime, tracker: Tracker) -> dict[str, float]:
+def prove(progress: Progress, plan: TrainPlan, epoch: int, runtime: Runtime, tracker: Tracker) -> dict[str, float]:
     """Return the "coverage/..." metrics after the last step of an epoch. All ranks.
 
     Each rank spends about 10 ns on each of its N / R samples and two small messages. With data.balance it also spends
@@ -75,8 +76,8 @@ def prove(progress: Progress, plan: TrainPlan, epoch: int, world: Runtime, track
     Raises:
         CoverageError: on every rank, after the row of metrics is written: the samples are not those of the epoch.
     """
-    [expected] = world.totals(digest_of_epoch(plan, epoch, part=world.rank, parts=world.world_size))  # all ranks
-    expected = signed(expected)
+    [expected] = runtime.totals(digest_of_epoch(plan, epoch, part=runtime.rank, parts=runtime.world_size))  # all ranks
+    expected = to_signed(expected)
     if progress.changed:
         tracker.say(f"epoch {epoch}: changed within ({', '.join(progress.changed)}), not proved")
         return {"coverage/changed": 1.0}
@@ -112,10 +113,10 @@ class StepHashes:
         resumed_step: number of optimizer steps done when the run starts.
     """
 
-    def __init__(self, settings: Settings, world: Runtime, resumed_step: int) -> None:
-        self._is_on, self._world = settings.run.record_steps, world
-        self._path = Path(settings.run.out) / STEPS
-        if self._is_on and world.is_main:
+    def __init__(self, run: Run, runtime: Runtime, resumed_step: int) -> None:
+        self._is_on, self._runtime = run.record_steps, runtime
+        self._path = Path(run.out) / STEPS
+        if self._is_on and runtime.is_main:
             roll_back(self._path, resumed_step)
 
     def add(self, step: int, batch: Batch, model: nn.Module) -> None:
@@ -129,8 +130,8 @@ class StepHashes:
         if not self._is_on:
             return
         own = batch.samples.tobytes(), b"".join(_digest(image) for image in batch.images_BCHW)
-        parts = self._world.gather(own)  # all ranks; in the order of their lanes, as one rank would have them
-        if self._world.is_main:
+        parts = self._runtime.gather(own)  # all ranks; in the order of their lanes, as one rank would have them
+        if self._runtime.is_main:
             samples, images = (hashlib.sha256(b"".join(column)) for column in zip(*parts, strict=True))
             row = {
                 "step": step,

@@ -16,23 +16,23 @@ import numpy as np
 from wasteddp import environment
 from wasteddp.data.batch import Batch
 from wasteddp.data.dataset import Needs, open_dataset
-from wasteddp.data.decoding.pool import DecodeServer
-from wasteddp.data.decoding.workers import default_workers
+from wasteddp.data.decoding.workers import DecodeServer, default_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
-from wasteddp.data.manifest import Manifest, Split
+from wasteddp.data.manifest import Manifest, Split, shared_shards
 from wasteddp.data.process_loader import print_warning
 from wasteddp.data.reader import SplitReader
-from wasteddp.data.train_plan import train_plan
+from wasteddp.data.train_plan import plan_training
 from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
-from wasteddp.order.shuffle_quality import Labels
-from wasteddp.settings import Settings
+from wasteddp.order.plan_quality import Labels
+from wasteddp.settings import Data, Settings
 from wasteddp.training.device_batches import copied_ahead
 from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
 from wasteddp.training.watchdog.signals import STOP
 
+_MOST_NAMED = 3
 _MOMENTS = 64  # sampled evenly over the run, to estimate the cache that it needs
 
 
@@ -56,16 +56,16 @@ class Inputs:
         counts = self.plan.balance.quotas.tolist() if self.plan.balance else self.train.samples_per_class
         return tuple(count / sum(counts) for count in counts)
 
-    def batches(self, first_step: int, last_step: int, world: Runtime) -> Iterator[Batch]:
+    def batches(self, first_step: int, last_step: int, runtime: Runtime) -> Iterator[Batch]:
         """Yield this rank's batches for the optimizer steps first_step .. last_step - 1 of the run.
 
         An error is passed on as a batch with a `failure`: if it were raised here, the other ranks would wait for this
         one. A wait for a store that a signal ended is not a failure: the loop sees the signal and all ranks save.
         """
-        steps = training_steps(self.plan, first_step, last_step, rank=world.rank, world_size=world.world_size)
+        steps = training_steps(self.plan, first_step, last_step, rank=runtime.rank, world_size=runtime.world_size)
         self.cache_forecast.train_reader.expect(self.cache_forecast.others(first_step, last_step))
         try:
-            yield from copied_ahead(self.train_loader.batches(steps), world.device)
+            yield from copied_ahead(self.train_loader.batches(steps), runtime.device)
         except StoppedError as error:
             yield replace(Batch.failed(error), failure=None)
         except WastedError as error:
@@ -77,7 +77,7 @@ class Inputs:
 
 
 @contextmanager
-def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None = None) -> Iterator[Inputs]:
+def open_inputs(settings: Settings, runtime: Runtime, server: DecodeServer | None = None) -> Iterator[Inputs]:
     """Open the inputs, and close them at the end of the block. All ranks.
 
     Args:
@@ -87,52 +87,57 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
         ShardError, SettingsError: on every rank: one of them cannot open or use the shards.
     """
     with ExitStack() as stack:
-        with world.together():
-            refuse_device_decoding(settings, world.device.type)
-            shards = stack.enter_context(open_dataset(settings.data, rank=world.rank, stopped=STOP.__bool__))
+        with runtime.sharing_errors():
+            refuse_device_decoding(settings.data.decode, runtime.device.type)
+            shards = stack.enter_context(open_dataset(settings.data, rank=runtime.rank, stopped=STOP.__bool__))
             manifest = shards.manifest
             train, val = manifest.split(settings.data.train_split), manifest.split(settings.data.eval_split)
             refuse_untrainable(manifest, train.name)
+            refuse_shared(manifest, train.name, val.name)
             train_reader = stack.enter_context(shards.reader(train.name, stopped=STOP.__bool__))
             val_reader = stack.enter_context(shards.reader(val.name, stopped=STOP.__bool__))
-            plan = train_plan(train, settings, train_reader.labels)
+            plan = plan_training(
+                train, settings.data, train_reader.labels, batch_size=settings.train.batch_size, seed=settings.run.seed
+            )
             cache_forecast = CacheForecast(
                 train_plan=plan,
                 train_reader=train_reader,
                 val_plan=EvaluationPlan(val.num_samples, settings.evaluate.batch_size),
                 val_reader=val_reader,
                 evaluate_every=settings.evaluate.every_steps or plan.steps_per_epoch,
-                rank=world.rank,
-                ranks=ranks_here(world.rank, world.world_size),
-                world_size=world.world_size,
+                rank=runtime.rank,
+                ranks=ranks_here(runtime.rank, runtime.world_size),
+                world_size=runtime.world_size,
             )
             num_steps, in_flight = plan.steps_per_epoch * settings.train.epochs, settings.data.prefetch + 1
             shards.require_room(
                 cache_forecast.train_windows(num_steps, in_flight), cache_forecast.val_windows(in_flight)
             )
-        refuse_different_sets(manifest, world)
-        processes = settings.data.uses_processes(world.device.type)
+        refuse_different_sets(manifest, runtime)
+        processes = settings.data.uses_processes(runtime.device.type)
         workers = settings.data.num_workers or default_workers(
-            world.cores if processes else world.threads, processes=processes
+            runtime.cores if processes else runtime.threads, processes=processes
         )
         if processes and server is None:
             server = stack.enter_context(DecodeServer())
-        pin_memory = world.device.type == "cuda"
+        pin_memory = runtime.device.type == "cuda"
         train_loader = training_loader(
             train_reader,
             seed=settings.run.seed,
-            image_size_px=partial(side_px, settings=settings),
+            image_size_px=partial(
+                side_px, schedule=settings.schedule, full_px=settings.data.image_size, epochs=settings.train.epochs
+            ),
             crop_scale=settings.augment.crop_scale,
             crop_ratio=settings.augment.crop_ratio,
             workers=workers,
             prefetch=settings.data.prefetch,
             pin_memory=pin_memory,
-            idle=world.device.type == "cpu",
+            idle=runtime.device.type == "cpu",
             on_device=settings.data.decode == "gpu",
             processes=processes,
             largest_px=settings.data.image_size,
             server=server,
-            warn=lambda words: print_warning(f"rank {world.rank}: {words}"),
+            warn=lambda words: print_warning(f"rank {runtime.rank}: {words}"),
         )
         val_loader = evaluation_loader(
             val_reader,
@@ -142,7 +147,7 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
             pin_memory=pin_memory,
             processes=processes,
             server=server,
-            warn=lambda words: print_warning(f"rank {world.rank}: {words}"),
+            warn=lambda words: print_warning(f"rank {runtime.rank}: {words}"),
         )
         for loader in (train_loader, val_loader):
             stack.callback(loader.close)
@@ -161,19 +166,19 @@ def open_inputs(settings: Settings, world: Runtime, server: DecodeServer | None 
 
 
 @contextmanager
-def start_early(settings: Settings) -> Iterator[DecodeServer | None]:
+def start_early(data: Data) -> Iterator[DecodeServer | None]:
     """Start the server of the decoding processes, if the run will use any. It imports its modules while this process
     joins the other ranks and starts CUDA."""
-    if not settings.data.uses_processes("cuda" if has_gpu() else "cpu"):
+    if not data.uses_processes("cuda" if has_gpu() else "cpu"):
         yield None
         return
     with DecodeServer() as server:
         yield server
 
 
-def refuse_device_decoding(settings: Settings, device_type: str) -> None:
+def refuse_device_decoding(decode: str, device_type: str) -> None:
     """Raise a SettingsError if data.decode is gpu and there is no GPU."""
-    if settings.data.decode == "gpu" and device_type != "cuda":
+    if decode == "gpu" and device_type != "cuda":
         raise SettingsError(
             f"data.decode is gpu and this process computes on {device_type}",
             "its images would never be decoded",
@@ -181,16 +186,27 @@ def refuse_device_decoding(settings: Settings, device_type: str) -> None:
         )
 
 
-def refuse_different_sets(manifest: Manifest, world: Runtime) -> None:
+def refuse_different_sets(manifest: Manifest, runtime: Runtime) -> None:
     """Raise a ShardError if the ranks read different manifests, from different copies or at different times. All
     ranks."""
-    found = world.gather(manifest.sha256)
+    found = runtime.gather(manifest.sha256)
     other = next((rank for rank, sha256 in enumerate(found) if sha256 != found[0]), None)
     if other is not None:
         raise ShardError(
             f"{manifest.where}: rank 0 reads the manifest {found[0][:12]} and rank {other} {found[other][:12]}",
             "the ranks would train on different sets of images",
             "copy the same shard set to every machine, and do not write to it while a training starts",
+        )
+
+
+def refuse_shared(manifest: Manifest, train: str, val: str) -> None:
+    """Raise a ShardError if two splits share a tar. Settings that name one split for both are taken as they are."""
+    shared = shared_shards(manifest, (train, val))
+    if shared:
+        raise ShardError(
+            f"{manifest.where}: {len(shared)} tar(s) are in both splits: {', '.join(shared[:_MOST_NAMED])}",
+            "the model would be evaluated on images that it was trained on",
+            "make the set again with `wasteddp shard` or `wasteddp index`, each tar in one split",
         )
 
 

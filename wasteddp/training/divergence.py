@@ -13,22 +13,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isfinite, log
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from wasteddp.errors import DivergedError, storage
 from wasteddp.model.resnet import running_statistics
-from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.reader import FOLDER, Progress, listed, step_of
+from wasteddp.settings import Settings, Train
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import FOLDER, listed, step_of
 from wasteddp.training.distributed.runtime import Runtime
+from wasteddp.training.optimization.optimizers import ScheduledOptimizer
 
 _FINITE = ("train/loss", "train/grad_norm")
 
 
-class RollBack(BaseException):
-    """Leaves the loop for `rolling_back`. A BaseException, because it must pass the handlers of errors."""
+class RollbackRequest(BaseException):
+    """Leaves the loop for `train_with_rollbacks`. A BaseException, because it must pass the handlers of errors."""
 
     def __init__(self, progress: Progress, reason: str) -> None:
         super().__init__(reason)
@@ -36,7 +37,7 @@ class RollBack(BaseException):
 
 
 @dataclass(frozen=True, slots=True)
-class Retreat:
+class Rollback:
     """How a run starts again after a divergence; the defaults change nothing, for the first start."""
 
     rollbacks: int = 0
@@ -49,6 +50,14 @@ class Retreat:
         return replace(progress, rollbacks=self.rollbacks, lr_factor=self.lr_factor)
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The result of an optimizer step, on the device."""
+
+    norm: torch.Tensor | None  # of the averaged gradient before clipping, []; None: not computed
+    skipped: torch.Tensor | None = None  # whether the step was skipped, bool []; None: steps are never skipped
+
+
 class Guard:
     """Detects divergence in one run, on every rank.
 
@@ -59,18 +68,18 @@ class Guard:
     def __init__(
         self,
         settings: Settings,
-        world: Runtime,
+        runtime: Runtime,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         num_classes: int,
         progress: Progress,
     ) -> None:
-        self._settings, self._world, self._model, self._optimizer = settings, world, model, optimizer
+        self._settings, self._runtime, self._model, self._optimizer = settings, runtime, model, optimizer
         self._limit = settings.train.exploding_loss * log(num_classes) or inf
         self.skips = settings.train.on_divergence == "skip"
         self._statistics = torch.zeros(0)
-        self._in_a_row = torch.tensor(progress.skipped_in_a_row, device=world.device)
+        self._in_a_row = torch.tensor(progress.skipped_in_a_row, device=runtime.device)
         self._longest = self._in_a_row.clone()
         needs_memory = self.skips or settings.model.unfreeze_every_epochs
         if needs_memory and settings.optimizer.name == "sgd" and settings.optimizer.momentum:
@@ -91,24 +100,20 @@ class Guard:
         if self.skips:
             self._statistics = _flat(running_statistics(self._model))
 
-    def step(self, stepper: Any, loss: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor | None:
-        """Run the optimizer's step, unless it is skipped. All ranks.
+    def step(self, optimizer: ScheduledOptimizer, loss: torch.Tensor, *, needs_norm: bool) -> Update:
+        """Clip the gradient and update the weights, unless the step is skipped. All ranks.
 
         Args:
-            stepper: the optimizer as Accelerate wraps it.
             loss: this rank's mean loss over its part of the global batch.
-            norm: norm of the averaged gradient; required if steps may be skipped.
-
-        Returns:
-            Whether the step was skipped, bool [] on the device; None if steps are never skipped.
+            needs_norm: return the norm of the gradient even if nothing here depends on it.
         """
+        norm = optimizer.clip(is_asked=needs_norm or self.skips)  # all ranks
         if not self.skips or norm is None:
-            stepper.step()
-            return None
-        mean = self._world.sum(loss) / self._world.world_size  # all ranks
+            optimizer.step()
+            return Update(norm)
+        mean = self._runtime.sum(loss) / self._runtime.world_size  # all ranks
         skipped = ~(norm.isfinite() & (mean <= self._limit))  # NaN is not <= anything
-        self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        stepper.step()
+        optimizer.step(found_inf=skipped.float())
         live = running_statistics(self._model)
         if live:
             kept = torch.where(skipped, self._statistics, _flat(live))
@@ -116,18 +121,20 @@ class Guard:
             torch._foreach_copy_(live, [part.view_as(tensor) for part, tensor in zip(parts, live, strict=True)])
         self._in_a_row = torch.where(skipped, self._in_a_row + 1, 0)
         self._longest = torch.maximum(self._longest, self._in_a_row)
-        return skipped
+        return Update(norm, skipped)
 
-    def judge(self, progress: Progress, row: dict[str, float], *, saves: bool) -> Progress:
+    def check(self, progress: Progress, row: dict[str, float], *, saves: bool) -> Progress:
         """Return the progress with the new count of skipped steps, and remove a NaN norm from the row. All ranks, with
         the same row.
 
         Raises:
             DivergedError: training diverged and must stop, or the limit of skipped steps or rollbacks is reached.
-            RollBack: training diverged and must roll back.
+            RollbackRequest: training diverged and must roll back.
         """
         train = self._settings.train
-        fp16 = self._world.accelerator.scaler is not None  # the scaler handles infinite gradients by lowering its scale
+        fp16 = (
+            self._runtime.accelerator.scaler is not None
+        )  # the scaler handles infinite gradients by lowering its scale
         if self.skips:
             longest, in_a_row = int(self._longest), int(self._in_a_row)
             self._longest = self._in_a_row.clone()
@@ -144,7 +151,7 @@ class Guard:
             return progress
         if train.on_divergence != "rollback" or progress.rollbacks >= train.max_rollbacks:
             raise self._diverged(reason, progress)
-        raise RollBack(progress, reason)
+        raise RollbackRequest(progress, reason)
 
     def _reason(self, row: dict[str, float]) -> str:
         for name in _FINITE:
@@ -170,39 +177,39 @@ class Guard:
         )
 
 
-def rolling_back(train: Callable[[Retreat], int], settings: Settings, world: Runtime) -> int:
-    """Call `train`, and after each `RollBack` call it again with a smaller learning rate. All ranks.
+def train_with_rollbacks(train: Callable[[Rollback], int], out: Path, asked: Train, runtime: Runtime) -> int:
+    """Call `train`, and after each `RollbackRequest` call it again with a smaller learning rate. All ranks.
 
     The run resumes from the newest checkpoint. If training diverges again before the next checkpoint, that checkpoint
     is removed and the run resumes from the one before it. If no checkpoint is left, the run starts at step 0.
     """
-    retreat = Retreat()
+    rollback = Rollback()
     while True:
         try:
-            return train(retreat)
-        except RollBack as back:
-            folder = Path(settings.run.out) / FOLDER
-            world.accelerator.free_memory()  # frees the diverged model before the next one is built
-            newest = _newest_step(folder, world)  # all ranks
-            if retreat.rollbacks and newest == retreat.from_step:
-                with world.together():
-                    if world.is_main and newest >= 0:
+            return train(rollback)
+        except RollbackRequest as back:
+            folder = out / FOLDER
+            runtime.accelerator.free_memory()  # frees the diverged model before the next one is built
+            newest = _newest_step(folder, runtime)  # all ranks
+            if rollback.rollbacks and newest == rollback.from_step:
+                with runtime.sharing_errors():
+                    if runtime.is_main and newest >= 0:
                         with storage("removing a checkpoint that diverges", folder):
                             shutil.rmtree(listed(folder)[-1])
-                newest = _newest_step(folder, world)  # all ranks
-            factor = back.progress.lr_factor * settings.train.rollback_lr_factor
-            retreat = Retreat(back.progress.rollbacks + 1, factor, newest)
-            world.say(
+                newest = _newest_step(folder, runtime)  # all ranks
+            factor = back.progress.lr_factor * asked.rollback_lr_factor
+            rollback = Rollback(back.progress.rollbacks + 1, factor, newest)
+            runtime.say(
                 f"diverged at step {back.progress.step}: {back.reason}; rolling back to "
                 + (f"step {newest}" if newest >= 0 else "the beginning")
-                + f" with {factor:g} of the learning rate (rollback {retreat.rollbacks} of at most "
-                + f"{settings.train.max_rollbacks})"
+                + f" with {factor:g} of the learning rate (rollback {rollback.rollbacks} of at most "
+                + f"{asked.max_rollbacks})"
             )
 
 
-def _newest_step(folder: Path, world: Runtime) -> int:
+def _newest_step(folder: Path, runtime: Runtime) -> int:
     """Return the step of the newest checkpoint that rank 0 sees; -1 if there is no checkpoint. All ranks."""
-    return int(world.gather(step_of(paths[-1]) if (paths := listed(folder)) else -1)[0])
+    return int(runtime.gather(step_of(paths[-1]) if (paths := listed(folder)) else -1)[0])
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:

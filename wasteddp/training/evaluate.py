@@ -73,7 +73,7 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
             rows.append(torch.stack([labels_B, predicted_B, confidence_B, (-losses_B).exp()]))
     except WastedError as error:
         failure = error
-    with runtime.together():  # the forward passes above use no collectives: eval mode, no gradients
+    with runtime.sharing_errors():  # the forward passes above use no collectives: eval mode, no gradients
         if failure:
             raise failure
     confusion = runtime.sum(counts).cpu().numpy().reshape(num_classes, num_classes)  # all ranks
@@ -99,14 +99,14 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
         of_truth,
     )
     kept_labels = answers.labels if keeps else answers.labels[:0]
-    parts = runtime.gather((Reliability.of(answers), Mistakes.of(answers), kept_labels, own_shares))  # all ranks
+    parts = runtime.gather((Reliability.measure(answers), Mistakes.find(answers), kept_labels, own_shares))  # all ranks
     seen = Seen(
         split=split.name,
         classes=classes,
         confusion=confusion,
         metrics=metrics,
-        reliability=Reliability.merged(part for part, *_ in parts),
-        mistakes=Mistakes.merged(part for _, part, *_ in parts),
+        reliability=Reliability.merge(part for part, *_ in parts),
+        mistakes=Mistakes.merge(part for _, part, *_ in parts),
         labels_N=np.concatenate([part for *_, part, _ in parts]) if keeps else None,
         probabilities_NK=np.concatenate([part for *_, part in parts]) if keeps else None,
     )

@@ -15,7 +15,7 @@ from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.watchdog.signals import STOP
 
 
-def add_features(run: Path, world: Runtime, data: Inputs, say: Callable[[str], None]) -> None:
+def add_features(run: Path, runtime: Runtime, data: Inputs, say: Callable[[str], None]) -> None:
     """Add the features to the run's model, unless it has them, and report it in a line.
 
     Rank 0, alone, after the last step: neither the weights nor the order of the run depend on it. A failure is
@@ -23,13 +23,13 @@ def add_features(run: Path, world: Runtime, data: Inputs, say: Callable[[str], N
     """
 
     def watched(batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in world.watch.over(iter(batches), "reading features of training images"):
+        for batch in runtime.watch.over(iter(batches), "reading features of training images"):
             if STOP:
                 raise StoppedError("the run was asked to stop")
             yield batch
 
     try:
-        classifier = Classifier.load(run, device=str(world.device))
+        classifier = Classifier.load(run, device=str(runtime.device))
         if classifier.training:
             return
         features = summarise_training(classifier, data.cache_forecast.train_reader, data.val_reader, watched=watched)

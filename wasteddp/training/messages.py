@@ -8,37 +8,40 @@ from collections.abc import Callable, Collection, Mapping
 from wasteddp import environment
 from wasteddp.data.batch import Damage
 from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
-from wasteddp.order import shuffle_quality
+from wasteddp.order import plan_quality
 from wasteddp.parallel import duration
 from wasteddp.settings import Settings
 from wasteddp.training import schedule
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 
 _MOST_NAMED = 10
 
 
-def facts(settings: Settings, world: Runtime, data: Inputs, last_step: int, origin: str) -> str:
+def facts(settings: Settings, runtime: Runtime, data: Inputs, last_step: int, origin: str) -> str:
     """Describe the run in one line, which can be found in a log with grep."""
     manifest, plan = data.manifest, data.plan
+    full_px, epochs = settings.data.image_size, settings.train.epochs
+    sizes = schedule.describe_sizes(settings.schedule, full_px=full_px, epochs=epochs)
     val = manifest.splits[settings.data.eval_split]
-    order = [shuffle_quality.describe(plan, data.train_labels)] if plan.block > 1 and world.is_main else []
+    order = [plan_quality.describe(plan, data.train_labels)] if plan.block > 1 and runtime.is_main else []
     if plan.balance:
         order.append(plan.balance.describe(manifest.classes))
     size_px = settings.data.eval_size_px
     evaluated_at = f", evaluated at {size_px} px" if size_px != settings.data.image_size else ""
     parts = [
         f"wasteddp {environment.commit()}: {settings.model.arch} from {origin}",
-        f"{world.world_size} x {world.device_name}, {world.threads} threads each",
-        f"{world.precision} ({world.precision_reason})" + (", deterministic" if settings.run.deterministic else ""),
-        f"{'compiled' if world.compiles else 'not compiled'} ({world.compile_reason})",
-        f"global batch {settings.train.batch_size} = {world.world_size} processes x {world.micro_batch} images "
-        f"x {world.accumulation} accumulated" + (f" ({world.micro_batch_reason})" if world.micro_batch_reason else ""),
+        f"{runtime.world_size} x {runtime.device_name}, {runtime.threads} threads each",
+        f"{runtime.precision} ({runtime.precision_reason})" + (", deterministic" if settings.run.deterministic else ""),
+        f"{'compiled' if runtime.compiles else 'not compiled'} ({runtime.compile_reason})",
+        f"global batch {settings.train.batch_size} = {runtime.world_size} processes x {runtime.micro_batch} images "
+        f"x {runtime.accumulation} accumulated"
+        + (f" ({runtime.micro_batch_reason})" if runtime.micro_batch_reason else ""),
         f"{last_step} steps, {plan.steps_per_epoch} per epoch"
         + ("" if plan.balance else f", each epoch leaves out {plan.left_out_per_epoch} different images"),
         f"{manifest.name}: {plan.num_samples} training and {val.num_samples} {val.name} images of "
-        f"{len(manifest.classes)} classes, {schedule.describe(settings)}{evaluated_at}",
+        f"{len(manifest.classes)} classes, {sizes}{evaluated_at}",
         f"seed {settings.run.seed}",
     ]
     return "\n".join(["; ".join(parts), *order])
@@ -77,14 +80,14 @@ def _loss(row: Mapping[str, float]) -> str:
 
 
 def report_damage(
-    world: Runtime, say: Callable[[str], None], damage: tuple[Damage, ...], total: int, limit: int
+    runtime: Runtime, say: Callable[[str], None], damage: tuple[Damage, ...], total: int, limit: int
 ) -> None:
     """Report the samples that were replaced in this step. All ranks.
 
     Raises:
         DamagedSampleError: more samples than the limit were replaced since the run started.
     """
-    found = [item for part in world.gather(damage) for item in part]
+    found = [item for part in runtime.gather(damage) for item in part]
     names = [f"{item.where} ({item.reason}), replaced by sample {item.replaced_by}" for item in found[:_MOST_NAMED]]
     if total > limit:
         raise DamagedSampleError(
@@ -116,9 +119,9 @@ def best_starts_again(before: Progress, now: Progress) -> list[str]:
     ]
 
 
-def early_stop(settings: Settings, progress: Progress) -> str:
+def early_stop(metric: str, progress: Progress) -> str:
     return (
-        f"stopped early: {progress.evaluations_since_best} evaluations without a better {settings.evaluate.metric} "
+        f"stopped early: {progress.evaluations_since_best} evaluations without a better {metric} "
         f"than {progress.best_value or 0:.2%} (train.early_stop_epochs)"
     )
 
@@ -131,20 +134,32 @@ def stopped_before_it_began(signal_name: str) -> str:
 
 
 def closing(
-    settings: Settings, progress: Progress, exit_code: int, signal_name: str, *, splits: Collection[str]
+    out: str,
+    progress: Progress,
+    exit_code: int,
+    signal_name: str,
+    *,
+    metric: str,
+    eval_split: str,
+    splits: Collection[str],
 ) -> str:
-    """Return how the run ended and what to do next, as commands to copy. `splits`: the splits of the shard set."""
-    out = settings.run.out
+    """Return how the run ended and what to do next, as commands to copy.
+
+    Args:
+        out: folder of the run.
+        metric, eval_split: of the evaluations in the run.
+        splits: of the shard set.
+    """
     if exit_code == EXIT_RESUMABLE:
         return (
             f"stopped by {signal_name} at step {progress.step} and saved; run the same command again to resume "
             f"(exit code {EXIT_RESUMABLE})"
         )
     best = "none" if progress.best_value is None else f"{progress.best_value:.2%} at step {progress.best_step}"
-    run, split = shlex.quote(out), "test" if "test" in splits else settings.data.eval_split
+    run, split = shlex.quote(out), "test" if "test" in splits else eval_split
     return "\n".join(
         [
-            f"finished at step {progress.step}: best {settings.evaluate.metric} {best}; the model is in {out}/model",
+            f"finished at step {progress.step}: best {metric} {best}; the model is in {out}/model",
             f"  evaluate:  wasteddp evaluate {run} --split {split}",
             f"  predict:   wasteddp predict {run} IMAGES...",
             f"  compare:   wasteddp report {run} OTHER_RUN",

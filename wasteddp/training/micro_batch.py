@@ -5,10 +5,10 @@ which it started, not the size that would fit now. The global batch, and so the 
 accumulated micro-batches follows.
 
 On a GPU the size is found by bisection over the divisors of a process's share of the global batch. Each try is a
-forward and a backward pass of the real recipe at the largest image size of the run, on copies of the weights, with as
-much other memory allocated as the optimizer, the loader and a reserve will take. The result is the largest size that
-fits on every rank. On a CPU, where memory is seldom the limit, it is the largest divisor up to
-`runtime.MOST_UNTRIED`, without a try.
+forward and a backward pass of the run's objective at its largest image size, on copies of the weights, with as much
+other memory allocated as the optimizer, the loader and a reserve will take. The result is the largest size that fits on
+every rank. On a CPU, where memory is seldom the limit, it is the largest divisor up to
+`startup.MOST_UNTRIED`, without a try.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import gc
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,17 +28,17 @@ from wasteddp.data.batch import Batch
 from wasteddp.errors import DeviceMemoryError
 from wasteddp.order.plan import micro_batch
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.state import ONE_MOMENT
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.recipe import Recipe
+from wasteddp.training.objective import Objective
 
 _RESERVE = 0.1  # of the GPU's memory: fragmentation, larger cuDNN workspaces, gradient buckets
 _BATCHES_AHEAD = 2  # uint8 batches of a rank's share on the GPU: the current one and the next
 
 
 def choose_size(
-    settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module, progress: Progress
+    settings: Settings, runtime: Runtime, objective: Objective, model: nn.Module, progress: Progress
 ) -> tuple[Runtime, Progress]:
     """Return the runtime and the progress with the chosen micro-batch size, after a checkpoint is restored. All ranks.
 
@@ -51,26 +52,35 @@ def choose_size(
         DeviceMemoryError: on every rank: not even one image fits.
     """
     if settings.train.max_micro_batch:
-        return world, progress
-    share = world.micro_batch * world.accumulation
+        return runtime, progress
+    share = runtime.micro_batch * runtime.accumulation
     if progress.micro_batch:
         size = progress.micro_batch
         reason = "as when the run started"
         if share % size:
             reason = f"the run started with {size}, which does not divide {share}: other BatchNorm groups from here on"
-    elif world.device.type == "cuda":
-        world.watch.at("trying how many images fit", slow=True)
-        size = min(world.gather(most_that_fit(share, _tried(settings, world, recipe, model))))  # all ranks
+    elif runtime.device.type == "cuda":
+        runtime.watch.at("trying how many images fit", slow=True)
+        largest = partial(
+            attempt,
+            runtime=runtime,
+            objective=objective,
+            model=model,
+            image_size=settings.data.image_size,
+            optimizer=settings.optimizer.name,
+        )
+        fits = partial(_fits, attempt=largest, device=runtime.device)
+        size = min(runtime.gather(most_that_fit(share, fits)))  # all ranks
         if not size:
-            raise _nothing_fits(settings)
+            raise _nothing_fits(settings.model.arch, settings.data.image_size)
         reason = f"the most of {share} that fit on every GPU with {_RESERVE:.0%} of its memory to spare"
     else:
-        size, reason = world.micro_batch, world.micro_batch_reason
+        size, reason = runtime.micro_batch, runtime.micro_batch_reason
     fitting, accumulation = micro_batch(
-        global_batch=settings.train.batch_size, world_size=world.world_size, max_micro_batch=size
+        global_batch=settings.train.batch_size, world_size=runtime.world_size, max_micro_batch=size
     )
-    world = replace(world, micro_batch=fitting, accumulation=accumulation, micro_batch_reason=reason)
-    return world, replace(progress, micro_batch=size)
+    runtime = replace(runtime, micro_batch=fitting, accumulation=accumulation, micro_batch_reason=reason)
+    return runtime, replace(progress, micro_batch=size)
 
 
 def most_that_fit(images: int, fits: Callable[[int], bool]) -> int:
@@ -80,39 +90,42 @@ def most_that_fit(images: int, fits: Callable[[int], bool]) -> int:
     return divisors[number - 1] if number else 0
 
 
-def _tried(settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module) -> Callable[[int], bool]:
-    def fits(size: int) -> bool:
-        fitted = True
-        try:
-            attempt(size, settings, world, recipe, model)
-        except torch.OutOfMemoryError:
-            fitted = False
-        # after the handler: the error references the frames of the attempt, and so its tensors
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(world.device)  # memory/peak_mb must not include the attempts
-        return fitted
-
+def _fits(size: int, attempt: Callable[[int], None], device: torch.device) -> bool:
+    fits = True
+    try:
+        attempt(size)
+    except torch.OutOfMemoryError:
+        fits = False
+    # after the handler: the error references the frames of the attempt, and so its tensors
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # memory/peak_mb must not include the attempts
     return fits
 
 
-def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model: nn.Module) -> None:
+def attempt(
+    size: int, runtime: Runtime, objective: Objective, model: nn.Module, *, image_size: int, optimizer: str
+) -> None:
     """Run a step with `size` images in a micro-batch on this rank, in the memory that it will have, without effects.
 
     It does not use DDP: a rank that runs out of memory would leave the others in a collective. It uses copies of the
     weights, because DDP's hooks on the original weights count their backward passes.
 
+    Args:
+        image_size: the largest of the run.
+        optimizer: its name.
+
     Raises:
         torch.OutOfMemoryError: the micro-batch does not fit.
     """
-    device, side = world.device, settings.data.image_size
-    share = world.micro_batch * world.accumulation
+    device, side = runtime.device, image_size
+    share = runtime.micro_batch * runtime.accumulation
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     kept = [torch.empty(int(_RESERVE * total) + _BATCHES_AHEAD * share * 3 * side**2, dtype=torch.uint8, device=device)]
     weights = {
         name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in model.named_parameters()
     }
-    if settings.optimizer.name not in ONE_MOMENT:  # the copies of the weights take the place of the first moment
+    if optimizer not in ONE_MOMENT:  # the copies of the weights take the place of the first moment
         kept += [torch.empty_like(tensor) for tensor in weights.values()]
     gradients = [torch.empty_like(tensor) for tensor in weights.values()]  # of the previous step
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
@@ -121,21 +134,21 @@ def attempt(size: int, settings: Settings, world: Runtime, recipe: Recipe, model
     batch = Batch(0, 0, images, torch.zeros(size, dtype=torch.int64), samples, samples, ())
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
-            module.eval()  # it would wait for the other ranks; `Recipe.begin_step` restores the training mode
+            module.eval()  # it would wait for the other ranks; `begin_step` restores the training mode
     generators = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with generators, torch.compiler.set_stance("force_eager"):  # compiling each size would take minutes
-        images_BCHW, targets = recipe.inputs(batch, 0)
+        images_BCHW, targets = objective.inputs(batch, 0)
         logits_BK = functional_call(model, {**weights, **buffers}, (images_BCHW,))
-        loss = recipe.loss(logits_BK, targets)
+        loss = objective.loss(logits_BK, targets)
         gradients.clear()
         torch.autograd.backward(loss)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _nothing_fits(settings: Settings) -> DeviceMemoryError:
+def _nothing_fits(arch: str, image_size: int) -> DeviceMemoryError:
     return DeviceMemoryError(
-        f"a GPU has too little memory to train {settings.model.arch} on one image of {settings.data.image_size} px "
+        f"a GPU has too little memory to train {arch} on one image of {image_size} px "
         f"with {_RESERVE:.0%} of the memory in reserve",
         "no micro-batch would fit",
         "lower data.image_size, use a smaller model.arch, or stop other programs on the GPU (see nvidia-smi)",

@@ -14,7 +14,8 @@ from wasteddp.files import make_folder, write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME
 from wasteddp.settings import Settings
 from wasteddp.training import messages
-from wasteddp.training.checkpoint.reader import Checkpoint, Progress
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import Checkpoint
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.tracking import run_id
@@ -27,7 +28,7 @@ _RESUMABLE_MARK = "RESUMABLE"
 
 def begin_run(
     settings: Settings,
-    world: Runtime,
+    runtime: Runtime,
     data: Inputs,
     progress: Progress,
     checkpoint: Checkpoint | None,
@@ -42,11 +43,11 @@ def begin_run(
         is_recorded: False if the run was finished and closed before this start: its files stay as they are.
     """
     tracker: Tracker = NoTracker()
-    with world.together():
-        if world.is_main and not is_recorded:
+    with runtime.sharing_errors():
+        if runtime.is_main and not is_recorded:
             tracker = ConsoleTracker()
             tracker.id = progress.tracker_id
-        elif world.is_main:
+        elif runtime.is_main:
             out = Path(settings.run.out)
             (out / _RESUMABLE_MARK).unlink(missing_ok=True)
             (out / slurm.MISTAKE_MARK).unlink(missing_ok=True)
@@ -55,7 +56,7 @@ def begin_run(
             write_atomically(out / "environment.json", json.dumps(environment.describe(), indent=1).encode())
             own = checkpoint is not None and out.resolve() in checkpoint.path.resolve().parents
             tracker = run_tracker(
-                settings, data.manifest, progress, last_step=last_step, own=own, world_size=world.world_size
+                settings, data.manifest, progress, last_step=last_step, own=own, world_size=runtime.world_size
             )
     return tracker
 
@@ -83,11 +84,10 @@ def mark_resumable(out: Path) -> None:
     write_atomically(out / _RESUMABLE_MARK, b"")
 
 
-def stopped_before_it_began(settings: Settings, *, is_check: bool) -> int:
+def stopped_before_it_began(out: Path, *, is_check: bool) -> int:
     """Report a stop by a signal before the first step, mark the run as resumable, and return the exit code."""
     if environment.launched("RANK", 0) == 0:
         print(messages.stopped_before_it_began(STOP.signal_name), flush=True)
-        out = Path(settings.run.out)
         try:
             if not is_check:
                 make_folder(out)

@@ -1,4 +1,5 @@
-"""Image sizes and intervals as functions of the step. Learning rates are in `optimization.optimizers`.
+"""What changes with the step, as pure functions of it: the learning rate, the size of the images, the frozen stages,
+and what is due.
 
 Progressive sizes. Training starts with small images, on which the network learns coarse features in a fraction of the
 time (the cost of a step grows with the square of the side), and learns fine detail at the full size later. The samples
@@ -15,36 +16,101 @@ DAWNBench).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import cos, expm1, floor, log, log1p, pi
 
-from wasteddp.order.plan import TrainPlan
-from wasteddp.settings import Settings
+from wasteddp.model.resnet import STAGES
+from wasteddp.settings import Model, Schedule
 
 STEP_PX = 16
+_WARMUP_START = 0.01  # of the peak learning rate, because BatchNorm has no statistics yet
 
 
-def side_px(epoch: int, settings: Settings) -> int:
+def learning_rate(step: int, peak: float, schedule: Schedule, *, epochs: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0. Cosine: Loshchilov and Hutter 2017.
+
+    Args:
+        peak: optimizer.lr.
+        epochs: of the whole run.
+    """
+    total, warmup = steps_per_epoch * epochs, round(schedule.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return peak * (_WARMUP_START + (1 - _WARMUP_START) * step / warmup)
+    if schedule.name == "constant":
+        return peak
+    if schedule.name == "step":
+        return peak * schedule.step_factor ** (step // (schedule.step_epochs * steps_per_epoch))
+    if schedule.name == "cosine_restarts":
+        done = _part_of_cycle(step - warmup, schedule, steps_per_epoch)
+    else:
+        done = (step - warmup) / max(1, total - warmup)
+    return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * (1 + cos(pi * done)) / 2)
+
+
+def _part_of_cycle(step: int, schedule: Schedule, steps_per_epoch: int) -> float:
+    """Return the fraction of the current cycle that is done, in [0, 1). `step` counts from the end of the warm-up.
+
+    With a first cycle of c steps and a factor f, cycle i starts at c (f^i - 1) / (f - 1) and takes c f^i steps. So i is
+    the logarithm of 1 + step (f - 1) / c to the base f, rounded down. Source: Loshchilov and Hutter 2017, section 3.
+    """
+    first, growth = schedule.cycle_epochs * steps_per_epoch, schedule.cycle_factor - 1
+    if growth == 0:
+        return step % first / first
+    # log1p and expm1 keep the digits of a factor such as 1.000001; 1e-9 is less than a step of any run
+    number = floor(log1p(step * growth / first) / log(schedule.cycle_factor) + 1e-9)
+    begin = first * expm1(number * log(schedule.cycle_factor)) / growth
+    return max(0.0, step - begin) / (first * schedule.cycle_factor**number)
+
+
+def side_px(epoch: int, schedule: Schedule, *, full_px: int, epochs: int) -> int:
     """Return the side of the training images of an epoch; it never shrinks from one epoch to the next.
 
     The side is schedule.start_size in the first epoch, and data.image_size after the fraction schedule.full_size_at of
     the epochs. Without a start_size it is always data.image_size.
+
+    Args:
+        full_px: data.image_size.
+        epochs: of the whole run.
     """
-    start, full = settings.schedule.start_size, settings.data.image_size
-    growing = settings.schedule.full_size_at * settings.train.epochs  # epochs
+    start, growing = schedule.start_size, schedule.full_size_at * epochs
     if not start or epoch >= growing:
-        return full
-    return start + int((full - start) * epoch / growing) // STEP_PX * STEP_PX
+        return full_px
+    return start + int((full_px - start) * epoch / growing) // STEP_PX * STEP_PX
 
 
-def changes(settings: Settings) -> list[tuple[int, int]]:
+def has_new_size(epoch: int, schedule: Schedule, *, full_px: int, epochs: int) -> bool:
+    """Whether the side differs from that of the epoch before."""
+    before, now = (side_px(e, schedule, full_px=full_px, epochs=epochs) for e in (max(0, epoch - 1), epoch))
+    return before != now
+
+
+def size_changes(schedule: Schedule, *, full_px: int, epochs: int) -> list[tuple[int, int]]:
     """Return (epoch, side in px) of the first epoch and of each epoch in which the side changes."""
-    sides = [(epoch, side_px(epoch, settings)) for epoch in range(settings.train.epochs)]
+    sides = [(epoch, side_px(epoch, schedule, full_px=full_px, epochs=epochs)) for epoch in range(epochs)]
     return [now for before, now in zip([(0, 0), *sides], sides, strict=False) if before[1] != now[1]]
 
 
-def describe(settings: Settings) -> str:
+def describe_sizes(schedule: Schedule, *, full_px: int, epochs: int) -> str:
     """Describe the sides of a run: "64 px, 80 px from epoch 4, ...", with epochs counted from 0 as in the metrics."""
-    first, *later = changes(settings)
+    first, *later = size_changes(schedule, full_px=full_px, epochs=epochs)
     return ", ".join([f"{first[1]} px", *(f"{side} px from epoch {epoch}" for epoch, side in later)])
+
+
+def frozen_at(freeze: str, unfreeze_every_epochs: float, epoch: float) -> str:
+    """Return the last frozen stage after `epoch` epochs, which may be a fraction; "none" if no stage is frozen.
+
+    Gradual unfreezing: every `unfreeze_every_epochs` epochs (0: never) the last frozen stage becomes trainable.
+    Source: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification", section 3.3.
+    """
+    if freeze == "none" or not unfreeze_every_epochs:
+        return freeze
+    names = ["none", *STAGES]
+    num_unfrozen = floor(epoch / unfreeze_every_epochs + 1e-9)  # 0.3 / 0.1 is below 3 in floating point
+    return names[max(0, names.index(freeze) - num_unfrozen)]
+
+
+def frozen_to_the_end(model: Model, epochs: int) -> str:
+    """Return the last stage that is still frozen in the last step of `epochs` epochs, and so is never trained."""
+    return frozen_at(model.freeze, model.unfreeze_every_epochs, epochs - 1e-6)  # an epoch has < 1e6 steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +130,6 @@ class Intervals:
     checkpoint_every: int
     log_every: int
     last_step: int
-
-    @classmethod
-    def of(cls, settings: Settings, plan: TrainPlan, last_step: int) -> Intervals:
-        return cls(
-            settings.evaluate.every_steps or plan.steps_per_epoch,
-            settings.checkpoint.every_steps,
-            settings.train.log_every_steps,
-            last_step,
-        )
 
     def due(self, step: int, *, is_asked: bool) -> Due:
         """Return what is due after step number `step`. `is_asked`: a checkpoint is due for another reason."""

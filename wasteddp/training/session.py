@@ -6,6 +6,7 @@
     batches      before each step, agree with the other ranks whether to stop or save
     stop         save before this batch
     before_step  count damaged samples; decide what is due after the step
+    micro_batches, backward, step    of the loop, with the metrics and the check for divergence
     after_step   prove the coverage of the epoch, read the metrics, check for divergence, evaluate, report, save
     ends         stop early, or after an interrupted evaluation
     finish       wait for the disk, complete the model, print the closing message, return the exit code
@@ -31,15 +32,16 @@ from wasteddp.training.agreement import Agreement, agreed
 from wasteddp.training.build_model import Built
 from wasteddp.training.checkpoint.compatibility import Lineage, measure_of
 from wasteddp.training.checkpoint.manager import CheckpointManager
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.coverage_proof import StepHashes
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.divergence import Guard, Retreat
+from wasteddp.training.divergence import Guard, Rollback, Update
 from wasteddp.training.evaluate import evaluate
 from wasteddp.training.features import add_features
-from wasteddp.training.metrics import Meter
-from wasteddp.training.schedule import Due, Intervals
+from wasteddp.training.meter import Meter
+from wasteddp.training.optimization.optimizers import ScheduledOptimizer
+from wasteddp.training.schedule import Due, Intervals, has_new_size
 from wasteddp.training.tracking.profiler import Profiler
 from wasteddp.training.tracking.tracker import Tracker, TrackerScope
 from wasteddp.training.watchdog import signals
@@ -50,7 +52,7 @@ def begin(
     built: Built,
     data: Inputs,
     start: tuple[str, Sequence[str]],
-    retreat: Retreat,
+    rollback: Rollback,
     *,
     max_steps: int | None = None,
 ) -> tuple[Session, Progress]:
@@ -58,12 +60,14 @@ def begin(
 
     Args:
         start: --resume and --accept-changes.
-        retreat: the number of rollbacks in this process and the learning-rate factor that they led to.
+        rollback: the number of rollbacks in this process and the learning-rate factor that they led to.
         max_steps: number of steps of this start; None: as set.
     """
-    manager = CheckpointManager(settings, built.world, data, built.model, built.optimizer, further=built.average.states)
-    progress, origin = Progress(Lineage.of(settings, data.manifest, teacher=built.recipe.teacher.sha256)), built.origin
-    measure = measure_of(settings, progress.lineage)
+    optimizer = built.optimizer.unwrapped
+    manager = CheckpointManager(settings, built.runtime, data, built.model, optimizer, further=built.average.states)
+    teacher, origin = built.objective.teacher.sha256, built.origin
+    progress = Progress(Lineage.of(settings, data.manifest, teacher=teacher))
+    measure = measure_of(settings.data, settings.evaluate, data.manifest.sha256)
     progress, changes = replace(progress, best_in=measure), []
     if checkpoint := manager.starting_point(*start, lineage=progress.lineage):
         before, progress = checkpoint.progress, checkpoint.progress.started_again(progress.lineage, measure)
@@ -77,20 +81,20 @@ def begin(
         if not trains:
             manager.refuse_changes_of_a_finished_run(changes, step=progress.step)
         manager.state.restore(checkpoint)
-    progress = retreat.applied(progress)
-    world, progress = micro_batch.choose_size(settings, built.world, built.recipe, built.model, progress)
+    progress = rollback.applied(progress)
+    runtime, progress = micro_batch.choose_size(settings, built.runtime, built.objective, built.model, progress)
     is_recorded = trains or progress.unmeasured is not None or not run_folder.is_closed(Path(settings.run.out))
     tracker = run_folder.begin_run(
-        settings, world, data, progress, checkpoint, last_step=last_step, is_recorded=is_recorded
+        settings, runtime, data, progress, checkpoint, last_step=last_step, is_recorded=is_recorded
     )
     progress = replace(progress, tracker_id=tracker.id)
     num_classes = len(data.manifest.classes)
     session = Session(
-        settings, world, data, built, manager, tracker, origin, last_step, patience, changes, is_recorded,
-        guard=Guard(settings, world, built.model, built.optimizer, num_classes=num_classes, progress=progress),
-        meter=Meter(world.device),
-        profiler=Profiler(settings.profile, world, Path(settings.run.out) / "profile", tracker.say),
-        hashes=StepHashes(settings, world, progress.step),
+        settings, runtime, data, built, manager, tracker, origin, last_step, patience, changes, is_recorded,
+        guard=Guard(settings, runtime, built.model, optimizer, num_classes=num_classes, progress=progress),
+        meter=Meter(runtime.device),
+        profiler=Profiler(settings.profile, runtime, Path(settings.run.out) / "profile", tracker.say),
+        hashes=StepHashes(settings.run, runtime, progress.step),
         is_check=max_steps is not None,
     )  # fmt: skip
     return session, progress
@@ -101,7 +105,7 @@ class Session:
     """Created by `begin`, used as `with session:`. The exit closes the tracker first, then the checkpoint manager."""
 
     settings: Settings
-    world: Runtime  # with the chosen micro-batch
+    runtime: Runtime  # with the chosen micro-batch
     data: Inputs
     built: Built
     manager: CheckpointManager
@@ -129,15 +133,20 @@ class Session:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
+    @property
+    def writes_report(self) -> bool:
+        """Whether this rank writes the report at the end."""
+        return self.runtime.is_main and self.is_recorded
+
     def open(self, progress: Progress) -> Progress:
         """Report the run, and evaluate the step of the checkpoint if it was saved without its evaluation."""
-        self.world.watch.detail = self.data.at_work
+        self.runtime.watch.detail = self.data.at_work
         for line in self.changes:
             self.tracker.say(line)
-        words = self.origin + self.built.recipe.teacher.words
-        self.tracker.say(messages.facts(self.settings, self.world, self.data, self.last_step, words))
+        words = self.origin + self.built.objective.teacher.words
+        self.tracker.say(messages.facts(self.settings, self.runtime, self.data, self.last_step, words))
         if progress.step == 0:
-            self.tracker.show_augmented(self.data, self.built.recipe.augment)
+            self.tracker.show_augmented(self.data, self.built.objective.augment)
         if progress.unmeasured is not None:
             progress = self._measure(progress, progress.unmeasured, Due(evaluates=True, saves=True, logs=True))
         if progress.unmeasured is not None or self._stops_early(progress):
@@ -146,17 +155,17 @@ class Session:
 
     def batches(self, progress: Progress) -> Iterator[tuple[Batch, Agreement]]:
         """Yield this rank's batches up to the last step, each with the agreement of all ranks before its step."""
-        planned = self.data.batches(progress.step, self.last_step, self.world)
-        ahead = agreed(planned, self.world, seed=self.data.plan.seed, asks=self.manager.asks)
-        watched = self.world.watch.steps(self.profiler.watched(ahead), progress.step)
+        planned = self.data.batches(progress.step, self.last_step, self.runtime)
+        ahead = agreed(planned, self.runtime, seed=self.data.plan.seed, asks=self.manager.asks)
+        watched = self.runtime.watch.steps(self.profiler.watched(ahead), progress.step)
         for batch, agree in self.meter.waiting(watched):
             yield batch, agree()
 
     def stop(self, progress: Progress, batch: Batch) -> Progress:
         """Save the run before this batch."""
         if self.meter.num_steps:
-            row = self.meter.read(self.world, self.settings.train.batch_size)
-            progress = self.guard.judge(progress, row, saves=True)
+            row = self.meter.read(self.runtime, self.settings.train.batch_size)
+            progress = self.guard.check(progress, row, saves=True)
         self.manager.save(progress, epoch=batch.epoch, best=None)
         self.stopped_by = batch
         return progress
@@ -166,11 +175,34 @@ class Session:
         if agreement.damaged:
             progress = replace(progress, damaged=progress.damaged + agreement.damaged)
             limit = self.settings.data.max_damaged
-            messages.report_damage(self.world, self.tracker.say, batch.damage, progress.damaged, limit)
+            messages.report_damage(self.runtime, self.tracker.say, batch.damage, progress.damaged, limit)
         self.guard.begin_step()
+        settings, steps_per_epoch = self.settings, self.data.plan.steps_per_epoch
+        full_px, epochs = settings.data.image_size, settings.train.epochs
+        is_new_size = has_new_size(batch.epoch, settings.schedule, full_px=full_px, epochs=epochs)
+        if batch.step_in_epoch == 0 and is_new_size:
+            self.runtime.watch.at("computing at a new image size", slow=True)  # the network may be compiled for it
         is_asked = agreement.saves or self.manager.notice.wants_a_save()
-        intervals = Intervals.of(self.settings, self.data.plan, self.last_step)
+        intervals = Intervals(
+            evaluate_every=settings.evaluate.every_steps or steps_per_epoch,
+            checkpoint_every=settings.checkpoint.every_steps,
+            log_every=settings.train.log_every_steps,
+            last_step=self.last_step,
+        )
         return progress, intervals.due(progress.step + 1, is_asked=is_asked)
+
+    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the micro-batches of this rank's batch; the backward pass of the last one averages the gradients."""
+        return self.runtime.micro_batches(batch, self.built.ddp)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward pass of a micro-batch, and add its part of the step's mean loss to the metrics."""
+        self.runtime.accelerator.backward(loss)
+        self.meter.add(loss)
+
+    def step(self, optimizer: ScheduledOptimizer, due: Due) -> Update:
+        """Clip the averaged gradient and update the weights; a step that diverged may be skipped."""
+        return self.guard.step(optimizer, self.meter.step_loss, needs_norm=due.logs)
 
     def after_step(
         self,
@@ -178,32 +210,25 @@ class Session:
         batch: Batch,
         agreement: Agreement,
         due: Due,
-        *,
         lr: float,
-        norm: torch.Tensor | None,
-        skipped: torch.Tensor | None,
+        update: Update,
     ) -> Progress:
-        """Count the step, and do what is due after it.
-
-        Args:
-            norm: norm of the averaged gradient, if it was requested.
-            skipped: whether this step was skipped, bool [] on the device; None if steps are never skipped.
-        """
-        world, plan = self.world, self.data.plan
-        self.built.average.update(progress.step, skipped)
+        """Count the step, and do what is due after it."""
+        runtime, plan = self.runtime, self.data.plan
+        self.built.average.update(progress.step, update.skipped)
         covered = coverage_proof.add(progress.covered, agreement.sums, batch)
         changed = progress.changed if batch.step_in_epoch else []
         progress = replace(progress, step=progress.step + 1, covered=covered, changed=changed)
-        self.meter.step_done(skipped)
+        self.meter.step_done(update.skipped)
         self.profiler.step_done()
         self.hashes.add(progress.step, batch, self.built.model)
         row: dict[str, float] = {}
         if batch.step_in_epoch + 1 == plan.steps_per_epoch:
-            row |= coverage_proof.prove(progress, plan, batch.epoch, world, self.tracker)
+            row |= coverage_proof.prove(progress, plan, batch.epoch, runtime, self.tracker)
         if due.logs:
-            row |= self.meter.read(world, self.settings.train.batch_size)
-            row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": lr, "train/grad_norm": float(norm or 0)}
-            progress = self.guard.judge(progress, row, saves=due.saves)
+            row |= self.meter.read(runtime, self.settings.train.batch_size)
+            row |= {"epoch": progress.step / plan.steps_per_epoch, "lr": lr, "train/grad_norm": float(update.norm or 0)}
+            progress = self.guard.check(progress, row, saves=due.saves)
         if due.evaluates:
             # first: a checkpoint saved without its evaluation must already hold the averaged statistics
             self.manager.state.reconcile()
@@ -212,7 +237,7 @@ class Session:
     def ends(self, progress: Progress, due: Due) -> bool:
         """Whether the run ends before its last step."""
         if progress.unmeasured is None and due.evaluates and self._stops_early(progress):
-            self.tracker.say(messages.early_stop(self.settings, progress))
+            self.tracker.say(messages.early_stop(self.settings.evaluate.metric, progress))
             return True
         return progress.unmeasured is not None
 
@@ -223,13 +248,21 @@ class Session:
         if self.stopped_by or progress.unmeasured is not None:
             exit_code = self.tracker.exit_code = EXIT_RESUMABLE
             # the error of a rank that could not read its batch, now that the run is saved
-            self.world.raise_together(self.stopped_by.failure if self.stopped_by else None)
-            if self.world.is_main:
+            self.runtime.raise_together(self.stopped_by.failure if self.stopped_by else None)
+            if self.runtime.is_main:
                 run_folder.mark_resumable(Path(self.settings.run.out))
-        elif self.world.is_main and self.is_recorded and not self.is_check:
-            add_features(Path(self.settings.run.out), self.world, self.data, self.tracker.say)
-        splits, signal_name = self.data.manifest.splits, signals.STOP.signal_name
-        self.tracker.say(messages.closing(self.settings, progress, exit_code, signal_name, splits=splits))
+        elif self.runtime.is_main and self.is_recorded and not self.is_check:
+            add_features(Path(self.settings.run.out), self.runtime, self.data, self.tracker.say)
+        message = messages.closing(
+            self.settings.run.out,
+            progress,
+            exit_code,
+            signals.STOP.signal_name,
+            metric=self.settings.evaluate.metric,
+            eval_split=self.settings.data.eval_split,
+            splits=self.data.manifest.splits,
+        )
+        self.tracker.say(message)
         return exit_code
 
     def _stops_early(self, progress: Progress) -> bool:
@@ -247,11 +280,11 @@ class Session:
         Raises:
             WastedError: on every rank: the evaluation failed.
         """
-        world, settings, tracker = self.world, self.settings, self.tracker
+        runtime, settings, tracker = self.runtime, self.settings, self.tracker
         epoch, better = (progress.step - 1) // self.data.plan.steps_per_epoch, None
         if due.evaluates:
             try:
-                scores, seen = evaluate(self.built.average.network, self.data, world, settings.evaluate.batch_size)
+                scores, seen = evaluate(self.built.average.network, self.data, runtime, settings.evaluate.batch_size)
             except WastedError as error:
                 progress = replace(progress, unmeasured=row)
                 self.manager.save(progress, epoch=epoch, best=None)

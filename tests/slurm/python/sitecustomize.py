@@ -56,7 +56,7 @@ class _Finder:
 
 _CHANGES = {
     "torchvision.models.resnet": _narrow,
-    "wasteddp.training.metrics": _slow,
+    "wasteddp.training.meter": _slow,
     "wasteddp.report.background": _without_report,
 }
 sys.meta_path.insert(0, _Finder(_CHANGES))  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ class Augment:
     kernel: Kernel | None = field(default=None, compare=False)  # does everything except a policy's operations; see `on`
 
     @classmethod
-    def of(cls, settings: settings.Augment, seed: int) -> Augment:
+    def from_settings(cls, settings: settings.Augment, seed: int) -> Augment:
         """Return the augmentation of the settings, without the crop, MixUp and CutMix."""
         return cls(seed, **settings.model_dump(include={field.name for field in fields(cls)}))
 
@@ -122,7 +122,7 @@ class Augment:
                 return self.kernel(images_BCHW, replace(drawn, flips_columns_B=no, flips_rows_B=no), self.has_colour)
         pixels_BCHW = images_BCHW.float()
         if self.has_colour:
-            pixels_BCHW = _coloured(images_BCHW, pixels_BCHW, drawn)
+            pixels_BCHW = _change_colours(images_BCHW, pixels_BCHW, drawn)
         normalised = normalise(pixels_BCHW)
         if self.erase:
             normalised = normalised * to_device(~drawn.mask(height, width)[:, None], device)  # 0 is the mean colour
@@ -161,12 +161,12 @@ class Augment:
             own_B=(s * c * b).astype(np.float32),
             grey_B=((1 - s) * c * b).astype(np.float32),
             mean_B=((1 - c) * b).astype(np.float32),
-            erased_B4=_erased(samples, epoch, self.seed, self.erase, height, width),
+            erased_B4=_draw_boxes(samples, epoch, self.seed, self.erase, height, width),
         )
 
     def _policy(self, images_BCHW: torch.Tensor, samples: I64, epoch: int) -> torch.Tensor:
         """Apply the operations of each image in order, each round to the whole batch."""
-        rounds = randaugment.drawn(
+        rounds = randaugment.draw(
             samples,
             epoch,
             seed=self.seed,
@@ -189,7 +189,7 @@ def mean_luma(images_BCHW: torch.Tensor) -> torch.Tensor:
     return (sums_BC[:, 0] * LUMA[0] + sums_BC[:, 1] * LUMA[1] + sums_BC[:, 2] * LUMA[2]) / num_pixels
 
 
-def _coloured(images_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+def _change_colours(images_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor, drawn: Drawn) -> torch.Tensor:
     device = images_BCHW.device
     own, grey, mean = (column(factor_B, device) for factor_B in (drawn.own_B, drawn.grey_B, drawn.mean_B))
     red_B1HW, green_B1HW, blue_B1HW = torch.split(pixels_BCHW, 1, dim=1)
@@ -198,7 +198,7 @@ def _coloured(images_BCHW: torch.Tensor, pixels_BCHW: torch.Tensor, drawn: Drawn
     return (pixels_BCHW * own).add_(offset_B1HW).clamp_(0, 255)
 
 
-def _erased(samples: I64, epoch: int, seed: int, probability: float, height: int, width: int) -> I64:
+def _draw_boxes(samples: I64, epoch: int, seed: int, probability: float, height: int, width: int) -> I64:
     """Return `Drawn.erased_B4`; four zeros for an image without an erased rectangle."""
     chance, area, ratio, top, left = uniform(ERASE, seed, epoch, samples, num=5).T
     area = height * width * (_ERASE_SCALE[0] + (_ERASE_SCALE[1] - _ERASE_SCALE[0]) * area)

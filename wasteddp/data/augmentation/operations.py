@@ -79,17 +79,17 @@ def _move(images_BCHW: torch.Tensor, operations_B: I64, magnitudes_B: F64) -> to
     corners_B1N = (y_BHW >> _POINT).mul_(stride).add_(x_BHW >> _POINT).view(count, 1, -1).long()
     corners_BCN = corners_B1N.expand(-1, channels, -1)
     right_B1N, down_B1N = (part.bitwise_and_(_ONE - 1).view(count, 1, -1) for part in (x_BHW, y_BHW))
-    frames_BCM = _framed(images_BCHW).flatten(2)
+    frames_BCM = _add_frame(images_BCHW).flatten(2)
     # the same indices in a shifted frame are the neighbours to the right, below, and below right
     upper_BCN, lower_BCN = (
-        _between(right_B1N, *(frames_BCM[:, :, row + shift :].gather(2, corners_BCN) for shift in (0, 1)))
+        _interpolate(right_B1N, *(frames_BCM[:, :, row + shift :].gather(2, corners_BCN) for shift in (0, 1)))
         for row in (0, stride)
     )
-    levels_BCN = _between(down_B1N, upper_BCN, lower_BCN).add_(_ONE * _ONE // 2).bitwise_right_shift_(2 * _POINT)
+    levels_BCN = _interpolate(down_B1N, upper_BCN, lower_BCN).add_(_ONE * _ONE // 2).bitwise_right_shift_(2 * _POINT)
     return levels_BCN.to(torch.uint8).view(images_BCHW.shape)
 
 
-def _framed(images_BCHW: torch.Tensor) -> torch.Tensor:
+def _add_frame(images_BCHW: torch.Tensor) -> torch.Tensor:
     """Add a frame of the fill colour, one pixel before and two after the image: int32 [B, C, H + 3, W + 3]."""
     count, channels, height, width = images_BCHW.shape
     frames_BCHW = images_BCHW.new_empty((count, channels, height + 3, width + 3), dtype=torch.int32)
@@ -99,7 +99,7 @@ def _framed(images_BCHW: torch.Tensor) -> torch.Tensor:
     return frames_BCHW
 
 
-def _between(part: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _interpolate(part: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Interpolate, and return 2048 times the value at `part` / 2048 from `first` to `second`; overwrites `second`."""
     return second.sub_(first).mul_(part).add_(first, alpha=_ONE)
 

@@ -46,7 +46,7 @@ _SHEARS = [Operation.SHEAR_X, Operation.SHEAR_Y]
 _BLENDS = [Operation.BRIGHTNESS, Operation.COLOR, Operation.CONTRAST, Operation.SHARPNESS]
 
 
-def drawn(
+def draw(
     samples_B: I64, epoch: int, *, seed: int, policy: str, num_ops: int, strength: float, height: int, width: int
 ) -> Iterator[tuple[I64, F64]]:
     """Yield (operations [B], magnitudes [B]) for each of the R rounds, as arguments of `operations.apply`.

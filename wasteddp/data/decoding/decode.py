@@ -21,9 +21,17 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from wasteddp.data.decoding.formats import missing_decoder, open_image
-from wasteddp.data.decoding.jpeg_markers import repair_markers
-from wasteddp.data.decoding.levels import UnknownRangeError, to_eight_bits
+from wasteddp.data.decoding.formats import (
+    APP1,
+    APP2,
+    UnknownRangeError,
+    has_segment,
+    is_jpeg,
+    missing_decoder,
+    open_image,
+    repair_markers,
+    to_eight_bits,
+)
 
 ImageHWC = npt.NDArray[np.uint8]
 GreyHW = npt.NDArray[np.uint8]
@@ -33,7 +41,6 @@ MAX_PIXELS = 178_956_970  # checked on the header, before any pixel is decoded
 
 MAX_JPEG_SIDE_PX = 65_500  # of libjpeg
 
-_APP1, _APP2, _START_OF_SCAN = 0xE1, 0xE2, 0xDA  # JPEG markers, ISO/IEC 10918-1, table B.1
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = 1
 DEFAULT_QUALITY = 95
@@ -63,13 +70,9 @@ class UndecodableError(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def is_jpeg(data: bytes) -> bool:
-    return data[:3] == b"\xff\xd8\xff"
-
-
 def orientation(data: bytes) -> int:
     """Return the EXIF orientation of a JPEG, 1 (upright) to 8; 1 if it has none."""
-    if not _has_segment(data, _APP1, b"Exif\x00\x00"):
+    if not has_segment(data, APP1, b"Exif\x00\x00"):
         return _UPRIGHT
     try:
         with open_image(data) as image:
@@ -152,12 +155,12 @@ def decode_rgb(
     *size, turn = known or header(data)  # refuses bombs before memory is allocated
     is_faulty = False
     if is_jpeg(data):
-        height, width = _scaled(size[0], size[1], min_height_px, min_width_px)
+        height, width = _scaled_size(size[0], size[1], min_height_px, min_width_px)
         if turn >= 5:
             height, width = width, height
         try:
             pixels = _decode_jpeg(data, min_height=height, min_width=width, fastupsample=is_fast)
-            return pixels if turn == _UPRIGHT else _turned(pixels, turn)
+            return pixels if turn == _UPRIGHT else _turn(pixels, turn)
         except ValueError as error:
             if not any(word in str(error).lower() for word in ("cmyk", "colorspace", "subsampling")):
                 raise _undecodable(error, data) from error
@@ -191,7 +194,7 @@ def take_tolerated() -> bool:
     return was
 
 
-def _scaled(height: int, width: int, min_height_px: int, min_width_px: int) -> tuple[int, int]:
+def _scaled_size(height: int, width: int, min_height_px: int, min_width_px: int) -> tuple[int, int]:
     """Return (H, W) at the smallest fast DCT scale that is large enough; (0, 0), for full size, without limits."""
     if not min_height_px and not min_width_px:
         return 0, 0
@@ -204,7 +207,7 @@ def _scaled(height: int, width: int, min_height_px: int, min_width_px: int) -> t
 
 def is_plain_jpeg(data: bytes) -> bool:
     """Return whether every decoder shows this JPEG alike: upright; grey, YCbCr or RGB; one image (not MPO)."""
-    if not is_jpeg(data) or _has_segment(data, _APP2, b"MPF\x00") or orientation(data) != _UPRIGHT:
+    if not is_jpeg(data) or has_segment(data, APP2, b"MPF\x00") or orientation(data) != _UPRIGHT:
         return False
     try:
         return simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr", "RGB")
@@ -257,24 +260,13 @@ def _is_tolerated(data: bytes) -> bool:
     return repair_markers(data) != data
 
 
-def _has_segment(data: bytes, marker: int, begins_with: bytes) -> bool:
-    """Return whether a JPEG has such a segment before its pixels; 3 us, a third of the time of a byte search."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != _START_OF_SCAN:
-        if data[position + 1] == marker and data.startswith(begins_with, position + 4):
-            return True
-        is_fill = data[position + 1] == 0xFF  # any number of these may precede a marker
-        position += 1 if is_fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
-
-
 def _decode_with_pillow(data: bytes) -> ImageHWC:
     try:
         with open_image(data) as image:
             image.load()
             pixels = np.array(_to_rgb(to_eight_bits(image, data)))  # a copy: Pillow's own memory is read-only
             turn = _turn_of(image)  # of a TIFF that Pillow turned when it was loaded: 1
-            return pixels if turn == _UPRIGHT else _turned(pixels, turn)
+            return pixels if turn == _UPRIGHT else _turn(pixels, turn)
     except Exception as error:
         raise _undecodable(error, data) from error
 
@@ -287,7 +279,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _turned(pixels: ImageHWC, turn: int) -> ImageHWC:
+def _turn(pixels: ImageHWC, turn: int) -> ImageHWC:
     """Return upright pixels for EXIF orientation `turn` (2 to 8). Source: EXIF 2.32, table of tag 0x0112."""
     if turn >= 5:
         pixels = pixels.transpose(1, 0, 2)  # 5: mirrored along the main diagonal

@@ -1,4 +1,4 @@
-"""A pool of decoding processes: it starts workers, sends them tasks, and replaces workers that die.
+"""A pool of decoding processes: it sends tasks to workers, and replaces workers that die.
 
 A task is some rows of a batch. Each worker has its own socket, which queues its tasks, so no process waits for a lock
 that a killed process could hold. A worker that dies is replaced, and the new worker gets its unanswered tasks. A task
@@ -12,8 +12,6 @@ import pickle
 import selectors
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -21,26 +19,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.shared_memory import SharedMemory
-from wasteddp.data.decoding.worker import AT_WORK_DTYPE, NUMBER, REAP, START, UNKNOWN, Answer, Failure, Rows
+from wasteddp.data.decoding.worker import AT_WORK_DTYPE, UNKNOWN, Answer, Failure, Rows
+from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.errors import WorkerError
+from wasteddp.files import most_files
 
 KILLED = "killed"  # a kind of failure, as is `worker.UNREAD`
 
-_BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _DEATHS_OF_A_ROW = 2
 _DEATHS_IN_A_ROW = 10  # of a worker, without an answer in between
-_MOST_SHARDS = 128  # that a worker keeps open
 _DESCRIPTORS_AT_ONCE = 200  # Linux sends at most 253 in a message (SCM_MAX_FD)
-_ROOT = Path(__file__).resolve().parents[3]
 
-Opened = Callable[[int], AbstractContextManager[int]]  # the descriptor of a shard, by number
+OpenShard = Callable[[int], AbstractContextManager[int]]  # the descriptor of a shard, by number
 
 
 @dataclass(slots=True)
@@ -69,93 +63,12 @@ class _Worker:
     deaths: int = 0  # without an answer in between
 
 
-class DecodeServer:
-    """A process that forks workers, for all pools of this process. It imports the decoders in the background.
-
-    It is a new interpreter, so CUDA and threads of this process do not affect it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._begin()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def fork(self, end: int) -> int:
-        """Fork a worker that owns the descriptor `end`, and return its pid. A killed server is restarted."""
-        with self._lock:
-            try:
-                return self._asked_to_fork(end)
-            except (OSError, EOFError):
-                self._end()
-                self._begin()
-                return self._asked_to_fork(end)
-
-    def exit_code(self, pid: int) -> int:
-        """Return the exit code of a worker that closed its socket; -N if signal N killed it.
-
-        UNKNOWN if another server started the worker, or the server is dead.
-        """
-        with self._lock:
-            try:
-                self._control.sendall(REAP + NUMBER.pack(pid))
-                return self._answer()
-            except (OSError, EOFError):
-                return UNKNOWN
-
-    def close(self) -> None:
-        """Kill the server; the kernel then kills the remaining workers."""
-        with self._lock:
-            self._end()
-
-    def __enter__(self) -> DecodeServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _begin(self) -> None:
-        self._control, its = socket.socketpair()
-        # blocked in the server and its workers from their first instruction: the parent handles these signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
-        try:
-            with its:
-                code = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from wasteddp.data.decoding import worker; "
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", f"{code}worker.serve({its.fileno()})"],
-                    pass_fds=[its.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env=_environment(os.environ),
-                )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def _end(self) -> None:
-        self._control.close()
-        self._process.kill()  # SIGTERM is blocked there, and it has nothing to save
-        self._process.wait()
-
-    def _asked_to_fork(self, end: int) -> int:
-        socket.send_fds(self._control, [START], [end])
-        return self._answer()
-
-    def _answer(self) -> int:
-        data = self._control.recv(NUMBER.size, socket.MSG_WAITALL)
-        if len(data) < NUMBER.size:
-            raise EOFError
-        return int(NUMBER.unpack(data)[0])
-
-
 class DecodePool:
     """Processes that fill rows of batches.
 
     Args:
         num_workers: number of processes.
-        opened: returns a context with the descriptor of a shard; it may wait for the shard.
+        open_shard: returns a context with the descriptor of a shard; it may wait for the shard.
         is_idle: the workers run only when a core has no other work (Linux).
         warn: called with a message for each worker that died.
         server: forks the workers; if left out, the pool starts its own.
@@ -164,13 +77,13 @@ class DecodePool:
     def __init__(
         self,
         num_workers: int,
-        opened: Opened,
+        open_shard: OpenShard,
         *,
         warn: Callable[[str], None],
         is_idle: bool = False,
         server: DecodeServer | None = None,
     ) -> None:
-        self._opened, self._is_idle, self._warn = opened, is_idle, warn
+        self._open_shard, self._is_idle, self._warn = open_shard, is_idle, warn
         self._memories: dict[int, SharedMemory] = {}
         self._at_work = SharedMemory(num_workers * AT_WORK_DTYPE.itemsize)
         self.at_work = self._at_work.view(0, self._at_work.num_bytes).view(AT_WORK_DTYPE)
@@ -208,12 +121,12 @@ class DecodePool:
         Args:
             task: to run.
             worker: its number, modulo the number of workers.
-            wanted: the shards that the worker may keep open; it closes all others. None: the last `_MOST_SHARDS`.
+            wanted: the shards that the worker may keep open; it closes all others. None: the last `most_shards`.
         """
         needed = dict.fromkeys(task.rows["shard"].tolist())
         with ExitStack() as stack:
             # wait without the lock, so that another thread can receive answers meanwhile
-            descriptors = {shard: stack.enter_context(self._opened(shard)) for shard in needed}
+            descriptors = {shard: stack.enter_context(self._open_shard(shard)) for shard in needed}
             with self._lock:
                 target = self._workers[worker % len(self._workers)]
                 target.tasks.append(task)
@@ -314,10 +227,10 @@ class DecodePool:
             fresh.tasks.append(task)
             with ExitStack() as stack:
                 needed = dict.fromkeys(task.rows["shard"].tolist())
-                descriptors = {shard: stack.enter_context(self._opened(shard)) for shard in needed}
+                descriptors = {shard: stack.enter_context(self._open_shard(shard)) for shard in needed}
                 _send_task(fresh, task, descriptors, None)
 
-    def longest(self) -> tuple[int, int, float] | None:
+    def find_longest(self) -> tuple[int, int, float] | None:
         """Return (worker, sample, seconds) for the worker that is longest at one sample; None if all are idle."""
         busy = [
             (float(entry["since_s"]), number, int(entry["sample"]))
@@ -330,6 +243,11 @@ class DecodePool:
         return number, sample, time.monotonic() - since_s
 
 
+def most_shards() -> int:
+    """Return how many shards a worker keeps open, and how many a task should need at most."""
+    return most_files(1 / 8, 128)
+
+
 def _describe_end(code: int) -> str:
     if code == UNKNOWN:
         return "was killed with the server of the decoding processes"
@@ -339,14 +257,9 @@ def _describe_end(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
-def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the server's environment: one thread, since a process with more should not fork, and no GPUs."""
-    return {**environment, **dict.fromkeys(_THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""}
-
-
 def _send_task(worker: _Worker, task: Task, descriptors: Mapping[int, int], wanted: frozenset[int] | None) -> None:
     if wanted is None:
-        past = list(worker.shards)[: max(0, len(worker.shards) - _MOST_SHARDS)]
+        past = list(worker.shards)[: max(0, len(worker.shards) - most_shards())]
     else:
         past = [shard for shard in worker.shards if shard not in wanted]
     past = [shard for shard in past if shard not in descriptors]

@@ -92,17 +92,17 @@ def _reserve(num_bytes: int) -> tuple[int, str]:
     )
 
 
-def _memfd() -> int:
+def _open_memfd() -> int:
     return os.memfd_create("wasteddp")
 
 
-def _unlinked(folder: str | None) -> int:
+def _open_unlinked(folder: str | None) -> int:
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.dup(file.fileno())
 
 
 _KINDS: dict[str, Callable[[], int]] = {
-    "memfd": _memfd,
-    "/dev/shm": lambda: _unlinked("/dev/shm"),
-    "a temporary file": lambda: _unlinked(None),
+    "memfd": _open_memfd,
+    "/dev/shm": lambda: _open_unlinked("/dev/shm"),
+    "a temporary file": lambda: _open_unlinked(None),
 }

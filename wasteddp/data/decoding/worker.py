@@ -80,7 +80,9 @@ def serve(descriptor: int) -> None:
         if not command:
             return
         if command == REAP:
-            requests.sendall(NUMBER.pack(_how_it_ended(*NUMBER.unpack(requests.recv(NUMBER.size, socket.MSG_WAITALL)))))
+            requests.sendall(
+                NUMBER.pack(_wait_for_exit(*NUMBER.unpack(requests.recv(NUMBER.size, socket.MSG_WAITALL))))
+            )
             continue
         server, worker = os.getpid(), os.fork()
         if worker == 0:
@@ -103,7 +105,9 @@ def serve(descriptor: int) -> None:
 def work(parent: Connection) -> None:
     """Run a worker: receive messages and answer tasks in order, until EOFError, when the parent closes the socket."""
     _, number, num_bytes, is_idle = parent.recv()
-    at_work = np.frombuffer(map_shared(_received(parent, 1)[0], num_bytes), AT_WORK_DTYPE)[number : number + 1]
+    at_work = np.frombuffer(map_shared(_receive_descriptors(parent, 1)[0], num_bytes), AT_WORK_DTYPE)[
+        number : number + 1
+    ]
     if is_idle and hasattr(os, "SCHED_IDLE"):  # Linux; elsewhere the processes compete
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     memories: dict[int, mmap.mmap] = {}
@@ -111,9 +115,9 @@ def work(parent: Connection) -> None:
     while True:
         match parent.recv():
             case "memory", key, num_bytes:
-                memories[key] = map_shared(_received(parent, 1)[0], num_bytes)
+                memories[key] = map_shared(_receive_descriptors(parent, 1)[0], num_bytes)
             case "shards", keys:
-                shards |= zip(keys, _received(parent, len(keys)), strict=True)
+                shards |= zip(keys, _receive_descriptors(parent, len(keys)), strict=True)
             case "drop", keys:
                 for key in keys:
                     os.close(shards.pop(key))
@@ -176,7 +180,7 @@ def _read(descriptor: int, length: int, offset: int) -> bytes:
     return data
 
 
-def _how_it_ended(pid: int) -> int:
+def _wait_for_exit(pid: int) -> int:
     """Return the exit code of a worker that closed its socket; -N if signal N killed it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -184,7 +188,7 @@ def _how_it_ended(pid: int) -> int:
         return UNKNOWN
 
 
-def _received(parent: Connection, num: int) -> list[int]:
+def _receive_descriptors(parent: Connection, num: int) -> list[int]:
     """Receive descriptors, which follow a message with a separate byte."""
     with socket.socket(fileno=os.dup(parent.fileno())) as end:
         return socket.recv_fds(end, 1, num)[1]

@@ -1,39 +1,42 @@
-"""A bounded folder of files named by their sha256, shared by the processes of a machine.
+"""A folder of limited size with files that are named by their sha256, shared by the processes of a machine.
 
-    <sha256>            whole: its bytes had that hash when it was renamed to this name
-    <sha256>.part       being fetched; its size on the disk is what it will take, so that the bound holds
+    <sha256>            whole: its bytes had that hash when the file was renamed to this name
+    <sha256>.part       being fetched; the file has its final size from the start, so that the limit holds
     <sha256>.damaged    the store's bytes have the right size and another hash: readable sample by sample
-    .lock               held while room is made or a name changes
+    .lock               held while room is made or a file is renamed
 
-Who uses a file holds a shared flock on it, who fetches or removes it an exclusive one. The kernel lets go of them when
-a process dies, so nothing has to be cleaned up after a kill: the next one takes the part over. Nobody waits in the
-kernel, where no time limit would reach.
+A process that uses a file holds a shared flock on it. A process that fetches or removes a file holds an exclusive one.
+The kernel releases the locks of a process that dies, so a kill needs no cleanup: the next process fetches the part
+again. Locks are polled, since no time limit could end a wait in the kernel.
+
+The folder belongs to one user. It is refused if others can write into it, and no link in it is followed.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from wasteddp.errors import ShardError, StorageError, storage
-from wasteddp.files import try_lock
+from wasteddp.files import open_descriptor, try_lock
 
 _POLL_S = 0.02
-AT_ONCE = -1.0  # what is asked for now may push out all but the steps in flight, whose distance is below 0
+AT_ONCE = -1.0  # an item that is needed now may replace any other except those of steps in flight (distance below 0)
 _PART, _DAMAGED, _LOCK = ".part", ".damaged", ".lock"
 
-Fetch = Callable[[BinaryIO], str]  # writes the bytes, returns their sha256
-Distance = Callable[[str], float]  # how many steps away the next use of a sha256 is; inf: none is known
+Fetch = Callable[[BinaryIO], str]  # writes the bytes and returns their sha256
+Distance = Callable[[str], float]  # steps until the next use of a sha256; inf: none is known
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A file that is wanted."""
+    """A file to fetch."""
 
     sha256: str
     num_bytes: int
@@ -42,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """Why a file cannot be had now; another value later means that something has moved."""
+    """The reason why a file is not available now. A different value later means that there was progress."""
 
     why: str
     moment: int = 0
@@ -60,24 +63,26 @@ class _Entry:
 
 
 class ShardCache:
-    """The folder; may be used by many threads and processes.
+    """The folder. Safe for use by many threads and processes.
 
     Args:
-        folder: made if it is not there.
-        limit_bytes: that all files together may take.
+        folder: created if it does not exist.
+        limit_bytes: for all files together.
 
     Raises:
-        StorageError: the folder cannot be made, or its file system has no locks.
+        StorageError: the folder cannot be created, or its file system has no locks.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
-        self._damaged: set[str] = set()  # found by this process: the next run fetches them again
-        with storage("making the cache", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / _LOCK).open("w")
+        self._damaged: set[str] = set()  # found by this process; the next run fetches them again
+        with storage("creating the cache", folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _refuse_foreign(folder)
+            lock = self._open_lock()
         for part in folder.glob(f"*{_PART}"):
-            _removed(part)  # left by a kill: nobody is fetching it
+            _remove_unused(part)  # left by a kill: no process is fetching it
         with lock:
             try:
                 try_lock(lock.fileno(), shared=True)
@@ -89,18 +94,23 @@ class ShardCache:
                 ) from error
 
     def holds(self, sha256: str) -> bool:
-        """Whether it is there now; it may be removed at any time unless it is held."""
+        """Return whether the file is there now. It may be removed at any time unless it is held."""
         return self._path(sha256).exists()
 
     def hold(self, item: Item, fetch: Fetch, *, distance: Distance, patience_s: float, look: Callable[[], None]) -> int:
-        """A descriptor of the file, fetched if need be; the file stays until the descriptor is closed.
+        """Return a descriptor of the file, which is fetched if necessary and stays until the descriptor is closed.
 
         Args:
-            patience_s: how long nothing may move, while another process fetches it or fills the cache.
-            look: called while it waits; it raises where nobody waits for the file any longer.
+            item: the file.
+            fetch: writes it.
+            distance: of the other files in the cache.
+            patience_s: how long to wait without progress while another process fetches the file or fills the cache.
+            look: called while this waits; raises if the file is not needed any more.
 
         Raises:
-            ShardError: nothing moved; StorageError: the disk; and whatever `fetch` and `look` raise.
+            ShardError: there was no progress.
+            StorageError: the disk fails.
+            Exception: any error of `fetch` and `look`.
         """
         seen, since = None, time.monotonic()
         while isinstance(found := self.try_hold(item, fetch, distance=distance, need=AT_ONCE), NotYet):
@@ -110,7 +120,7 @@ class ShardCache:
             if time.monotonic() - since > patience_s:
                 raise ShardError(
                     f"{item.name} cannot be put into the cache {self.folder}: {found.why}",
-                    f"nothing has moved there for {patience_s:.0f} s, and the run would wait for ever",
+                    f"there was no progress for {patience_s:.0f} s, and the run would wait forever",
                     "end other processes that use this cache, or give this run another with data.cache, or raise "
                     "data.cache_gb",
                 )
@@ -118,24 +128,27 @@ class ShardCache:
         return found
 
     def try_hold(self, item: Item, fetch: Fetch, *, distance: Distance, need: float) -> int | NotYet:
-        """As `hold`, but does not wait for others.
+        """Do as `hold`, but without waiting for other processes.
 
         Args:
-            need: how many steps away the use of this item is; what is needed as soon or sooner is not removed for it.
+            item: see `hold`.
+            fetch: see `hold`.
+            distance: see `hold`.
+            need: steps until this file is used; files that are needed as soon or sooner are not removed for it.
         """
         while True:
-            whole = self._opened(item)
+            whole = self._open(item)
             if whole is not None:
                 return whole
             part = self.folder / f"{item.sha256}{_PART}"
             with storage("opening a file of the cache", part):
-                descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = open_descriptor(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 if not try_lock(descriptor):
                     return NotYet("another process is fetching it", os.fstat(descriptor).st_mtime_ns)
-                if not _is(part, descriptor):  # it was finished or removed between our opening and our locking
+                if not _has_name(part, descriptor):  # it was finished or removed between opening and locking
                     continue
-                if self._path(item.sha256).exists():  # finished before our opening, which has made a new part
+                if self._path(item.sha256).exists():  # finished before opening, which created a new part
                     part.unlink()
                     continue
                 refused = self._reserve(descriptor, item, distance, need)
@@ -147,37 +160,37 @@ class ShardCache:
                 os.close(descriptor)
 
     def is_damaged(self, sha256: str) -> bool:
-        """Whether it came with another hash, though fetched again and again."""
+        """Return whether the file had another hash each time it was fetched."""
         return sha256 in self._damaged
 
     def drop(self, sha256: str) -> None:
-        """Removes a file whose bytes are wrong; those who hold it go on reading what they have."""
+        """Remove a file whose bytes are wrong. Processes that hold it can still read it."""
         self._path(sha256).unlink(missing_ok=True)
 
     def used_bytes(self) -> int:
-        with self._alone():
+        with self._locked():
             return sum(entry.num_bytes for entry in self._entries())
 
     def _path(self, sha256: str) -> Path:
         return self.folder / (sha256 + (_DAMAGED if sha256 in self._damaged else ""))
 
-    def _opened(self, item: Item) -> int | None:
-        """A descriptor with a shared lock, if the file is there."""
+    def _open(self, item: Item) -> int | None:
+        """Return a descriptor with a shared lock, or None if the file does not exist."""
         path = self._path(item.sha256)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         except OSError as error:
             with storage("opening a file of the cache", path):
                 raise error
-        while not try_lock(descriptor, shared=True):  # somebody is about to remove it
+        while not try_lock(descriptor, shared=True):  # another process is removing it
             time.sleep(_POLL_S)
-        if _is(path, descriptor):
+        if _has_name(path, descriptor):
             if os.fstat(descriptor).st_size == item.num_bytes:
                 os.utime(descriptor)
                 return descriptor
-            path.unlink()  # cut by somebody else
+            path.unlink()  # truncated by another program
         os.close(descriptor)
         return None
 
@@ -189,21 +202,21 @@ class ShardCache:
                 os.fsync(descriptor)
             if found != item.sha256:
                 self._damaged.add(item.sha256)
-            with self._alone():  # a listing could see neither name, and room would be given away twice
+            with self._locked():  # a listing could miss both names, and the same room would be used twice
                 part.replace(self._path(item.sha256))
         except BaseException:
             part.unlink(missing_ok=True)
             raise
 
     def _reserve(self, part: int, item: Item, distance: Distance, need: float) -> NotYet | None:
-        """Makes room and takes it for the part, or says why there is none."""
-        with self._alone():
+        """Make room and reserve it for the part, or return the reason why there is none."""
+        with self._locked():
             entries = self._entries()
             used = sum(entry.num_bytes for entry in entries)
             missing = used + item.num_bytes - self.limit_bytes
             if missing > 0:
                 for _, entry in sorted(_removable(entries, distance, need), key=lambda pair: pair[0]):
-                    missing -= entry.num_bytes if _removed(entry.path) else 0
+                    missing -= entry.num_bytes if _remove_unused(entry.path) else 0
                     if missing <= 0:
                         break
             if missing > 0:
@@ -217,29 +230,45 @@ class ShardCache:
 
     def _entries(self) -> list[_Entry]:
         found = []
-        with storage("looking into the cache", self.folder), os.scandir(self.folder) as entries:
+        with storage("listing the cache", self.folder), os.scandir(self.folder) as entries:
             for entry in entries:
                 try:
-                    status = entry.stat()
-                except FileNotFoundError:  # finished or removed just now
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # renamed or removed meanwhile
                     continue
                 if not entry.name.startswith("."):
                     found.append(_Entry(Path(entry.path), status.st_size, status.st_mtime_ns))
         return found
 
+    def _open_lock(self) -> IO[bytes]:
+        return os.fdopen(open_descriptor(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b")
+
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One process and thread at a time; each stays for milliseconds."""
-        with storage("locking the cache", self.folder), (self.folder / _LOCK).open("w") as lock:
+    def _locked(self) -> Iterator[None]:
+        """Let one thread of one process enter at a time. Each leaves after milliseconds."""
+        with storage("locking the cache", self.folder), self._open_lock() as lock:
             while not try_lock(lock.fileno()):
                 time.sleep(_POLL_S / 10)
             yield
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raise a StorageError if other users could put files or links into the folder."""
+    found = folder.stat()
+    is_foreign = found.st_uid != os.geteuid() and os.geteuid() != 0
+    if is_foreign or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        whose = f"belongs to user {found.st_uid}" if is_foreign else "can be written by other users"
+        raise StorageError(
+            f"the cache {folder} {whose} (mode {stat.S_IMODE(found.st_mode):o})",
+            "they could replace its files, or let links lead to files of yours that would be overwritten",
+            f"take the permission away (chmod go-w {folder}), or set data.cache to a folder of your own",
+        )
+
+
 def _removable(
     entries: list[_Entry], distance: Distance, need: float
 ) -> Iterator[tuple[tuple[bool, float, int], _Entry]]:
-    """What may go, with its place in the order: left-over parts, then what is needed latest, then longest unused."""
+    """Yield the files that may be removed, each after its sort key: old parts, latest next use, longest unused."""
     for entry in entries:
         is_part = entry.path.name.endswith(_PART)
         steps = float("inf") if is_part else distance(entry.sha256)
@@ -247,14 +276,14 @@ def _removable(
             yield (not is_part, -steps, entry.used_ns), entry
 
 
-def _removed(path: Path) -> bool:
-    """Removes a file that nobody uses."""
+def _remove_unused(path: Path) -> bool:
+    """Remove a file unless a process uses it. Return whether it was removed."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        if not try_lock(descriptor) or not _is(path, descriptor):
+        if not try_lock(descriptor) or not _has_name(path, descriptor):
             return False
         path.unlink()
         return True
@@ -264,10 +293,10 @@ def _removed(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _is(path: Path, descriptor: int) -> bool:
-    """Whether the open file is still the one of that name."""
+def _has_name(path: Path, descriptor: int) -> bool:
+    """Return whether the open file still has that name."""
     try:
-        there = path.stat()
+        there = path.lstat()
     except FileNotFoundError:
         return False
     return os.path.samestat(there, os.fstat(descriptor))

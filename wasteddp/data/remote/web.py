@@ -21,7 +21,7 @@ class Web(HTTPFileSystem):  # type: ignore[misc]
         trace = TraceConfig()
         trace.on_request_redirect.append(_refuse_downgrade)
         # trust_env: proxies of the environment
-        session = {"timeout": silence(timeout_s), "trust_env": True, "headers": _HEADERS, "trace_configs": [trace]}
+        session = {"timeout": time_limits(timeout_s), "trust_env": True, "headers": _HEADERS, "trace_configs": [trace]}
         super().__init__(client_kwargs=session, skip_instance_cache=True)
 
     async def _cat_file(
@@ -44,7 +44,7 @@ class Web(HTTPFileSystem):  # type: ignore[misc]
         return bytes(body)
 
 
-def silence(timeout_s: float) -> ClientTimeout:
+def time_limits(timeout_s: float) -> ClientTimeout:
     """Return the time limit for connecting and for each read; the whole request has no limit."""
     return ClientTimeout(total=None, connect=None, sock_connect=timeout_s, sock_read=timeout_s)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from wasteddp.errors import SourceError, storage
+from wasteddp.files import open_descriptor, open_regular
 from wasteddp.sharding.sources.files import File, FolderSource, Names, Source, is_ignored
 
 MAX_MEMBERS = 10_000_000  # while an archive is listed, each member takes about a kilobyte of memory
@@ -91,7 +92,7 @@ def tar_members(path: Path, archive: tarfile.TarFile) -> list[tuple[tarfile.TarI
             places[name] = place
         elif member.isreg() and not member.issparse():
             places[name] = member.offset_data, member.size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # for `tarfile`, a damaged header is the end
             raise tarfile.ReadError(f"no header of a member at byte {archive.offset:,}")
@@ -177,7 +178,7 @@ class TarSource:
         ]
         self.folders = sorted(name for name in folders if name and not is_ignored(name, ignore))
         self.notes = ignored.note(_IGNORED_NOTE)
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = open_descriptor(path)
 
     def read(self, path: str) -> bytes:
         place = self._places[path]
@@ -216,7 +217,7 @@ def open_source(path: Path, *, work_folder: Path, ignore: Sequence[str] = (), en
             "give a folder of class folders, a zip or tar of one, a CSV (path,label), or a recipe (.yaml)",
         )
     with storage("reading the archive", path):
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(6)
         if zipfile.is_zipfile(path):
             return ZipSource(path, ignore=ignore, encoding=encoding)
@@ -233,13 +234,13 @@ def open_source(path: Path, *, work_folder: Path, ignore: Sequence[str] = (), en
 
 
 def is_compressed_tar(path: Path) -> bool:
-    with storage("reading the archive", path), path.open("rb") as file:
+    with storage("reading the archive", path), open_regular(path) as file:
         return file.read(2) in _UNPACKERS
 
 
 def _is_tar(path: Path) -> bool:
     """Check the first header only: `tarfile.is_tarfile` reads any length that a header claims."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         block = file.read(tarfile.BLOCKSIZE)
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")

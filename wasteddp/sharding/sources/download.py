@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, RecipeError, RemoteError, storage
-from wasteddp.files import sha256_of
+from wasteddp.files import open_regular, sha256_of
 
 _PATIENCE = Patience(attempts=4)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -92,7 +92,7 @@ def _difference(wanted: Download, path: Path) -> str:
     size = path.stat().st_size
     if wanted.size_bytes not in (None, size):
         return f"{size:,} bytes instead of {wanted.size_bytes:,}"
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         blob = partial(hashlib.sha1, b"blob %d\0" % size, usedforsecurity=False)
         found = {"sha256": sha256_of(path), "git_blob": hashlib.file_digest(file, blob).hexdigest()}
     wrong = [

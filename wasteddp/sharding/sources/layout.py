@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, inert
 from wasteddp.files import expand_home, read_text
 from wasteddp.sharding.sources.files import File, PathsSource, Source
 
@@ -97,7 +97,7 @@ def read_folders(
             "give a folder that holds one folder of images for each class",
         )
     paths = [file.path.split("/") for file in files]
-    levels = _Levels.of(paths, where)
+    levels = _Levels.find(paths, where)
     if class_folders == "inner":
         levels = replace(levels, is_inner=True)
     elif not class_folders:
@@ -299,7 +299,7 @@ class _Levels:
     is_inner: bool = False  # classes are one level further in
 
     @classmethod
-    def of(cls, paths: list[list[str]], where: str | Path) -> _Levels:
+    def find(cls, paths: list[list[str]], where: str | Path) -> _Levels:
         skip = _num_wrappers(paths)
         inside = [parts for parts in paths if len(parts) > skip + 1]
         if not _is_split(inside, skip, where):
@@ -375,8 +375,9 @@ def offer_groups(layout: Layout, command: str) -> None:
     levels = {len(parts) - 1 - parts[-2::-1].index(name) - 1 for parts, name in paths if name in parts[:-1]}
     outer = {parts[level - 1] for level in levels for parts, _ in paths if level > 0}
     if len(levels) == 1 and len(outer) > 1:
+        named = inert(", ".join(sorted(outer)[:_MAX_SHOWN]))
         print(
-            f"{', '.join(sorted(outer)[:_MAX_SHOWN])} may be sites or cameras. To keep each of them in one split:\n"
+            f"{named} may be sites or cameras. To keep each of them in one split:\n"
             f"    {command} --class-folders inner --group-level {min(levels)}"
         )
 

@@ -1,7 +1,7 @@
-"""Synthetic waste, drawn with Pillow: enough variety that learning it means something, and it needs no network.
+"""Synthetic images of waste, drawn with Pillow, for tests and a first training without a network.
 
-Six kinds differ in shape alone. Size, pose, colours, background, light, clutter and noise are drawn from the same
-distributions for all, so that a mean colour says little. An image is a function of (seed, kind, number).
+The six classes differ only in shape. Size, pose, colours, background, light, clutter and noise have the same
+distributions in all classes, so a classifier must learn the shapes. An image is a function of (seed, kind, number).
 
 Legend: points are in [-1, 1], with the object's centre at 0 and y downwards.
 """
@@ -26,7 +26,7 @@ _BODY, _DARK, _LIGHT, _OTHER = range(4)  # the colours of an object
 
 
 def draw_image(kind: str, number: int, *, size_px: int, seed: int) -> bytes:
-    """One JPEG of `size_px` squared."""
+    """Return one JPEG of `size_px` x `size_px` pixels."""
     rng = np.random.default_rng([seed, KINDS.index(kind), number])
     side = 2 * size_px
     patches = rng.uniform(0, 255, (int(rng.integers(3, 12)),) * 2).astype(np.uint8)
@@ -50,10 +50,17 @@ def draw_image(kind: str, number: int, *, size_px: int, seed: int) -> bytes:
 
 
 def draw_folder(folder: Path, *, kinds: Sequence[str], images_per_class: int, size_px: int, seed: int) -> int:
-    """Draws a folder of class folders; images that are there already stay. Returns how many there are.
+    """Draw the images into a folder of class folders, except those that exist. Return the number of images.
+
+    Args:
+        folder: created if it does not exist.
+        kinds: of `KINDS`; each is a class.
+        images_per_class: at least 1.
+        size_px: side of an image, 32 to 2048.
+        seed: from 0; another seed draws other images.
 
     Raises:
-        SourceError: a number out of its range.
+        SourceError: a number is out of its range.
     """
     if images_per_class < 1 or not 32 <= size_px <= 2048 or seed < 0:
         raise SourceError(
@@ -77,18 +84,18 @@ def draw_folder(folder: Path, *, kinds: Sequence[str], images_per_class: int, si
 
 
 def _parts(kind: str, rng: np.random.Generator) -> Iterator[tuple[Points, int]]:
-    """The polygons of an object, the lowest first, and which of its colours each has."""
+    """Yield the polygons of an object, in the order of drawing, each with the number of its colour."""
     a, b, c = rng.uniform(0.75, 1.25, 3)
     if kind == "bag":  # a round sack with a knot and its two ears
-        yield _mirrored([(0.05, -0.5), (0.3 * a, -0.3), (0.6 * a, 0.2 * b), (0.55 * a, 0.65), (0.35 * a, 0.85)]), _BODY
+        yield _mirror([(0.05, -0.5), (0.3 * a, -0.3), (0.6 * a, 0.2 * b), (0.55 * a, 0.65), (0.35 * a, 0.85)]), _BODY
         yield [(0, -0.4), (-0.25 * b, -0.85), (0, -0.6), (0.25 * c, -0.85)], _DARK
         for x in rng.uniform(-0.4, 0.4, 6):
             yield [(x * 0.1, -0.4), (x + 0.03, 0.5), (x, 0.5)], int(rng.choice([_DARK, _LIGHT]))
     elif kind == "bottle":  # a long body with a narrow neck, a cap and a label
         right = [(0.09, -0.85), (0.09 * c, -0.6), (0.27 * a, -0.25 * b), (0.27 * a, 0.85), (0.22 * a, 0.9)]
-        yield _mirrored(right), _BODY
-        yield _mirrored([(0.12, -0.97), (0.12, -0.8)]), _OTHER
-        yield _mirrored([(0.27 * a, 0.1 * b), (0.27 * a, 0.5 * c)]), _LIGHT
+        yield _mirror(right), _BODY
+        yield _mirror([(0.12, -0.97), (0.12, -0.8)]), _OTHER
+        yield _mirror([(0.27 * a, 0.1 * b), (0.27 * a, 0.5 * c)]), _LIGHT
     elif kind == "box":  # three faces and a tape
         x, y, dx, dy = 0.5 * a, 0.4 * b, 0.25 * c, 0.22 * a
         yield [(-x, -y), (x, -y), (x, y), (-x, y)], _BODY
@@ -98,8 +105,8 @@ def _parts(kind: str, rng: np.random.Generator) -> Iterator[tuple[Points, int]]:
     elif kind == "can":  # a short cylinder with a band, seen from above
         x, y, dy = 0.4 * a, 0.6 * b, 0.13 * c
         yield _ring(0, y, x, dy), _BODY
-        yield _mirrored([(x, -y), (x, y)]), _BODY
-        yield _mirrored([(x, -0.25), (x, 0.3)]), _OTHER
+        yield _mirror([(x, -y), (x, y)]), _BODY
+        yield _mirror([(x, -0.25), (x, 0.3)]), _OTHER
         yield from ((_ring(0, -y, x * s, dy * s), colour) for s, colour in ((1, _LIGHT), (0.85, _DARK), (0.2, _LIGHT)))
     elif kind == "organic":  # a bent peel with a stem and spots
         outer, inner = _ring(0, -0.4, 0.8, 0.9)[1:12], _ring(0, -0.4, 0.7, 0.55 - 0.1 * a)[1:12]
@@ -118,7 +125,7 @@ def _parts(kind: str, rng: np.random.Generator) -> Iterator[tuple[Points, int]]:
 def _put(
     scene: Image.Image, parts: Sequence[tuple[Points, int]], rng: np.random.Generator, *, scale: float, reach: float
 ) -> None:
-    """Turns and stretches an object; lays it and its shadow on the scene, up to `reach` off the centre."""
+    """Rotate and stretch an object, and draw it with its shadow, at most `reach` away from the centre of the scene."""
     side, body = scene.width, np.array(_colour(rng))
     colours = [body, body * 0.6, 255 - (255 - body) * 0.5, np.array(_colour(rng))]
     angle, centre = rng.uniform(0, 2 * math.pi), (1 + rng.uniform(-reach, reach, 2)) * side / 2
@@ -139,7 +146,7 @@ def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _mirrored(right: Points) -> Points:
+def _mirror(right: Points) -> Points:
     return right + [(-x, y) for x, y in reversed(right)]
 
 

@@ -19,7 +19,7 @@ from wasteddp.inference.bundle import Averaged, BundleCard, Hashes, Preprocessin
 from wasteddp.inference.evaluation_files import save_seen
 from wasteddp.inference.reliability import Seen
 from wasteddp.settings import Settings
-from wasteddp.training.checkpoint.reader import Progress
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 
@@ -29,12 +29,17 @@ def save_best(
     *,
     card: BundleCard,
     seen: Seen,
-    settings: Settings,
-    world: Runtime,
+    out: Path,
+    shards: str,
+    runtime: Runtime,
     data: Inputs,
 ) -> None:
-    """Write the bundle, then its evaluation. Rank 0, in the thread that writes checkpoints."""
-    out = Path(settings.run.out)
+    """Write the bundle, then its evaluation. Rank 0, in the thread that writes checkpoints.
+
+    Args:
+        out: folder of the run.
+        shards: data.shards, for the record of the evaluation.
+    """
     calibrated = card
     if seen.labels_N is not None and seen.probabilities_NK is not None:
         with contextlib.suppress(DecisionError):  # too few images: `wasteddp calibrate` says how many would do
@@ -49,10 +54,10 @@ def save_best(
         manifest_sha256=data.manifest.sha256,
         options={
             "split": seen.split,
-            "shards": settings.data.shards,
+            "shards": shards,
             "by": "training",
-            "precision": world.precision,
-            "device": world.device.type,
+            "precision": runtime.precision,
+            "device": runtime.device.type,
         },
     )
 

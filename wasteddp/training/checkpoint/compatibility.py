@@ -91,18 +91,13 @@ def changes_of_order(then: Lineage, now: Lineage) -> list[str]:
     return [name for name in _ORDER if old[name] != new[name]]
 
 
-def measure_of(settings: Settings, lineage: Lineage) -> str:
-    """What an evaluation of this run measures, in words: two values of other measures cannot be compared."""
-    return measure_of_settings(settings.model_dump(), lineage.manifest)
-
-
-def measure_of_settings(tree: Mapping[str, Any], manifest: str) -> str:
-    """`measure_of`, from the settings as they are in a checkpoint.
+def measure_of(data: Data, evaluate: Evaluate, manifest: str) -> str:
+    """What an evaluation of a run measures, in words: two values of other measures cannot be compared.
 
     Args:
+        data, evaluate: sections of the settings; those of a checkpoint may lack fields that are newer.
         manifest: its sha256.
     """
-    data, evaluate = Data.model_construct(**tree.get("data", {})), Evaluate.model_construct(**tree.get("evaluate", {}))
     return (
         f"{evaluate.metric} on {data.split_name(data.eval_split)} of manifest {manifest[:12]} "
         f"at {data.eval_size_px} px (resized to {data.eval_resize_px})"

@@ -29,12 +29,12 @@ from wasteddp.training.checkpoint.compatibility import (
     changed_settings,
     refuse_finished,
 )
-from wasteddp.training.checkpoint.reader import Checkpoint, Progress, States
-from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_run
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.reader import Checkpoint, States
+from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_checkpoint, room_for_run
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.distributed.same_ranks import refuse_different
 from wasteddp.training.watchdog.hard_exit import append_to_log
 from wasteddp.training.watchdog.slurm import Notice
 
@@ -59,7 +59,7 @@ class CheckpointManager:
     def __init__(
         self,
         settings: Settings,
-        world: Runtime,
+        runtime: Runtime,
         data: Inputs,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -67,8 +67,8 @@ class CheckpointManager:
         further: Mapping[str, Stateful] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._world, self._data = settings, world, data
-        self.state = RunState(world, model, optimizer, further or {})
+        self._settings, self._runtime, self._data = settings, runtime, data
+        self.state = RunState(runtime, model, optimizer, further or {})
         self._clock = clock
         self._evaluated = ema.STATE if further and ema.STATE in further else "model"
         self._commit = environment.commit()
@@ -81,11 +81,16 @@ class CheckpointManager:
         self.num_failed, self._stall_ms = 0, 0.0
         self.changes: list[str] = []  # from the checkpoint that the run continues from to this start, a line each
         self.notice = Notice.of(os.environ)
-        with world.together():
-            if world.is_main:
+        with runtime.sharing_errors():
+            if runtime.is_main:
                 there = sum(path.stat().st_size for path in self._checkpoints.glob("step-*/*"))
-                refuse_full_disk(self._folder, room_for_run(settings, self.state.model_bytes) - there)
-                self._claim = RunLock(self._checkpoints, world.say, wait_s=LOCK_WAIT_S)
+                model_bytes = self.state.model_bytes
+                size = room_for_checkpoint(
+                    model_bytes, optimizer=settings.optimizer.name, ema_decay=settings.train.ema_decay
+                )
+                room = room_for_run(model_bytes, size, keep_last=settings.checkpoint.keep_last)
+                refuse_full_disk(self._folder, room - there)
+                self._claim = RunLock(self._checkpoints, runtime.say, wait_s=LOCK_WAIT_S)
                 recover(self._checkpoints)
                 self._writer = CheckpointWriter(
                     self._checkpoints,
@@ -118,17 +123,17 @@ class CheckpointManager:
         """
         try:
             found: Checkpoint | None = None
-            with self._world.together():
-                if self._world.is_main:
-                    found = reader.starting_point(self._checkpoints, resume, self._world.say)
-            path = self._world.gather(found and found.path)[0]  # all ranks
-            with self._world.together():
+            with self._runtime.sharing_errors():
+                if self._runtime.is_main:
+                    found = reader.starting_point(self._checkpoints, resume, self._runtime.say)
+            path = self._runtime.gather(found and found.path)[0]  # all ranks
+            with self._runtime.sharing_errors():
                 if path and not found:
                     found = reader.read(path)
             if found:  # on all ranks
-                digests = self._world.gather({f"{found.path}": found.sha256[:12]})
-                refuse_different(digests, "give every machine the same checkpoint, or one file system for run.out")
-            with self._world.together():
+                remedy = "give every machine the same checkpoint, or one file system for run.out"
+                self._runtime.require_equal({f"{found.path}": found.sha256[:12]}, remedy)  # all ranks
+            with self._runtime.sharing_errors():
                 if found:
                     changes = accepted_changes(found.progress.lineage, lineage, accepted, where=found.path)
                     self.changes = changes + changed_settings(found.settings_yaml, self._settings)
@@ -175,22 +180,30 @@ class CheckpointManager:
         """
         began = time.perf_counter()
         states = self.state.tensors()  # all ranks
-        with self._world.together():
+        with self._runtime.sharing_errors():
             if self._writer:
                 self._settle()
-                scaler, request = self._world.accelerator.scaler, self._folder / SAVE_REQUEST
+                scaler, request = self._runtime.accelerator.scaler, self._folder / SAVE_REQUEST
                 keep_best: OfStates = self._save_owed
                 if best:
                     settings, data = self._settings, self._data
                     card = card_of(settings, data.manifest, progress, epoch=epoch, commit=self._commit)
-                    save = partial(save_best, card=card, seen=best, settings=settings, world=self._world, data=data)
+                    save = partial(
+                        save_best,
+                        card=card,
+                        seen=best,
+                        out=self._folder,
+                        shards=settings.data.shards,
+                        runtime=self._runtime,
+                        data=data,
+                    )
                     keep_best = partial(self._save_best, save)
                 self._writer.save(
                     replace(
                         progress,
                         scaler=scaler.state_dict() if scaler else None,
-                        precision=self._world.precision,
-                        compiles=self._world.compiles,
+                        precision=self._runtime.precision,
+                        compiles=self._runtime.compiles,
                     ),
                     states,
                     self._settings_yaml,
@@ -199,7 +212,7 @@ class CheckpointManager:
                 )
                 self._saved_at = self._clock()
         if self.notice.is_measuring:
-            with self._world.together():
+            with self._runtime.sharing_errors():
                 if self._writer:
                     self._writer.wait()
             self.notice.save_s = time.perf_counter() - began
@@ -212,7 +225,7 @@ class CheckpointManager:
         Raises:
             StorageError: on every rank: the save failed, and failed again when it was retried.
         """
-        with self._world.together():
+        with self._runtime.sharing_errors():
             self._insist()
 
     def close(self) -> None:
@@ -221,7 +234,7 @@ class CheckpointManager:
         Raises:
             StorageError: on every rank: the last save failed, and failed again when it was retried.
         """
-        with self._world.together():
+        with self._runtime.sharing_errors():
             self._insist()
             if self._writer:
                 self._writer.close()
@@ -238,7 +251,7 @@ class CheckpointManager:
             self._say(messages.not_saved(error))
 
     def _say(self, message: str) -> None:
-        self._world.say(message)
+        self._runtime.say(message)
         append_to_log(self._folder, message)
 
     def _insist(self) -> None:

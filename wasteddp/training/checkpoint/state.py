@@ -13,7 +13,6 @@ from torch import nn
 
 from wasteddp.errors import CheckpointError
 from wasteddp.model.resnet import running_statistics
-from wasteddp.settings import Settings
 from wasteddp.training.checkpoint.reader import Checkpoint
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
@@ -41,10 +40,10 @@ class RunState:
     """
 
     def __init__(
-        self, world: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, further: Mapping[str, Stateful]
+        self, runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, further: Mapping[str, Stateful]
     ) -> None:
-        self._world, self._optimizer, self._further = world, optimizer, further
-        self._model: nn.Module = world.accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._runtime, self._optimizer, self._further = runtime, optimizer, further
+        self._model: nn.Module = runtime.accelerator.unwrap_model(model, keep_torch_compile=False)
         networks = {name: thing for name, thing in further.items() if isinstance(thing, nn.Module)}
         self._networks: dict[str, nn.Module] = {"model": self._model, **networks}
 
@@ -63,12 +62,12 @@ class RunState:
             "optimizer": optimizers.state_tensors(self._optimizer, self._model),
             **{name: thing.state_dict() for name, thing in self._further.items()},
         }
-        if self._world.world_size == 1:
+        if self._runtime.world_size == 1:
             return states
         of_ranks = {}
         for name, network in self._networks.items():
             if own := running_statistics(network):
-                flat_RF = self._world.stack(torch.cat([tensor.reshape(-1) for tensor in own]))  # all ranks
+                flat_RF = self._runtime.stack(torch.cat([tensor.reshape(-1) for tensor in own]))  # all ranks
                 means = [torch.empty_like(tensor) for tensor in own]
                 _fill(means, flat_RF.mean(0))
                 names = {id(buffer): key for key, buffer in network.named_buffers()}
@@ -82,7 +81,7 @@ class RunState:
         Raises:
             CheckpointError: on every rank: the checkpoint lacks a state that this run has.
         """
-        with self._world.together():
+        with self._runtime.sharing_errors():
             if missing := self._further.keys() - checkpoint.states.keys():
                 raise CheckpointError(
                     f"{checkpoint.path} has no state of: {', '.join(sorted(missing))}",
@@ -95,24 +94,25 @@ class RunState:
             thing.load_state_dict(checkpoint.states[name])
         for name, network in self._networks.items():
             own = checkpoint.states.get(_RANKS, {}).get(_own_statistics(name))
-            if own is not None and len(own) == self._world.world_size:  # another number of ranks uses the mean
-                _fill(running_statistics(network), own[self._world.rank])
-        self._world.load_scaler(checkpoint.progress.scaler)
+            if own is not None and len(own) == self._runtime.world_size:  # another number of ranks uses the mean
+                _fill(running_statistics(network), own[self._runtime.rank])
+        self._runtime.load_scaler(checkpoint.progress.scaler)
 
     def reconcile(self) -> None:
         """Replace BatchNorm's running statistics by their mean over the ranks, which saw other images. All ranks."""
-        self._world.average_([tensor for network in self._networks.values() for tensor in running_statistics(network)])
+        self._runtime.average_(
+            [tensor for network in self._networks.values() for tensor in running_statistics(network)]
+        )
 
 
-def room_for_checkpoint(settings: Settings, model_bytes: int) -> int:
+def room_for_checkpoint(model_bytes: int, *, optimizer: str, ema_decay: float) -> int:
     """Return the bytes of a checkpoint: the weights, their average, and the optimizer's moments."""
-    moments = 1 if settings.optimizer.name in ONE_MOMENT else 2
-    return model_bytes * (1 + (settings.train.ema_decay > 0) + moments)
+    return model_bytes * (1 + (ema_decay > 0) + (1 if optimizer in ONE_MOMENT else 2))
 
 
-def room_for_run(settings: Settings, model_bytes: int) -> int:
+def room_for_run(model_bytes: int, checkpoint_bytes: int, *, keep_last: int) -> int:
     """Return the most bytes that checkpoints and bundles take: those kept, the best, and those being written."""
-    return room_for_checkpoint(settings, model_bytes) * (settings.checkpoint.keep_last + 2) + 2 * model_bytes
+    return checkpoint_bytes * (keep_last + 2) + 2 * model_bytes
 
 
 def _own_statistics(name: str) -> str:

@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from wasteddp.errors import StorageError, storage
 from wasteddp.files import sync_folder
+from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.reader import (
     COMPLETE,
     FORMAT,
@@ -28,7 +29,6 @@ from wasteddp.training.checkpoint.reader import (
     PROGRESS,
     SETTINGS,
     STATE_SUFFIX,
-    Progress,
     States,
     listed,
     step_of,

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from wasteddp.errors import SettingsError
-from wasteddp.model import resnet
 from wasteddp.order.plan import TrainPlan
 from wasteddp.settings import Settings
 from wasteddp.training import schedule
@@ -35,30 +34,30 @@ class Decision:
     reason: str
 
 
-def choose(settings: Settings, world: Runtime, plan: TrainPlan) -> Runtime:
+def choose(settings: Settings, runtime: Runtime, plan: TrainPlan) -> Runtime:
     """Return the runtime with the decision whether to compile the network, before it is built. All ranks.
 
     Raises:
         SettingsError: on every rank: model.compile is true and this machine has no compiler for it.
     """
-    is_gpu = world.device.type == "cuda"
+    is_gpu = runtime.device.type == "cuda"
     lacking = what_is_lacking() if is_gpu else ""
     if settings.model.compile is True:
-        with world.together():
+        with runtime.sharing_errors():
             refuse_without_compiler(lacking)
-    work = Work.of(settings, plan.steps_per_epoch, settings.train.batch_size // world.world_size)
+    work = Work.of(settings, plan.steps_per_epoch, settings.train.batch_size // runtime.world_size)
     decision = decide(
         settings.model.compile,
-        kept=world.kept.compiles,
-        gain=_GAIN.get(world.precision, 1.0) if is_gpu else 1.0,
+        kept=runtime.kept.compiles,
+        gain=_GAIN.get(runtime.precision, 1.0) if is_gpu else 1.0,
         work=work,
-        images_per_s=world.images_per_s,
+        images_per_s=runtime.images_per_s,
         is_deterministic=settings.run.deterministic,
-        lacking=next(filter(None, world.gather(lacking)), ""),  # all ranks
+        lacking=next(filter(None, runtime.gather(lacking)), ""),  # all ranks
     )
     if decision.compiles and is_gpu:  # not on a CPU, where a kill can leave a partly written library
         keep_compiled_code()
-    return replace(world, compiles=decision.compiles, compile_reason=decision.reason)
+    return replace(runtime, compiles=decision.compiles, compile_reason=decision.reason)
 
 
 def decide(
@@ -112,14 +111,16 @@ class Work:
         model, left = settings.model, steps_per_epoch * settings.train.epochs
         left = min(left, settings.train.stop_at_step or left)
         num_images, graphs = 0.0, set()
-        for epoch in range(settings.train.epochs):
-            steps, side = min(left, steps_per_epoch), schedule.side_px(epoch, settings)
+        epochs, full_px = settings.train.epochs, settings.data.image_size
+        for epoch in range(epochs):
+            steps = min(left, steps_per_epoch)
+            side = schedule.side_px(epoch, settings.schedule, full_px=full_px, epochs=epochs)
             if not steps:
                 break
             left -= steps
-            num_images += steps * images_a_step * (side / settings.data.image_size) ** 2
+            num_images += steps * images_a_step * (side / full_px) ** 2
             for moment in (epoch, epoch + (steps - 1) / steps_per_epoch):
-                graphs.add((side, resnet.frozen_at(model.freeze, model.unfreeze_every_epochs, moment)))
+                graphs.add((side, schedule.frozen_at(model.freeze, model.unfreeze_every_epochs, moment)))
         return cls(num_images, len(graphs) + 1)
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from wasteddp.errors import LaunchError
 from wasteddp.model import resnet
-from wasteddp.settings import Model, Settings
+from wasteddp.settings import Model
 
 _LEAST_GAIN = 1.05  # of fp16 over bf16, which needs no loss scale and has the range of fp32
 _MOST_IMAGES, _WARM_UP, _ROUNDS, _STEPS = 64, 3, 5, 3
@@ -124,7 +124,9 @@ def refuse_impossible(asked: str, *, has_gpu: bool) -> None:
         )
 
 
-def measure(settings: Settings, device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
+def measure(
+    model: Model, device: torch.device, precisions: Sequence[str], *, image_size: int, max_micro_batch: int
+) -> dict[str, float]:
     """Measure images/s of forward and backward passes of the run's network in each precision, alternating; medians.
 
     The network has random weights and is freed at the end. The state of torch's random generators does not change.
@@ -132,12 +134,12 @@ def measure(settings: Settings, device: torch.device, precisions: Sequence[str])
     Returns:
         Images/s by precision; empty if not even one image fits into the memory.
     """
-    num_images, size = min(settings.train.max_micro_batch or _MOST_IMAGES, _MOST_IMAGES), settings.data.image_size
+    num_images = min(max_micro_batch or _MOST_IMAGES, _MOST_IMAGES)
     found: dict[str, float] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         while num_images and not found:
             try:
-                found = _images_per_s(settings.model, device, precisions, num_images, size)
+                found = _images_per_s(model, device, precisions, num_images, image_size)
             except torch.OutOfMemoryError:
                 num_images //= 2
             if device.type == "cuda":  # after the handler: the error references the tensors of the attempt

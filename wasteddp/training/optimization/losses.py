@@ -30,7 +30,7 @@ from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
 from wasteddp.errors import BundleError
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.classifier import load_network
-from wasteddp.settings import Settings, Train
+from wasteddp.settings import Train
 from wasteddp.training.distributed.runtime import Runtime
 
 # One of the four values that Cui et al. 2019 tried (0.9, 0.99, 0.999, 0.9999). The effective number of images of a
@@ -210,7 +210,7 @@ class Distilled(nn.Module):
         return total + self._weight * self._temperature**2 * distance
 
 
-def teacher_of(settings: Settings, world: Runtime, classes: Sequence[str]) -> NoTeacher | Teacher:
+def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], *, channels_last: bool) -> NoTeacher | Teacher:
     """Load the teacher of the settings; with train.teacher_weight 0 there is no teacher. All ranks.
 
     Args:
@@ -219,14 +219,13 @@ def teacher_of(settings: Settings, world: Runtime, classes: Sequence[str]) -> No
     Raises:
         BundleError: on every rank: see `load_network`; or its classes or its normalisation differ from the run's.
     """
-    asked = settings.train
     if not asked.teacher or not asked.teacher_weight:
         return NoTeacher()
-    with world.together():
+    with runtime.sharing_errors():
         card, network = load_network(asked.teacher)
         _refuse_other_questions(asked.teacher, card, classes)
-    layout = torch.channels_last if settings.model.channels_last else torch.contiguous_format
-    network = network.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = network.to(device=runtime.device, memory_format=layout)  # type: ignore[call-overload]
     trained = card.trained
     words = (
         f", taught by {asked.teacher} ({card.arch}, {trained.metric} {trained.value:.2%} at step {trained.step}, "
@@ -234,7 +233,7 @@ def teacher_of(settings: Settings, world: Runtime, classes: Sequence[str]) -> No
     )
     return Teacher(
         network,
-        world.accelerator.autocast,
+        runtime.accelerator.autocast,
         weight=asked.teacher_weight,
         temperature=asked.teacher_temperature,
         sha256=card.hashes.weights,

@@ -1,4 +1,4 @@
-"""The optimizer, the learning rate as a function of the step, and adaptive gradient clipping.
+"""The optimizer of a run, its state by parameter name, and adaptive gradient clipping.
 
 Adaptive gradient clipping limits the gradient of each unit to a fraction of its weights' norm, so a noisy batch cannot
 move a layer far, whatever the scale of the loss. Source: Brock et al. 2021, "High-Performance Large-Scale Image
@@ -10,17 +10,19 @@ Legend: U units, the output channels of all layers that are clipped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import cos, expm1, floor, log, log1p, pi
+from math import inf
 from typing import Any
 
 import torch
 from torch import nn
 
 from wasteddp.model import resnet
-from wasteddp.settings import Optimizer, Schedule, Settings
+from wasteddp.settings import Model, Optimizer, Schedule
+from wasteddp.training import schedule
+from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization.lars_lamb import LAMB, LARS
 
-_WARMUP_START = 0.01  # of the peak, because BatchNorm has no statistics yet
 _LEAST_SIZE = 1e-3  # of a unit's norm: otherwise weights that start at zero would stay zero
 
 
@@ -66,36 +68,78 @@ def _groups(model: nn.Module, settings: Optimizer) -> Iterator[dict[str, Any]]:
         yield {"params": parameters, "weight_decay": decay, "lr_scale": scale, "adapts": adapts}
 
 
-def learning_rate(step: int, settings: Settings, steps_per_epoch: int) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 0. Cosine: Loshchilov and Hutter 2017."""
-    peak, schedule = settings.optimizer.lr, settings.schedule
-    total, warmup = steps_per_epoch * settings.train.epochs, round(schedule.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return peak * (_WARMUP_START + (1 - _WARMUP_START) * step / warmup)
-    if schedule.name == "constant":
-        return peak
-    if schedule.name == "step":
-        return peak * schedule.step_factor ** (step // (schedule.step_epochs * steps_per_epoch))
-    if schedule.name == "cosine_restarts":
-        done = _part_of_cycle(step - warmup, schedule, steps_per_epoch)
-    else:
-        done = (step - warmup) / max(1, total - warmup)
-    return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * (1 + cos(pi * done)) / 2)
+class ScheduledOptimizer:
+    """The optimizer of a training loop: with its learning-rate schedule, gradual unfreezing and gradient clipping.
 
+    It has no state but that of the optimizer: rate and frozen stages follow from the step.
 
-def _part_of_cycle(step: int, schedule: Schedule, steps_per_epoch: int) -> float:
-    """Return the fraction of the current cycle that is done, in [0, 1). `step` counts from the end of the warm-up.
-
-    With a first cycle of c steps and a factor f, cycle i starts at c (f^i - 1) / (f - 1) and takes c f^i steps. So i is
-    the logarithm of 1 + step (f - 1) / c to the base f, rounded down. Source: Loshchilov and Hutter 2017, section 3.
+    Args:
+        network: not wrapped, on the device, with frozen stages.
+        optimizer: of the network, not wrapped.
+        scaled: the optimizer as Accelerate wraps it, with the loss scale of fp16.
+        settings, rates, model, epochs: the sections optimizer, schedule and model, and train.epochs.
     """
-    first, growth = schedule.cycle_epochs * steps_per_epoch, schedule.cycle_factor - 1
-    if growth == 0:
-        return step % first / first
-    # log1p and expm1 keep the digits of a factor such as 1.000001; 1e-9 is less than a step of any run
-    number = floor(log1p(step * growth / first) / log(schedule.cycle_factor) + 1e-9)
-    begin = first * expm1(number * log(schedule.cycle_factor)) / growth
-    return max(0.0, step - begin) / (first * schedule.cycle_factor**number)
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaled: Any,
+        *,
+        runtime: Runtime,
+        settings: Optimizer,
+        rates: Schedule,
+        model: Model,
+        epochs: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self.unwrapped, self.scaled = optimizer, scaled
+        self._network, self._runtime = network, runtime
+        self._settings, self._rates, self._model = settings, rates, model
+        self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
+        self._frozen: str = model.freeze  # in the current step
+
+    def begin_step(self, progress: Progress) -> float:
+        """Set the network to training mode and the learning rate for a step, and return the rate."""
+        epoch = progress.step / self._steps_per_epoch
+        self._frozen = schedule.frozen_at(self._model.freeze, self._model.unfreeze_every_epochs, epoch)
+        resnet.train_mode(self._network, self._frozen)
+        rate = progress.lr_factor * schedule.learning_rate(
+            progress.step, self._settings.lr, self._rates, epochs=self._epochs, steps_per_epoch=self._steps_per_epoch
+        )
+        set_learning_rate(self.unwrapped, rate)
+        return rate
+
+    def zero_grad(self) -> None:
+        self.scaled.zero_grad()
+
+    def clip(self, *, is_asked: bool) -> torch.Tensor | None:
+        """Clip the averaged gradient of the trained parameters, after the last backward pass. All ranks.
+
+        Returns:
+            The norm before clipping, []; None if it is neither requested nor needed. On a CPU it takes 1 % of a step.
+        """
+        resnet.drop_gradients(self._network, self._frozen)
+        adaptive, limit = self._settings.adaptive_clip, self._settings.clip_norm
+        if not adaptive and not limit and not is_asked:
+            return None
+        before = inf if adaptive else limit or inf
+        norm: torch.Tensor = self._runtime.accelerator.clip_grad_norm_(self._network.parameters(), before)
+        if adaptive:
+            clip_(self._network, adaptive)
+            if limit:  # not with Accelerate, which would unscale the gradients again: GradScaler refuses that
+                nn.utils.clip_grad_norm_(self._network.parameters(), limit)
+        return norm
+
+    def step(self, found_inf: torch.Tensor | None = None) -> None:
+        """Update the weights. All ranks.
+
+        Args:
+            found_inf: float [] on the device, 1: a fused optimizer leaves weights and state unchanged.
+        """
+        if found_inf is not None:
+            self.unwrapped.found_inf = found_inf  # type: ignore[attr-defined]
+        self.scaled.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from wasteddp.errors import StorageError
-from wasteddp.files import sync_folder, write_atomically
+from wasteddp.files import open_descriptor, read_regular, read_rows, sync_folder, write_atomically
 
 # Every metric of a run: (unit, meaning). No other metric may be logged. A * stands for a rank or a class.
 METRICS: dict[str, tuple[str, str]] = {
@@ -76,7 +78,7 @@ class Journal:
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path, self._warn = path, warn
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sync_folder(path.parent)
         self._waiting: deque[bytes] = deque()
         self._fails = False
@@ -123,9 +125,9 @@ class Journal:
 
     def _sync(self) -> None:
         if self._lost_sync:  # another fsync would succeed and prove nothing: write the whole file again
-            write_atomically(self._path, self._path.read_bytes())
+            write_atomically(self._path, read_regular(self._path))
             os.close(self._descriptor)
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            self._descriptor = open_descriptor(self._path, os.O_WRONLY | os.O_APPEND)
             self._lost_sync = False
         try:
             os.fsync(self._descriptor)
@@ -141,6 +143,30 @@ class Journal:
         except OSError:
             os.ftruncate(self._descriptor, before)
             raise
+
+
+def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Remove the rows after `step`, and lines that are not rows. Return the remaining rows.
+
+    Damaged lines are kept in a file next to `path`. A last line that a kill cut off is not one of them: it is after the
+    last checkpoint.
+
+    Args:
+        say: receives a line about damaged lines.
+    """
+    if not path.exists():
+        return []
+    damaged: list[str] = []
+    rows = [row for row in read_rows(path, "step", damaged=damaged.append) if row["step"] <= step]
+    if lost := [line for line in damaged if line.endswith("\n")]:
+        aside = path.with_name(f"{path.stem}-damaged{path.suffix}")
+        with aside.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(lost)
+            file.flush()
+            os.fsync(file.fileno())
+        say(f"WARNING: {path}: {len(lost)} damaged line(s) are not rows of metrics; they are moved to {aside.name}")
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
 
 
 def _reason(error: Exception) -> str | None:

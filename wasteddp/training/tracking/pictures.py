@@ -24,6 +24,7 @@ from wasteddp.data import gpu_decoding
 from wasteddp.data.augmentation.augment import Augment
 from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
 from wasteddp.data.decoding.decode import ImageHWC, encode_jpeg
+from wasteddp.files import read_regular
 from wasteddp.inference.reliability import Seen
 from wasteddp.training.dataloaders import Inputs
 
@@ -106,7 +107,7 @@ def listed(folder: Path, first: int, last: int) -> Iterator[tuple[Path, dict[str
     """Yield (folder of the images, content of gallery.json) of the steps `first` .. `last`, oldest first."""
     for path in sorted((folder / "media").glob("step-*")):
         if first <= int(path.name.removeprefix("step-")) <= last:
-            yield path, json.loads((path / _FILE).read_text(encoding="utf-8"))
+            yield path, json.loads(read_regular(path / _FILE))
 
 
 def _thumbnail(pixels_HWC: ImageHWC) -> bytes:

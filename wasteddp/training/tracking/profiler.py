@@ -61,8 +61,8 @@ class Profiler:
         folder: folder of `trace.json.gz` and `verdict.txt`, which rank 0 writes.
     """
 
-    def __init__(self, asked: Profile, world: Runtime, folder: Path, say: Say) -> None:
-        self._asked, self._world, self._folder, self._say = asked, world, folder, say
+    def __init__(self, asked: Profile, runtime: Runtime, folder: Path, say: Say) -> None:
+        self._asked, self._runtime, self._folder, self._say = asked, runtime, folder, say
         self._seen = 0
         self._profile: Any = None
         self._step: Any = None
@@ -107,7 +107,7 @@ class Profiler:
 
     def _started(self) -> Any:
         activities = [ProfilerActivity.CPU]
-        if self._world.device.type == "cuda":
+        if self._runtime.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints over the progress display
         started = profile(activities=activities)
@@ -116,15 +116,15 @@ class Profiler:
 
     def _finish(self) -> None:
         """Stop the profiler and compare the ranks; rank 0 writes the files. All ranks."""
-        if self._world.device.type == "cuda":
-            torch.cuda.synchronize(self._world.device)  # the last step's kernels belong to it
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)  # the last step's kernels belong to it
         stopped, self._profile = self._profile, None
         stopped.stop()
         shares, seconds = shares_of(stopped.events(), self._cpu_s)
-        by_rank = self._world.gather(shares)  # all ranks
+        by_rank = self._runtime.gather(shares)  # all ranks
         text = verdict(by_rank, step_ms=1000 * seconds / self._asked.steps, steps=self._asked.steps)
-        with self._world.together():
-            if self._world.is_main:
+        with self._runtime.sharing_errors():
+            if self._runtime.is_main:
                 with storage("writing the profile", self._folder):
                     self._folder.mkdir(parents=True, exist_ok=True)
                     stopped.export_chrome_trace(str(self._folder / "trace.json.gz"))

@@ -18,7 +18,7 @@ from typing import Any
 from wasteddp import environment
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import TrackingError
-from wasteddp.files import write_atomically
+from wasteddp.files import read_regular, write_atomically
 from wasteddp.redaction import redacted_tree
 from wasteddp.settings import Settings
 
@@ -26,7 +26,7 @@ FILE_NAME = "tracking.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Label:
+class RunIdentity:
     """The identity of a run on W&B."""
 
     id: str
@@ -44,15 +44,15 @@ class Label:
         write_atomically(folder / FILE_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
-def load(folder: Path) -> Label:
-    """Return the label in a run's folder.
+def load(folder: Path) -> RunIdentity:
+    """Return the identity in a run's folder.
 
     Raises:
         TrackingError: the file is missing or damaged.
     """
     try:
-        raw = json.loads((folder / FILE_NAME).read_bytes())
-        return Label(**{**raw, "tags": tuple(raw["tags"])})
+        raw = json.loads(read_regular(folder / FILE_NAME))
+        return RunIdentity(**{**raw, "tags": tuple(raw["tags"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(
             f"{folder / FILE_NAME} cannot be read: {error}",
@@ -61,8 +61,8 @@ def load(folder: Path) -> Label:
         ) from error
 
 
-def of(settings: Settings, manifest: Manifest, *, own: bool, checkpoint_id: str, world_size: int) -> Label:
-    """Return the label of a training that starts.
+def identify(settings: Settings, manifest: Manifest, *, own: bool, checkpoint_id: str, world_size: int) -> RunIdentity:
+    """Return the identity of a training that starts.
 
     A run keeps its id as long as it is the same training. After a kill the id comes from the checkpoint or, before the
     first checkpoint, from the folder. A start at step 0 in the same folder with other settings is another training.
@@ -82,7 +82,7 @@ def of(settings: Settings, manifest: Manifest, *, own: bool, checkpoint_id: str,
         known = checkpoint_id if own else ""
     splits = {name: split.num_samples for name, split in manifest.splits.items()}
     uri = str(manifest.folder)
-    return Label(
+    return RunIdentity(
         id=known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
         name=folder.name,
         project=settings.track.project,

@@ -6,7 +6,6 @@ Only rank 0 writes. metrics.jsonl is the complete record: the mirrors are writte
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,30 +13,31 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from wasteddp.errors import StorageError, print_line, storage
-from wasteddp.files import make_folder, read_rows, write_atomically
+from wasteddp.errors import StorageError, inert, print_line, storage
+from wasteddp.files import make_folder
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
-from wasteddp.training.tracking import pictures
-from wasteddp.training.tracking import run_id as labels
-from wasteddp.training.tracking.console import Display
-from wasteddp.training.tracking.journal import Journal, is_known
+from wasteddp.training.tracking import pictures, run_id
+from wasteddp.training.tracking.journal import Journal, is_known, roll_back
+from wasteddp.training.tracking.mirrors import TensorBoardMirror, WandbMirror
 from wasteddp.training.tracking.pictures import Gallery
-from wasteddp.training.tracking.run_id import Label
-from wasteddp.training.tracking.tensorboard import TensorBoardMirror
-from wasteddp.training.tracking.wandb_mirror import WandbMirror
+from wasteddp.training.tracking.run_id import RunIdentity
 
 if TYPE_CHECKING:
     from wasteddp.data.augmentation.augment import Augment
     from wasteddp.data.manifest import Manifest
     from wasteddp.inference.reliability import Seen
-    from wasteddp.training.checkpoint import reader
+    from wasteddp.training.checkpoint import progress
     from wasteddp.training.dataloaders import Inputs
 
+_REFRESHES_PER_S = 2  # a refresh takes 1 to 2 ms of one core
 METRICS_FILE = "metrics.jsonl"  # in run.out: a row of metrics in each line
 
 
@@ -96,7 +96,7 @@ class RunTracker:
 
     Args:
         folder: the folder of the run.
-        label: the identity of the run on W&B.
+        identity: the identity of the run on W&B.
         track: settings.track.
         total_steps: number of steps of the run, for the progress bar.
         resumed_step: rows after it are removed, because they will be written again.
@@ -105,26 +105,28 @@ class RunTracker:
         SettingsError: track.tensorboard is set and TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, label: Label, *, track: Track, total_steps: int, resumed_step: int) -> None:
+    def __init__(
+        self, folder: Path, identity: RunIdentity, *, track: Track, total_steps: int, resumed_step: int
+    ) -> None:
         self._display: Display | None = None
         with storage("writing the run's folder", folder):
             make_folder(folder)
             self._log_file = Journal(folder / "log.txt", self._print)
             kept = roll_back(folder / METRICS_FILE, resumed_step, self.say)
             self._metrics_file = Journal(folder / METRICS_FILE, self._print)
-            label.save(folder)
-        self.id, self.exit_code = label.id, 0
-        self._folder, self._label, self._images = folder, label, track.images
+            identity.save(folder)
+        self.id, self.exit_code = identity.id, 0
+        self._folder, self._identity, self._images = folder, identity, track.images
         if sys.stdout.isatty():
             self._display = Display(Console(), total_steps=total_steps, done=resumed_step)
         self._tensorboard: TensorBoardMirror | None = None
         if track.tensorboard:
             self._tensorboard = TensorBoardMirror(folder, resumed_step=resumed_step, history=kept, say=self.say)
-        self._wandb = WandbMirror(folder, label, track, history=kept, say=self.say)
+        self._wandb = WandbMirror(folder, identity, track, history=kept, say=self.say)
 
     def say(self, message: str, *, in_passing: bool = False) -> None:
         """Print a message and append it to log.txt. `in_passing`: do not print it if there is a progress display."""
-        message = redacted(message)
+        message = inert(redacted(message))
         self._log_file.append("".join(f"{time.strftime('%F %T')} {line}\n" for line in message.splitlines()))
         if not (in_passing and self._display):
             self._print(message)
@@ -181,7 +183,7 @@ class RunTracker:
         if self._tensorboard:
             self._tensorboard.close()
         with suppress(StorageError):  # the last save has reported a full disk
-            replace(self._label, exit_code=exit_code).save(self._folder)
+            replace(self._identity, exit_code=exit_code).save(self._folder)
         self._wandb.finish(exit_code)
         self._metrics_file.close()
         self._log_file.close()
@@ -190,7 +192,7 @@ class RunTracker:
 def run_tracker(
     settings: Settings,
     manifest: Manifest,
-    progress: reader.Progress,
+    progress: progress.Progress,
     *,
     last_step: int,
     own: bool,
@@ -201,38 +203,14 @@ def run_tracker(
     Args:
         own: whether the run resumes from a checkpoint of its own folder.
     """
-    label = labels.of(settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size)
+    identity = run_id.identify(settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size)
     folder = Path(settings.run.out)
     known = progress.step - (progress.unmeasured is not None)  # the row of an unmeasured step is written again
     is_missing = own and known > 0 and not (folder / METRICS_FILE).exists()
-    tracker = RunTracker(folder, label, track=settings.track, total_steps=last_step, resumed_step=known)
+    tracker = RunTracker(folder, identity, track=settings.track, total_steps=last_step, resumed_step=known)
     if is_missing:
         tracker.say(f"WARNING: {folder / METRICS_FILE} is missing: the rows up to step {known} are lost")
     return tracker
-
-
-def roll_back(path: Path, step: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Remove the rows after `step`, and lines that are not rows. Return the remaining rows.
-
-    Damaged lines are kept in a file next to `path`. A last line that a kill cut off is not one of them: it is after the
-    last checkpoint.
-
-    Args:
-        say: receives a line about damaged lines.
-    """
-    if not path.exists():
-        return []
-    damaged: list[str] = []
-    rows = [row for row in read_rows(path, "step", damaged=damaged.append) if row["step"] <= step]
-    if lost := [line for line in damaged if line.endswith("\n")]:
-        aside = path.with_name(f"{path.stem}-damaged{path.suffix}")
-        with aside.open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(lost)
-            file.flush()
-            os.fsync(file.fileno())
-        say(f"WARNING: {path}: {len(lost)} damaged line(s) are not rows of metrics; they are moved to {aside.name}")
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return rows
 
 
 class TrackerScope:
@@ -248,3 +226,60 @@ class TrackerScope:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._tracker.close(self._tracker.exit_code if error is None else 1)
+
+
+class Display:
+    """Shows the step, the epoch and the time left, and below them the latest losses, speed, waiting and memory.
+
+    Args:
+        total_steps: number of steps of the run.
+        done: number of steps done before this start, which do not affect the estimate of the time left.
+    """
+
+    def __init__(self, console: Console, *, total_steps: int, done: int) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps, completed=done)
+        self._figures: dict[str, str] = {}
+        self._live = Live(self._drawn(), console=console, transient=True, refresh_per_second=_REFRESHES_PER_S)
+        self._live.start()
+
+    def print(self, message: str) -> None:
+        """Print a message above the display, without markup. A single line wraps between words; a block keeps its
+        lines."""
+        self._live.console.print(message, markup=False, highlight=False, soft_wrap="\n" in message)
+
+    def advance(self, step: int, text: str) -> None:
+        self._bar.update(self._task, completed=step, description=text)
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """Show the figures of a row; figures that it lacks keep their values."""
+        self._figures |= figures(row)
+        self._live.update(self._drawn())
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _drawn(self) -> Group:
+        words = "  ".join(self._figures.values())
+        return Group(self._bar, Text(words, style="dim", no_wrap=True, overflow="ellipsis"))
+
+
+def figures(row: Mapping[str, float]) -> dict[str, str]:
+    """Return the figures of a row for the second line, which has at most 78 characters for usual values."""
+    forms = {
+        "train/loss": "loss {:.3f}",
+        "val/loss": "val {:.3f}",
+        "val/accuracy": "accuracy {:.1%}",
+        "train/images_per_s": "{:.4g} images/s",
+        "train/wait_fraction": "waiting {:.1%}",
+        "memory/peak_mb": "{:.0f} MB",
+    }
+    return {name: form.format(row[name]) for name, form in forms.items() if name in row}

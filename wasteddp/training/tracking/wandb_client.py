@@ -19,7 +19,7 @@ from typing import IO, Any
 from wasteddp.errors import storage
 from wasteddp.files import try_lock_or_warn
 from wasteddp.redaction import redacted
-from wasteddp.training.tracking.run_id import Label
+from wasteddp.training.tracking.run_id import RunIdentity
 
 _ANSWER_TIMEOUT_S = 3.0
 _INIT_TIMEOUT_S = 20
@@ -64,7 +64,7 @@ def keep_inside(folder: Path) -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
 
 
-def open_run(folder: Path, label: Label, mode: Mode, *, finish_s: float, strict: bool = False) -> Any:
+def open_run(folder: Path, identity: RunIdentity, mode: Mode, *, finish_s: float, strict: bool = False) -> Any:
     """Open the W&B run of this training; create it if it does not exist.
 
     Args:
@@ -89,14 +89,14 @@ def open_run(folder: Path, label: Label, mode: Mode, *, finish_s: float, strict:
     try:
         return wandb.init(
             mode=mode.name,  # type: ignore[arg-type]
-            id=label.id,
-            name=label.name,
-            project=label.project,
-            entity=label.entity or None,
-            group=label.group or None,
-            job_type=label.job_type or None,
-            tags=label.tags,
-            config=dict(label.config),
+            id=identity.id,
+            name=identity.name,
+            project=identity.project,
+            entity=identity.entity or None,
+            group=identity.group or None,
+            job_type=identity.job_type or None,
+            tags=identity.tags,
+            config=dict(identity.config),
             dir=str(folder),
             resume="allow",
             settings=settings,

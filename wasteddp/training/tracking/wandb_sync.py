@@ -19,8 +19,8 @@ from wasteddp.errors import EXIT_RESUMABLE, TrackingError
 from wasteddp.files import read_rows
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, find_bundle, read_card
 from wasteddp.training.tracking import pictures as gallery
-from wasteddp.training.tracking import run_id as labels
-from wasteddp.training.tracking.run_id import Label
+from wasteddp.training.tracking import run_id
+from wasteddp.training.tracking.run_id import RunIdentity
 from wasteddp.training.tracking.wandb_client import (
     Mode,
     choose,
@@ -52,8 +52,8 @@ class Delivery:
         next_step: the first step that W&B does not have.
     """
 
-    def __init__(self, run: Any, folder: Path, label: Label, next_step: int) -> None:
-        self._run, self._folder, self._label = run, folder, label
+    def __init__(self, run: Any, folder: Path, identity: RunIdentity, next_step: int) -> None:
+        self._run, self._folder, self._identity = run, folder, identity
         self._next, self._best = next_step, dict[str, float]()
         self.num_sent = 0
 
@@ -77,7 +77,7 @@ class Delivery:
         """Register the shard set as an input of the run, by reference: no images are sent."""
         import wandb
 
-        facts = dict(self._label.dataset)
+        facts = dict(self._identity.dataset)
         artifact = wandb.Artifact(f"shards-{_plain(facts['name'])}", type="dataset", metadata=facts)
         uri = f"{facts['uri']}/manifest.json"
         parts = urllib.parse.urlsplit(uri)
@@ -99,7 +99,7 @@ class Delivery:
         card = read_card(bundle)
         metadata = {"step": card.trained.step, "metric": card.trained.metric, "value": card.trained.value}
         metadata |= {"arch": card.arch, "classes": list(card.classes), "weights": card.hashes.weights}
-        artifact = wandb.Artifact(f"model-{self._label.id}", type="model", metadata=metadata)
+        artifact = wandb.Artifact(f"model-{self._identity.id}", type="model", metadata=metadata)
         for name in card.file_names:
             # no copy for staging or the cache: the file is read from the bundle
             artifact.add_file(str(bundle / name), policy="immutable", skip_cache=True)
@@ -175,7 +175,7 @@ def sync(folder: Path, *, timeout_s: float, model: bool = True) -> Synced:
     Raises:
         TrackingError: there is no key, W&B does not answer, the training itself is sending, or the time limit is over.
     """
-    label = labels.load(folder)
+    identity = run_id.load(folder)
     keep_inside(folder)
     mode = choose("online")
     if not mode.is_online:
@@ -189,7 +189,7 @@ def sync(folder: Path, *, timeout_s: float, model: bool = True) -> Synced:
         )
     with lock:
         try:
-            return _deliver(folder, label, mode, timeout_s, model)
+            return _deliver(folder, identity, mode, timeout_s, model)
         except TimeoutError as error:
             stop_service()
             raise _failed(folder, f"not all data was sent within {timeout_s:g} s") from error
@@ -198,9 +198,9 @@ def sync(folder: Path, *, timeout_s: float, model: bool = True) -> Synced:
             raise _failed(folder, reason_of(error)) from error
 
 
-def _deliver(folder: Path, label: labels.Label, mode: Mode, timeout_s: float, model: bool) -> Synced:
-    run = open_run(folder, label, mode, finish_s=timeout_s, strict=True)
-    delivery = Delivery(run, folder, label, run.starting_step)
+def _deliver(folder: Path, identity: run_id.RunIdentity, mode: Mode, timeout_s: float, model: bool) -> Synced:
+    run = open_run(folder, identity, mode, finish_s=timeout_s, strict=True)
+    delivery = Delivery(run, folder, identity, run.starting_step)
     num_rows = 0
     for row in read_rows(folder / "metrics.jsonl", "step"):
         delivery.row(row)
@@ -211,11 +211,11 @@ def _deliver(folder: Path, label: labels.Label, mode: Mode, timeout_s: float, mo
         if model:
             delivery.model()
     finally:  # send the rows even if an artifact fails
-        delivery.finish(label.exit_code)
-    for fragment in folder.glob(f"wandb/*run-*-{label.id}/run-{label.id}.wandb"):
+        delivery.finish(identity.exit_code)
+    for fragment in folder.glob(f"wandb/*run-*-{identity.id}/run-{identity.id}.wandb"):
         # `wandb sync` skips a file with this mark; otherwise it would append the same rows again
         fragment.with_name(f"{fragment.name}.synced").touch()
-    return Synced(label.id, num_rows, delivery.num_sent, url)
+    return Synced(identity.id, num_rows, delivery.num_sent, url)
 
 
 def _failed(folder: Path, reason: str) -> TrackingError:

@@ -108,13 +108,13 @@ class Watchdog:
     def whereabouts(self) -> str:
         return f"rank {self._rank}, step {self._step}, {self._mark.place}"
 
-    def meet(self) -> Mark:
-        """Record the start of a collective. Pass the result to `met` after it."""
+    def enter_collective(self) -> Mark:
+        """Record the start of a collective. Pass the result to `leave_collective` after it."""
         before = self._mark
         self.at("waiting for the other ranks", slow=before.slow)
         return before
 
-    def met(self, before: Mark) -> None:
+    def leave_collective(self, before: Mark) -> None:
         self.at(before.place, slow=before.slow)
 
     def steps(self, batches: Iterator[Item], first_step: int) -> Iterator[Item]:

@@ -19,7 +19,6 @@ from trainings import PROGRAM, ROOT, config_of, rows
 from wasteddp import cli, train
 from wasteddp.inference.bundle import load_bundle
 from wasteddp.sharding.build import Job, Options, make_shards
-from wasteddp.training import arguments as command_line
 from wasteddp.training.distributed import launcher
 
 pytestmark = pytest.mark.processes
@@ -95,8 +94,8 @@ def test_a_killed_process_ends_the_others_and_the_command_fails(small_shards: Pa
 def test_the_arguments_reach_the_program_as_they_were_given() -> None:
     line = ["--config", "a b.yaml", "--set", "run.out=x #2", "--set", "train.epochs=3", "--resume", "never"]
     line += ["--accept-changes", "seed,lanes", "--check"]
-    given = command_line.parser(None).parse_args(line)
-    assert command_line.parser(None).parse_args(command_line.as_given(given)) == given
+    given = launcher.parser(None).parse_args(line)
+    assert launcher.parser(None).parse_args(launcher.as_given(given)) == given
 
 
 def test_without_a_device_file_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

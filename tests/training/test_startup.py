@@ -14,8 +14,10 @@ from trainings import PROGRAM, ROOT, config_of
 
 from wasteddp.errors import LaunchError
 from wasteddp.settings import parse
-from wasteddp.training.distributed import same_ranks
-from wasteddp.training.distributed.ranks import free_port, rank_environment
+from wasteddp.training import build_model
+from wasteddp.training.distributed import startup
+from wasteddp.training.distributed.launcher import free_port, rank_environment
+from wasteddp.training.distributed.runtime import refuse_different
 
 REMEDY = "start every rank with the same command"
 
@@ -23,40 +25,40 @@ REMEDY = "start every rank with the same command"
 @pytest.mark.parametrize("change", ["optimizer.lr=0.2", "augment.mixup=0.5", "train.epochs=7", "precision=bf16"])
 def test_another_setting_is_named_with_its_rank(change: str) -> None:
     key = change.partition("=")[0]
-    found = [same_ranks.facts(parse("")), same_ranks.facts(parse("", [change])), same_ranks.facts(parse(""))]
+    found = [startup.facts_of(parse("")), startup.facts_of(parse("", [change])), startup.facts_of(parse(""))]
     with pytest.raises(LaunchError, match=f"rank 1: {key} is ") as caught:
-        same_ranks.refuse_different(found, REMEDY)
+        refuse_different(found, REMEDY)
     assert "rank 2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", ["run.threads=3", "data.shards=/local/set", "data.cache=/scratch", "data.workers=2"])
 def test_what_belongs_to_a_machine_may_differ(change: str) -> None:
-    same_ranks.refuse_different([same_ranks.facts(parse("")), same_ranks.facts(parse("", [change]))], REMEDY)
+    refuse_different([startup.facts_of(parse("")), startup.facts_of(parse("", [change]))], REMEDY)
 
 
 def test_one_changed_line_of_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = same_ranks.facts(parse(""))
-    program = ROOT / "wasteddp" / "training" / "recipe.py"
+    before = startup.facts_of(parse(""))
+    program = ROOT / "wasteddp" / "training" / "objective.py"
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path == program))
-    same_ranks._hash_of_code.cache_clear()
+    startup._hash_of_code.cache_clear()
     try:
         with pytest.raises(LaunchError, match="rank 1: the code's hash is"):
-            same_ranks.refuse_different([before, same_ranks.facts(parse(""))], REMEDY)
+            refuse_different([before, startup.facts_of(parse(""))], REMEDY)
     finally:
-        same_ranks._hash_of_code.cache_clear()
+        startup._hash_of_code.cache_clear()
 
 
 def test_weights_and_buffers_are_in_the_hash() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    before = same_ranks.hash_of_state(model)
+    before = build_model.hash_of_state(model)
     for tensor in (model[0].weight.data, model[1].running_var, model[1].num_batches_tracked):
         kept = tensor.clone()
         tensor.add_(1)
-        assert same_ranks.hash_of_state(model) != before
+        assert build_model.hash_of_state(model) != before
         tensor.copy_(kept)
-    assert same_ranks.hash_of_state(model) == before
+    assert build_model.hash_of_state(model) == before
 
 
 @pytest.mark.processes

@@ -90,15 +90,15 @@ class Meter:
         self._step_s.append(now - self._step_began)
         self._step_began = now
 
-    def read(self, world: Runtime, global_batch: int) -> dict[str, float]:
+    def read(self, runtime: Runtime, global_batch: int) -> dict[str, float]:
         """Return the "train/..." metrics since the last row, and restart; without a loss if all steps were skipped.
         All ranks."""
         steps = max(self._steps, 1)
-        loss, skipped = float(world.sum(self._loss)), int(self._skipped)  # all ranks; waits for the device
+        loss, skipped = float(runtime.sum(self._loss)), int(self._skipped)  # all ranks; waits for the device
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        shares = world.gather(self._share(world, steps * global_batch / world.world_size, seconds))  # all ranks
+        shares = runtime.gather(self._share(runtime, steps * global_batch / runtime.world_size, seconds))  # all ranks
         self.restart()
-        kept = {"train/loss": loss / ((steps - skipped) * world.world_size)} if skipped < steps else {}
+        kept = {"train/loss": loss / ((steps - skipped) * runtime.world_size)} if skipped < steps else {}
         return kept | {
             "train/skipped": skipped,
             "train/step_ms": 1000 * seconds / steps,
@@ -119,7 +119,7 @@ class Meter:
         self._forward_s, self._forward_cpu_s = 0.0, 0.0
         self._step_s, self._step_began = [], self._since
 
-    def _share(self, world: Runtime, num_images: float, seconds: float) -> _Share:
+    def _share(self, runtime: Runtime, num_images: float, seconds: float) -> _Share:
         p50_s, p95_s = np.percentile(self._step_s or [0.0], (50, 95))
         busy_s = max(seconds - self._waited_s, 1e-9)
         return _Share(
@@ -128,7 +128,7 @@ class Meter:
             starved_fraction=starved_fraction(self._forward_s, self._forward_cpu_s),
             p50_ms=1000 * p50_s,
             p95_ms=1000 * p95_s,
-            peak_mb=_peak_mb(world.device),
+            peak_mb=_peak_mb(runtime.device),
         )
 
 

@@ -17,7 +17,8 @@ from wasteddp import settings
 from wasteddp.errors import SettingsError
 from wasteddp.model import resnet
 from wasteddp.model.resnet import StochasticDepth
-from wasteddp.training.distributed.placement import place, refuse_impossible
+from wasteddp.training.build_model import place
+from wasteddp.training.distributed.startup import refuse_impossible
 
 CPU = torch.device("cpu")
 
@@ -79,10 +80,10 @@ def test_batchnorm_over_the_ranks_keeps_weights_and_names_and_is_made_for_severa
 
 def test_batchnorm_over_ranks_without_a_gpu_is_refused_because_torch_does(tmp_path: Path) -> None:
     parsed = settings.parse("model: {sync_batchnorm: true}")
-    refuse_impossible(parsed, 1, 1, has_gpu=False)
-    refuse_impossible(parsed, 2, 1, has_gpu=True)
+    refuse_impossible(parsed.model, parsed.ddp, parsed.train, 1, 1, has_gpu=False)
+    refuse_impossible(parsed.model, parsed.ddp, parsed.train, 2, 1, has_gpu=True)
     with pytest.raises(SettingsError, match="sync_batchnorm is set and the 2 processes have no GPU"):
-        refuse_impossible(parsed, 2, 1, has_gpu=False)
+        refuse_impossible(parsed.model, parsed.ddp, parsed.train, 2, 1, has_gpu=False)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
@@ -93,9 +94,9 @@ def test_batchnorm_over_ranks_without_a_gpu_is_refused_because_torch_does(tmp_pa
 
 def test_a_static_graph_with_accumulation_is_refused_with_the_size_that_fits() -> None:
     parsed = settings.parse("ddp: {static_graph: true}\ntrain: {batch_size: 256, max_micro_batch: 32}")
-    refuse_impossible(parsed, 8, 1, has_gpu=True)
-    refuse_impossible(parsed, 1, 8, has_gpu=True)  # without DDP
+    refuse_impossible(parsed.model, parsed.ddp, parsed.train, 8, 1, has_gpu=True)
+    refuse_impossible(parsed.model, parsed.ddp, parsed.train, 1, 8, has_gpu=True)  # without DDP
     with pytest.raises(
         SettingsError, match=r"a step has 4 micro-batches(.|\n)*set train.max_micro_batch to 128 or more"
     ):
-        refuse_impossible(parsed, 2, 4, has_gpu=True)
+        refuse_impossible(parsed.model, parsed.ddp, parsed.train, 2, 4, has_gpu=True)

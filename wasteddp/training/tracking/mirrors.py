@@ -1,21 +1,23 @@
-"""Mirrors a run's folder to W&B. It never prompts, never blocks the loop, and never ends a training.
+"""TensorBoard and W&B as mirrors of metrics.jsonl: the same names, steps and times. A failure in them ends no training.
 
-A thread checks whether W&B is available and which rows it lacks, and sends them. The loop only queues rows. The end of
-the run waits for the thread, for at most `track.finish_s`.
+W&B never prompts and never blocks the loop, which only queues rows: a thread checks whether W&B is available and which
+rows it lacks, and sends them. The end of the run waits for the thread, for at most `track.finish_s`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from wasteddp.errors import SettingsError
 from wasteddp.settings import Track
-from wasteddp.training.tracking.run_id import Label
+from wasteddp.training.tracking.run_id import RunIdentity
 from wasteddp.training.tracking.wandb_client import (
     Mode,
     asked_mode,
@@ -46,9 +48,9 @@ class WandbMirror:
     """
 
     def __init__(
-        self, folder: Path, label: Label, track: Track, *, history: Sequence[Row], say: Callable[[str], None]
+        self, folder: Path, identity: RunIdentity, track: Track, *, history: Sequence[Row], say: Callable[[str], None]
     ) -> None:
-        self._folder, self._label, self._track, self._say = folder, label, track, say
+        self._folder, self._identity, self._track, self._say = folder, identity, track, say
         self._asked = asked_mode(track.wandb)
         self._queue: queue.SimpleQueue[Row | _End] = queue.SimpleQueue()
         self._lock: IO[bytes] | None = None
@@ -97,7 +99,7 @@ class WandbMirror:
         try:
             delivery = self._open()
         except Exception as error:
-            self._say(f"W&B: not available for run {self._label.id} ({reason_of(error)}); {self._later}")
+            self._say(f"W&B: not available for run {self._identity.id} ({reason_of(error)}); {self._later}")
             return
         while True:
             item = self._queue.get()
@@ -140,10 +142,10 @@ class WandbMirror:
         if run is None:
             run = self._opened(mode)
         later = "" if mode.is_online else f"; {self._later}"
-        self._say(f"W&B: {mode.name}, run {self._label.id} ({mode.reason}){later}")
+        self._say(f"W&B: {mode.name}, run {self._identity.id} ({mode.reason}){later}")
         # An offline run cannot query W&B; the earlier rows are in the files of the earlier attempts.
         next_step = run.starting_step if mode.is_online else self._resumed_step + 1
-        delivery = Delivery(run, self._folder, self._label, next_step)
+        delivery = Delivery(run, self._folder, self._identity, next_step)
         if mode.is_online:
             with self._harmless():
                 delivery.dataset()
@@ -151,4 +153,60 @@ class WandbMirror:
 
     def _opened(self, mode: Mode) -> Any:
         limit_s = max(self._track.finish_s - _SPARE_S, self._track.finish_s / 2)
-        return open_run(self._folder, self._label, mode, finish_s=limit_s, strict=True)
+        return open_run(self._folder, self._identity, mode, finish_s=limit_s, strict=True)
+
+
+class TensorBoardMirror:
+    """Writes event files for `tensorboard --logdir RUN`. A failure in it does not end a training.
+
+    Args:
+        folder: the folder of the run.
+        resumed_step: rows after it are withdrawn, because they will be written again.
+        history: rows of metrics.jsonl up to this step, for a mirror that is enabled during a run.
+
+    Raises:
+        SettingsError: the package is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, *, resumed_step: int, history: Sequence[Mapping[str, Any]], say: Callable[[str], None]
+    ) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise SettingsError(
+                "track.tensorboard is true and the package tensorboard is not installed",
+                "the run could not write event files for TensorBoard",
+                "pip install 'wasteddp[tensorboard]', or set track.tensorboard to false",
+            )
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._say = say
+        out = folder / "tensorboard"
+        goes_on = any(out.glob("events.out.tfevents.*"))
+        # purge_step withdraws the rows that an earlier start wrote after its last checkpoint.
+        self._writer: Any = SummaryWriter(str(out), purge_step=resumed_step + 1 if goes_on else None)
+        if not goes_on:
+            for row in history:
+                self.log(row)
+        say(f"TensorBoard: tensorboard --logdir {folder}")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Write a row of metrics.jsonl."""
+        for name, value in row.items():
+            if name not in ("step", "time_s"):
+                self._do("add_scalar", name, value, row["step"], walltime=row["time_s"])
+
+    def flush(self) -> None:
+        """Flush the rows before a checkpoint: they will not be written again."""
+        self._do("flush")
+
+    def close(self) -> None:
+        self._do("close")
+
+    def _do(self, method: str, *arguments: Any, **named: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments, **named)
+        except Exception as error:
+            self._writer = None
+            self._say(f"TensorBoard stops: {type(error).__name__}: {error}; metrics.jsonl has every row")

@@ -1,0 +1,273 @@
+"""The commands for runs and their models: evaluate, predict, average, review, report, sync, dashboard."""
+
+from __future__ import annotations
+
+import argparse
+
+from wasteddp.commands import unlike
+from wasteddp.commands.arguments import (
+    Commands,
+    add_compute,
+    add_decoders,
+    add_tta,
+    keywords,
+    positive,
+    share,
+    to_path,
+    words,
+)  # fmt: skip
+from wasteddp.files import expand_home
+
+
+def add(commands: Commands) -> None:
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_average(commands)
+    _add_review(commands)
+    _add_report(commands)
+    _add_sync(commands)
+    _add_dashboard(commands)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    command = commands.add_parser(
+        "evaluate",
+        help="measure a run's model on a split of its shards, or on a folder of images",
+        description="Prints accuracy with its 95 % interval, per-class figures and the confusion matrix, and saves "
+        "them in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
+    unlike.add_images(command)
+    decisions = command.add_argument_group("decisions: docs/decisions.md")
+    decisions.add_argument("--bins", type=to_path, metavar="FILE", help="YAML of bins, hazards and costs")
+    decisions.add_argument(
+        "--max-error",
+        type=share,
+        metavar="E",
+        help="share of items in a wrong bin among those that no person sees; the threshold is chosen on the run's "
+        "evaluation split, with a guarantee",
+    )
+    decisions.add_argument(
+        "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
+    )
+    command.add_argument(
+        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
+    )
+    add_compute(command)
+    add_decoders(command)
+    add_tta(command)
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    given = keywords(arguments)
+    if given.pop("images"):
+        unlike.evaluate_images(arguments)
+        return
+    from wasteddp.inference.evaluate import evaluate_run
+
+    unlike.refuse_without_images(arguments)
+    evaluate_run(**{name: value for name, value in given.items() if name not in unlike.ONLY_OF_IMAGES})
+
+
+def _add_predict(commands: Commands) -> None:
+    command = commands.add_parser(
+        "predict",
+        help="classify images with a trained model",
+        description="Classifies images and lists unreadable files at the end. The exit code is 0 if at least one image "
+        "was classified, otherwise 2.",
+    )
+    command.add_argument("model", metavar="MODEL", type=to_path, help="folder of a run or of its model")
+    command.add_argument(
+        "paths", type=expand_home, metavar="PATH", nargs="+", help="image files, folders, or quoted globs (also **)"
+    )
+    command.add_argument("--csv", type=to_path, metavar="FILE", help="write the probabilities of all classes as CSV")
+    command.add_argument("--json", type=to_path, metavar="FILE", help="the same as JSON")
+    command.add_argument(
+        "--policy", type=to_path, metavar="FILE", help="policy.json of `evaluate --bins`: decide on a bin or a person"
+    )
+    command.add_argument("--top", type=positive, default=3, metavar="N", help="classes to print (default: %(default)s)")
+    add_compute(command)
+    add_decoders(command)
+    add_tta(command)
+    command.set_defaults(run=_predict)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from wasteddp.inference.predict import predict_files
+
+    predict_files(**keywords(arguments))
+
+
+def _add_average(commands: Commands) -> None:
+    command = commands.add_parser(
+        "average",
+        help="average a run's newest checkpoints into a model",
+        description="Averages the weights of the newest checkpoints, recomputes BatchNorm's statistics on training "
+        "images, compares the result with the run's model on data.eval_split, and writes it to RUN/average/, which "
+        "`evaluate` and `predict` accept like a run.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    command.add_argument(
+        "--last",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="checkpoints to average, or as many as the run has, at least 2 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--images", type=positive, default=2048, metavar="N", help="images for the statistics (default: %(default)s)"
+    )
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--out", type=to_path, metavar="FOLDER", help="default: RUN/average")
+    where.add_argument("--replace", action="store_true", help="replace RUN/model")
+    command.add_argument(
+        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
+    )
+    add_compute(command)
+    command.set_defaults(run=_average)
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    from wasteddp.tools.average import AverageOptions, run
+
+    run(
+        AverageOptions(
+            run=arguments.run_folder,
+            last=arguments.last,
+            images=arguments.images,
+            out=arguments.out,
+            replace=arguments.replace,
+            shards=arguments.shards,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+        )
+    )
+
+
+def _add_report(commands: Commands) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write one HTML page of a run, or of several",
+        description="Writes one HTML file that needs no server and no network: curves, confusion matrix, classes with "
+        "intervals, reliability, mistakes, settings and lineage. A training writes RUN/report.html at its end.",
+    )
+    command.add_argument("runs", metavar="RUN", nargs="+", type=to_path, help="folder of a run; several are compared")
+    command.add_argument(
+        "--out", type=to_path, metavar="FILE", help="default: report.html (several: comparison.html) in the first run"
+    )
+    command.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from wasteddp.report.page import write_report
+
+    out = write_report(**keywords(arguments))
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, opens in any browser, needs no network")
+
+
+def _add_sync(commands: Commands) -> None:
+    command = commands.add_parser(
+        "sync",
+        help="send the missing rows of a run to W&B",
+        description="Sends the rows, images and artifacts that W&B does not have, in order and none twice, from the "
+        "run's folder: after training offline, after an outage or a kill, and while a run trains offline.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    command.add_argument("--no-model", action="store_true", help="do not send the model")
+    command.add_argument(
+        "--timeout", type=positive, default=600, metavar="S", help="longest wait for W&B (default: %(default)s)"
+    )
+    command.set_defaults(run=_sync)
+
+
+def _sync(arguments: argparse.Namespace) -> None:
+    from wasteddp.training.tracking.wandb_sync import sync
+
+    done = sync(arguments.run_folder, timeout_s=arguments.timeout, model=not arguments.no_model)
+    print(f"W&B run {done.run_id}: sent {done.num_sent} of {done.num_rows} rows, the others were there; {done.url}")
+
+
+def _add_dashboard(commands: Commands) -> None:
+    command = commands.add_parser(
+        "dashboard",
+        help="check the W&B dashboard, or create it",
+        description="Checks that every panel of the dashboard shows a metric that runs have; --save creates it on W&B.",
+    )
+    command.add_argument("config", nargs="?", type=to_path, metavar="YAML", help="default: configs/dashboard.yaml")
+    command.add_argument("--save", action="store_true", help="create the workspace on W&B (needs a key)")
+    command.add_argument("--project", default="wasteddp", help="default: %(default)s")
+    command.add_argument("--entity", default="", help="user or team (default: the key's own)")
+    command.set_defaults(run=_dashboard)
+
+
+def _dashboard(arguments: argparse.Namespace) -> None:
+    from wasteddp.tools import dashboard
+
+    path = arguments.config or dashboard.DEFAULT_PATH
+    loaded = dashboard.load(path)
+    for section in loaded.sections:
+        print(
+            f"{section.name}\n  " + "\n  ".join(f"{panel.title}: {', '.join(panel.names)}" for panel in section.panels)
+        )
+    print(f"{path}: {loaded.num_panels} panels, runs have every metric in it")
+    if arguments.save:
+        print(f"saved: {dashboard.save(loaded, entity=arguments.entity, project=arguments.project)}")
+
+
+def _add_review(commands: Commands) -> None:
+    command = commands.add_parser(
+        "review",
+        help="find labels that are probably wrong, and write a page to correct them",
+        description="Writes one HTML page with the images whose label is probably wrong, near-duplicates with "
+        "different labels, and the images without a label that are most worth one. It works with the keyboard and on a "
+        "phone, and saves a CSV for `wasteddp shard --corrections`.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--split",
+        type=words,
+        default=(),
+        metavar="NAMES",
+        help="splits to review, such as test or val,test (default: val,test). The model was trained on train, so its "
+        "probabilities there are not held out",
+    )
+    which.add_argument(
+        "--predictions",
+        type=to_path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="held-out predictions.csv files of `evaluate`, such as those of all folds, used instead of --split",
+    )
+    command.add_argument(
+        "--unlabelled",
+        type=expand_home,
+        default="",
+        metavar="FOLDER-OR-CSV",
+        help="images without labels, or a CSV of `predict` with them",
+    )
+    command.add_argument("--out", type=to_path, metavar="FILE", help="default: RUN/review.html")
+    command.add_argument(
+        "--limit", type=positive, default=400, metavar="N", help="most pictures on the page (default: %(default)s)"
+    )
+    command.add_argument(
+        "--no-pairs",
+        dest="pairs",
+        action="store_false",
+        help="do not look for near-duplicates, which decodes every image of the set",
+    )
+    command.add_argument(
+        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
+    )
+    add_compute(command)
+    add_decoders(command)
+    command.set_defaults(run=_review)
+
+
+def _review(arguments: argparse.Namespace) -> None:
+    from wasteddp.tools.review import review_run
+
+    review_run(**keywords(arguments))
