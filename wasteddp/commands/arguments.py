@@ -64,6 +64,13 @@ def positive(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
 def add_compute(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",

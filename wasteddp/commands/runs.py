@@ -1,11 +1,21 @@
-"""The commands for runs and their models: evaluate, predict, average, report, sync, dashboard."""
+"""The commands for runs and their models: evaluate, predict, average, review, report, sync, dashboard."""
 
 from __future__ import annotations
 
 import argparse
 
 from wasteddp.commands import unlike
-from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_tta, keywords, positive, to_path
+from wasteddp.commands.arguments import (
+    Commands,
+    add_compute,
+    add_decoders,
+    add_tta,
+    keywords,
+    positive,
+    share,
+    to_path,
+    words,
+)  # fmt: skip
 from wasteddp.files import expand_home
 
 
@@ -13,6 +23,7 @@ def add(commands: Commands) -> None:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_average(commands)
+    _add_review(commands)
     _add_report(commands)
     _add_sync(commands)
     _add_dashboard(commands)
@@ -28,6 +39,18 @@ def _add_evaluate(commands: Commands) -> None:
     command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
     command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
     unlike.add_images(command)
+    decisions = command.add_argument_group("decisions: docs/decisions.md")
+    decisions.add_argument("--bins", type=to_path, metavar="FILE", help="YAML of bins, hazards and costs")
+    decisions.add_argument(
+        "--max-error",
+        type=share,
+        metavar="E",
+        help="share of items in a wrong bin among those that no person sees; the threshold is chosen on the run's "
+        "evaluation split, with a guarantee",
+    )
+    decisions.add_argument(
+        "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
+    )
     command.add_argument(
         "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
     )
@@ -61,6 +84,9 @@ def _add_predict(commands: Commands) -> None:
     )
     command.add_argument("--csv", type=to_path, metavar="FILE", help="write the probabilities of all classes as CSV")
     command.add_argument("--json", type=to_path, metavar="FILE", help="the same as JSON")
+    command.add_argument(
+        "--policy", type=to_path, metavar="FILE", help="policy.json of `evaluate --bins`: decide on a bin or a person"
+    )
     command.add_argument("--top", type=positive, default=3, metavar="N", help="classes to print (default: %(default)s)")
     add_compute(command)
     add_decoders(command)
@@ -188,3 +214,60 @@ def _dashboard(arguments: argparse.Namespace) -> None:
     print(f"{path}: {loaded.num_panels} panels, runs have every metric in it")
     if arguments.save:
         print(f"saved: {dashboard.save(loaded, entity=arguments.entity, project=arguments.project)}")
+
+
+def _add_review(commands: Commands) -> None:
+    command = commands.add_parser(
+        "review",
+        help="find labels that are probably wrong, and write a page to correct them",
+        description="Writes one HTML page with the images whose label is probably wrong, near-duplicates with "
+        "different labels, and the images without a label that are most worth one. It works with the keyboard and on a "
+        "phone, and saves a CSV for `wasteddp shard --corrections`.",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        "--split",
+        type=words,
+        default=(),
+        metavar="NAMES",
+        help="splits to review, such as test or val,test (default: val,test). The model was trained on train, so its "
+        "probabilities there are not held out",
+    )
+    which.add_argument(
+        "--predictions",
+        type=to_path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="held-out predictions.csv files of `evaluate`, such as those of all folds, used instead of --split",
+    )
+    command.add_argument(
+        "--unlabelled",
+        type=expand_home,
+        default="",
+        metavar="FOLDER-OR-CSV",
+        help="images without labels, or a CSV of `predict` with them",
+    )
+    command.add_argument("--out", type=to_path, metavar="FILE", help="default: RUN/review.html")
+    command.add_argument(
+        "--limit", type=positive, default=400, metavar="N", help="most pictures on the page (default: %(default)s)"
+    )
+    command.add_argument(
+        "--no-pairs",
+        dest="pairs",
+        action="store_false",
+        help="do not look for near-duplicates, which decodes every image of the set",
+    )
+    command.add_argument(
+        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
+    )
+    add_compute(command)
+    add_decoders(command)
+    command.set_defaults(run=_review)
+
+
+def _review(arguments: argparse.Namespace) -> None:
+    from wasteddp.tools.review import review_run
+
+    review_run(**keywords(arguments))

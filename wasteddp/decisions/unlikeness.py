@@ -75,15 +75,16 @@ class TrainingFeatures:
 
     def distances(self, features_ND: npt.NDArray[np.floating[Any]]) -> F64:
         """Return the squared distance of each image to the nearest class mean: float64 [N]."""
-        features, means = np.asarray(features_ND, np.float64), self.means_KD.astype(np.float64)
-        directions = self.directions_RD.astype(np.float64)
+        means, directions = self.means_KD.astype(np.float64), self.directions_RD.astype(np.float64)
+        centre = means.mean(axis=0)
+        features, means = np.asarray(features_ND, np.float64) - centre, means - centre
+        along_NR, along_KR = features @ directions.T, means @ directions.T
+        lengths_NK = (features**2).sum(axis=1)[:, None] - 2 * features @ means.T + (means**2).sum(axis=1)
         nearest = np.full(len(features), np.inf)
-        for mean in means:  # not all at once: N x K x D numbers may be many
-            apart_ND = features - mean
-            along_NR = apart_ND @ directions.T
-            rest_N = ((apart_ND**2).sum(axis=1) - (along_NR**2).sum(axis=1)).clip(0)
-            distance_N = (along_NR**2 / self.variances_R).sum(axis=1) + rest_N / self.variance_of_rest
-            nearest = np.minimum(nearest, distance_N)
+        for mean_R, length_N in zip(along_KR, lengths_NK.T, strict=True):  # N x K x R numbers may be many
+            squares_NR = (along_NR - mean_R) ** 2
+            rest_N = (length_N - squares_NR.sum(axis=1)).clip(0)
+            nearest = np.minimum(nearest, squares_NR @ (1 / self.variances_R) + rest_N / self.variance_of_rest)
         return nearest
 
     def percentiles(self, distances_N: F64) -> F64:

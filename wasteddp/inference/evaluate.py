@@ -24,6 +24,8 @@ from wasteddp.data.folds import NO_FOLD
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
+from wasteddp.decisions.bins import BinRules, load_bins
+from wasteddp.decisions.decide import choose_policy
 from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
 from wasteddp.files import read_regular
 from wasteddp.inference.classifier import Classifier, device_type
@@ -32,6 +34,7 @@ from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, sa
 from wasteddp.inference.metrics import confusion_matrix, summarise
 from wasteddp.inference.ranks import Ranks, join_ranks
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
+from wasteddp.inference.sorting import report_policy
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.parallel import progress
 from wasteddp.settings import Data, plain_yaml
@@ -63,6 +66,9 @@ def evaluate_run(
     tta: str = "none",
     workers: int | str = 0,
     near_duplicates: bool = False,
+    bins: Path | None = None,
+    max_error: float | None = None,
+    confidence: float = 0.95,
 ) -> None:
     """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
 
@@ -71,18 +77,39 @@ def evaluate_run(
         batch_size: None: a size that suits the device.
         workers: as the setting data.workers.
         near_duplicates: look for those of training images, where sharding did not.
+        bins: file of bins, see `decisions.bins`; None: those of the shard set.
+        max_error: with it or with `bins`, thresholds are chosen on the run's evaluation split, and measured on `split`.
+        confidence: with which `max_error` must hold.
     """
     with join_ranks() as ranks:
         device = ranks.device(device)
         with start_workers(workers, device_type(device), cores=ranks.cores) as decoders:
             classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
-            data = data_of(run_folder, shards)
+            data, classes = data_of(run_folder, shards), classifier.card.classes
+            rules = load_bins(bins, classes) if bins else BinRules.of_map(classifier.card.bins, classes)
             with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
                 evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
                 if ranks.is_main:
                     near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
                     _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
+                if bins or max_error is not None:
+                    same = split == data.eval_split
+                    chosen = (
+                        evaluation
+                        if same
+                        else evaluate_split(
+                            classifier, shard_set, data.eval_split, Console(quiet=True), decoders, ranks
+                        )
+                    )
+                    policy = choose_policy(
+                        rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
+                    )
+                    folder = run_folder / "evaluations" / split
+                    if ranks.is_main:
+                        report_policy(folder, policy, evaluation, classifier.card, console, chosen_on=data.eval_split)
+                    if same:
+                        console.print("warning: the thresholds were chosen on the same images", style="yellow")
 
 
 def _near(

@@ -39,7 +39,9 @@ from wasteddp.inference.reliability import Mistake, Seen
 
 FORMAT = "wasteddp-evaluation"
 FORMAT_VERSION = 1
-_FILES = ("metrics.json", "confusion.csv", "confusion.png", "predictions.csv")
+_FILES = (
+    "metrics.json", "confusion.csv", "confusion.png", "predictions.csv", "decisions.json", "policy.json",
+)  # fmt: skip
 _LARGEST_PRINTED_MATRIX = 12  # classes: wider ones do not fit in 80 columns
 _LONGEST_NAME = 28  # characters; longer names would take more space than the matrix
 _MOST_SLANTED = 16  # classes; with more, slanted names would overlap, upright ones do not

@@ -21,6 +21,7 @@ from wasteddp.data.file_loader import Unreadable, file_views
 from wasteddp.errors import SourceError, inert, storage
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.prediction_files import Answer, Failure, Prediction, Record, Terminal, csv_record, json_record
+from wasteddp.inference.sorting import load_policy
 from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 
@@ -32,6 +33,7 @@ def predict_files(
     csv: Path | None = None,
     json: Path | None = None,
     top: int = 3,
+    policy: Path | None = None,
     batch_size: int | None = None,
     device: str = "auto",
     tta: str = "none",
@@ -42,6 +44,7 @@ def predict_files(
     Args:
         model: folder of a run or of its model.
         paths: as `find_images` takes them.
+        policy: policy.json of `wasteddp evaluate --bins`; None: no decision is made.
         batch_size: None: a size that suits the device.
         workers: as the setting data.workers.
 
@@ -52,12 +55,13 @@ def predict_files(
     with ExitStack() as stack:
         decoders = stack.enter_context(start_workers(workers, device_type(device)))
         classifier = Classifier.load(model, device=device, batch_size=batch_size, tta=tta)
-        terminal = Terminal(classifier.card, top=top, training=classifier.training)
+        rules = load_policy(policy, classifier.card) if policy else None
+        terminal = Terminal(classifier.card, top=top, training=classifier.training, policy=rules)
         records: list[Record] = [terminal]
         if csv:
-            records.append(stack.enter_context(csv_record(csv, classifier.card)))
+            records.append(stack.enter_context(csv_record(csv, classifier.card, policy=rules)))
         if json:
-            records.append(stack.enter_context(json_record(json, classifier.card, tta=classifier.tta)))
+            records.append(stack.enter_context(json_record(json, classifier.card, tta=classifier.tta, policy=rules)))
         for prediction in stack.enter_context(
             closing(predict(classifier, images, decoders, terminal.tolerated.append))
         ):

@@ -6,6 +6,7 @@ Files are written under a temporary name and renamed at the end, so that a kill 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from wasteddp.decisions.bins import PERSON
+from wasteddp.decisions.decide import REASONS, Policy
 from wasteddp.decisions.unlikeness import UNLIKE_FROM, TrainingFeatures
 from wasteddp.errors import inert, storage
 from wasteddp.files import CsvWriter, written_whole
@@ -23,6 +26,7 @@ from wasteddp.inference.feature_files import HOW_TO_ADD
 from wasteddp.inference.metrics import as_float, percent
 
 _FAILURES_LISTED = 20
+_DECIDED = ("decision", "bin_probability", "why")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,22 @@ class Failure:
 Prediction = Answer | Failure
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The bin or the person that a policy chooses for one image."""
+
+    bin: str
+    probability: float  # of the best bin without a person and without hazards
+    why: str
+
+
+def decide(policy: Policy, probabilities: npt.NDArray[np.float32]) -> Decision:
+    """Return the policy's decision for one image. Args: probabilities: [K]."""
+    found = policy.decide(probabilities[np.newaxis])
+    name = (*policy.rules.bins, PERSON)[int(found.assigned[0])]
+    return Decision(name, float(found.confidence[0]), REASONS[int(found.reasons[0])])
+
+
 class Record(Protocol):
     def add(self, prediction: Prediction) -> None: ...
 
@@ -55,10 +75,14 @@ class Terminal:
     The file's name is the last column, because its width is not known before the last image.
     """
 
-    def __init__(self, card: BundleCard, *, top: int, training: TrainingFeatures | None = None) -> None:
-        self._card, self._top, self._training = card, min(top, len(card.classes)), training
+    def __init__(
+        self, card: BundleCard, *, top: int, training: TrainingFeatures | None = None, policy: Policy | None = None
+    ) -> None:
+        self._card, self._top, self._training, self._policy = card, min(top, len(card.classes)), training, policy
+        self._decided = Counter[str]()
         self._class_width = max(len("class"), *map(len, card.classes))
-        self._bin_width = max([len("bin"), *map(len, card.bins.values())]) if card.bins else 0
+        names = policy.rules.bins if policy else card.bins.values()
+        self._bin_width = max([len("bin"), *map(len, names)]) + (len(" (hazard)") if policy else 0)
         self.num_classified, self.num_failed, self._num_unlike = 0, 0, 0
         self._sum_of_percentiles = 0.0
         self._failures: list[Failure] = []  # the first few
@@ -83,6 +107,10 @@ class Terminal:
         following = [f"{_printable(self._card.classes[k])} {percent(prediction.probabilities[k])}" for k in others]
         sure = percent(prediction.probabilities[best])
         bin_name = _printable(self._card.bins.get(name, "-"))
+        if self._policy:
+            decision = decide(self._policy, prediction.probabilities)
+            self._decided[decision.bin] += 1
+            bin_name = _printable(decision.bin) + (f" ({decision.why})" if decision.why else "")
         self._print(_printable(name), bin_name, sure, unlike, following, _printable(prediction.path))
 
     def finish(self, written: list[Path]) -> None:
@@ -105,12 +133,14 @@ class Terminal:
             print(self._training.verdict(mean, self._num_unlike, self.num_classified))
         elif self.num_classified:
             print(f"unlikeness: not known, the model has no features of its training images; {HOW_TO_ADD}")
+        if self._decided:
+            print("decisions: " + ", ".join(f"{count:,} {_printable(name)}" for name, count in self._decided.items()))
         for path in written:
             print(f"written: {path}")
 
     def _print(self, name: str, bin_name: str, sure: str, unlike: str, following: list[str], path: str) -> None:
         columns = [f"{name:<{self._class_width}}"]
-        if self._card.bins:
+        if self._card.bins or self._policy:
             columns.append(f"{bin_name:<{self._bin_width}}")
         columns.append(f"{sure:>7}")
         if self._training:
@@ -122,34 +152,53 @@ class Terminal:
 class CsvRecord:
     """Columns: path, class, bin, probability, probability of each class, unlike, error.
 
-    `unlike` is empty if it is not known, and the error on success.
+    `unlike` is empty if it is not known, and the error on success. With a policy, these columns precede the error:
+    decision (a bin or `person`), bin_probability, and why (hazard, cost, doubt, or empty).
     """
 
-    def __init__(self, file: IO[str], card: BundleCard) -> None:
-        self._file, self._card = file, card
+    def __init__(self, file: IO[str], card: BundleCard, policy: Policy | None = None) -> None:
+        self._file, self._card, self._policy = file, card, policy
         self._writer = CsvWriter(file)
         names = (f"p_{name}" for name in card.classes)
-        self._writer.write(["path", "class", "bin", "probability", *names, "unlike", "error"])
+        self._writer.write(
+            ["path", "class", "bin", "probability", *names, "unlike", *(_DECIDED if policy else ()), "error"]
+        )
 
     def add(self, prediction: Prediction) -> None:
         if isinstance(prediction, Failure):
-            row: list[Any] = [prediction.path, *[""] * (4 + len(self._card.classes)), prediction.reason]
+            num_empty = 4 + len(self._card.classes) + (len(_DECIDED) if self._policy else 0)
+            row: list[Any] = [prediction.path, *[""] * num_empty, prediction.reason]
         else:
             best = int(prediction.probabilities.argmax())
             name = self._card.classes[best]
             probabilities = prediction.probabilities  # float32: as many digits as reading it back exactly needs
             unlike = "" if prediction.unlike is None else f"{prediction.unlike:.1f}"
             bin_name = self._card.bins.get(name, "")
-            row = [prediction.path, name, bin_name, probabilities[best], *probabilities, unlike, ""]
+            row = [
+                prediction.path,
+                name,
+                bin_name,
+                probabilities[best],
+                *probabilities,
+                unlike,
+                *self._decided(probabilities),
+                "",
+            ]
         with storage("writing the predictions", self._file.name):
             self._writer.write(row)
+
+    def _decided(self, probabilities: npt.NDArray[np.float32]) -> list[Any]:
+        if self._policy is None:
+            return []
+        found = decide(self._policy, probabilities)
+        return [found.bin, f"{found.probability:.6g}", found.why]
 
 
 class JsonRecord:
     """One object: the model, the test-time augmentation, and a list with one line for each image."""
 
-    def __init__(self, file: IO[str], card: BundleCard, tta: str) -> None:
-        self._file, self._card, self._num_added = file, card, 0
+    def __init__(self, file: IO[str], card: BundleCard, tta: str, policy: Policy | None = None) -> None:
+        self._file, self._card, self._policy, self._num_added = file, card, policy, 0
         model = {"arch": card.arch, "weights": card.hashes.weights, "classes": list(card.classes)}
         file.write(f'{{"model": {json.dumps(model, ensure_ascii=False)},\n"tta": {json.dumps(tta)},\n"predictions": [')
 
@@ -169,6 +218,9 @@ class JsonRecord:
                 "unlike": None if prediction.unlike is None else round(float(prediction.unlike), 1),
                 "error": None,
             }
+            if self._policy:
+                found = decide(self._policy, prediction.probabilities)
+                entry |= {"decision": found.bin, "bin_probability": round(found.probability, 6), "why": found.why}
         with storage("writing the predictions", self._file.name):
             self._file.write(("," if self._num_added else "") + "\n" + json.dumps(entry, ensure_ascii=False))
         self._num_added += 1
@@ -178,16 +230,18 @@ class JsonRecord:
 
 
 @contextmanager
-def csv_record(path: Path, card: BundleCard) -> Iterator[CsvRecord]:
+def csv_record(path: Path, card: BundleCard, *, policy: Policy | None = None) -> Iterator[CsvRecord]:
     # A byte of a file name that is not UTF-8 becomes \\udcXX; json.loads makes Python's name of that file of it.
     with written_whole(path, errors="backslashreplace") as file:
-        yield CsvRecord(file, card)
+        yield CsvRecord(file, card, policy)
 
 
 @contextmanager
-def json_record(path: Path, card: BundleCard, *, tta: str = "none") -> Iterator[JsonRecord]:
+def json_record(
+    path: Path, card: BundleCard, *, tta: str = "none", policy: Policy | None = None
+) -> Iterator[JsonRecord]:
     with written_whole(path, errors="backslashreplace") as file:
-        record = JsonRecord(file, card, tta)
+        record = JsonRecord(file, card, tta, policy)
         yield record
         record.finish()
 

@@ -34,6 +34,7 @@ from wasteddp.errors import CheckpointError, RunError, inert, storage
 from wasteddp.files import RunLock, make_folder, write_atomically
 from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
+from wasteddp.inference.comparison import compare, near_by_manifest
 from wasteddp.inference.evaluate import check_classes, evaluate_split
 from wasteddp.inference.evaluation_files import Evaluation, save_evaluation
 from wasteddp.inference.metrics import Metrics, percent
@@ -102,7 +103,7 @@ def _average(options: AverageOptions, out: Path, console: Console, workers: Work
     of_images = f"of {num_images:,} training images, centre views of {data.eval_size_px} px"
     _say(f"BatchNorm's statistics: {of_images if num_images else 'unchanged, since BatchNorm was frozen'}")
     _print(console, settings.data.eval_split, found.seen.metrics, reference.seen.metrics, best.card.trained.step)
-    _save(out, mean, weights, average, found, shards, options)
+    _save(out, mean, weights, average, found, shards, options, train=data.train_split)
 
 
 def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
@@ -244,6 +245,8 @@ def _save(
     found: Evaluation,
     shards: ShardSet,
     options: AverageOptions,
+    *,
+    train: str,
 ) -> None:
     """Write the bundle, then its evaluation: a kill between the two leaves a whole model."""
     trained = average.card.trained
@@ -262,6 +265,7 @@ def _save(
             )  # `evaluate` reads the shards' folder from it
         card = save_bundle(folder, card, weights)
         split = found.seen.split
+        near = near_by_manifest(shards.manifest, split, train, found.sources)
         save_evaluation(
             home / "evaluations" / split,
             found,
@@ -274,6 +278,7 @@ def _save(
                 "device": str(average.device),
                 "tta": average.tta,
             },
+            further=compare(found, near),
         )
     _say(f"written: {folder}")
 

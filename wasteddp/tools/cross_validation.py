@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -39,25 +38,30 @@ _FIGURES = {"accuracy": "accuracy", "macro_f1": "macro F1", "macro_recall": "mac
 _SPLITS = ("data.train_split=train", "data.eval_split=val")
 
 
-@dataclass(frozen=True, slots=True)
-class FoldsOptions:
-    """The command line of `wasteddp folds`."""
-
-    config: str
-    sets: Sequence[str] = ()
-    processes: int = 1
-    cpu: bool = False
-    slurm: bool = False  # print the commands of an array instead of training
-    sum_up: bool = False  # do not train
-
-
-def run(options: FoldsOptions) -> int:
+def cross_validate(
+    config: str,
+    sets: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    cpu: bool = False,
+    slurm: bool = False,
+    train: bool = True,
+) -> int:
     """Train all folds and sum them up. Return the exit code: that of a training that did not finish.
 
+    Args:
+        config: path of the YAML file.
+        sets: overrides, such as run.out=FOLDER.
+        processes: of each training.
+        cpu: do not use the GPUs.
+        slurm: print the commands of an array instead of training.
+        train: False: only sum up.
+
     Raises:
-        SettingsError: the shard set has no folds. RunError: a fold was not evaluated, or on another set.
+        SettingsError: the shard set has no folds.
+        RunError: a fold was not evaluated, or on another set.
     """
-    settings = settings_file.load(options.config, [*options.sets, *_SPLITS])
+    settings = settings_file.load(config, [*sets, *_SPLITS])
     with open_dataset(settings.data.model_copy(update={"fold": NO_FOLD})) as shards:
         manifest = shards.manifest
     total, out = num_folds(manifest), Path(settings.run.out)
@@ -67,17 +71,17 @@ def run(options: FoldsOptions) -> int:
             "there is nothing to validate across",
             "make a set with folds: wasteddp shard SOURCE --out FOLDER --folds 5",
         )
-    if options.slurm:
-        print("\n".join(_array(options, out, total)))
+    if slurm:
+        print("\n".join(_array(config, sets, out, total)))
         return EXIT_FINISHED
-    for fold in range(0 if options.sum_up else total):
+    for fold in range(total if train else 0):
         print(f"fold {fold} of 0 to {total - 1}: {out / f'fold-{fold}'}", flush=True)
-        sets = [*options.sets, *_SPLITS, f"data.fold={fold}", f"run.out={out / f'fold-{fold}'}"]
+        own = [*sets, *_SPLITS, f"data.fold={fold}", f"run.out={out / f'fold-{fold}'}"]
         code = launcher.launch(
-            ["--config", options.config, *(part for value in sets for part in ("--set", value))],
-            options.processes,
+            ["--config", config, *(part for value in own for part in ("--set", value))],
+            processes,
             program=launcher.PROGRAM,
-            more={"ACCELERATE_USE_CPU": "true"} if options.cpu else {},
+            more={"ACCELERATE_USE_CPU": "true"} if cpu else {},
             replaces=False,
         )
         if code != EXIT_FINISHED:
@@ -88,19 +92,19 @@ def run(options: FoldsOptions) -> int:
     return EXIT_FINISHED
 
 
-def _array(options: FoldsOptions, out: Path, total: int) -> list[str]:
+def _array(config: str, sets: Sequence[str], out: Path, total: int) -> list[str]:
     """Write the lines of a sweep. Return the commands that train all folds on a cluster and sum them up."""
     sweep = out / "folds.txt"
     with storage("writing the lines of the array", out):
         out.mkdir(parents=True, exist_ok=True)
     write_atomically(sweep, "".join(f"--set data.fold={fold}\n" for fold in range(total)).encode())
-    given = [value for value in options.sets if not value.startswith("run.out=")]
-    sets = "".join(f" --set {shlex.quote(value)}" for value in [*given, *_SPLITS])
-    config, folder = shlex.quote(options.config), shlex.quote(str(out))
+    given = [value for value in sets if not value.startswith("run.out=")]
+    overrides = "".join(f" --set {shlex.quote(value)}" for value in [*given, *_SPLITS])
+    file, folder = shlex.quote(config), shlex.quote(str(out))
     variables = f"SWEEP={shlex.quote(str(sweep))} RUN_OUT={folder}"
     return [
-        f"{variables} sbatch --array=1-{total} slurm/train.sh --config {config}{sets}",
-        f"wasteddp folds --config {config}{sets} --set {shlex.quote(f'run.out={out}')} --sum-up   # after the array",
+        f"{variables} sbatch --array=1-{total} slurm/train.sh --config {file}{overrides}",
+        f"wasteddp folds --config {file}{overrides} --set {shlex.quote(f'run.out={out}')} --sum-up   # after the array",
     ]
 
 

@@ -183,12 +183,8 @@ class Session:
         if batch.step_in_epoch == 0 and is_new_size:
             self.runtime.watch.at("computing at a new image size", slow=True)  # the network may be compiled for it
         is_asked = agreement.saves or self.manager.notice.wants_a_save()
-        intervals = Intervals(
-            evaluate_every=settings.evaluate.every_steps or steps_per_epoch,
-            checkpoint_every=settings.checkpoint.every_steps,
-            log_every=settings.train.log_every_steps,
-            last_step=self.last_step,
-        )
+        every = settings.evaluate.every_steps or steps_per_epoch
+        intervals = Intervals(every, settings.checkpoint.every_steps, settings.train.log_every_steps, self.last_step)
         return progress, intervals.due(progress.step + 1, is_asked=is_asked)
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:

@@ -1,0 +1,115 @@
+"""Decisions at evaluate and predict: the files, what they say, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from small_run import CARD, CLASSES, random_weights, write_images, write_shards
+
+from wasteddp import cli
+from wasteddp.decisions.bins import BinRules, Hazard
+from wasteddp.decisions.decide import choose_policy
+from wasteddp.errors import DecisionError
+from wasteddp.inference.bundle import save_bundle
+from wasteddp.inference.sorting import load_policy, measure_policy, save_policy
+
+BINS = "name: Example city\nclasses: {glass: round bin, metal: flat bin, paper: flat bin}\ncosts: {person: 0.4}\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sorting")
+    counts = {"train": (1, 1, 1), "val": (4, 4, 4), "test": (5, 3, 2)}
+    write_shards(folder / "shards", write_images(folder / "images", counts), dict(CARD.bins))
+    save_bundle(folder / "run" / "model", CARD, random_weights())
+    (folder / "run" / "settings.yaml").write_text(f"data:\n  shards: {folder / 'shards'}\n")
+    (folder / "bins.yaml").write_text(BINS)
+    return folder / "run"
+
+
+def evaluation(seed: int, count: int) -> Any:
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.ones(3) * 0.05, count)
+    labels = (shares.cumsum(axis=1) > rng.random((count, 1))).argmax(axis=1)
+    return SimpleNamespace(labels=labels, probabilities_NK=shares, seen=SimpleNamespace(split="test"))
+
+
+def test_evaluate_says_where_items_go_and_predict_decides_by_it(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["evaluate", str(run), "--bins", str(run.parent / "bins.yaml")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "bins of Example city" in said
+    assert "of 1,000 items like these: " in said
+    record = json.loads((run / "evaluations" / "test" / "decisions.json").read_text())
+    assert record["items"] == 10
+    assert sum(row["items"] for row in record["per_thousand"]) == pytest.approx(1000)
+    assert [one["bin"] for one in record["bins"]] == ["round bin", "flat bin"]
+    policy = run / "evaluations" / "test" / "policy.json"
+    photos = str(run.parent / "images" / "test")
+    out = [str(tmp_path / name) for name in ("a.csv", "a.json")]
+    assert cli.main(["predict", str(run), photos, "--policy", str(policy), "--csv", out[0], "--json", out[1]]) == 0
+    assert "decisions: " in capsys.readouterr().out
+    with Path(out[0]).open() as file:
+        rows = list(csv.DictReader(file))
+    entries = json.loads(Path(out[1]).read_text())["predictions"]
+    assert len(rows) == len(entries) == 10
+    counts = {row["bin"]: round(row["items"] / 100) for row in record["per_thousand"]}
+    found = [row["decision"] for row in rows]
+    assert {name: found.count(name) for name in counts} == counts, "predict decides as evaluate did"
+    for row, entry in zip(rows, entries, strict=True):
+        of_bin = {"round bin": float(row["p_glass"]), "flat bin": float(row["p_metal"]) + float(row["p_paper"])}
+        assert float(row["bin_probability"]) == pytest.approx(max(of_bin.values()), abs=1e-5)
+        expected = (max(of_bin, key=of_bin.__getitem__), "")
+        if 1 - max(of_bin.values()) > 0.4:
+            expected = ("person", "cost")
+        assert (row["decision"], row["why"]) == expected
+        assert (entry["decision"], entry["why"]) == (row["decision"], row["why"])
+
+
+def test_a_promise_that_few_images_cannot_keep_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(run), "--max-error", "0.02"])
+    assert "no threshold on 12 images keeps the error at 0.02" in capsys.readouterr().err
+
+
+def test_the_bins_file_is_read_before_the_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bins.yaml").write_text("glas: bin\n")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["evaluate", str(run), "--bins", str(tmp_path / "bins.yaml")])
+    assert left.value.code == 2
+    printed = capsys.readouterr()
+    assert "glas: the model has no such class" in printed.err
+    assert "accuracy" not in printed.out
+
+
+def test_a_policy_is_the_same_after_it_was_saved_and_only_for_its_model(tmp_path: Path) -> None:
+    rules = BinRules("city", CLASSES, ("a", "b"), (0, 1, 1), hazards=(Hazard("paper", 0.9, 0.9),), person=0.4)
+    val, test = evaluation(0, 1000), evaluation(1, 3000)
+    policy = choose_policy(rules, val.labels, val.probabilities_NK, max_error=0.05)
+    path = tmp_path / "policy.json"
+    save_policy(path, policy, CARD, chosen_on="val")
+    again = load_policy(path, CARD)
+    one, other = policy.decide(test.probabilities_NK), again.decide(test.probabilities_NK)
+    np.testing.assert_array_equal(one.assigned, other.assigned)
+    np.testing.assert_array_equal(one.reasons, other.reasons)
+    record = measure_policy(policy, test)
+    own = np.asarray(rules.bin_of)[test.labels]
+    alone = [i for i in range(3000) if one.assigned[i] < 2 and one.reasons[i] == 0]
+    assert record["decided_alone"] == pytest.approx(len(alone) / 3000)
+    assert record["error_alone"] == pytest.approx(sum(one.assigned[i] != own[i] for i in alone) / len(alone))
+    assert record["hazards"]["paper"]["images"] == int((test.labels == 2).sum())
+    assert record["hazards"]["paper"]["recall"] > 0.85
+    path.write_text(path.read_text().replace('"weights": "', '"weights": "0'))
+    with pytest.raises(DecisionError, match="for another model"):
+        load_policy(path, CARD)
+    for text in ("{", "[]", "{}", path.read_text().replace('"threshold"', '"limit"')):
+        path.write_text(text)
+        with pytest.raises(DecisionError, match="is not a policy of wasteddp"):
+            load_policy(path, CARD)
