@@ -90,7 +90,7 @@ CASES = {
     "shards/*.idx": "verify {shards}",
     "shards/*.tar": "verify {shards}",
     "run/model/model.json": "predict {run} {photo.jpg}",
-    "run/model/*.safetensors": "predict {run} {photo.jpg}",
+    "run/model/model-*.safetensors": "predict {run} {photo.jpg}",
     "run/metrics.jsonl": "verify {run}",
 }
 

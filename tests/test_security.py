@@ -39,7 +39,8 @@ from wasteddp.errors import (
     WastedError,
     WeightsError,
 )
-from wasteddp.inference.bundle import load_bundle
+from wasteddp.inference.bundle import load_bundle, read_card
+from wasteddp.inference.feature_files import load_features
 from wasteddp.model import pretrained, resnet
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.index import index_folder
@@ -203,9 +204,12 @@ def test_a_forged_checkpoint_is_refused_and_runs_nothing(finished: Path, tmp_pat
 def test_a_forged_bundle_is_refused(finished: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     shutil.copytree(finished / "model", tmp_path / "model")
-    next((tmp_path / "model").glob("*.safetensors")).write_bytes(pickle.dumps(Bomb(mark)))
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        path.write_bytes(pickle.dumps(Bomb(mark)))
     with pytest.raises(BundleError):
         load_bundle(tmp_path / "model")
+    with pytest.raises(BundleError):
+        load_features(tmp_path / "model", read_card(tmp_path / "model"))
     assert not mark.exists()
 
 
