@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the packages for the tests, checks style and types, and runs the tests. At the end it prints the seconds.
 #
-#   bash launch/test.sh              all of them, two at a time
+#   bash launch/test.sh              all of them; those of several processes run beside the others and are shown after them
 #   bash launch/test.sh unit         in seconds: the tests that need no torch and start no process
 #   bash launch/test.sh process      in minutes: the tests that start no other process, without the slow ones
 #   bash launch/test.sh -k plan      arguments go to pytest
@@ -16,19 +16,37 @@ unit=(
   tests/data/test_decode.py tests/data/test_manifest.py tests/inference/test_reliability.py tests/training/test_console.py
   tests/training/test_journal.py tests/training/test_run_lock.py tests/test_docs.py tests/test_settings.py
 )
-two=(-n 2 --dist loadgroup)  # two processes of pytest; tests/conftest.py forms the groups
-tier=all
-trap 'code=$?; echo "$tier: ${SECONDS} s, exit code $code"' EXIT
+several=(tests/chaos tests/distributed tests/slurm tests/test_quickstart.py)  # each starts several processes
+tier=all other=''
+trap 'code=$?; kill $other 2>/dev/null || true; rm -f "${log:-}"; echo "$tier: ${SECONDS} s, exit code $code"' EXIT
+
+# side_by_side FIRST... -- SECOND...: two pytests at once, with arguments of their own. The second one is shown at the end.
+side_by_side() {
+  local first=() code=0
+  while [ "$1" != -- ]; do first+=("$1"); shift; done
+  shift
+  log=$(mktemp)
+  pytest "$@" >"$log" 2>&1 &
+  other=$!
+  pytest "${first[@]}" || code=$?
+  wait "$other" || code=$?
+  other=''
+  echo "beside it: pytest $*"
+  cat "$log"
+  return "$code"
+}
 
 case ${1:-} in
   unit) tier=unit; shift; pytest -m "not slow" "${unit[@]}" "$@"; exit ;;
-  process) tier=process; shift; pytest "${two[@]}" -m "not slow and not processes" --ignore tests/gpu "$@"; exit ;;
+  process)
+    tier=process; shift
+    pytest -n 2 --dist loadfile -m "not slow and not processes" --ignore tests/gpu "$@"; exit ;;
 esac
 ruff check .
 ruff format --check .
 mypy wasteddp launch
 if [ $# -gt 0 ]; then tier="pytest $*"; pytest --durations 30 "$@"; exit; fi
 code=0
-pytest "${two[@]}" --durations 40 --ignore tests/gpu || code=$?
+side_by_side --durations 30 "${several[@]/#/--ignore=}" --ignore tests/gpu -- --durations 30 "${several[@]}" || code=$?
 pytest tests/gpu || code=$?  # alone, since some measure
 exit "$code"

@@ -19,19 +19,13 @@ TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 
 TESTS = Path(__file__).parent
 SEVERAL = ("slurm", "chaos", "distributed", "test_quickstart.py")  # each of their tests starts several processes
-ONE_AFTER_ANOTHER = ("slurm", "chaos")  # folders whose tests share a cluster, or need the machine's cores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of several processes and start with them, since they take longest. pytest-xdist gives one file, or
-    one folder of ONE_AFTER_ANOTHER, to one of its workers."""
+    """Mark the tests that start several processes."""
     for item in items:
-        path = item.path.relative_to(TESTS)
-        if path.parts[0] in SEVERAL:
+        if item.path.relative_to(TESTS).parts[0] in SEVERAL:
             item.add_marker(pytest.mark.processes)
-        item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in ONE_AFTER_ANOTHER else str(path)))
-    first = {name: number for number, name in enumerate(SEVERAL)}
-    items.sort(key=lambda item: first.get(item.path.relative_to(TESTS).parts[0], len(first)))
 
 
 def pytest_configure() -> None:
