@@ -325,3 +325,19 @@ class RunLock:
         with suppress(OSError):  # on a full disk, others do not learn who has the lock
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+@contextmanager
+def hold_run(run: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a run, if it has checkpoints, so that no training replaces its model.
+
+    Raises:
+        CheckpointError: a training has the lock.
+    """
+    folder = run / "checkpoints"
+    lock = RunLock(folder, say, wait_s=0) if folder.is_dir() else None
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,8 +95,8 @@ def test_a_policy_is_the_same_after_it_was_saved_and_only_for_its_model(tmp_path
     val, test = evaluation(0, 1000), evaluation(1, 3000)
     policy = choose_policy(rules, val.labels, val.probabilities_NK, max_error=0.05)
     path = tmp_path / "policy.json"
-    save_policy(path, policy, CARD, chosen_on="val")
-    again = load_policy(path, CARD)
+    save_policy(path, policy, CARD, tta="none", chosen_on="val")
+    again = load_policy(path, CARD, tta="none")
     one, other = policy.decide(test.probabilities_NK), again.decide(test.probabilities_NK)
     np.testing.assert_array_equal(one.assigned, other.assigned)
     np.testing.assert_array_equal(one.reasons, other.reasons)
@@ -106,10 +107,27 @@ def test_a_policy_is_the_same_after_it_was_saved_and_only_for_its_model(tmp_path
     assert record["error_alone"] == pytest.approx(sum(one.assigned[i] != own[i] for i in alone) / len(alone))
     assert record["hazards"]["paper"]["images"] == int((test.labels == 2).sum())
     assert record["hazards"]["paper"]["recall"] > 0.85
-    path.write_text(path.read_text().replace('"weights": "', '"weights": "0'))
-    with pytest.raises(DecisionError, match="for another model"):
-        load_policy(path, CARD)
+    with pytest.raises(DecisionError, match=r"for another model: tta 'none' instead of 'flip'"):
+        load_policy(path, CARD, tta="flip")
+    with pytest.raises(DecisionError, match=r"for another model: temperature 1\.0 instead of 2\.0"):
+        load_policy(path, replace(CARD, temperature=2.0), tta="none")
     for text in ("{", "[]", "{}", path.read_text().replace('"threshold"', '"limit"')):
         path.write_text(text)
         with pytest.raises(DecisionError, match="is not a policy of wasteddp"):
-            load_policy(path, CARD)
+            load_policy(path, CARD, tta="none")
+
+
+@pytest.mark.parametrize("option", [["--bins", "bins.yaml"], ["--max-error", "0.05"]])
+def test_decisions_on_images_without_a_split_are_refused_and_not_ignored(
+    option: list[str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(run), "--images", str(run.parent / "images"), *option])
+    assert f"{option[0]} was given with --images" in capsys.readouterr().err
+
+
+def test_thresholds_that_are_chosen_and_measured_on_the_same_images_are_reported(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", str(run), "--split", "val", "--bins", str(run.parent / "bins.yaml")]) == 0
+    assert "the thresholds were chosen on these images of val" in " ".join(capsys.readouterr().out.split())

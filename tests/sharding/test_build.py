@@ -446,7 +446,10 @@ def test_a_file_system_without_locks_is_named_and_used(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     make_shards(Job(image_folder({"glass": 3, "metal": 3}), tmp_path / "out"), workers=1)
-    assert f"{tmp_path / 'out'} cannot be locked (Function not implemented): it is marked as in use" in capsys.readouterr().out
+    assert (
+        f"{tmp_path / 'out'} cannot be locked (Function not implemented): it is marked as in use"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_manifest_counts_jpegs_with_faulty_markers(image_folder: Folder, tmp_path: Path) -> None:

@@ -107,3 +107,26 @@ def test_a_best_model_is_calibrated_where_its_evaluation_has_enough_images(
     assert (saved.temperature == 1.0) == (count == 4)
     assert evaluated[0].temperature == 1.0, "the evaluation that a training makes is of the model without calibration"
     assert evaluated[0].hashes.weights == saved.hashes.weights
+
+
+def test_the_split_that_the_model_was_trained_on_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["calibrate", str(run), "--split", "train"])
+    assert left.value.code == 2
+    assert "the model was trained on the images of train" in capsys.readouterr().err
+
+
+def test_weights_that_a_training_replaced_meanwhile_are_not_given_the_temperature_of_the_old_ones(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels, shares = overconfident(300)
+
+    def measured(*_: object) -> SimpleNamespace:
+        save_bundle(run / "model", CARD, random_weights(seed=1))
+        return SimpleNamespace(labels=labels, probabilities_NK=shares)
+
+    monkeypatch.setattr(calibrating, "evaluate_split", measured)
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", str(run)])
+    assert "has new weights" in capsys.readouterr().err
+    assert read_card(run / "model").temperature == CARD.temperature

@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
         "The predicted classes stay the same. A training does this with its best model, where val has enough images.",
     )
     command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
-    command.add_argument("--split", default="val", help="split to fit on (default: %(default)s)")
+    command.add_argument("--split", default="", help="split to fit on (default: data.eval_split of the run)")
     command.add_argument(
         "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
     )

@@ -60,6 +60,12 @@ def add_images(command: argparse.ArgumentParser) -> None:
 
 
 def evaluate_images(arguments: argparse.Namespace) -> None:
+    if arguments.bins or arguments.max_error is not None:
+        raise SettingsError(
+            f"--{'bins' if arguments.bins else 'max-error'} was given with --images",
+            "it would have no effect: decisions are measured on splits of a shard set",
+            "leave it out, or shard these images: wasteddp shard IMAGES --out SET --classes-from RUN --fractions 0,0,1",
+        )
     from wasteddp.inference.evaluate_images import ImagesOptions, run
 
     run(

@@ -188,7 +188,8 @@ class Manifest:
             raise ShardError(
                 f"there is no folder {folder}" + ("" if folder.is_absolute() else f" in {Path.cwd()}"),
                 "there is nothing to read",
-                f"create the shards first (wasteddp shard SOURCE --out {folder}), or set data.shards to their folder",
+                f"create the shards first (wasteddp shard SOURCE --out {folder}), or "
+                "name their folder: data.shards in the settings, --shards in commands",
             )
         if not path.exists():
             tars = len(list(folder.glob("*.tar")))

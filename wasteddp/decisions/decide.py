@@ -63,13 +63,39 @@ class Policy:
         return Decisions(assigned, confidence, reasons)
 
     def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain values; `from_json` is the inverse."""
+        rules = self.rules
         return {
-            "rules": self.rules.name,
-            "sha256": self.rules.sha256,
-            "bins": dict(zip(self.rules.classes, (self.rules.bins[b] for b in self.rules.bin_of), strict=True)),
+            "name": rules.name,
+            "sha256": rules.sha256,
+            "classes": list(rules.classes),
+            "bins": [rules.bins[number] for number in rules.bin_of],  # of each class
+            "costs": None if rules.costs_KB is None else rules.costs_KB.tolist(),
+            "person": rules.person,
             "error": asdict(self.error) if self.error else None,
             "hazards": {name: asdict(one) for name, one in self.hazards.items()},
         }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Policy:
+        """Raises: KeyError, TypeError, ValueError, AttributeError: it is not a policy."""
+        classes, of = tuple(map(str, raw["classes"])), [str(name) for name in raw["bins"]]
+        bins = tuple(dict.fromkeys(of))
+        costs_KB = None if raw["costs"] is None else np.array(raw["costs"], np.float64)
+        if len(of) != len(classes) or (costs_KB is not None and costs_KB.shape != (len(classes), len(bins))):
+            raise ValueError("its tables do not have the size of its classes")
+        rules = BinRules(
+            name=str(raw["name"]),
+            classes=classes,
+            bins=bins,
+            bin_of=tuple(bins.index(name) for name in of),
+            costs_KB=costs_KB,
+            person=None if raw["person"] is None else float(raw["person"]),
+            sha256=str(raw["sha256"]),
+        )
+        error = ErrorThreshold(**raw["error"]) if raw["error"] else None
+        hazards = {classes[classes.index(name)]: RecallThreshold(**one) for name, one in raw["hazards"].items()}
+        return cls(rules, error, hazards)
 
 
 def choose_policy(

@@ -29,6 +29,7 @@ _MOST_DIRECTIONS = 256
 _MOST_NUMBERS = 1_100_000  # of means and directions, float32: a file below 5 MB for up to 500 classes
 _SHRINKAGE = 0.01
 _SMALLEST = 1e-12  # relative to the squared length of the features; a variance of 0 would make distances infinite
+_LEAST_REFERENCE = 20  # with fewer, no distance is above 95 % of them without being above all
 _SAME_UP_TO, _FAR_FROM = 60.0, 75.0  # mean percentiles of a folder
 _SIGMAS = 3.0
 
@@ -112,6 +113,11 @@ class TrainingFeatures:
             f"(percentile {UNLIKE_FROM:g} or more; {100 - UNLIKE_FROM:.0f} % expected), mean percentile "
             f"{mean_percentile:.0f} (50 expected)"
         )
+        if self.num_reference < _LEAST_REFERENCE:
+            return (
+                f"{found}: not judged, since {self.num_reference} images to compare with do not have a percentile of "
+                f"{UNLIKE_FROM:g}; at least {_LEAST_REFERENCE} do"
+            )
         if mean_percentile < _SAME_UP_TO:
             return f"{found}: they look like the training images"
         if mean_percentile < 50 + _SIGMAS * sigma:

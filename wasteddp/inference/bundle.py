@@ -146,6 +146,25 @@ def replace_card(folder: Path, card: BundleCard) -> None:
     write_atomically(folder / CARD_NAME, card.to_json().encode())
 
 
+def refuse_other_weights(folder: Path, card: BundleCard, weights: str, what: str) -> None:
+    """Refuse to add to a bundle what was computed with other weights than those that it has now.
+
+    Args:
+        card: that the folder has now.
+        weights: sha256 of the weights that were used.
+        what: subject and verb of the sentence "... those of WEIGHTS".
+
+    Raises:
+        BundleError: the weights are others.
+    """
+    if card.hashes.weights != weights:
+        raise BundleError(
+            f"{folder} has new weights, {card.hashes.weights[:12]}; {what} those of {weights[:12]}",
+            "the model would answer with figures of another network",
+            "wait for the training to end, and run the same command again",
+        )
+
+
 def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]]:
     """Return the card and the weights, on the CPU, after checking that they belong together.
 

@@ -90,26 +90,26 @@ def evaluate_run(
             with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
                 evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
-                if ranks.is_main:
-                    near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
-                    _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
-                if bins or max_error is not None:
-                    same = split == data.eval_split
-                    chosen = (
-                        evaluation
-                        if same
-                        else evaluate_split(
-                            classifier, shard_set, data.eval_split, Console(quiet=True), decoders, ranks
-                        )
-                    )
+                chosen_on, chosen = data.eval_split, evaluation
+                decides = bins is not None or max_error is not None
+                if decides and split != chosen_on:
+                    chosen = evaluate_split(classifier, shard_set, chosen_on, Console(quiet=True), decoders, ranks)
+                if not ranks.is_main:  # no collectives from here on
+                    return
+                near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
+                _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
+                if decides:
                     policy = choose_policy(
                         rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
                     )
-                    folder = run_folder / "evaluations" / split
-                    if ranks.is_main:
-                        report_policy(folder, policy, evaluation, classifier.card, console, chosen_on=data.eval_split)
-                    if same:
-                        console.print("warning: the thresholds were chosen on the same images", style="yellow")
+                    folder, card = run_folder / "evaluations" / split, classifier.card
+                    report_policy(folder, policy, evaluation, card, console, tta=tta, chosen_on=chosen_on)
+                    if split == chosen_on:
+                        console.print(
+                            f"warning: the thresholds were chosen on these images of {split}, so the figures here "
+                            "are too good: evaluate another split too",
+                            style="yellow", markup=False, highlight=False, soft_wrap=True,
+                        )  # fmt: skip
 
 
 def _near(

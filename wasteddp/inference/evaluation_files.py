@@ -5,6 +5,7 @@
         confusion.csv      rows true, columns predicted
         confusion.png      a plot of the same
         predictions.csv    each image: true class, predicted class, probability of each class
+        decisions.json, policy.json    with --bins or --max-error: see `sorting`; written last
 
 Training also writes the first two, of its best model on its evaluation split; only `wasteddp evaluate` writes the
 others. metrics.json is removed first and written last: a folder that has it is complete, and all its files are from one

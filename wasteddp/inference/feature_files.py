@@ -16,7 +16,15 @@ from safetensors.numpy import load, save
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.errors import BundleError
 from wasteddp.files import read_regular, write_atomically
-from wasteddp.inference.bundle import CARD_NAME, BundleCard, find_bundle, read_card, remove_old, replace_card
+from wasteddp.inference.bundle import (
+    CARD_NAME,
+    BundleCard,
+    find_bundle,
+    read_card,
+    refuse_other_weights,
+    remove_old,
+    replace_card,
+)
 
 HOW_TO_ADD = "add them with: wasteddp features RUN"
 
@@ -33,12 +41,7 @@ def save_features(path: str | Path, features: TrainingFeatures, *, weights: str)
     """
     folder = find_bundle(path)
     card = read_card(folder)
-    if card.hashes.weights != weights:
-        raise BundleError(
-            f"{folder} has new weights, {card.hashes.weights[:12]}; the features are those of {weights[:12]}",
-            "distances would be computed between the features of two networks",
-            "compute the features again: wasteddp features RUN",
-        )
+    refuse_other_weights(folder, card, weights, "the features are")
     content = save(features.arrays())
     card = replace(card, hashes=replace(card.hashes, features=hashlib.sha256(content).hexdigest()))
     write_atomically(folder / card.file_names[-1], content)

@@ -18,9 +18,19 @@ from pathlib import Path
 from wasteddp.data.decoding.crop import EvaluationView
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.file_loader import Unreadable, file_views
+from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError, inert, storage
 from wasteddp.inference.classifier import Classifier, device_type
-from wasteddp.inference.prediction_files import Answer, Failure, Prediction, Record, Terminal, csv_record, json_record
+from wasteddp.inference.prediction_files import (
+    Answer,
+    Failure,
+    Prediction,
+    Record,
+    Terminal,
+    csv_record,
+    decisions_of,
+    json_record,
+)  # fmt: skip
 from wasteddp.inference.sorting import load_policy
 from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
@@ -55,15 +65,15 @@ def predict_files(
     with ExitStack() as stack:
         decoders = stack.enter_context(start_workers(workers, device_type(device)))
         classifier = Classifier.load(model, device=device, batch_size=batch_size, tta=tta)
-        rules = load_policy(policy, classifier.card) if policy else None
+        rules = load_policy(policy, classifier.card, tta=tta) if policy else None
         terminal = Terminal(classifier.card, top=top, training=classifier.training, policy=rules)
         records: list[Record] = [terminal]
         if csv:
-            records.append(stack.enter_context(csv_record(csv, classifier.card, policy=rules)))
+            records.append(stack.enter_context(csv_record(csv, classifier.card, decides=rules is not None)))
         if json:
-            records.append(stack.enter_context(json_record(json, classifier.card, tta=classifier.tta, policy=rules)))
+            records.append(stack.enter_context(json_record(json, classifier.card, tta=classifier.tta)))
         for prediction in stack.enter_context(
-            closing(predict(classifier, images, decoders, terminal.tolerated.append))
+            closing(predict(classifier, images, decoders, terminal.tolerated.append, policy=rules))
         ):
             for record in records:
                 record.add(prediction)
@@ -77,9 +87,14 @@ def predict_files(
 
 
 def predict(
-    classifier: Classifier, paths: Iterable[str], workers: Workers, tolerated: Callable[[str], None] = lambda path: None
+    classifier: Classifier,
+    paths: Iterable[str],
+    workers: Workers,
+    tolerated: Callable[[str], None] = lambda path: None,
+    *,
+    policy: Policy | None = None,
 ) -> Generator[Prediction, None, None]:
-    """Yield one prediction for each path, in order. `tolerated`: see `file_views`."""
+    """Yield one prediction for each path, in order, with the policy's decision. `tolerated`: see `file_views`."""
     size = classifier.card.preprocessing
     views = file_views(
         paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers, tolerated=tolerated
@@ -87,7 +102,9 @@ def predict(
     with closing(views):
         for batch in classifier.batches(views):
             there = [view for _, view in batch if not isinstance(view, Unreadable)]
-            answers = zip(*classifier.answers(there), strict=True)
+            probabilities_BK, unlike_B = classifier.answers(there)
+            decided_B = decisions_of(policy, probabilities_BK) if policy else [None] * len(there)
+            answers = zip(probabilities_BK, unlike_B, decided_B, strict=True)
             for path, view in batch:
                 yield Failure(path, view.reason) if isinstance(view, Unreadable) else Answer(path, *next(answers))
 

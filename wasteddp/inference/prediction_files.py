@@ -30,12 +30,22 @@ _DECIDED = ("decision", "bin_probability", "why")
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """The bin or the person that a policy chooses for one image."""
+
+    bin: str
+    probability: float  # of the best bin without a person and without hazards
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The model's prediction for one file."""
 
     path: str
     probabilities: npt.NDArray[np.float32]  # [K]
     unlike: float | None = None  # percentile, 0 to 100, see `decisions.unlikeness`; None: not known
+    decision: Decision | None = None  # of the policy; None: there is no policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +59,14 @@ class Failure:
 Prediction = Answer | Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The bin or the person that a policy chooses for one image."""
-
-    bin: str
-    probability: float  # of the best bin without a person and without hazards
-    why: str
-
-
-def decide(policy: Policy, probabilities: npt.NDArray[np.float32]) -> Decision:
-    """Return the policy's decision for one image. Args: probabilities: [K]."""
-    found = policy.decide(probabilities[np.newaxis])
-    name = (*policy.rules.bins, PERSON)[int(found.assigned[0])]
-    return Decision(name, float(found.confidence[0]), REASONS[int(found.reasons[0])])
+def decisions_of(policy: Policy, probabilities_BK: npt.NDArray[np.float32]) -> list[Decision]:
+    """Return the policy's decision for each image."""
+    found = policy.decide(probabilities_BK)
+    names = (*policy.rules.bins, PERSON)
+    return [
+        Decision(names[number], float(confidence), REASONS[reason])
+        for number, confidence, reason in zip(found.assigned, found.confidence, found.reasons, strict=True)
+    ]
 
 
 class Record(Protocol):
@@ -107,8 +111,7 @@ class Terminal:
         following = [f"{_printable(self._card.classes[k])} {percent(prediction.probabilities[k])}" for k in others]
         sure = percent(prediction.probabilities[best])
         bin_name = _printable(self._card.bins.get(name, "-"))
-        if self._policy:
-            decision = decide(self._policy, prediction.probabilities)
+        if decision := prediction.decision:
             self._decided[decision.bin] += 1
             bin_name = _printable(decision.bin) + (f" ({decision.why})" if decision.why else "")
         self._print(_printable(name), bin_name, sure, unlike, following, _printable(prediction.path))
@@ -152,28 +155,29 @@ class Terminal:
 class CsvRecord:
     """Columns: path, class, bin, probability, probability of each class, unlike, error.
 
-    `unlike` is empty if it is not known, and the error on success. With a policy, these columns precede the error:
+    `unlike` is empty if it is not known, and the error on success. With `decides`, these columns precede the error:
     decision (a bin or `person`), bin_probability, and why (hazard, cost, doubt, or empty).
     """
 
-    def __init__(self, file: IO[str], card: BundleCard, policy: Policy | None = None) -> None:
-        self._file, self._card, self._policy = file, card, policy
+    def __init__(self, file: IO[str], card: BundleCard, *, decides: bool = False) -> None:
+        self._file, self._card, self._decides = file, card, decides
         self._writer = CsvWriter(file)
         names = (f"p_{name}" for name in card.classes)
         self._writer.write(
-            ["path", "class", "bin", "probability", *names, "unlike", *(_DECIDED if policy else ()), "error"]
+            ["path", "class", "bin", "probability", *names, "unlike", *(_DECIDED if decides else ()), "error"]
         )
 
     def add(self, prediction: Prediction) -> None:
         if isinstance(prediction, Failure):
-            num_empty = 4 + len(self._card.classes) + (len(_DECIDED) if self._policy else 0)
+            num_empty = 4 + len(self._card.classes) + (len(_DECIDED) if self._decides else 0)
             row: list[Any] = [prediction.path, *[""] * num_empty, prediction.reason]
         else:
             best = int(prediction.probabilities.argmax())
             name = self._card.classes[best]
             probabilities = prediction.probabilities  # float32: as many digits as reading it back exactly needs
             unlike = "" if prediction.unlike is None else f"{prediction.unlike:.1f}"
-            bin_name = self._card.bins.get(name, "")
+            bin_name, found = self._card.bins.get(name, ""), prediction.decision
+            decided = [found.bin, f"{found.probability:.6g}", found.why] if found else []
             row = [
                 prediction.path,
                 name,
@@ -181,24 +185,18 @@ class CsvRecord:
                 probabilities[best],
                 *probabilities,
                 unlike,
-                *self._decided(probabilities),
+                *decided,
                 "",
             ]
         with storage("writing the predictions", self._file.name):
             self._writer.write(row)
 
-    def _decided(self, probabilities: npt.NDArray[np.float32]) -> list[Any]:
-        if self._policy is None:
-            return []
-        found = decide(self._policy, probabilities)
-        return [found.bin, f"{found.probability:.6g}", found.why]
-
 
 class JsonRecord:
     """One object: the model, the test-time augmentation, and a list with one line for each image."""
 
-    def __init__(self, file: IO[str], card: BundleCard, tta: str, policy: Policy | None = None) -> None:
-        self._file, self._card, self._policy, self._num_added = file, card, policy, 0
+    def __init__(self, file: IO[str], card: BundleCard, tta: str) -> None:
+        self._file, self._card, self._num_added = file, card, 0
         model = {"arch": card.arch, "weights": card.hashes.weights, "classes": list(card.classes)}
         file.write(f'{{"model": {json.dumps(model, ensure_ascii=False)},\n"tta": {json.dumps(tta)},\n"predictions": [')
 
@@ -218,8 +216,7 @@ class JsonRecord:
                 "unlike": None if prediction.unlike is None else round(float(prediction.unlike), 1),
                 "error": None,
             }
-            if self._policy:
-                found = decide(self._policy, prediction.probabilities)
+            if found := prediction.decision:
                 entry |= {"decision": found.bin, "bin_probability": round(found.probability, 6), "why": found.why}
         with storage("writing the predictions", self._file.name):
             self._file.write(("," if self._num_added else "") + "\n" + json.dumps(entry, ensure_ascii=False))
@@ -230,18 +227,16 @@ class JsonRecord:
 
 
 @contextmanager
-def csv_record(path: Path, card: BundleCard, *, policy: Policy | None = None) -> Iterator[CsvRecord]:
+def csv_record(path: Path, card: BundleCard, *, decides: bool = False) -> Iterator[CsvRecord]:
     # A byte of a file name that is not UTF-8 becomes \\udcXX; json.loads makes Python's name of that file of it.
     with written_whole(path, errors="backslashreplace") as file:
-        yield CsvRecord(file, card, policy)
+        yield CsvRecord(file, card, decides=decides)
 
 
 @contextmanager
-def json_record(
-    path: Path, card: BundleCard, *, tta: str = "none", policy: Policy | None = None
-) -> Iterator[JsonRecord]:
+def json_record(path: Path, card: BundleCard, *, tta: str = "none") -> Iterator[JsonRecord]:
     with written_whole(path, errors="backslashreplace") as file:
-        record = JsonRecord(file, card, tta, policy)
+        record = JsonRecord(file, card, tta)
         yield record
         record.finish()
 

@@ -70,7 +70,7 @@ class Ranks:
 
 @contextmanager
 def join_ranks(environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
-    """Join the ranks that a launcher started. gloo is enough: they exchange results only once.
+    """Join the ranks that a launcher started. gloo is enough: they exchange results once for each split.
 
     Raises:
         LaunchError: they cannot be joined.

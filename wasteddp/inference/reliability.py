@@ -142,7 +142,7 @@ class Seen:
     metrics: Metrics
     reliability: Reliability
     mistakes: Mistakes
-    labels_N: I64 | None = None  # of all samples, in any order, with their probabilities; None: too many to keep
+    labels_N: I64 | None = None  # in the order of the split, with their probabilities; None: too many to keep
     probabilities_NK: F32 | None = None
 
 

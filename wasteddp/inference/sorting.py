@@ -9,8 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from wasteddp.decisions.bins import PERSON, BinRules
+from wasteddp.decisions.bins import PERSON
 from wasteddp.decisions.decide import REASONS, Policy
-from wasteddp.decisions.sorting import BinFigures, measure_bins, per_thousand
-from wasteddp.decisions.thresholds import ErrorThreshold, RecallThreshold, risk_coverage
+from wasteddp.decisions.sorting import measure_bins, per_thousand
+from wasteddp.decisions.thresholds import risk_coverage
 from wasteddp.errors import DecisionError
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
@@ -32,29 +31,20 @@ FORMAT = "wasteddp-policy"
 FORMAT_VERSION = 1
 
 
-def save_policy(path: Path, policy: Policy, card: BundleCard, *, chosen_on: str) -> None:
-    """Write the bins and thresholds, with the hash of the weights and the temperature that they belong to."""
-    rules = policy.rules
+def save_policy(path: Path, policy: Policy, card: BundleCard, *, tta: str, chosen_on: str) -> None:
+    """Write the bins and thresholds, with what they belong to: the weights, the temperature and the views."""
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "weights": card.hashes.weights,
-        "temperature": card.temperature,
+        "model": _made_for(card, tta),
         "chosen_on": chosen_on,
-        "name": rules.name,
-        "sha256": rules.sha256,
-        "classes": list(rules.classes),
-        "bins": [rules.bins[number] for number in rules.bin_of],
-        "costs": None if rules.costs_KB is None else rules.costs_KB.tolist(),
-        "person": rules.person,
-        "error": asdict(policy.error) if policy.error else None,
-        "hazards": {name: asdict(one) for name, one in policy.hazards.items()},
+        **policy.to_json(),
     }
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def load_policy(path: Path, card: BundleCard) -> Policy:
-    """Read a policy of this model.
+def load_policy(path: Path, card: BundleCard, *, tta: str) -> Policy:
+    """Read a policy of this model with these views.
 
     Raises:
         DecisionError: the file is not a policy, or another model's.
@@ -63,38 +53,29 @@ def load_policy(path: Path, card: BundleCard) -> Policy:
         raw = json.loads(read_regular(path))
         if raw["format"] != FORMAT or raw["format_version"] != FORMAT_VERSION:
             raise ValueError("its format is another one")
-        same = raw["weights"] == card.hashes.weights and raw["temperature"] == card.temperature
-        classes, of = tuple(map(str, raw["classes"])), [str(name) for name in raw["bins"]]
-        bins = tuple(dict.fromkeys(of))
-        costs_KB = None if raw["costs"] is None else np.array(raw["costs"], np.float64)
-        if len(of) != len(classes) or (costs_KB is not None and costs_KB.shape != (len(classes), len(bins))):
-            raise ValueError("its tables do not have the size of its classes")
-        rules = BinRules(
-            name=str(raw["name"]),
-            classes=classes,
-            bins=bins,
-            bin_of=tuple(bins.index(name) for name in of),
-            costs_KB=costs_KB,
-            person=None if raw["person"] is None else float(raw["person"]),
-            sha256=str(raw["sha256"]),
-        )
-        error = ErrorThreshold(**raw["error"]) if raw["error"] else None
-        hazards = {classes[classes.index(name)]: RecallThreshold(**one) for name, one in raw["hazards"].items()}
-        policy = Policy(rules, error, hazards)
-        policy.decide(np.full((1, len(classes)), 1 / len(classes)))  # numbers, or a TypeError
+        made_for, policy = dict(raw["model"]), Policy.from_json(raw)
+        policy.decide(np.full((1, len(policy.rules.classes)), 0.0))  # its thresholds are numbers, or a TypeError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as failure:
         raise DecisionError(
             f"{path} is not a policy of wasteddp: {failure}",
             "items would go into wrong bins, or nowhere",
             "write it with: wasteddp evaluate RUN --bins FILE",
         ) from failure
-    if not same or classes != card.classes:
+    now = _made_for(card, tta)
+    if made_for != now or policy.rules.classes != card.classes:
+        others = {name: value for name, value in now.items() if made_for.get(name) != value}
+        differs = [f"{name} {made_for.get(name)!r} instead of {value!r}" for name, value in others.items()]
         raise DecisionError(
-            f"{path} was made for another model or another calibration of it",
-            "its thresholds promise nothing for this model",
-            "write it again with: wasteddp evaluate RUN --bins FILE",
+            f"{path} was made for another model: {', '.join(differs) or 'other classes'}",
+            "its thresholds promise nothing for these probabilities",
+            "write it again with: wasteddp evaluate RUN --bins FILE, and the same --tta as here",
         )
     return policy
+
+
+def _made_for(card: BundleCard, tta: str) -> dict[str, Any]:
+    """Return all that changes the probabilities which the thresholds were chosen on."""
+    return {"weights": card.hashes.weights, "temperature": card.temperature, "tta": tta}
 
 
 def measure_policy(policy: Policy, evaluation: Evaluation) -> dict[str, Any]:
@@ -142,27 +123,33 @@ def measure_policy(policy: Policy, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def report_policy(
-    folder: Path, policy: Policy, evaluation: Evaluation, card: BundleCard, console: Console, *, chosen_on: str
+    folder: Path,
+    policy: Policy,
+    evaluation: Evaluation,
+    card: BundleCard,
+    console: Console,
+    *,
+    tta: str,
+    chosen_on: str,
 ) -> None:
     """Write decisions.json and policy.json, and print the main figures."""
-    record = {"rules": policy.to_json(), "chosen_on": chosen_on, **measure_policy(policy, evaluation)}
+    record = {"policy": policy.to_json(), "chosen_on": chosen_on, **measure_policy(policy, evaluation)}
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / "decisions.json", text.encode())
-    save_policy(folder / "policy.json", policy, card, chosen_on=chosen_on)
-    labels = np.asarray(evaluation.labels, np.int64)
-    figures = measure_bins(labels, policy.decide(evaluation.probabilities_NK).assigned, policy.rules)
-    console.print(_table(figures, title=f"bins of {policy.rules.name or 'the shard set'}"))
+    save_policy(folder / "policy.json", policy, card, tta=tta, chosen_on=chosen_on)
+    console.print(_table(record["bins"], title=f"bins of {policy.rules.name or 'the shard set'}"))
     for line in _lines(record):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(figures: tuple[BinFigures, ...], *, title: str) -> Table:
+def _table(bins: Sequence[Mapping[str, Any]], *, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("bin", "items", "purity", "recovery", "contamination"):
         table.add_column(column, justify="left" if column in ("bin", "contamination") else "right")
-    for one in figures:
-        foreign = ", ".join(f"{name} {percent(share)}" for name, share in one.contamination[:3])
-        table.add_row(one.name, f"{one.num_items:,}", percent(one.purity[0]), percent(one.recovery[0]), foreign)
+    for one in bins:
+        foreign = ", ".join(f"{part['class']} {percent(part['share'])}" for part in one["contamination"][:3])
+        shares = ["-" if one[name][0] is None else percent(one[name][0]) for name in ("purity", "recovery")]
+        table.add_row(one["bin"], f"{one['items']:,}", *shares, foreign)
     return table
 
 

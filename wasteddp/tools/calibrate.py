@@ -10,7 +10,9 @@ from rich.console import Console
 from wasteddp.data import dataset
 from wasteddp.data.decoding.workers import start_workers
 from wasteddp.decisions.calibration import Calibration, calibrate
-from wasteddp.inference.bundle import find_bundle, load_bundle, replace_card
+from wasteddp.errors import DecisionError
+from wasteddp.files import hold_run
+from wasteddp.inference.bundle import find_bundle, load_bundle, read_card, refuse_other_weights, replace_card
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluate import data_of, evaluate_split
 from wasteddp.inference.metrics import percent
@@ -19,7 +21,7 @@ from wasteddp.inference.metrics import percent
 def run(
     run_folder: Path,
     *,
-    split: str = "val",
+    split: str = "",
     shards: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -27,21 +29,33 @@ def run(
 ) -> None:
     """Calibrate, write the card and print what changed. The weights and the predicted classes stay the same.
 
+    Args:
+        split: to fit on; "": the one that the run evaluated on (data.eval_split).
+
     Raises:
-        DecisionError: the split has too few images; the card stays as it is.
+        DecisionError: the split has too few images, or the model was trained on it; the card stays as it is.
+        BundleError: a training replaced the model meanwhile.
     """
     console = Console()
     card, state_dict = load_bundle(run_folder)
     plain = replace(card, temperature=1.0, calibration={})
     classifier = Classifier(plain, state_dict, device=device, batch_size=batch_size, where=run_folder)
-    with (
-        start_workers(workers, device_type(device)) as decoders,
-        dataset.open_dataset(data_of(run_folder, shards)) as there,
-    ):
+    data = data_of(run_folder, shards)
+    split = split or data.eval_split
+    if split == data.train_split:
+        raise DecisionError(
+            f"the model was trained on the images of {split}",
+            "it is surer of them than of new images, so all its probabilities would be too high",
+            f"calibrate on another split, such as {data.eval_split}",
+        )
+    with start_workers(workers, device_type(device)) as decoders, dataset.open_dataset(data) as there:
         evaluation = evaluate_split(classifier, there, split, console, decoders)
     found = calibrate(evaluation.labels, evaluation.probabilities_NK, split=split)
     folder = find_bundle(run_folder)
-    replace_card(folder, replace(card, temperature=found.temperature, calibration=found.to_json()))
+    with hold_run(run_folder, print):  # a training would replace the model
+        now = read_card(folder)
+        refuse_other_weights(folder, now, card.hashes.weights, "the temperature is")
+        replace_card(folder, replace(now, temperature=found.temperature, calibration=found.to_json()))
     print(describe(found))
     print(f"written: {folder / 'model.json'}")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from wasteddp.data import dataset
 from wasteddp.errors import BundleError
-from wasteddp.files import RunLock
+from wasteddp.files import hold_run
 from wasteddp.inference.bundle import FOLDER_NAME
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.evaluate import check_classes, data_of
@@ -57,13 +57,8 @@ def run(options: FeaturesOptions) -> None:
                             advance()
 
                 features = summarise_training(classifier, train, reference, watched=watched)
-    checkpoints = options.run / "checkpoints"
-    lock = RunLock(checkpoints, print, wait_s=0) if checkpoints.is_dir() else None  # a training would replace the model
-    try:
+    with hold_run(options.run, print):  # a training would replace the model
         save_features(options.run, features, weights=classifier.card.hashes.weights)
-    finally:
-        if lock:
-            lock.release()
     home = options.run / FOLDER_NAME
     print(
         f"features of {features.num_training:,} images of {data.train_split}, compared with "

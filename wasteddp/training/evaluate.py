@@ -6,6 +6,7 @@ Legend: B images in a rank's batch, K classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from wasteddp.data.augmentation.operations import to_device
 from wasteddp.data.decoding.crop import normalise
 from wasteddp.data.loader import evaluation_steps
 from wasteddp.errors import ShardError, StoppedError, WastedError
-from wasteddp.inference.metrics import summarise
+from wasteddp.inference.metrics import F32, I64, summarise
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.training.dataloaders import Inputs
@@ -98,17 +99,18 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
         confidence,
         of_truth,
     )
-    kept_labels = answers.labels if keeps else answers.labels[:0]
-    parts = runtime.gather((Reliability.measure(answers), Mistakes.find(answers), kept_labels, own_shares))  # all ranks
+    kept = (answers.samples, answers.labels, own_shares) if keeps else None
+    parts = runtime.gather((Reliability.measure(answers), Mistakes.find(answers), kept))  # all ranks
+    labels_N, probabilities_NK = _in_order([part for *_, part in parts if part is not None])
     seen = Seen(
         split=split.name,
         classes=classes,
         confusion=confusion,
         metrics=metrics,
         reliability=Reliability.merge(part for part, *_ in parts),
-        mistakes=Mistakes.merge(part for _, part, *_ in parts),
-        labels_N=np.concatenate([part for *_, part, _ in parts]) if keeps else None,
-        probabilities_NK=np.concatenate([part for *_, part in parts]) if keeps else None,
+        mistakes=Mistakes.merge(part for _, part, _ in parts),
+        labels_N=labels_N,
+        probabilities_NK=probabilities_NK,
     )
     return {
         "val/loss": total_loss / plan.num_samples,
@@ -123,3 +125,12 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
             if one.support  # undefined for a class without samples
         },
     }, seen
+
+
+def _in_order(parts: Sequence[tuple[I64, I64, F32]]) -> tuple[I64 | None, F32 | None]:
+    """Return the labels [N] and probabilities [N, K] of all ranks in the order of the split; None if none were kept."""
+    if not parts:
+        return None, None
+    samples, labels, shares = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(samples)
+    return labels[order], shares[order]

@@ -30,6 +30,7 @@ from wasteddp.settings import Settings
 from wasteddp.training import coverage_proof, messages, micro_batch, run_folder
 from wasteddp.training.agreement import Agreement, agreed
 from wasteddp.training.build_model import Built
+from wasteddp.training.checkpoint.best_model import describe_calibration
 from wasteddp.training.checkpoint.compatibility import Lineage, measure_of
 from wasteddp.training.checkpoint.manager import CheckpointManager
 from wasteddp.training.checkpoint.progress import Progress
@@ -248,6 +249,8 @@ class Session:
             if self.runtime.is_main:
                 run_folder.mark_resumable(Path(self.settings.run.out))
         elif self.runtime.is_main and self.is_recorded and not self.is_check:
+            if line := describe_calibration(Path(self.settings.run.out)):
+                self.tracker.say(line)
             add_features(Path(self.settings.run.out), self.runtime, self.data, self.tracker.say)
         message = messages.closing(
             self.settings.run.out,

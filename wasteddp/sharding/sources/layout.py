@@ -166,7 +166,7 @@ def read_table(
         raise SourceError(
             f"{path} has {len(rows)} rows and the columns {', '.join(columns) or 'none'}",
             "the class of each image is not known",
-            "add a first line `path,label` or `path,label,split`, and a line for each image",
+            f"name the columns in the first line: path{separator}label or path{separator}label{separator}split",
         )
     labels: dict[str, tuple[str, str, str]] = {}
     _require_column(path, columns, group_column)

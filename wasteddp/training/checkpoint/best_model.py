@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,17 @@ from wasteddp import __version__
 from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
 from wasteddp.data.manifest import Manifest
 from wasteddp.decisions.calibration import calibrate
-from wasteddp.errors import DecisionError
-from wasteddp.inference.bundle import Averaged, BundleCard, Hashes, Preprocessing, Trained, save_bundle
+from wasteddp.errors import BundleError, DecisionError
+from wasteddp.inference.bundle import (
+    Averaged,
+    BundleCard,
+    Hashes,
+    Preprocessing,
+    Trained,
+    find_bundle,
+    read_card,
+    save_bundle,
+)
 from wasteddp.inference.evaluation_files import save_seen
 from wasteddp.inference.reliability import Seen
 from wasteddp.settings import Settings
@@ -59,6 +69,20 @@ def save_best(
             "precision": runtime.precision,
             "device": runtime.device.type,
         },
+    )
+
+
+def describe_calibration(run: Path) -> str:
+    """Return a line on the calibration of the run's model; "" if there is no model."""
+    try:
+        card = read_card(find_bundle(run))
+    except BundleError:
+        return ""
+    if card.calibration:
+        return f"probabilities: calibrated on {card.calibration['num_samples']:,} images of {card.calibration['split']}"
+    return (
+        "probabilities: not calibrated, since the evaluation has too few images, or too many to keep; "
+        f"this says how many would do: wasteddp calibrate {shlex.quote(str(run))}"
     )
 
 
