@@ -8,9 +8,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +17,9 @@ from PIL import Image
 from wasteddp.report.review_page import Part, Picture, render_review
 from wasteddp.sharding.corrections import read_corrections
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.processes
 EVIL = "=<b>\"x\",'y'</b>"
 CLASSES = ("glass", "metal", "paper", EVIL)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-    )
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def picture(path: str, label: str, suggested: str) -> Picture:

@@ -16,6 +16,14 @@ def keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name != "run"}
 
 
+def add_run(command: argparse.ArgumentParser) -> None:
+    """Add the folder of a run, and the shard set to use instead of its own."""
+    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    command.add_argument(
+        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
+    )
+
+
 def add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=positive, metavar="N", help="threads (default: one per core)")
 

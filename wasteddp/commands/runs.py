@@ -9,6 +9,7 @@ from wasteddp.commands.arguments import (
     Commands,
     add_compute,
     add_decoders,
+    add_run,
     add_tta,
     keywords,
     positive,
@@ -36,7 +37,7 @@ def _add_evaluate(commands: Commands) -> None:
         description="Prints accuracy with its 95 % interval, per-class figures and the confusion matrix, and saves "
         "them in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
     )
-    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    add_run(command)
     command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
     unlike.add_images(command)
     decisions = command.add_argument_group("decisions: docs/decisions.md")
@@ -50,9 +51,6 @@ def _add_evaluate(commands: Commands) -> None:
     )
     decisions.add_argument(
         "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
-    )
-    command.add_argument(
-        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
     )
     add_compute(command)
     add_decoders(command)
@@ -108,7 +106,7 @@ def _add_average(commands: Commands) -> None:
         "images, compares the result with the run's model on data.eval_split, and writes it to RUN/average/, which "
         "`evaluate` and `predict` accept like a run.",
     )
-    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    add_run(command)
     command.add_argument(
         "--last",
         type=positive,
@@ -122,9 +120,6 @@ def _add_average(commands: Commands) -> None:
     where = command.add_mutually_exclusive_group()
     where.add_argument("--out", type=to_path, metavar="FOLDER", help="default: RUN/average")
     where.add_argument("--replace", action="store_true", help="replace RUN/model")
-    command.add_argument(
-        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
-    )
     add_compute(command)
     command.set_defaults(run=_average)
 
@@ -224,7 +219,7 @@ def _add_review(commands: Commands) -> None:
         "different labels, and the images without a label that are most worth one. It works with the keyboard and on a "
         "phone, and saves a CSV for `wasteddp shard --corrections`.",
     )
-    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
+    add_run(command)
     which = command.add_mutually_exclusive_group()
     which.add_argument(
         "--split",
@@ -258,9 +253,6 @@ def _add_review(commands: Commands) -> None:
         dest="pairs",
         action="store_false",
         help="do not look for near-duplicates, which decodes every image of the set",
-    )
-    command.add_argument(
-        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
     )
     add_compute(command)
     add_decoders(command)

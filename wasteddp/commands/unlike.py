@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from wasteddp.commands.arguments import Commands, add_compute, to_path
+from wasteddp.commands.arguments import Commands, add_compute, add_run, keywords, to_path
 from wasteddp.errors import SettingsError
-from wasteddp.files import expand_home
 
 ONLY_OF_IMAGES = ("name", "classes", "class_folders", "ignore", "encoding")
 
@@ -19,18 +18,15 @@ def add(commands: Commands) -> None:
         "the model. predict and evaluate then report how unlike the training images an image is. A training does this "
         "at its end; the command is for older models and for averages.",
     )
-    command.add_argument("run_folder", metavar="RUN", type=to_path, help="folder of a run, such as runs/resnet50")
-    command.add_argument(
-        "--shards", type=expand_home, metavar="FOLDER-OR-URL", help="shard set (default: the one trained on)"
-    )
+    add_run(command)
     add_compute(command)
     command.set_defaults(run=_features)
 
 
 def _features(arguments: argparse.Namespace) -> None:
-    from wasteddp.tools.features import FeaturesOptions, run
+    from wasteddp.tools.features import run
 
-    run(FeaturesOptions(arguments.run_folder, arguments.shards, arguments.batch_size, arguments.device))
+    run(**keywords(arguments))
 
 
 def add_images(command: argparse.ArgumentParser) -> None:

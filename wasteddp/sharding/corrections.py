@@ -6,8 +6,6 @@ A row with the class that the image has already confirms it; the actions `correc
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +13,8 @@ from typing import Any
 
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError
-from wasteddp.files import read_text, sha256_of
-from wasteddp.sharding.sources.layout import Layout
+from wasteddp.files import sha256_of
+from wasteddp.sharding.sources.layout import Layout, read_csv
 
 _MAX_NAMED = 5
 _DROP = "drop"
@@ -46,16 +44,7 @@ def read_corrections(path: Path) -> Corrections:
     Raises:
         SourceError: it has other columns, or a row has no path, neither a class nor the action `drop`, or repeats one.
     """
-    text = read_text(path, "reading the corrections")
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    try:
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
-        table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
-        rows = list(table)
-    except csv.Error as error:
-        raise SourceError(
-            f"{path} is not a CSV file: {error}", "its corrections are not known", "save it again as CSV"
-        ) from error
+    columns, rows, _ = read_csv(path, "reading the corrections", unknown="its corrections are not known")
     if "path" not in columns or not {"class", "action"} & set(columns):
         raise SourceError(
             f"{path} has the columns {', '.join(columns) or 'none'}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,16 @@ from wasteddp.inference.training_features import MOST_REFERENCE, MOST_TRAINING, 
 from wasteddp.parallel import progress
 
 
-@dataclass(frozen=True, slots=True)
-class FeaturesOptions:
-    """The command line of `wasteddp features`. None: a default that depends on the run or the device."""
-
-    run: Path
-    shards: str | None = None
-    batch_size: int | None = None
-    device: str = "auto"
-
-
-def run(options: FeaturesOptions) -> None:
+def run(run_folder: Path, *, shards: str | None = None, batch_size: int | None = None, device: str = "auto") -> None:
     """Compute the features and save them in the run's model.
 
     Raises:
         BundleError: there is no model, or the set is not the one that it was trained on.
     """
-    classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size)
-    data = data_of(options.run, options.shards)
-    with dataset.open_dataset(data) as shards:
-        manifest = shards.manifest
+    classifier = Classifier.load(run_folder, device=device, batch_size=batch_size)
+    data = data_of(run_folder, shards)
+    with dataset.open_dataset(data) as there:
+        manifest = there.manifest
         check_classes(manifest, classifier.card.classes)
         if manifest.sha256 != classifier.card.hashes.manifest:
             raise BundleError(
@@ -46,7 +35,7 @@ def run(options: FeaturesOptions) -> None:
                 "its training images would not be those of the model",
                 "name the set that the model was trained on with --shards",
             )
-        with shards.reader(data.train_split) as train, shards.reader(data.eval_split) as reference:
+        with there.reader(data.train_split) as train, there.reader(data.eval_split) as reference:
             total = min(MOST_TRAINING, train.num_samples) + min(MOST_REFERENCE, reference.num_samples)
             with progress("reading training images", total) as advance:
 
@@ -57,10 +46,10 @@ def run(options: FeaturesOptions) -> None:
                             advance()
 
                 features = summarise_training(classifier, train, reference, watched=watched)
-    with hold_run(options.run, print):  # a training would replace the model
-        save_features(options.run, features, weights=classifier.card.hashes.weights)
-    home = options.run / FOLDER_NAME
+    with hold_run(run_folder, print):  # a training would replace the model
+        save_features(run_folder, features, weights=classifier.card.hashes.weights)
+    home = run_folder / FOLDER_NAME
     print(
         f"features of {features.num_training:,} images of {data.train_split}, compared with "
-        f"{features.num_reference:,} of {data.eval_split}; saved in {home if home.is_dir() else options.run}"
+        f"{features.num_reference:,} of {data.eval_split}; saved in {home if home.is_dir() else run_folder}"
     )

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from wasteddp.errors import SourceError, inert
 from wasteddp.files import expand_home, read_text
@@ -138,6 +138,26 @@ def rename_classes(layout: Layout, names: Mapping[str, str], where: str | Path) 
     return replace(layout, images=images, classes=check_classes({image.class_name for image in images}, (), where))
 
 
+def read_csv(path: Path, doing: str, *, unknown: str) -> tuple[list[str], list[dict[str, Any]], str]:
+    """Read a CSV that a user wrote. Return its columns in lower case, its rows, and its separator.
+
+    Args:
+        doing: for the message if the text cannot be read.
+        unknown: consequence for the message if it is not a CSV.
+
+    Raises:
+        SourceError: the file is not a CSV.
+    """
+    text = read_text(path, doing)
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    try:
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+        table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
+        return columns, list(table), separator
+    except csv.Error as error:
+        raise SourceError(f"{path} is not a CSV file: {error}", unknown, "save it again as CSV") from error
+
+
 def read_table(
     path: Path, *, classes: Sequence[str] = (), may_lack: bool = False, group_column: str = ""
 ) -> tuple[PathsSource, Layout]:
@@ -150,18 +170,7 @@ def read_table(
     Raises:
         SourceError: the file is not a CSV with these columns, or a row is incomplete or repeats an image.
     """
-    text = read_text(path, "reading the table")
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    try:
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
-        table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
-        rows = list(table)
-    except csv.Error as error:
-        raise SourceError(
-            f"{path} is not a CSV file: {error}",
-            "its images are not known",
-            "save it again as CSV, with the columns path,label",
-        ) from error
+    columns, rows, separator = read_csv(path, "reading the table", unknown="its images are not known")
     if not {"path", "label"} <= set(columns) or not rows:
         raise SourceError(
             f"{path} has {len(rows)} rows and the columns {', '.join(columns) or 'none'}",
