@@ -107,3 +107,10 @@ def test_arrays_that_do_not_belong_together_are_refused(name: str) -> None:
 def test_features_that_are_all_equal_have_finite_distances() -> None:
     summary = TrainingFeatures.fit(np.ones((5, 4)), np.zeros(5, int), np.ones((2, 4)))
     assert np.isfinite(summary.distances(np.arange(8.0).reshape(2, 4))).all()
+
+
+@pytest.mark.parametrize(("num_reference", "is_judged"), [(6, False), (19, False), (20, True)])
+def test_a_folder_is_not_judged_by_too_few_images_to_compare_with(num_reference: int, is_judged: bool) -> None:
+    rng = np.random.default_rng(0)
+    fitted = TrainingFeatures.fit(rng.normal(size=(40, 3)), np.arange(40) % 2, rng.normal(size=(num_reference, 3)))
+    assert ("not judged" not in fitted.verdict(30.0, 0, 50)) == is_judged

@@ -11,11 +11,12 @@ import pytest
 from small_run import CARD, random_weights, write_images, write_shards
 
 from wasteddp import cli
-from wasteddp.decisions.calibration import Calibration, scaled
+from wasteddp.decisions.calibration import Calibration, calibrate, scaled
 from wasteddp.inference.bundle import read_card, save_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.tools import calibrate as calibrating
+from wasteddp.training import evaluate
 from wasteddp.training.checkpoint import best_model
 
 
@@ -130,3 +131,24 @@ def test_weights_that_a_training_replaced_meanwhile_are_not_given_the_temperatur
         cli.main(["calibrate", str(run)])
     assert "has new weights" in capsys.readouterr().err
     assert read_card(run / "model").temperature == CARD.temperature
+
+
+def test_probabilities_of_all_ranks_are_in_the_order_of_the_split() -> None:
+    shares = np.arange(10, dtype=np.float32).reshape(5, 2)
+    labels = np.arange(5)
+    parts = [(rows, labels[rows], shares[rows]) for rows in (np.array([3, 0]), np.array([4, 1, 2]))]
+    found_labels, found_shares = evaluate._in_order(parts)
+    np.testing.assert_array_equal(found_labels, labels)
+    np.testing.assert_array_equal(found_shares, shares)
+    assert evaluate._in_order([]) == (None, None)
+
+
+def test_a_training_reports_whether_its_model_is_calibrated(tmp_path: Path) -> None:
+    assert best_model.describe_calibration(tmp_path) == ""
+    save_bundle(tmp_path / "model", CARD, random_weights())
+    assert "not calibrated" in best_model.describe_calibration(tmp_path)
+    labels, shares = overconfident(300)
+    found = calibrate(labels, shares, split="val")
+    card = replace(CARD, temperature=found.temperature, calibration=found.to_json())
+    save_bundle(tmp_path / "model", card, random_weights())
+    assert best_model.describe_calibration(tmp_path) == "probabilities: calibrated on 300 images of val"
