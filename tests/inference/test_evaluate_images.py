@@ -185,7 +185,7 @@ def test_images_get_what_the_same_images_get_from_shards(run: Path, original: Pa
         (tmp_path / "site.zip", "site"),
         (table, "table"),
     ):
-        assert main(["evaluate", str(run), "--images", str(where)]) == 0
+        assert main(["evaluate", str(run), "--images", str(where), "--workers", "2"]) == 0
         found = rows_of(run / "evaluations" / name / "predictions.csv")
         assert len(found) == 10
         for row in found:
@@ -270,6 +270,7 @@ def test_a_home_of_other_weights_is_not_compared(run: Path, original: Path, caps
         (["--name", "x"], "--name was given without --images"),
         (["--images", ".", "--name", "val"], "would be called 'val'"),
         (["--images", ".", "--name", "../up"], "would be called '../up'"),
+        (["--images", ".", "--workers", "2 processes"], "decoded by threads"),
     ],
 )
 def test_wrong_options_are_one_message(

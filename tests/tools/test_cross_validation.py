@@ -126,6 +126,10 @@ def test_an_evaluation_of_other_images_is_refused(
     with pytest.raises(SystemExit):
         main([*command[:-1], f"run.out={copied}", "--sum-up"])
     assert "is of other images than fold 0" in capsys.readouterr().err
+    path.write_text('{"format": "wasteddp-evaluation", "format_version": 1}')
+    with pytest.raises(SystemExit):
+        main([*command[:-1], f"run.out={copied}", "--sum-up"])
+    assert f"{path} is not the record of an evaluation: " in capsys.readouterr().err
 
 
 def test_a_set_without_folds_is_refused(

@@ -5,7 +5,6 @@ Legend: N images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,8 +22,7 @@ from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
 from wasteddp.errors import storage
-from wasteddp.files import read_regular
-from wasteddp.inference.evaluation_files import Evaluation
+from wasteddp.inference.evaluation_files import Evaluation, read_record
 from wasteddp.inference.metrics import percent, wilson_interval
 from wasteddp.parallel import in_order, num_usable_cores
 from wasteddp.sharding import duplicates
@@ -90,15 +88,14 @@ def read_home(run: Path, weights: str) -> tuple[Accuracy | None, str]:
     path = run / "evaluations" / HOME / "metrics.json"
     if not path.is_file():
         return None, f"there is no {path}; measure it with: wasteddp evaluate {run}"
-    with storage("reading the home evaluation", path):
-        text = read_regular(path)
     try:
-        record = json.loads(text)
-        if record["hashes"]["weights"] != weights:
-            return None, f"{path} is of other weights; measure it again with: wasteddp evaluate {run}"
-        return Accuracy(int(record["num_correct"]), int(record["num_samples"])), ""
-    except (ValueError, KeyError, TypeError):
-        return None, f"{path} is damaged; measure it again with: wasteddp evaluate {run}"
+        with storage("reading the home evaluation", path):
+            record = read_record(path)
+    except ValueError as error:
+        return None, f"{path} is damaged ({error}); measure it again with: wasteddp evaluate {run}"
+    if record["hashes"]["weights"] != weights:
+        return None, f"{path} is of other weights; measure it again with: wasteddp evaluate {run}"
+    return Accuracy(record["num_correct"], record["num_samples"]), ""
 
 
 def near_by_manifest(manifest: Manifest, split: str, train: str, sources: Sequence[str]) -> Flags | None:

@@ -26,7 +26,7 @@ from rich.console import Console
 from wasteddp.data import dataset
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
-from wasteddp.errors import LaunchError, SourceError
+from wasteddp.errors import LaunchError, SettingsError, SourceError
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.comparison import Accuracy, compare, difference, near_by_hashes, print_comparison, read_home
 from wasteddp.inference.evaluate import data_of
@@ -35,6 +35,7 @@ from wasteddp.inference.feature_files import HOW_TO_ADD
 from wasteddp.inference.metrics import confusion_matrix, summarise
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.parallel import in_order, num_usable_cores, progress
+from wasteddp.settings import Data
 from wasteddp.sharding import recipe
 from wasteddp.sharding.sources.archives import open_source
 from wasteddp.sharding.sources.files import Source
@@ -60,7 +61,7 @@ class ImagesOptions:
     batch_size: int | None = None
     device: str = "auto"
     tta: str = "none"
-    workers: int = 0  # threads that decode; 0: one per core
+    workers: int | str = 0  # like the setting data.workers, but threads only
 
 
 def run(options: ImagesOptions) -> None:
@@ -76,13 +77,20 @@ def run(options: ImagesOptions) -> None:
             "each of them would evaluate all images",
             "start it in one process, without accelerate or torchrun",
         )
+    decoders = Data(workers=options.workers)
+    if decoders.uses_processes("cpu"):
+        raise SettingsError(
+            f"--workers {options.workers} was given with --images",
+            "the images of a folder or an archive are decoded by threads",
+            "give a number of threads, or leave it out",
+        )
     name = _name(options)
     classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size, tta=options.tta)
     console = Console()
     with tempfile.TemporaryDirectory() as work:
         source, layout = _list(options, classifier.card.classes, Path(work))
         evaluation, images, unreadable, digest = evaluate_images(
-            classifier, source, layout.images, name, workers=options.workers or num_usable_cores()
+            classifier, source, layout.images, name, workers=decoders.num_workers or num_usable_cores()
         )
         near = _near(options, source, images) if options.near_duplicates else None
     record = _record(options, classifier, evaluation, layout, unreadable)

@@ -27,7 +27,7 @@ from wasteddp.data.folds import NO_FOLD, num_folds
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import EXIT_FINISHED, RunError, SettingsError, storage
 from wasteddp.files import read_regular, write_atomically
-from wasteddp.inference.evaluation_files import print_metrics
+from wasteddp.inference.evaluation_files import print_metrics, read_record
 from wasteddp.inference.metrics import I64, percent, summarise
 from wasteddp.settings import plain_yaml
 from wasteddp.training.distributed import launcher
@@ -130,8 +130,15 @@ def sum_up(out: Path, manifest: Manifest) -> dict[str, Any]:
                 if len(found) < 2
                 else "keep one of them in that folder",
             )
-        with storage("reading an evaluation", path):
-            record = json.loads(read_regular(path))
+        try:
+            with storage("reading an evaluation", path):
+                record = read_record(path)
+        except ValueError as error:
+            raise RunError(
+                f"{path} is not the record of an evaluation: {error}",
+                "the sum would not count each image once",
+                f"measure it again: wasteddp evaluate {found[0]} --split val",
+            ) from error
         counts = manifest.splits[f"fold-{fold}"].samples_per_class
         if record["hashes"]["manifest"] != manifest.sha256 or tuple(np.sum(record["confusion"], axis=1)) != counts:
             raise RunError(

@@ -11,7 +11,6 @@ Legend: N images, K classes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import find_bundle, read_card
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
+from wasteddp.inference.evaluation_files import read_record
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.predict import find_images, predict
 from wasteddp.inference.prediction_files import Failure
@@ -209,12 +209,18 @@ def _of_split(model: _Model, shard_set: ShardSet, split: str, console: Console) 
 
 def _is_current(folder: Path, run_folder: Path, manifest_sha256: str) -> bool:
     try:
-        hashes = json.loads(read_regular(folder / "metrics.json"))["hashes"]
-        weights = read_card(find_bundle(run_folder)).hashes.weights
-        is_there = (folder / "predictions.csv").is_file()  # training writes only the metrics
-        return is_there and hashes["manifest"] == manifest_sha256 and hashes["weights"] == weights
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_record(folder / "metrics.json")
+    except (OSError, ValueError):
         return False
+    card = read_card(find_bundle(run_folder))
+    is_there = (folder / "predictions.csv").is_file()  # training writes only the metrics
+    is_of_set = record["hashes"]["manifest"] == manifest_sha256
+    return (
+        is_there
+        and is_of_set
+        and record["hashes"]["weights"] == card.hashes.weights
+        and record["model"].get("temperature") == card.temperature
+    )
 
 
 def _predictions_of(model: _Model, unlabelled: str, classes: Sequence[str], warn: Warn) -> SavedPredictions:
