@@ -236,7 +236,7 @@ def read_text(path: str | Path, doing: str) -> str:
     raise TextError(
         f"{doing}: {path} is not text in {encoding.removesuffix('-sig').upper()}: {problem} in line {at + 1}",
         "its names and values would be read wrongly",
-        f"save it as UTF-8; if it is from Windows: iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW",
+        f"save it as UTF-8; if it is from Windows: iconv -f WINDOWS-1252 -t UTF-8 {path} > NEW{Path(path).suffix}",
     )
 
 
