@@ -189,6 +189,10 @@ def print_line(message: str) -> None:
         print(inert(message), flush=True)
 
 
+def print_warning(message: str) -> None:
+    print(f"warning: {inert(message)}", file=sys.stderr, flush=True)
+
+
 def exit_with(error: WastedError) -> NoReturn:
     """Print the message and end the process with exit code 2."""
     print(f"error: {error}", file=sys.stderr, flush=True)

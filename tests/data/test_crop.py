@@ -6,12 +6,13 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from wasteddp.data.decoding.centre import CentreView, centre_box, resize
 from wasteddp.data.decoding.crop import (
     MEAN_RGB,
     STD_RGB,
-    centre_box,
     crop_box,
     evaluation_view,
     normalise,
@@ -117,3 +118,24 @@ def test_normalise_is_the_formula() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     expected = (images.double() / 255 - torch.tensor(MEAN_RGB).view(3, 1, 1)) / torch.tensor(STD_RGB).view(3, 1, 1)
     assert torch.allclose(normalise(images).double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [1, 7, 31, 32, 33, 64, 100, 385])
+def test_the_resize_without_torch_has_the_same_bits(side: int) -> None:
+    pixels = np.random.default_rng(side).integers(0, 256, (side + 3, side + 2, 3), dtype=np.uint8)
+    rotated = pixels.transpose(1, 0, 2)[1 : side + 1, 2:]  # not contiguous
+    image_1CHW = torch.from_numpy(np.ascontiguousarray(rotated)[None]).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(image_1CHW, (32, 32), mode="bilinear", antialias=True)
+    np.testing.assert_array_equal(resize(rotated, 32), expected[0].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("size", [(48, 40), (300, 400), (801, 650)])
+@pytest.mark.parametrize(("kind", "how"), [("JPEG", {}), ("JPEG", {"exif": True}), ("PNG", {})])
+def test_the_view_without_torch_has_the_same_bits(size: tuple[int, int], kind: str, how: dict[str, bool]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6 if how else 1
+    buffer = io.BytesIO()
+    photo(*size).save(buffer, kind, exif=exif)
+    view = np.empty((32, 32, 3), np.uint8)
+    CentreView(36).fill(view, buffer.getvalue(), np.zeros(0))
+    np.testing.assert_array_equal(view, evaluation_view(buffer.getvalue(), image_size_px=32, resize_px=36))

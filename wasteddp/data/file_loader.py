@@ -19,19 +19,22 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, take_tolerated
 from wasteddp.data.decoding.pool import DecodePool, Task
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, TOLERATED, UNDECODABLE, WHOLE, Rows
 from wasteddp.data.decoding.workers import DecodeServer, Workers
-from wasteddp.data.process_loader import print_warning
+from wasteddp.errors import print_warning
 from wasteddp.files import most_files
 from wasteddp.parallel import in_order
+
+if TYPE_CHECKING:
+    from wasteddp.data.decoding.crop import View
 
 _FILES_AT_ONCE = 8  # R: a message costs a tenth of what decoding a small JPEG does
 _PARTS_IN_FLIGHT = 2  # for each worker: one being decoded, one waiting

@@ -32,9 +32,9 @@ from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
 from wasteddp.data.decoding.crop import Draws, EvaluationView, TrainingView, View
 from wasteddp.data.decoding.decode import Encoded, ImageHWC, UndecodableError
 from wasteddp.data.decoding.workers import DecodeServer
-from wasteddp.data.process_loader import ProcessLoader, print_warning
+from wasteddp.data.process_loader import ProcessLoader
 from wasteddp.data.reader import SplitReader
-from wasteddp.errors import DamagedSampleError
+from wasteddp.errors import DamagedSampleError, print_warning
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING, EvaluationPlan, TrainPlan
 

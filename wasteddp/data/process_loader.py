@@ -10,7 +10,6 @@ refers to it is deleted.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows
 from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.data.reader import SplitReader
-from wasteddp.errors import DamagedSampleError, inert
+from wasteddp.errors import DamagedSampleError, print_warning
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import PADDING
 
@@ -72,10 +71,6 @@ class _Slots:
     image_bytes: int
     free: deque[_Slot] = field(default_factory=deque)
     num_out: int = 0
-
-
-def print_warning(words: str) -> None:
-    print(f"warning: {inert(words)}", file=sys.stderr, flush=True)
 
 
 class ProcessLoader:

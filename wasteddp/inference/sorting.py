@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from wasteddp.decisions.bins import PERSON
 from wasteddp.decisions.decide import REASONS, Policy
@@ -24,8 +22,13 @@ from wasteddp.decisions.thresholds import risk_coverage
 from wasteddp.errors import DecisionError
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.evaluation_files import Evaluation
 from wasteddp.inference.metrics import percent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from wasteddp.inference.evaluation_files import Evaluation
 
 FORMAT = "wasteddp-policy"
 FORMAT_VERSION = 1
@@ -143,6 +146,8 @@ def report_policy(
 
 
 def _table(bins: Sequence[Mapping[str, Any]], *, title: str) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for column in ("bin", "items", "purity", "recovery", "contamination"):
         table.add_column(column, justify="left" if column in ("bin", "contamination") else "right")

@@ -19,10 +19,9 @@ from wasteddp.data.dataset import Needs, open_dataset
 from wasteddp.data.decoding.workers import DecodeServer, default_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
 from wasteddp.data.manifest import Manifest, Split, shared_shards
-from wasteddp.data.process_loader import print_warning
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.train_plan import plan_training
-from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
+from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError, print_warning
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
 from wasteddp.order.plan_quality import Labels

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wasteddp.data.decoding.centre import cut_centre, decode_centre
 from wasteddp.data.decoding.decode import Encoded, Header, ImageHWC, decode_rgb, header, is_plain_jpeg
 from wasteddp.order.keyed_random import CROP, I64, uniform
 
@@ -71,34 +72,14 @@ def evaluation_view(data: bytes, *, image_size_px: int, resize_px: int, out: Ima
     Raises:
         UndecodableError: see `decode_rgb`.
     """
-    known = header(data)
-    top, left, side, factor = centre_box(known.height, known.width, image_size_px=image_size_px, resize_px=resize_px)
-    if known.turn != 1 and (known.height % factor or known.width % factor):
-        pixels = decode_rgb(data, known=known)  # turned, its blocks would not begin at the top left
-    else:
-        whole_px = -(-known.height // factor), -(-known.width // factor)
-        pixels = decode_rgb(data, known=known, min_height_px=whole_px[0], min_width_px=whole_px[1])
-    if pixels.shape[0] != known.height:
-        top, left, side = top // factor, left // factor, side // factor
-    return _resize(pixels[top : top + side, left : left + side], image_size_px, out)
+    square = decode_centre(data, image_size_px=image_size_px, resize_px=resize_px)
+    return _resize(square, image_size_px, out)
 
 
-def centre_box(height: int, width: int, *, image_size_px: int, resize_px: int) -> tuple[int, int, int, int]:
-    """Top, left and side of the central square, and by how much a JPEG is decoded smaller: 1, 2, 4 or 8.
-
-    That is the largest factor with which the square keeps twice the side of the view. Top, left and side are multiples
-    of it: with other numbers the view of a JPEG would be shifted against that of the same pixels in another format.
-    """
-    shorter = min(height, width)
-    side = min(shorter, max(1, round(shorter * image_size_px / resize_px)))
-    factor = next((f for f in (8, 4, 2) if side >= 2 * f * image_size_px), 1)
-    if factor == 1:
-        return (height - side) // 2, (width - side) // 2, side, 1
-    side = min(round(side / factor), shorter // factor) * factor
-    top, left = (
-        min(round((whole - side) / 2 / factor), (whole - side) // factor) * factor for whole in (height, width)
-    )
-    return top, left, side, factor
+def pixel_view(pixels: ImageHWC, *, image_size_px: int, resize_px: int) -> ImageHWC:
+    """Return the `evaluation_view` of decoded pixels, uint8 [H, W, 3]: that of a file that is not a JPEG."""
+    square = cut_centre(pixels, image_size_px=image_size_px, resize_px=resize_px)
+    return _resize(np.ascontiguousarray(square), image_size_px, None)
 
 
 def crop_box(

@@ -263,12 +263,32 @@ def _is_tolerated(data: bytes) -> bool:
 def _decode_with_pillow(data: bytes) -> ImageHWC:
     try:
         with open_image(data) as image:
-            image.load()
-            pixels = np.array(_to_rgb(to_eight_bits(image, data)))  # a copy: Pillow's own memory is read-only
-            turn = _turn_of(image)  # of a TIFF that Pillow turned when it was loaded: 1
-            return pixels if turn == _UPRIGHT else _turn(pixels, turn)
+            return _upright_rgb(image, data)
     except Exception as error:
         raise _undecodable(error, data) from error
+
+
+def rgb_of(image: Image.Image) -> ImageHWC:
+    """Return the upright RGB pixels of an image that Pillow opened, uint8 [H, W, 3].
+
+    Raises:
+        UndecodableError: it cannot be decoded, has more than `MAX_PIXELS`, or an unknown range of values.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise UndecodableError("too_large", f"{image.width}x{image.height} px; the limit is {MAX_PIXELS:,} pixels")
+    if not image.width * image.height:
+        raise UndecodableError("empty", f"{image.width}x{image.height} px")
+    try:
+        return _upright_rgb(image, b"")
+    except Exception as error:
+        raise _undecodable(error, b"") from error
+
+
+def _upright_rgb(image: Image.Image, data: bytes) -> ImageHWC:
+    image.load()
+    pixels = np.array(_to_rgb(to_eight_bits(image, data)))  # a copy: Pillow's own memory is read-only
+    turn = _turn_of(image)  # of a TIFF that Pillow turned when it was loaded: 1
+    return pixels if turn == _UPRIGHT else _turn(pixels, turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -152,7 +152,7 @@ class UnknownRangeError(ValueError):
 
 
 def to_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """Return a loaded image with 8 bits a channel. `data` is its file.
+    """Return a loaded image with 8 bits a channel. `data` is its file, or empty.
 
     The range is that of the type, or a depth that the file states. It is never that of one image's brightest pixel,
     which would make the brightness of an object depend on what is next to it.
@@ -163,7 +163,7 @@ def to_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode.startswith("I") or image.mode == "F":
         return _grey(np.asarray(image), tags, data)
-    if max(tags.get(_BITS, (8,))) > 8 or (image.format == "PNG" and data[24] > 8):
+    if max(tags.get(_BITS, (8,))) > 8 or (image.format == "PNG" and data[24:25] > b"\x08"):
         # Pillow keeps the upper 8 of 16 bits
         stated, brightest = _stated_top(tags), int(np.asarray(image.convert("RGB")).max(initial=0))
         if (stated and stated < 65535) or brightest < _NEARLY_BLACK:

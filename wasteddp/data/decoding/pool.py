@@ -19,14 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.shared_memory import SharedMemory
 from wasteddp.data.decoding.worker import AT_WORK_DTYPE, UNKNOWN, Answer, Failure, Rows
 from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.errors import WorkerError
 from wasteddp.files import most_files
+
+if TYPE_CHECKING:
+    from wasteddp.data.decoding.crop import View
 
 KILLED = "killed"  # a kind of failure, as is `worker.UNREAD`
 

@@ -23,15 +23,16 @@ import time
 import traceback
 from hashlib import sha256
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import UndecodableError, take_tolerated
 from wasteddp.data.decoding.shared_memory import map_shared
+
+if TYPE_CHECKING:
+    from wasteddp.data.decoding.crop import View
 
 # A request to the server is a byte, with a descriptor for START. The answer is a number: a worker's pid or exit code.
 START, REAP = b"s", b"r"
@@ -68,6 +69,10 @@ Answer = tuple[list[Failure], list[Left]]
 
 def serve(descriptor: int) -> None:
     """Run the server. `descriptor` is its end of the socket to the parent."""
+    import torch
+
+    import wasteddp.data.decoding.crop  # noqa: F401, the workers are forked with it
+
     parent = os.getppid()
     requests = socket.socket(fileno=descriptor)
     torch.set_num_threads(1)  # resizing must not start a team of threads for each image
