@@ -30,6 +30,7 @@ LAYERS = [
     "model",
     "decisions",
     "inference",
+    "python",
     "training.distributed.determinism",
     "training.schedule",
     "training.watchdog",
@@ -103,6 +104,10 @@ def test_no_folder_is_too_full_to_find_anything_in() -> None:
         "data.reader",
         "data.dataset",
         "report.page",
+        "data.decoding.centre",
+        "inference.predict",
+        "inference.runtimes.onnx",
+        "python.model",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:

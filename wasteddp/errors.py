@@ -193,6 +193,19 @@ def print_warning(message: str) -> None:
     print(f"warning: {inert(message)}", file=sys.stderr, flush=True)
 
 
+def missing_extra(extra: str, what: str) -> LaunchError:
+    """Return the error for packages that are installed only with an extra of wasteddp.
+
+    Args:
+        what: that needs them, as the subject of a sentence.
+    """
+    return LaunchError(
+        f"{what} needs packages that are not installed",
+        "this cannot be done",
+        f"install them: pip install 'wasteddp[{extra}]'",
+    )
+
+
 def exit_with(error: WastedError) -> NoReturn:
     """Print the message and end the process with exit code 2."""
     print(f"error: {error}", file=sys.stderr, flush=True)

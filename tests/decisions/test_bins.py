@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wasteddp.decisions.bins import BinRules, load_bins
+from wasteddp.decisions.bin_files import load_bins
+from wasteddp.decisions.bins import BinRules
 from wasteddp.decisions.decide import REASONS, Policy, choose_policy
 from wasteddp.decisions.sorting import contents, measure_bins, per_thousand
 from wasteddp.decisions.thresholds import ErrorThreshold, RecallThreshold

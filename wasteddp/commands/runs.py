@@ -76,7 +76,9 @@ def _add_predict(commands: Commands) -> None:
         description="Classifies images and lists unreadable files at the end. The exit code is 0 if at least one image "
         "was classified, otherwise 2.",
     )
-    command.add_argument("model", metavar="MODEL", type=to_path, help="folder of a run or of its model")
+    command.add_argument(
+        "model", metavar="MODEL", type=to_path, help="folder of a run or of its model, or an .onnx file"
+    )
     command.add_argument(
         "paths", type=expand_home, metavar="PATH", nargs="+", help="image files, folders, or quoted globs (also **)"
     )

@@ -242,8 +242,17 @@ def read_card(folder: Path) -> BundleCard:
         BundleError: the card cannot be read, or has another or a newer format.
     """
     path = folder / CARD_NAME
+    return parse_card(_read(path), path)
+
+
+def parse_card(content: str | bytes, path: Path) -> BundleCard:
+    """Read and check the text of a card; `path` is where it was found.
+
+    Raises:
+        BundleError: see `read_card`.
+    """
     try:
-        raw = json.loads(_read(path))
+        raw = json.loads(content)
         if raw["format"] != FORMAT:
             raise ValueError(f"its format is {raw['format']!r}, not {FORMAT!r}")
         if raw["format_version"] > FORMAT_VERSION:

@@ -10,21 +10,20 @@ across devices, numbers of threads and batch sizes. With test-time augmentation,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from wasteddp.data.decoding.crop import evaluation_view, normalise
+from wasteddp.data.decoding.crop import EvaluationView, View, normalise, pixel_view
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.errors import BundleError, LaunchError
 from wasteddp.inference.bundle import BundleCard, load_bundle
 from wasteddp.inference.feature_files import load_features
+from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.tta import VIEWS
 from wasteddp.model.resnet import build
 
@@ -32,8 +31,6 @@ from wasteddp.model.resnet import build
 # time of a whole batch: 0.5 s at 8, 4 s at 64. A GPU needs many images to be busy.
 BATCH_SIZE_CPU = 8
 BATCH_SIZE_GPU = 64
-
-Item = TypeVar("Item")
 
 
 def load_network(path: str | Path) -> tuple[BundleCard, torch.nn.Module]:
@@ -70,7 +67,7 @@ def network_of(card: BundleCard, state_dict: Mapping[str, torch.Tensor], *, wher
     return model.float().eval().requires_grad_(False)
 
 
-class Classifier:
+class Classifier(AnyClassifier):
     """A model in evaluation mode, fp32, on one device.
 
     Args:
@@ -120,69 +117,16 @@ class Classifier:
         training = load_features(path, card)
         return cls(card, weights, device=device, batch_size=batch_size, tta=tta, where=path, training=training)
 
-    def view(self, data: bytes) -> ImageHWC:
-        """Turn an image file's bytes into the model's view: uint8 [S, S, 3]. Safe to call from several threads.
+    @property
+    def how_to_view(self) -> View:
+        return EvaluationView(self.card.preprocessing.resize_px)
 
-        Raises:
-            UndecodableError: see `decode_rgb`.
-        """
+    def view_pixels(self, pixels: ImageHWC) -> ImageHWC:
         size = self.card.preprocessing
-        return evaluation_view(data, image_size_px=size.image_size_px, resize_px=size.resize_px)
-
-    def batches(self, items: Iterable[Item]) -> Iterator[list[Item]]:
-        """Yield lists of `batch_size` items; the last one may be shorter."""
-        iterator = iter(items)
-        while batch := list(islice(iterator, self.batch_size)):
-            yield batch
-
-    def probabilities(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.float32]:
-        """Return softmax(logits / temperature), or its mean over the flips of each view: float32 [B, K], rows sum to 1.
-
-        Args:
-            views: any number of images, uint8 [S, S, C].
-
-        Raises:
-            BundleError: the model's outputs are not finite.
-        """
-        return self.probabilities_and_features(views)[0]
-
-    def answers(
-        self, views: Sequence[ImageHWC]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64] | list[None]]:
-        """Return `probabilities`, and the unlikeness of each image, a percentile (0 to 100); None if it is not known.
-
-        Args and errors: see `probabilities`.
-        """
-        probabilities_BK, features_BD = self.probabilities_and_features(views)
-        if self.training is None:
-            return probabilities_BK, [None] * len(views)
-        return probabilities_BK, self.training.percentiles(self.training.distances(features_BD))
-
-    def probabilities_and_features(
-        self, views: Sequence[ImageHWC]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Return `probabilities`, and float32 [B, D] from the same forward pass, of the images that are not flipped.
-
-        Args and errors: see `probabilities`.
-        """
-        answers = [
-            self._one_batch(views[begin : begin + self.batch_size]) for begin in range(0, len(views), self.batch_size)
-        ]
-        none = np.zeros((0, len(self.card.classes)), np.float32), np.zeros((0, self._num_features), np.float32)
-        probabilities_BK, features_BD = (np.concatenate(parts) for parts in zip(none, *answers, strict=True))
-        if not np.isfinite(probabilities_BK).all():
-            raise BundleError(
-                f"the model's outputs are not finite ({self.card.arch}, trained until step {self.card.trained.step})",
-                "its predictions would be meaningless",
-                "its training diverged: train again with a lower learning rate",
-            )
-        return probabilities_BK, features_BD
+        return pixel_view(pixels, image_size_px=size.image_size_px, resize_px=size.resize_px)
 
     def _one_batch(self, views: Sequence[ImageHWC]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Compute up to `batch_size` views as a batch of exactly `batch_size`."""
-        side = self.card.preprocessing.image_size_px
-        images_BHWC = np.zeros((self.batch_size, side, side, 3), np.uint8)
-        images_BHWC[: len(views)] = views
+        images_BHWC = self._filled_up(views)
         # [B, H, W, C] -> [B, C, H, W] as a view: the bytes are unchanged and already in channels_last order
         images_BCHW = torch.from_numpy(images_BHWC).to(self.device).permute(0, 3, 1, 2)
         preprocessing = self.card.preprocessing

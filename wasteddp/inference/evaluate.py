@@ -24,7 +24,8 @@ from wasteddp.data.folds import NO_FOLD
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
-from wasteddp.decisions.bins import BinRules, load_bins
+from wasteddp.decisions.bin_files import load_bins
+from wasteddp.decisions.bins import BinRules
 from wasteddp.decisions.decide import choose_policy
 from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
 from wasteddp.files import read_regular
@@ -77,7 +78,7 @@ def evaluate_run(
         batch_size: None: a size that suits the device.
         workers: as the setting data.workers.
         near_duplicates: look for those of training images, where sharding did not.
-        bins: file of bins, see `decisions.bins`; None: those of the shard set.
+        bins: file of bins, see `decisions.bin_files`; None: those of the shard set.
         max_error: with it or with `bins`, thresholds are chosen on the run's evaluation split, and measured on `split`.
         confidence: with which `max_error` must hold.
     """

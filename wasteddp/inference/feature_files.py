@@ -58,7 +58,15 @@ def load_features(path: str | Path, card: BundleCard) -> TrainingFeatures | None
     """
     if not card.hashes.features:
         return None
-    file = find_bundle(path) / card.file_names[-1]
+    return read_features(find_bundle(path) / card.file_names[-1], card)
+
+
+def read_features(file: Path, card: BundleCard) -> TrainingFeatures:
+    """Return the features in a file that the card names.
+
+    Raises:
+        BundleError: the file is missing or damaged.
+    """
     try:
         content = read_regular(file)
         if hashlib.sha256(content).hexdigest() != card.hashes.features:

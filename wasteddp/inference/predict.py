@@ -15,12 +15,10 @@ from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
 
-from wasteddp.data.decoding.crop import EvaluationView
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.file_loader import Unreadable, file_views
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError, inert, storage
-from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.prediction_files import (
     Answer,
     Failure,
@@ -31,6 +29,8 @@ from wasteddp.inference.prediction_files import (
     decisions_of,
     json_record,
 )  # fmt: skip
+from wasteddp.inference.runtimes.classifier import AnyClassifier
+from wasteddp.inference.runtimes.loading import is_onnx, load_classifier
 from wasteddp.inference.sorting import load_policy
 from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
@@ -52,9 +52,9 @@ def predict_files(
     """Classify image files, print the `top` classes of each, and write the requested files.
 
     Args:
-        model: folder of a run or of its model.
+        model: folder of a run or of its model, or an ONNX file of `wasteddp export`.
         paths: as `find_images` takes them.
-        policy: policy.json of `wasteddp evaluate --bins`; None: no decision is made.
+        policy: policy.json of `wasteddp evaluate --bins`; None: that in an ONNX file, or no decision is made.
         batch_size: None: a size that suits the device.
         workers: as the setting data.workers.
 
@@ -63,9 +63,9 @@ def predict_files(
     """
     images = find_images(paths)
     with ExitStack() as stack:
-        decoders = stack.enter_context(start_workers(workers, device_type(device)))
-        classifier = Classifier.load(model, device=device, batch_size=batch_size, tta=tta)
-        rules = load_policy(policy, classifier.card, tta=tta) if policy else None
+        decoders = stack.enter_context(start_workers(workers, _device_type(model, device)))
+        classifier = load_classifier(model, device=device, batch_size=batch_size, tta=tta)
+        rules = load_policy(policy, classifier.card, tta=tta) if policy else classifier.policy
         terminal = Terminal(classifier.card, top=top, training=classifier.training, policy=rules)
         records: list[Record] = [terminal]
         if csv:
@@ -87,7 +87,7 @@ def predict_files(
 
 
 def predict(
-    classifier: Classifier,
+    classifier: AnyClassifier,
     paths: Iterable[str],
     workers: Workers,
     tolerated: Callable[[str], None] = lambda path: None,
@@ -96,9 +96,7 @@ def predict(
 ) -> Generator[Prediction, None, None]:
     """Yield one prediction for each path, in order, with the policy's decision. `tolerated`: see `file_views`."""
     size = classifier.card.preprocessing
-    views = file_views(
-        paths, EvaluationView(size.resize_px), side_px=size.image_size_px, workers=workers, tolerated=tolerated
-    )
+    views = file_views(paths, classifier.how_to_view, side_px=size.image_size_px, workers=workers, tolerated=tolerated)
     with closing(views):
         for batch in classifier.batches(views):
             there = [view for _, view in batch if not isinstance(view, Unreadable)]
@@ -107,6 +105,15 @@ def predict(
             answers = zip(probabilities_BK, unlike_B, decided_B, strict=True)
             for path, view in batch:
                 yield Failure(path, view.reason) if isinstance(view, Unreadable) else Answer(path, *next(answers))
+
+
+def _device_type(model: Path, device: str) -> str:
+    """Return the type of the device that will be used, without importing torch for an ONNX file."""
+    if is_onnx(model):
+        return "cpu" if device == "auto" else device.partition(":")[0]
+    from wasteddp.inference.classifier import device_type
+
+    return device_type(device)
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:

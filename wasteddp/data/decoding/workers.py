@@ -19,7 +19,6 @@ from types import TracebackType
 
 from wasteddp.data.decoding.worker import NUMBER, REAP, START, UNKNOWN
 from wasteddp.parallel import num_usable_cores
-from wasteddp.settings import Data
 
 _MAX_THREADS, _MAX_PROCESSES = 8, 24
 _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
@@ -127,9 +126,13 @@ def start_workers(asked: int | str, device_type: str, *, cores: int = 0) -> Iter
         device_type: of the device that the network will run on, such as cuda.
         cores: 0: all cores that this process may use.
     """
-    data = Data(workers=asked)
-    processes = data.uses_processes(device_type)
-    number = data.num_workers or default_workers(cores or num_usable_cores(), processes=processes)
+    processes, number = device_type == "cuda", asked
+    if isinstance(asked, str):
+        from wasteddp.settings import Data  # takes 0.4 s, and `wasteddp predict model.onnx` does not need it
+
+        data = Data(workers=asked)
+        processes, number = data.uses_processes(device_type), data.num_workers
+    number = int(number) or default_workers(cores or num_usable_cores(), processes=processes)
     if not processes:
         yield Workers(number)
         return

@@ -1,0 +1,123 @@
+"""What the classifiers of all runtimes have in common: batches of one shape, answers, unlikeness. No torch.
+
+Legend: B images, S side of the view, K classes, D features: the inputs of the network's last layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from wasteddp.data.decoding.decode import ImageHWC
+from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.unlikeness import TrainingFeatures
+from wasteddp.errors import BundleError
+from wasteddp.inference.bundle import BundleCard
+
+if TYPE_CHECKING:
+    from wasteddp.data.decoding.crop import View
+
+Item = TypeVar("Item")
+Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+class AnyClassifier(ABC):
+    """A model that answers views, whatever computes it.
+
+    Attributes:
+        card: of its bundle.
+        batch_size: images that are computed together.
+        tta: name of the test-time augmentation.
+        training: features of training images, for the unlikeness of images; None: it is not known.
+        policy: bins and thresholds in the model's own file; None: it has none.
+    """
+
+    card: BundleCard
+    batch_size: int
+    tta: str
+    training: TrainingFeatures | None
+    policy: Policy | None = None
+    _num_features: int
+
+    @property
+    @abstractmethod
+    def how_to_view(self) -> View:
+        """Converts an image file's bytes to a view."""
+
+    @abstractmethod
+    def view_pixels(self, pixels: ImageHWC) -> ImageHWC:
+        """Turn upright RGB pixels, uint8 [H, W, 3], into the model's view: uint8 [S, S, 3]."""
+
+    @abstractmethod
+    def _one_batch(self, views: Sequence[ImageHWC]) -> Outputs:
+        """Compute up to `batch_size` views as a batch of exactly `batch_size`: float32 [B, K] and [B, D]."""
+
+    def view(self, data: bytes) -> ImageHWC:
+        """Turn an image file's bytes into the model's view: uint8 [S, S, 3]. Safe to call from several threads.
+
+        Raises:
+            UndecodableError: see `decode_rgb`.
+        """
+        side = self.card.preprocessing.image_size_px
+        out = np.empty((side, side, 3), np.uint8)
+        self.how_to_view.fill(out, data, np.zeros(0))
+        return out
+
+    def batches(self, items: Iterable[Item]) -> Iterator[list[Item]]:
+        """Yield lists of `batch_size` items; the last one may be shorter."""
+        iterator = iter(items)
+        while batch := list(islice(iterator, self.batch_size)):
+            yield batch
+
+    def probabilities(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.float32]:
+        """Return softmax(logits / temperature), or its mean over the flips of each view: float32 [B, K], rows sum to 1.
+
+        Args:
+            views: any number of images, uint8 [S, S, C].
+
+        Raises:
+            BundleError: the model's outputs are not finite.
+        """
+        return self.probabilities_and_features(views)[0]
+
+    def answers(
+        self, views: Sequence[ImageHWC]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64] | list[None]]:
+        """Return `probabilities`, and the unlikeness of each image, a percentile (0 to 100); None if it is not known.
+
+        Args and errors: see `probabilities`.
+        """
+        probabilities_BK, features_BD = self.probabilities_and_features(views)
+        if self.training is None:
+            return probabilities_BK, [None] * len(views)
+        return probabilities_BK, self.training.percentiles(self.training.distances(features_BD))
+
+    def probabilities_and_features(self, views: Sequence[ImageHWC]) -> Outputs:
+        """Return `probabilities`, and float32 [B, D] from the same forward pass, of the images that are not flipped.
+
+        Args and errors: see `probabilities`.
+        """
+        answers = [
+            self._one_batch(views[begin : begin + self.batch_size]) for begin in range(0, len(views), self.batch_size)
+        ]
+        none = np.zeros((0, len(self.card.classes)), np.float32), np.zeros((0, self._num_features), np.float32)
+        probabilities_BK, features_BD = (np.concatenate(parts) for parts in zip(none, *answers, strict=True))
+        if not np.isfinite(probabilities_BK).all():
+            raise BundleError(
+                f"the model's outputs are not finite ({self.card.arch}, trained until step {self.card.trained.step})",
+                "its predictions would be meaningless",
+                "its training diverged: train again with a lower learning rate",
+            )
+        return probabilities_BK, features_BD
+
+    def _filled_up(self, views: Sequence[ImageHWC]) -> npt.NDArray[np.uint8]:
+        """Return uint8 [batch_size, S, S, 3]: the views, then black images."""
+        side = self.card.preprocessing.image_size_px
+        images_BHWC = np.zeros((self.batch_size, side, side, 3), np.uint8)
+        images_BHWC[: len(views)] = views
+        return images_BHWC

@@ -1,0 +1,168 @@
+"""Classify images with an ONNX file that `wasteddp export` wrote. Neither torch nor torchvision is imported.
+
+Legend: B images, S side of the view, K classes, D features.
+
+    input    images         uint8 [B, S, S, 3], RGB, as `data.decoding.centre` makes them
+    outputs  probabilities  float32 [B, K], calibrated
+             logits         float32 [B, K], before they are divided by the temperature
+             features       float32 [B, D]
+    metadata wasteddp.card  the bundle's card: classes, bins, preprocessing, temperature, hashes
+             wasteddp.policy  bins and thresholds, as in policy.json; absent if the file was exported without
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wasteddp.data.decoding.centre import CentreView, cut_centre, resize
+from wasteddp.data.decoding.decode import ImageHWC
+from wasteddp.decisions.decide import Policy
+from wasteddp.errors import BundleError, LaunchError, missing_extra
+from wasteddp.inference.bundle import BundleCard, parse_card
+from wasteddp.inference.feature_files import read_features
+from wasteddp.inference.runtimes.classifier import AnyClassifier, Outputs
+from wasteddp.inference.tta import VIEWS
+from wasteddp.parallel import num_usable_cores
+
+BATCH_SIZE = 8  # as `inference.classifier` on a CPU
+CARD_KEY, POLICY_KEY = "wasteddp.card", "wasteddp.policy"
+INPUT, OUTPUTS = "images", ("probabilities", "logits", "features")
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_NHWC = {3: 2, 2: 1}  # axes of [B, C, H, W] in [B, H, W, C]
+
+
+class OnnxClassifier(AnyClassifier):
+    """A model in an ONNX file, on onnxruntime.
+
+    Args:
+        path: of the file. The features of the training images, if the card names any, are looked for beside it.
+        device: auto or cpu; cuda with onnxruntime-gpu.
+        batch_size: images in a batch; None: 8.
+        tta: a name in `VIEWS`.
+
+    Raises:
+        BundleError: the file is damaged, or was not written by `wasteddp export`.
+        LaunchError: onnxruntime is not installed, or the device cannot be used.
+    """
+
+    def __init__(
+        self, path: str | Path, *, device: str = "auto", batch_size: int | None = None, tta: str = "none"
+    ) -> None:
+        path = Path(path)
+        self._session = open_session(path, device)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if CARD_KEY not in metadata:
+            raise BundleError(
+                f"{path} has no {CARD_KEY} in its metadata",
+                "neither the classes nor the preprocessing would be known",
+                "write it with: wasteddp export MODEL --to onnx --out FOLDER",
+            )
+        self.card, self.tta, self.batch_size = parse_card(metadata[CARD_KEY], path), tta, batch_size or BATCH_SIZE
+        self.policy = _policy(metadata, path) if tta == "none" else None
+        self._num_features = self._session.get_outputs()[-1].shape[-1]
+        features = path.parent / self.card.file_names[-1]
+        self.training = read_features(features, self.card) if self.card.hashes.features and features.exists() else None
+
+    @property
+    def how_to_view(self) -> CentreView:
+        return CentreView(self.card.preprocessing.resize_px)
+
+    def view_pixels(self, pixels: ImageHWC) -> ImageHWC:
+        size = self.card.preprocessing
+        return resize(
+            cut_centre(pixels, image_size_px=size.image_size_px, resize_px=size.resize_px), size.image_size_px
+        )
+
+    def outputs(self, images_BHWC: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
+        """Run one batch of any size. Return probabilities, logits and features."""
+        return tuple(self._session.run(list(OUTPUTS), {INPUT: images_BHWC}))
+
+    def _one_batch(self, views: Sequence[ImageHWC]) -> Outputs:
+        images_BHWC = self._filled_up(views)
+        parts, features = list[npt.NDArray[np.float32]](), []
+        for axes in VIEWS[self.tta]:
+            flipped = np.flip(images_BHWC, tuple(_NHWC[axis] for axis in axes)) if axes else images_BHWC
+            probabilities_BK, _, features_BD = self.outputs(np.ascontiguousarray(flipped))
+            parts.append(probabilities_BK)
+            features.append(features_BD)
+        while len(parts) > 1:  # in pairs: see VIEWS
+            parts = [(one + other) * np.float32(0.5) for one, other in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0][: len(views)], features[0][: len(views)]
+
+
+def open_session(path: Path, device: str = "auto") -> Any:
+    """Open an ONNX file with onnxruntime, with as many threads as this process may use cores (or OMP_NUM_THREADS).
+
+    Raises:
+        BundleError: there is no such file, or it is damaged.
+        LaunchError: onnxruntime is not installed, or the device cannot be used.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra("onnx", f"running {path.name}") from error
+    provider = _PROVIDERS.get("cpu" if device == "auto" else device.partition(":")[0], "")
+    if provider not in onnxruntime.get_available_providers():
+        raise LaunchError(
+            f"the device {device!r} cannot be used by this onnxruntime",
+            "the model cannot run",
+            "leave --device out; onnxruntime-gpu has cuda",
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or num_usable_cores()
+    options.log_severity_level = 3
+    if not path.is_file():
+        raise BundleError(f"there is no file {path}", "there is no model to load", "check the path")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # onnxruntime's errors have no class of their own in common
+        raise BundleError(
+            f"{path} cannot be loaded: {(str(error).splitlines() or ['no reason given'])[0]}",
+            "there is no model to run",
+            "copy the file again, or write it again with: wasteddp export MODEL --to onnx --out FOLDER",
+        ) from error
+
+
+def metadata_of(card: BundleCard, policy: Policy | None) -> dict[str, str]:
+    """Return the metadata of an exported file: the card and the policy whole, and their main values for other tools."""
+    size = card.preprocessing
+    plain = {
+        "classes": list(card.classes),
+        "bins": dict(card.bins),
+        "temperature": card.temperature,
+        "hashes": {"weights": card.hashes.weights, "manifest": card.hashes.manifest, "settings": card.hashes.settings},
+        "preprocessing": {"image_size_px": size.image_size_px, "resize_px": size.resize_px, "inside": "normalisation"},
+        "thresholds": _thresholds(policy),
+    }
+    found = {name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()}
+    found[CARD_KEY] = card.to_json()
+    if policy:
+        found[POLICY_KEY] = json.dumps(policy.to_json(), ensure_ascii=False, allow_nan=False)
+    return found
+
+
+def _thresholds(policy: Policy | None) -> dict[str, float]:
+    if policy is None:
+        return {}
+    doubt = {"person_below": policy.error.threshold} if policy.error else {}
+    return {**doubt, **{f"hazard {name}": one.threshold for name, one in policy.hazards.items()}}
+
+
+def _policy(metadata: dict[str, str], path: Path) -> Policy | None:
+    if POLICY_KEY not in metadata:
+        return None
+    try:
+        return Policy.from_json(json.loads(metadata[POLICY_KEY]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(
+            f"{path} has a policy in its metadata that cannot be read: {error}",
+            "items would go into wrong bins, or nowhere",
+            "write the file again with: wasteddp export MODEL --to onnx --policy FILE --out FOLDER",
+        ) from error
