@@ -35,6 +35,7 @@ from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, sa
 from wasteddp.inference.metrics import confusion_matrix, summarise
 from wasteddp.inference.ranks import Ranks, join_ranks
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
+from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.sorting import report_policy
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.parallel import progress
@@ -158,7 +159,7 @@ def _report(
 
 
 def evaluate_split(
-    classifier: Classifier, shards: ShardSet, split: str, console: Console, workers: Workers, ranks: Ranks = ALONE
+    classifier: AnyClassifier, shards: ShardSet, split: str, console: Console, workers: Workers, ranks: Ranks = ALONE
 ) -> Evaluation:
     """All ranks: evaluate the model on one split of an open set. Warn if the model was trained on another set."""
     manifest = shards.manifest
@@ -186,7 +187,7 @@ def _nothing() -> None:
 
 
 def evaluate(
-    classifier: Classifier,
+    classifier: AnyClassifier,
     reader: SplitReader,
     split: Split,
     *,
