@@ -19,14 +19,26 @@ from __future__ import annotations
 
 import argparse
 
-from launch.benchmarks import checkpoint, checks, loader, network, scaling, step, tracking, train, unlike, workers
+from launch.benchmarks import (
+    checkpoint,
+    checks,
+    export,
+    loader,
+    network,
+    scaling,
+    step,
+    tracking,
+    train,
+    unlike,
+    workers,
+)
 from launch.benchmarks.machine import headline
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
-    for module in (step, train, loader, workers, checks, checkpoint, scaling, tracking, network, unlike):
+    for module in (step, train, loader, workers, checks, checkpoint, scaling, tracking, network, unlike, export):
         module.add(commands)
     return top
 

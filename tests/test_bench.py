@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from launch import bench
+from launch.benchmarks import export as bench_export
 from launch.benchmarks import scaling as bench_scaling
 from launch.benchmarks import step as bench_step
 from launch.benchmarks import train as bench_train
@@ -129,3 +131,33 @@ def test_a_drawn_set_has_the_images_asked_for(num_images: int, tmp_path: Path) -
     assert manifest.split("train").num_samples >= num_images
     assert all(manifest.split("train").samples_per_class)
     assert manifest.split("val").num_samples > 0
+
+
+def test_exported_files_are_timed_in_turns_beside_pytorch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[str, int]] = []
+    clock = [0.0]
+
+    def side(name: str, seconds: float):  # type: ignore[no-untyped-def]
+        def run(images: np.ndarray) -> None:  # type: ignore[type-arg]
+            calls.append((name, len(images)))
+            clock[0] += seconds * (2 if len(calls) % 7 == 0 else 1)  # one call of seven is slow
+
+        return run
+
+    sides = {"PyTorch": side("PyTorch", 0.4), "ONNX": side("ONNX", 0.1)}
+    monkeypatch.setattr(bench_export, "_sides", lambda *_: (sides, 8, "resnet18"))
+    monkeypatch.setattr(bench_export.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(bench_export.time, "sleep", lambda _: None)
+    arguments = bench.parser().parse_args(["export", "--batches", "1,4", "--rounds", "3", "--seconds", "2"])
+    arguments.run(arguments)
+    output = capsys.readouterr().out
+    assert re.search(
+        r"batch 1, 8 px[\s\S]*PyTorch +2.5 images/s +400.0 ms +1.00[\s\S]*ONNX +10.0 images/s +100.0 ms +4.00", output
+    )
+    assert re.search(r"batch 4, 8 px[\s\S]*PyTorch +10.0 images/s[\s\S]*ONNX +40.0 images/s", output)
+    firsts = [
+        name for number, (name, size) in enumerate(calls) if number and calls[number - 1][0] != name and size == 1
+    ]
+    assert {"PyTorch", "ONNX"} <= set(firsts)

@@ -271,12 +271,12 @@ def _version(package: str) -> str:
 def _lines(reference: Reference, record: Mapping[str, Any]) -> Iterator[str]:
     pixels, answers = record["pixels"], record["answers"]
     sizes = [value for name, value in answers.items() if name.startswith("batch_")]
+    batches = ", ".join(name.removeprefix("batch_") for name in answers if name.startswith("batch_"))
     yield (
-        f"compared on {len(reference.names)} images of {reference.split}, in batches of "
-        f"{', '.join(name.removeprefix('batch_') for name in answers if name.startswith('batch_'))}: "
-        f"{pixels['equal']} of {pixels['images']} views have equal pixels, logits differ by at most "
-        f"{max(one['largest_logit_difference'] for one in sizes):.1e} ({answers['logit_tolerance']:.1e} allowed), "
-        f"and every class and {answers['decision']} is the same"
+        f"{'before quantisation, ' if 'int8' in record else ''}compared on {len(reference.names)} images of "
+        f"{reference.split}, in batches of {batches}: {pixels['equal']} of {pixels['images']} views have equal pixels, "
+        f"logits differ by at most {max(one['largest_logit_difference'] for one in sizes):.1e} "
+        f"({answers['logit_tolerance']:.1e} allowed), and every class and {answers['decision']} is the same"
     )
     if found := record.get("int8"):
         before, after, change = (found[f"accuracy_{name}"] for name in ("before", "after", "change"))

@@ -37,7 +37,7 @@ def write_onnx(module: Exported, side_px: int, path: Path, metadata: dict[str, s
         import onnxscript  # noqa: F401, which the exporter imports
     except ImportError as error:
         raise missing_extra("onnx", "exporting to ONNX") from error
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             trace(module, side_px),
             (),
@@ -76,13 +76,13 @@ def run_onnx(path: Path) -> Run:
 
 def write_torch_export(module: Exported, side_px: int, path: Path, metadata: dict[str, str]) -> Path:
     """Write a .pt2 file with a dynamic batch; `torch.export.load(PATH).module()` runs it."""
-    with _quiet():
+    with quiet():
         torch.export.save(trace(module, side_px), path, extra_files={_CARD_FILE: json.dumps(metadata)})
     return path
 
 
 def run_torch_export(path: Path) -> Run:
-    with _quiet():
+    with quiet():
         loaded = torch.export.load(path).module()
 
     def run(images_BHWC: Any) -> Any:
@@ -108,7 +108,8 @@ def write_openvino(onnx_path: Path, path: Path, metadata: dict[str, str]) -> Pat
 
 def run_openvino(path: Path) -> Run:
     # without the hint, a processor with bf16 computes in bf16
-    compiled = _openvino().Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = _openvino().Core().compile_model(path, "CPU", settings)
 
     def run(images_BHWC: Any) -> Any:
         found = compiled(images_BHWC)
@@ -135,9 +136,9 @@ def _name_batch(model: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Do not print the exporter's warnings, which are about torch itself."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+def quiet() -> Iterator[None]:
+    """Do not print the exporters' warnings, which are about themselves."""
+    loggers = [logging.getLogger(name) for name in ("", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
