@@ -272,7 +272,7 @@ def test_a_damaged_deflated_member_is_an_os_error(tmp_path: Path) -> None:
     ("counts", "message"),
     [
         ({"glass": 2, "metal": 0}, r"1 class folder\(s\) of .* hold no image: metal"),
-        ({"glass": 2}, r"has 1 class\(es\): glass"),
+        ({"glass": 2}, r"holds 1 class folder\(s\): glass\n"),
         ({"glass": 0, "metal": 0}, r"holds no images \(0 files, 2 folders\)"),
         (
             {"train/a": 1, "train/b": 1, "holdout/a": 3},
