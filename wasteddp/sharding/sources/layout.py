@@ -350,16 +350,18 @@ def warn_of_similar(names: Iterable[str], where: str | Path, *, old: Collection[
     groups: dict[str, set[str]] = {}
     for name in {*names, *old}:
         groups.setdefault(_folded(name), set()).add(name)
-    for group in groups.values():
-        if len(group) > 1:
-            kept = max(group, key=lambda name: (name in old, name))
-            others = sorted(group - {kept})
-            known = f" ({kept!a} is a class of the extended set)" if kept in old else ""
-            lines = "` and `".join(rename_line(name, kept) for name in others)
-            print(
-                f"warning: {where} has classes that differ only in case, spaces or Unicode form: "
-                f"{', '.join(map(ascii, sorted(group)))}{known}; to merge them, give --classes FILE with `{lines}`"
-            )
+    similar = [sorted(group) for group in groups.values() if len(group) > 1]
+    lines = list[str]()
+    for group in sorted(similar):
+        kept = max(group, key=lambda name: (name in old, name))
+        lines += [rename_line(name, kept) for name in group if name != kept]
+    if lines:
+        named = "; ".join(", ".join(map(ascii, group)) for group in sorted(similar))
+        of_old = " (also compared with the set that is extended)" if old else ""
+        print(
+            f"warning: {where} has classes that differ only in case, spaces or Unicode form: {named}{of_old}; "
+            "to merge them, write these lines to a file, and give --classes FILE:\n    " + "\n    ".join(lines)
+        )
 
 
 def _folded(name: str) -> str:
