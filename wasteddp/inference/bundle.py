@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "wasteddp-model"
-# 2: adds `averaged`, and the teacher to the hashes; 3: the sha256 of the card itself; 4: the hash of the features
-FORMAT_VERSION = 4
+# 2: adds `averaged`, and the teacher to the hashes; 3: the sha256 of the card itself; 4: the hash of the features;
+# 5: the number of groups that the intervals of the calibration are over
+FORMAT_VERSION = 5
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
 _HEAD = "fc.weight"  # [K, features]: the last layer of torchvision's ResNets

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.bins import BinRules, load_bins
 from wasteddp.decisions.decide import choose_policy
+from wasteddp.decisions.group_intervals import SampleGroups, share_interval
 from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
 from wasteddp.files import read_regular
 from wasteddp.inference.classifier import Classifier, device_type
@@ -177,7 +179,24 @@ def evaluate_split(
         samples = np.arange(reader.num_samples)
         at_once = _STEP * (_AHEAD + 1) * ranks.local_world_size
         shards.require_room(reader.needs(samples[first : first + at_once]) for first in range(0, len(samples), _STEP))
-        return evaluate(classifier, reader, manifest.split(split), workers=workers, advance=advance, ranks=ranks)
+        found = evaluate(classifier, reader, manifest.split(split), workers=workers, advance=advance, ranks=ranks)
+    groups, failure = None, None
+    try:
+        groups = shards.groups()
+    except WastedError as error:
+        failure = error
+    ranks.raise_together(failure)
+    return over_groups(found, SampleGroups(groups.rule, groups.of_split(manifest, split))) if groups else found
+
+
+def over_groups(evaluation: Evaluation, groups: SampleGroups) -> Evaluation:
+    """Return the evaluation with the groups of its samples, and the interval of its accuracy over them."""
+    seen = evaluation.seen
+    if groups.to_resample is not None:
+        right_N = evaluation.probabilities_NK.argmax(axis=1) == evaluation.labels
+        low, high = share_interval(right_N, groups.to_resample)
+        seen = replace(seen, metrics=replace(seen.metrics, accuracy_low=low, accuracy_high=high))
+    return replace(evaluation, seen=seen, groups=groups)
 
 
 def _nothing() -> None:
