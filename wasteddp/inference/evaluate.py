@@ -71,8 +71,10 @@ def evaluate_run(
     bins: Path | None = None,
     max_error: float | None = None,
     confidence: float = 0.95,
-) -> None:
+) -> bool:
     """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
+
+    Return whether this process saved it: of several, the first one does.
 
     Args:
         shards: folder or URL of the set; None: the one that the model was trained on.
@@ -97,7 +99,7 @@ def evaluate_run(
                 if decides and split != chosen_on:
                     chosen = evaluate_split(classifier, shard_set, chosen_on, Console(quiet=True), decoders, ranks)
                 if not ranks.is_main:  # no collectives from here on
-                    return
+                    return False
                 near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
                 _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
                 if decides:
@@ -112,6 +114,7 @@ def evaluate_run(
                             "are too good: evaluate another split too",
                             style="yellow", markup=False, highlight=False, soft_wrap=True,
                         )  # fmt: skip
+    return True
 
 
 def _near(

@@ -201,10 +201,18 @@ class _Bin(_Model):
     right: float = Field(alias="to")
     count: Count
     correct: Count
-    mean_confidence: float | None
+    mean_confidence: Share | None
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Bin:
+        if self.correct > self.count or (self.count and self.mean_confidence is None):
+            raise ValueError("its counts do not fit together")
+        return self
 
 
-class _Reliability(_Model):
+class ReliabilityRecord(_Model):
+    """A record of `Reliability.to_json`."""
+
     expected_calibration_error: float
     bins: list[_Bin]
 
@@ -235,7 +243,7 @@ class _Record(_Model):
     macro_recall: Share | None
     per_class: list[_ClassFigures]
     confusion: list[list[Count]]
-    reliability: _Reliability
+    reliability: ReliabilityRecord
     surest_mistakes: list[_Mistake]
     worst_mistakes: list[_Mistake]
     groups: _Groups | None = None

@@ -28,7 +28,7 @@ from wasteddp.decisions.thresholds import risk_coverage
 from wasteddp.errors import DecisionError
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.evaluation_files import Evaluation
+from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord
 from wasteddp.inference.metrics import percent, wilson_interval
 from wasteddp.inference.reliability import Answers, Reliability
 
@@ -229,8 +229,8 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
         ends = record["error_alone_interval"]
         interval = f" ({percent(ends[0])} to {percent(ends[1])})" if ends else ""
         lines.append(
-            f"decided alone: {percent(record['decided_alone'])} of the items, {percent(record['error_alone'])}{interval} "
-            f"of them wrong; the promise of {percent(record['promised_error'])}, chosen on {record['chosen_on']}, "
+            f"decided alone: {percent(record['decided_alone'])} of the items, {percent(record['error_alone'])} of them "
+            f"wrong{interval}; the promise of {percent(record['promised_error'])}, chosen on {record['chosen_on']}, "
             f"{held} here"
         )
     for name, one in record["hazards"].items():
@@ -329,19 +329,6 @@ class _ModelOf(_Model):
     tta: str
 
 
-class _ReliabilityBin(_Model):
-    left: float = Field(alias="from")
-    right: float = Field(alias="to")
-    count: Count
-    correct: Count
-    mean_confidence: float | None
-
-
-class _Reliability(_Model):
-    expected_calibration_error: float | None
-    bins: list[_ReliabilityBin]
-
-
 class _People(_Model):
     cost: Count
     doubt: Count
@@ -369,7 +356,7 @@ class _Decisions(_Model):
     hazard_decisions: Count
     area_under_risk_coverage: Number
     risk_coverage: list[Ends] = Field(min_length=1, max_length=_CURVE)
-    reliability: _Reliability
+    reliability: ReliabilityRecord
     bins: list[_Bin] = Field(min_length=1)
     bins_by_mass: list[_Bin] | None
     per_thousand: list[_Thousand] = Field(min_length=1)
