@@ -34,6 +34,7 @@ from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.inference.ranks import Ranks, join_ranks
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.sorting import report_policy
@@ -114,6 +115,8 @@ def evaluate_run(
                             "are too good: evaluate another split too",
                             style="yellow", markup=False, highlight=False, soft_wrap=True,
                         )  # fmt: skip
+                line = write_model_card(run_folder, manifest=shard_set.manifest)
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
     return True
 
 

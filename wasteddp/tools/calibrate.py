@@ -17,6 +17,7 @@ from wasteddp.inference.bundle import find_bundle, load_bundle, read_card, refus
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluate import data_of, evaluate_split
 from wasteddp.inference.metrics import percent
+from wasteddp.inference.model_card.file import write_model_card
 
 
 def run(
@@ -62,6 +63,7 @@ def run(
     if evaluation.groups and (line := describe_groups(evaluation.groups.to_json())):
         print(inert(line))
     print(f"written: {folder / 'model.json'}")
+    print(inert(write_model_card(run_folder, manifest=there.manifest)))
 
 
 def describe(found: Calibration) -> str:
