@@ -16,6 +16,7 @@ import io
 import json
 import os
 import resource
+import secrets
 import socket
 import stat
 import time
@@ -85,22 +86,28 @@ def most_files(part: float, most: int) -> int:
     return most if limit == resource.RLIM_INFINITY else max(1, min(most, int(limit * part)))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or the next start after a kill, sees either all of it or the previous file."""
-    with written_whole(path) as file, storage("writing", path):
+def write_atomically(path: Path, content: bytes, *, shared: bool = False) -> None:
+    """Write a file so that a reader, or the next start after a kill, sees either all of it or the previous file.
+
+    Args:
+        shared: other processes may write the same file at the same time. The last one wins.
+    """
+    with written_whole(path, shared=shared) as file, storage("writing", path):
         file.write(content)
 
 
 @contextmanager
-def written_whole(path: Path, *, errors: str | None = None) -> Iterator[IO[Any]]:
+def written_whole(path: Path, *, errors: str | None = None, shared: bool = False) -> Iterator[IO[Any]]:
     """Open a file that is written piece by piece, and gets its name when the block ends without an error.
 
     An `OSError` of the block itself is raised unchanged, since it may not come from this file.
 
     Args:
         errors: opens a text file in UTF-8, with this handling of characters that UTF-8 does not have.
+        shared: other processes may write the same file at the same time, so that the temporary file has a name of its
+            own. One that a kill leaves is not replaced by the next start: only for folders that are removed at the end.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp" if shared else f"{path.name}.tmp")
     with storage("writing", path):
         temporary.unlink(missing_ok=True)  # left by a kill, or a link that another user has put there
         file: IO[Any] = (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from wasteddp import cli
 from wasteddp.errors import RecipeError, ShardError, SourceError
 from wasteddp.sharding import array_job, build, writer
 from wasteddp.sharding.array_job import Part, read_part, write_part
-from wasteddp.sharding.build import Job, Options, make_shards
+from wasteddp.sharding.build import Job, Options, make_shards, prepare_folder
 
 Folder = Callable[..., Path]
 SMALL = Options(shard_mb=0.02, quality=90)
@@ -175,3 +177,18 @@ def test_what_would_be_unpacked_drawn_or_downloaded_by_every_part_is_refused(tmp
         local_job(shards / "sample.yaml", out=None, local=tmp_path, options=Options())
     with pytest.raises(RecipeError, match="each part would download all of them"):
         local_job(shards / "trashnet.yaml", out=None, local=None, options=Options())
+
+
+def test_parts_that_start_at_the_same_time_prepare_one_folder(tmp_path: Path) -> None:
+    """Guards `shared` in prepare_folder: without it, one part removes the temporary file that another one renames."""
+    work = tmp_path / "out" / ".sharding"
+    work.mkdir(parents=True)
+    job = Job(tmp_path, tmp_path / "out", replace(SMALL, split_rule="stratified"))
+
+    def prepare(_: int) -> bytes:
+        prepare_folder(job, work, overwrite=False)
+        return (work / "begun").read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(prepare, range(200))) == {b"stratified"}
+    assert [path.name for path in work.iterdir()] == ["begun"]

@@ -54,8 +54,8 @@ def test_an_array_makes_the_set_of_one_machine_and_a_failed_element_is_repeated_
     second = submit()
     assert second["read"].endswith("elements 2")
     assert second["write"].endswith("elements 1 2 3")
-    logs = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
-    assert job(second["merge"]).end() == "COMPLETED", logs
+    ended = job(second["merge"]).end()
+    assert ended == "COMPLETED", "".join(path.read_text() for path in tmp_path.glob("*.txt"))
     assert contents(out) == contents(tmp_path / "one" / "set")
     third = submit()
     assert third["read"] == third["write"] == "done"

@@ -241,9 +241,9 @@ def prepare_folder(job: Job, work: Path, *, overwrite: bool) -> None:
                 f"give another --out, use them with `wasteddp index {out}`, or replace them with --overwrite",
             )
     with storage("removing the old manifest", out):
-        write_atomically(begun, (job.options.split_rule or "").encode())
+        write_atomically(begun, (job.options.split_rule or "").encode(), shared=True)
         if (out / MANIFEST_NAME).exists():
-            (out / MANIFEST_NAME).unlink()
+            (out / MANIFEST_NAME).unlink(missing_ok=True)  # or by another part, at the same time
             sync_folder(out)
 
 
