@@ -108,10 +108,11 @@ def test_predict_is_measured_with_all_of_it_and_without(capsys: pytest.CaptureFi
 
 
 def test_the_ratio_of_predict_is_that_within_each_round() -> None:
-    text = bench_predict.summary([(100.0, 50.0), (50.0, 50.0), (100.0, 90.0)], "a net")
-    assert "| without | 100.0 |" in text
-    assert "| with all of it | 50.0 |" in text
-    assert "with / without: 0.900, median of 3 rounds (half of them: 0.700 to 0.950)" in text
+    speeds = [((100.0, 10.0), (50.0, 10.0)), ((50.0, 10.0), (50.0, 9.0)), ((100.0, 10.0), (90.0, 8.0))]
+    rounds = [(bench_predict.Speed(*plain), bench_predict.Speed(*full)) for plain, full in speeds]
+    text = bench_predict.summary(rounds, "a net")
+    assert "| images/s | 100.00 | 50.00 | 0.900 | 0.700 to 0.950 |" in text
+    assert "| images per second of processor time | 10.00 | 9.00 | 0.900 | 0.850 to 0.950 |" in text
 
 
 def test_the_scaling_table_has_efficiency_and_communication() -> None:
