@@ -15,6 +15,7 @@ import io
 import tempfile
 import time
 from contextlib import redirect_stdout
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +91,6 @@ def both_sides(classes: tuple[str, ...], arch: str, size_px: int, *, device: str
         trained=Trained(step=0, epoch=0, metric="accuracy", value=0.0),
         hashes=Hashes(manifest="", settings="", code=""),
         tool="",
-        temperature=1.3,
     )
     rng = np.random.default_rng(0)
     features = rng.standard_normal((_FEATURES_OF, head.in_features))
@@ -103,11 +103,10 @@ def both_sides(classes: tuple[str, ...], arch: str, size_px: int, *, device: str
         ErrorThreshold(0.4, 0.02, 0.95, 0.02, 500, 300, 1),
         {classes[-1]: RecallThreshold(0.3, 0.99, 0.95, 300, 0)},
     )
-    state = model.state_dict()
-    return (
-        (Classifier(replace(card, temperature=1.0), state, device=device), None),
-        (Classifier(card, state, device=device, training=training), policy),
-    )
+    plain = Classifier(card, model.state_dict(), device=device)
+    full = copy(plain)  # with the same network: two of them would differ by where their weights are in memory
+    full.card, full.training = replace(card, temperature=1.3), training
+    return (plain, None), (full, policy)
 
 
 def run_side(side: Side, paths: list[str], workers: Workers, folder: Path) -> Speed:
