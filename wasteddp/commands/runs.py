@@ -149,8 +149,9 @@ def _add_report(commands: Commands) -> None:
     command = commands.add_parser(
         "report",
         help="write one HTML page of a run, or of several",
-        description="Writes one HTML file that needs no server and no network: curves, confusion matrix, classes with "
-        "intervals, reliability, mistakes, settings and lineage. A training writes RUN/report.html at its end.",
+        description="Writes one HTML file that needs no server and no network: decisions, curves, confusion matrix, "
+        "classes with intervals, reliability, mistakes, settings and lineage. A training writes RUN/report.html at its "
+        "end, and `evaluate --bins` writes it again.",
     )
     command.add_argument("runs", metavar="RUN", nargs="+", type=to_path, help="folder of a run; several are compared")
     command.add_argument(
