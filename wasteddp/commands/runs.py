@@ -82,9 +82,18 @@ def _add_predict(commands: Commands) -> None:
     )
     command.add_argument("model", metavar="MODEL", type=to_path, help="folder of a run or of its model")
     command.add_argument(
-        "paths", type=expand_home, metavar="PATH", nargs="+", help="image files, folders, or quoted globs (also **)"
+        "paths",
+        type=expand_home,
+        metavar="PATH",
+        nargs="+",
+        help="image files, folders, or quoted globs (also **); unpack archives first",
     )
-    command.add_argument("--csv", type=to_path, metavar="FILE", help="write the probabilities of all classes as CSV")
+    command.add_argument(
+        "--csv",
+        type=to_path,
+        metavar="FILE",
+        help="write the probabilities of all classes as CSV (UTF-8; in Excel, open it with Data > From Text/CSV)",
+    )
     command.add_argument("--json", type=to_path, metavar="FILE", help="the same as JSON")
     command.add_argument(
         "--policy", type=to_path, metavar="FILE", help="policy.json of `evaluate --bins`: decide on a bin or a person"

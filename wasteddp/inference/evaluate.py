@@ -28,7 +28,7 @@ from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.bins import BinRules, load_bins
 from wasteddp.decisions.decide import choose_policy
 from wasteddp.decisions.group_intervals import SampleGroups, share_interval
-from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
+from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, joined, storage
 from wasteddp.files import read_regular
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
@@ -332,8 +332,8 @@ def check_classes(manifest: Manifest, classes: tuple[str, ...]) -> None:
     if manifest.classes != classes:
         raise BundleError(
             f"the model's {len(classes)} classes are not those of {manifest.where}\n"
-            f"  model:  {', '.join(classes)}\n"
-            f"  shards: {', '.join(manifest.classes)} ({len(manifest.classes)})",
+            f"  model:  {joined(classes)}\n"
+            f"  shards: {joined(manifest.classes)} ({len(manifest.classes)})",
             "the same number would mean different classes, and every metric would be wrong",
             "name the set that the model was trained on with --shards, or shard these images with the model's "
             "classes: wasteddp shard IMAGES --out SET --classes-from RUN --fractions 0,0,1",

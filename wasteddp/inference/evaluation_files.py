@@ -34,7 +34,7 @@ from rich.table import Table
 
 from wasteddp import __version__
 from wasteddp.decisions.group_intervals import SampleGroups
-from wasteddp.errors import inert, storage
+from wasteddp.errors import joined, storage, visible
 from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import F32, I64, Metrics, percent
@@ -298,9 +298,16 @@ def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], co
     interval = f"{percent(metrics.accuracy_low)} to {percent(metrics.accuracy_high)}"
     summary.add_row("accuracy", f"{percent(metrics.accuracy)} ({metrics.num_correct} of {metrics.num_samples})")
     summary.add_row("95 % interval of it", interval)
-    summary.add_row("macro F1", percent(metrics.macro_f1))
-    summary.add_row("macro recall (balanced accuracy)", percent(metrics.macro_recall))
+    summary.add_row(f"macro F1, of {metrics.averaged}", percent(metrics.macro_f1))
+    summary.add_row(f"macro recall (balanced accuracy), of {metrics.averaged}", percent(metrics.macro_recall))
     console.print(summary)
+    absent = [name for name, one in zip(classes, metrics.per_class, strict=True) if not one.support]
+    if absent:
+        console.print(
+            f"no images of {len(absent)} of the {len(classes)} classes: {joined(absent)}; "
+            "the macro figures are means over the others",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
     by_class = Table("class", title="by class", title_justify="left")
     for column in ("precision", "recall", "F1", "images"):
@@ -321,7 +328,7 @@ def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], co
 
 def _plain(name: str) -> str:
     """Return a class name that neither rich nor a terminal interprets."""
-    return inert(name).replace("[", "\\[")
+    return visible(name).replace("[", "\\[")
 
 
 def _csv(head: Iterable[Iterable[Any]], rows: Iterable[Iterable[Any]]) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.errors import RunError
+from wasteddp.errors import RunError, joined
 from wasteddp.files import read_text
 
 _MOST_NAMED = 5
@@ -51,7 +51,7 @@ def read_predictions(path: Path, classes: Sequence[str]) -> SavedPredictions:
     if name is None or sorted(found) != sorted(classes):
         raise _refusal(
             f"{path} has the columns {', '.join(columns[:_MOST_NAMED]) or 'none'}... and probabilities of "
-            f"{', '.join(found) or 'no class'}; the classes are {', '.join(classes)}"
+            f"{joined(found) or 'no class'}; the classes are {joined(classes)}"
         )
     numbers = dict(zip(classes, range(len(classes)), strict=True))
     number_of = {"'" + one: k for one, k in numbers.items()} | numbers  # see CsvWriter

@@ -304,7 +304,7 @@ def _calibrated(card: BundleCard, found: Evaluation, home: Path) -> tuple[Bundle
 
 
 def _print(console: Console, split: str, average: Metrics, best: Metrics, best_step: int) -> None:
-    table = Table(title=f"{split}, {average.num_samples} images", title_justify="left")
+    table = Table(title=f"{split}, {average.num_samples} images of {average.averaged}", title_justify="left")
     table.add_column()
     for column in (f"the run's model, step {best_step}", "the average"):
         table.add_column(column, justify="right")
