@@ -9,6 +9,7 @@
     python -m launch.bench scaling       images/s at several numbers of ranks, and the share of communication
     python -m launch.bench tracking      the cost of tracking per step; Linux
     python -m launch.bench network       two nodes with a slow link, and settings that help; Linux, as root
+    python -m launch.bench predict       predict with calibration, unlikeness and decisions, and without them
     python -m launch.bench unlike        measures of how unlike a model's training images others are, by AUROC
 
 The first line of the output names the hardware and the versions. Compare the ratios; the figures depend on the machine.
@@ -25,6 +26,7 @@ from launch.benchmarks import (
     export,
     loader,
     network,
+    predict,
     scaling,
     step,
     tracking,
@@ -38,7 +40,20 @@ from launch.benchmarks.machine import headline
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
-    for module in (step, train, loader, workers, checks, checkpoint, scaling, tracking, network, unlike, export):
+    for module in (
+        step,
+        train,
+        loader,
+        workers,
+        checks,
+        checkpoint,
+        scaling,
+        tracking,
+        network,
+        predict,
+        unlike,
+        export,
+    ):
         module.add(commands)
     return top
 

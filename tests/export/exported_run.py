@@ -14,7 +14,7 @@ from wasteddp.decisions.bins import BinRules
 from wasteddp.decisions.decide import Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
 from wasteddp.inference.bundle import save_bundle
-from wasteddp.inference.sorting import save_policy
+from wasteddp.inference.runtimes.policy_file import save_policy
 from wasteddp.sharding.build import Job, Options, make_shards
 
 NUM_VAL = 12

@@ -20,7 +20,7 @@ from wasteddp.decisions.bins import BinRules
 from wasteddp.decisions.decide import Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
 from wasteddp.inference.bundle import read_card, save_bundle
-from wasteddp.inference.sorting import save_policy
+from wasteddp.inference.runtimes.policy_file import save_policy
 
 ROOT = Path(__file__).parents[2]
 

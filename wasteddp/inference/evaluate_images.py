@@ -34,6 +34,7 @@ from wasteddp.inference.evaluate import data_of
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.feature_files import HOW_TO_ADD
 from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.parallel import in_order, num_usable_cores, progress
 from wasteddp.settings import Data
@@ -114,7 +115,8 @@ def run(options: ImagesOptions) -> None:
     print_comparison(console, record)
     for line in _lines(options, classifier, evaluation, unreadable):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
+    for line in (f"saved in {folder}", write_model_card(options.run)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluate_images(

@@ -31,7 +31,7 @@ from wasteddp.inference.prediction_files import (
 )  # fmt: skip
 from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.runtimes.loading import is_onnx, load_classifier
-from wasteddp.inference.sorting import load_policy
+from wasteddp.inference.runtimes.policy_file import load_policy
 from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 
