@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from wasteddp import settings
-from wasteddp.model import resnet
+from wasteddp.model import networks
+from wasteddp.model.stages import Stages
 from wasteddp.training.checkpoint.state import room_for_checkpoint
 from wasteddp.training.optimization import optimizers
 
@@ -16,8 +17,8 @@ NAMES = ["sgd", "adam", "adamw", "lars", "lamb"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_stage_has_its_part_of_the_rate_and_biases_and_norms_still_do_not_decay(name: str) -> None:
-    model = resnet.build("resnet18", 3)
-    resnet.freeze(model, "stem")
+    model = networks.build("resnet18", 3)
+    Stages(model).freeze("stem")
     text = f"optimizer: {{name: {name}, layer_decay: 0.5, lr: 0.8, weight_decay: 0.3}}"
     optimizer = optimizers.build(model, settings.parse(text).optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -35,7 +36,7 @@ def test_each_stage_has_its_part_of_the_rate_and_biases_and_norms_still_do_not_d
 
 def test_a_state_is_taken_over_by_other_groups() -> None:
     """A run may resume with other rates for its stages, because states are stored by parameter name."""
-    model = resnet.build("resnet18", 3)
+    model = networks.build("resnet18", 3)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer = optimizers.build(model, settings.parse("").optimizer)

@@ -38,7 +38,8 @@ from wasteddp.inference.comparison import compare, near_by_manifest
 from wasteddp.inference.evaluate import check_classes, evaluate_split
 from wasteddp.inference.evaluation_files import Evaluation, save_evaluation
 from wasteddp.inference.metrics import Metrics, percent
-from wasteddp.model.resnet import build, estimate_statistics
+from wasteddp.model.batch_statistics import estimate_statistics
+from wasteddp.model.networks import build
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
 from wasteddp.training.checkpoint import reader
@@ -205,7 +206,7 @@ def training_batches(
             )
         )
         for batch in loader.batches((0, number, part) for number, part in enumerate(parts)):
-            yield normalise(batch.images_BCHW.to(device))
+            yield normalise(batch.images_BCHW.to(device), settings.model.mean, settings.model.std)
 
 
 def _classifier(
