@@ -273,9 +273,10 @@ def test_older_names_in_published_files_are_renamed() -> None:
 
 
 RECIPE = (
-    "model.arch=efficientnet_b0", "model.freeze=layer2", "model.unfreeze_every_epochs=0.25", "model.stochastic_depth=0.3",
-    "model.mean=[0.5,0.5,0.5]", "model.std=[0.25,0.5,0.5]", "optimizer.layer_decay=0.7", "optimizer.adaptive_clip=0.1",
-    "train.ema_decay=0.5", "train.on_divergence=skip", "train.epochs=1", "checkpoint.keep_last=9",
+    "model.arch=efficientnet_b0", "model.freeze=layer2", "model.unfreeze_every_epochs=0.25",
+    "model.stochastic_depth=0.3", "model.mean=[0.5,0.5,0.5]", "model.std=[0.25,0.5,0.5]",
+    "optimizer.layer_decay=0.7", "optimizer.adaptive_clip=0.1", "train.ema_decay=0.5",
+    "train.on_divergence=skip", "train.epochs=1", "checkpoint.keep_last=9",
 )  # fmt: skip
 
 
