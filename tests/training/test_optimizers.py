@@ -91,12 +91,16 @@ def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_been(name: str)
 def test_a_loaded_state_takes_the_memory_format_of_its_weight(name: str) -> None:
     """A fused step on a channels-last weight and a contiguous momentum would mix up their elements."""
     parsed = settings.parse(f"optimizer: {{name: {name}, lr: 0.01}}").optimizer
-    whole, resumed = (nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last) for _ in range(2))  # type: ignore[call-overload]
+    whole, resumed = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(1, 1)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for _ in range(2)
+    )
     optimizer, again = optimizers.build(whole, parsed), optimizers.build(resumed, parsed)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        model.weight.grad = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
-        model.weight.grad = model.weight.grad.contiguous(memory_format=torch.channels_last)
+        weight = model.get_parameter("0.weight")
+        weight.grad = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+        weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
         optimizer.step()
 
     step(whole, optimizer, 1)
@@ -105,4 +109,4 @@ def test_a_loaded_state_takes_the_memory_format_of_its_weight(name: str) -> None
     optimizers.load_state_tensors(again, resumed, stored)
     step(whole, optimizer, 2)
     step(resumed, again, 2)
-    assert torch.equal(whole.weight, resumed.weight)
+    assert torch.equal(whole[0].weight, resumed[0].weight)

@@ -64,6 +64,9 @@ def build(arch: str, num_classes: int, *, zero_init: bool = True) -> nn.Module:
             module.p = 0.0
         elif hasattr(module, "drop_prob"):  # timm's DropPath
             module.drop_prob = 0.0  # type: ignore[assignment]
+    head = model.get_submodule(head_name(model))
+    assert isinstance(head, nn.Linear)
+    head.reset_parameters()  # as a ResNet's: those of EfficientNets start with a loss of 5 instead of log(6) = 1.8
     return model
 
 
