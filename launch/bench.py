@@ -9,6 +9,7 @@
     python -m launch.bench scaling       images/s at several numbers of ranks, and the share of communication
     python -m launch.bench tracking      the cost of tracking per step; Linux
     python -m launch.bench network       two nodes with a slow link, and settings that help; Linux, as root
+    python -m launch.bench predict       predict with calibration, unlikeness and decisions, and without them
     python -m launch.bench unlike        measures of how unlike a model's training images others are, by AUROC
 
 The first line of the output names the hardware and the versions. Compare the ratios; the figures depend on the machine.
@@ -19,14 +20,26 @@ from __future__ import annotations
 
 import argparse
 
-from launch.benchmarks import checkpoint, checks, loader, network, scaling, step, tracking, train, unlike, workers
+from launch.benchmarks import (
+    checkpoint,
+    checks,
+    loader,
+    network,
+    predict,
+    scaling,
+    step,
+    tracking,
+    train,
+    unlike,
+    workers,
+)
 from launch.benchmarks.machine import headline
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
-    for module in (step, train, loader, workers, checks, checkpoint, scaling, tracking, network, unlike):
+    for module in (step, train, loader, workers, checks, checkpoint, scaling, tracking, network, predict, unlike):
         module.add(commands)
     return top
 

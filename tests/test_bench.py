@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from launch import bench
+from launch.benchmarks import predict as bench_predict
 from launch.benchmarks import scaling as bench_scaling
 from launch.benchmarks import step as bench_step
 from launch.benchmarks import train as bench_train
@@ -69,7 +70,7 @@ def test_each_of_the_others_trains_from_a_folder(side: str, settings: Settings, 
 
 def test_each_benchmark_that_the_help_names_can_be_called() -> None:
     named = re.findall(r"python -m launch\.bench (\w+)", str(bench.__doc__))
-    assert len(named) == 10
+    assert len(named) == 11
     for name in named:
         assert callable(bench.parser().parse_args([name, *(["RUN", "FOLDER"] if name == "unlike" else [])]).run)
 
@@ -92,6 +93,26 @@ def test_the_steps_table_compares_within_each_round() -> None:
     text = bench_step.table({"wasteddp": [100.0, 50.0, 90.0], "timm": [50.0, 50.0, 100.0]}, 10)
     assert "| wasteddp | 90.0 | 111.1 | 1.000 of it |" in text
     assert "| timm | 50.0 | 200.0 | 1.000 of it |" in text
+
+
+def test_predict_is_measured_with_all_of_it_and_without(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = bench.parser().parse_args(
+        ["predict", "--arch", "resnet18", "--size", "32", "--images", "9", "--rounds", "2", "--device", "cpu"]
+    )
+    asked.run(asked)
+    assert "resnet18, 32 px, 9 images" in capsys.readouterr().out
+    plain, full = bench_predict.both_sides(("a", "b", "c"), "resnet18", 32, device="cpu")
+    assert (plain[0].training, plain[1]) == (None, None)
+    assert full[0].training is not None
+    assert full[1] is not None
+
+
+def test_the_ratio_of_predict_is_that_within_each_round() -> None:
+    speeds = [((100.0, 10.0), (50.0, 10.0)), ((50.0, 10.0), (50.0, 9.0)), ((100.0, 10.0), (90.0, 8.0))]
+    rounds = [(bench_predict.Speed(*plain), bench_predict.Speed(*full)) for plain, full in speeds]
+    text = bench_predict.summary(rounds, "a net")
+    assert "| images/s | 100.00 | 50.00 | 0.900 | 0.700 to 0.950 |" in text
+    assert "| images per second of processor time | 10.00 | 9.00 | 0.900 | 0.850 to 0.950 |" in text
 
 
 def test_the_scaling_table_has_efficiency_and_communication() -> None:

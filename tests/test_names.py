@@ -38,7 +38,7 @@ def test_no_command_prints_an_escape_of_a_name(
         assert not {"\x1b", "\x9b", "\u202e"} & set(out), out
         return out
 
-    assert "hold no image: none\\x1b[31m" in run("shard", str(tmp_path / "images"), "--out", shards)
+    assert "hold no image: 'none\\x1b[31m'" in run("shard", str(tmp_path / "images"), "--out", shards)
     (tmp_path / "images" / f"none{ESCAPE}").rmdir()
     assert "metal\\x1b[31m" in run("shard", str(tmp_path / "images"), "--out", shards)
     assert "is whole" in run("verify", shards)

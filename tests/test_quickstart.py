@@ -13,6 +13,8 @@ from small_run import write_images
 from wasteddp.data.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
+NARROW = {"PYTHONPATH": os.pathsep.join(map(str, (SUPPORT / "python", SUPPORT))), "TRAININGS": "narrow"}
 SMALL = ["--set", "model.arch=resnet18", "--set", "train.epochs=2", "--set", "train.batch_size=32"]
 
 
@@ -51,14 +53,14 @@ def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Pa
 @pytest.mark.slow
 def test_the_quickstart_takes_images_of_the_user(tmp_path: Path) -> None:
     images = write_images(tmp_path / "my waste", {"train": (20, 17, 13), "val": (5, 5, 3), "test": (5, 3, 2)})
-    said = quickstart(tmp_path / "out", IMAGES=str(images))
+    said = quickstart(tmp_path / "out", IMAGES=str(images), **NARROW)
     assert "finished at step" in said
     assert "the network starts from the weights: " in said
     run = tmp_path / "out" / "runs" / "quickstart-my waste"
     assert (run / "predictions.csv").exists()
     assert "Test: " in (run / "report.html").read_text()  # written after the evaluation on the test split
     write_images(images, {"train": (21, 17, 13), "val": (5, 5, 3), "test": (5, 3, 2)})
-    quickstart(tmp_path / "out", "--overwrite", IMAGES=str(images))
+    quickstart(tmp_path / "out", "--overwrite", IMAGES=str(images), **NARROW)
     assert (run.with_name(f"{run.name}-2") / "model" / "model.json").exists()
 
 

@@ -31,7 +31,8 @@ from __future__ import annotations
 import errno
 import re
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -50,6 +51,21 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 def inert(text: str) -> str:
     """Return the text with escapes in place of the control characters that a terminal would interpret."""
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def visible(name: str) -> str:
+    """Return the name of a class, in quotes and with escapes where two different names could look the same.
+
+    These are names with characters that are not shown, with spaces at their ends or several in a row, and names that
+    are not in Unicode's composed form (NFC).
+    """
+    is_plain = name.isprintable() and unicodedata.is_normalized("NFC", name) and " ".join(name.split()) == name
+    return name if is_plain and name else ascii(name)
+
+
+def joined(names: Iterable[str]) -> str:
+    """Return the names of classes as a list for a message, each as `visible` shows it."""
+    return ", ".join(map(visible, names))
 
 
 class WastedError(Exception):

@@ -92,8 +92,11 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress(doing: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yield a function to call once for each item done; it shows a bar on a terminal, and prints lines elsewhere."""
-    if sys.stderr.isatty() and total:
+    """Yield a function to call once for each item done; it shows a bar on a terminal, and prints lines elsewhere.
+
+    The bar is removed at the end and after an error. A terminal that cannot remove a line (TERM=dumb) gets lines.
+    """
+    if sys.stderr.isatty() and total and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
         with _bar(doing, total) as advance:
             yield advance
         return

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trainings import CPU2, REAL_PROGRAM, ROOT, config_of, kill_all, launch_command, rows
+from trainings import CPU2, ROOT, config_of, kill_all, launch_command, rows
 from wandb_server import KEY, ServedRun, WandbServer
 
 from wasteddp.training.tracking import run_id
@@ -51,7 +51,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Itera
         for rows_before_kill in (6, 16, None):
             with (folder / "said").open("w+") as output:
                 process = subprocess.Popen(
-                    launch_command(arguments, "--config_file", str(CPU2), program=REAL_PROGRAM),
+                    launch_command(["--report", "--slow", *arguments], "--config_file", str(CPU2)),
                     cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 )  # fmt: skip
                 while rows_before_kill and process.poll() is None and _count(server) < rows_before_kill:

@@ -201,7 +201,7 @@ def test_weights_that_are_no_safetensors_are_refused_though_their_hash_is_right(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=5, tool="wasteddp 9.0"), "has format version 5, made by wasteddp 9.0"),
+        (lambda c: c.update(format_version=6, tool="wasteddp 9.0"), "has format version 6, made by wasteddp 9.0"),
         (lambda c: c.update(format="onnx"), "its format is 'onnx', not 'wasteddp-model'"),
         (lambda c: c.pop("classes"), "not a model's card: KeyError: 'classes'"),
         (lambda c: c.update(colour="red"), "unexpected keyword argument 'colour'"),

@@ -101,6 +101,17 @@ def test_a_file_that_is_named_itself_is_taken_whatever_its_name(photos: Path) ->
     assert list(find_images(wanted)) == wanted
 
 
+def test_archives_and_tables_are_refused_alone_and_named_among_images(model: Path, photos: Path) -> None:
+    for name in ("photos.ZIP", "photos.tar.gz", "photos.csv"):
+        (photos / name).write_bytes(b"of any content")
+        with pytest.raises(SourceError, match=r"is an? (archive|table), not an image"):
+            find_images([str(photos / name)])
+    paths = [str(photos / "photos.ZIP"), str(photos / "b.jpg"), str(photos / "photos.csv")]
+    archive, _, table = predict(Classifier.load(model, device="cpu"), find_images(paths), WORKERS)
+    assert archive == Failure(paths[0], "it is an archive, not an image")
+    assert table == Failure(paths[2], "it is a table, not an image")
+
+
 def test_a_link_to_a_folder_above_does_not_go_round_for_ever(photos: Path) -> None:
     (photos / "deep" / "up").symlink_to(photos)
     (photos / "deep" / "above").symlink_to(photos.parent)

@@ -100,7 +100,7 @@ def test_a_policy_is_the_same_after_it_was_saved_and_only_for_its_model(tmp_path
     one, other = policy.decide(test.probabilities_NK), again.decide(test.probabilities_NK)
     np.testing.assert_array_equal(one.assigned, other.assigned)
     np.testing.assert_array_equal(one.reasons, other.reasons)
-    record = measure_policy(policy, test)
+    record = measure_policy(policy, test.labels, test.probabilities_NK, split="test")
     own = np.asarray(rules.bin_of)[test.labels]
     alone = [i for i in range(3000) if one.assigned[i] < 2 and one.reasons[i] == 0]
     assert record["decided_alone"] == pytest.approx(len(alone) / 3000)

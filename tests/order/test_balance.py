@@ -280,7 +280,7 @@ def test_a_training_proves_its_balanced_epochs_and_says_what_they_are(balanced: 
     log = (balanced / "log.txt").read_text()
     assert "8 steps, 4 per epoch; " in log, "no draw is left out"
     assert "balance 1: draws in an epoch: glass 16 of 20 images" in log
-    assert "epoch proved: 48 images, each as often as planned" in log
+    assert "epoch checked: 48 images, each trained on as often as planned" in log
 
 
 def test_stopped_in_the_middle_of_an_epoch_it_ends_with_the_same_weights(

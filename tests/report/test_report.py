@@ -85,6 +85,15 @@ def test_the_figures_are_those_of_the_evaluation(finished: Path) -> None:
             assert re.search(rf'<th scope="row">{name}.*?>{100 * one["recall"]:.1f} %<', page, re.DOTALL)
 
 
+def test_a_macro_figure_names_its_classes_where_some_have_no_images(run: Path) -> None:
+    assert "classes on test" not in page_of(run)
+    path = run / "evaluations" / "test" / "metrics.json"
+    record = json.loads(path.read_text())
+    record["per_class"][2] |= {"support": 0, "recall": None}
+    path.write_text(json.dumps(record))
+    assert "of 2 of 3 classes on test" in page_of(run)
+
+
 def test_what_the_page_is_made_of_stays_on_the_page(finished: Path) -> None:
     page = page_of(finished)
     assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", page)

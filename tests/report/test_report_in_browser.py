@@ -6,12 +6,15 @@ Skipped without Chromium: run `apt-get install chromium`, or set CHROMIUM to the
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reported_run import write_reported_run
+from reported_run import sorted_items, write_decisions, write_reported_run
 
+from wasteddp.decisions.calibration import calibrate
+from wasteddp.inference.bundle import read_card, replace_card
 from wasteddp.report.page import write_report
 
 pytestmark = pytest.mark.processes
@@ -19,7 +22,11 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_reported_run(tmp_path_factory.mktemp("browser"))
+    run = write_reported_run(tmp_path_factory.mktemp("browser"))
+    found = calibrate(*sorted_items(5, 400), split="val")
+    replace_card(run / "model", replace(read_card(run / "model"), temperature=2.0, calibration=found.to_json()))
+    write_decisions(run, groups=40)
+    return run
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -77,6 +84,24 @@ def test_the_figures_in_the_browser_are_those_of_the_files(browser: Any, run: Pa
         _, value, _, _, step = words.split()  # such as: train 0.2994 · step 100
         assert float(value) == pytest.approx(rows[int(step)][metric], rel=1e-4)
         assert int(step) > 90
+    page.close()
+
+
+def test_the_decisions_in_the_browser_are_those_of_the_file(browser: Any, run: Path) -> None:
+    record = json.loads((run / "evaluations" / "test" / "decisions.json").read_text())
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(write_report([run]).as_uri())
+    section = page.locator("section.decisions")
+    said = section.locator(".sentences").inner_text()
+    assert f"{100 * record['error_alone']:.1f}\u00a0% go into a wrong bin" in said
+    assert "the promise held here" in said
+    shares = section.locator("table.bins").first.locator("td.interval > span.number").all_inner_texts()
+    expected = [f"{100 * row[name][0]:.1f} %" for row in record["bins"] for name in ("purity", "recovery")]
+    assert shares == expected
+    widths = section.locator(".thousand-bar span").evaluate_all("(all) => all.map((one) => one.offsetWidth)")
+    assert sum(widths) == pytest.approx(section.locator(".thousand-bar").bounding_box()["width"], abs=4)
+    drawn = section.locator(".curve path.line").get_attribute("d")
+    assert drawn.count("L") == len(record["risk_coverage"]) - 1
     page.close()
 
 

@@ -132,8 +132,7 @@ def test_classes_are_renamed_and_merged(
     (tmp_path / "names.yaml").write_text("Glass: glass\n'm\u00e9tal': metal\n'me\u0301tal': metal\n", encoding="utf-8")
     assert main(["shard", str(folder), "--out", str(tmp_path / "plain"), "--fractions", "1,0,0"]) == 0
     output = capsys.readouterr().out
-    assert r"differ only in case, spaces or Unicode form: 'Glass', 'glass'; to merge" in output
-    assert r"'me\u0301tal', 'm\xe9tal'" in output
+    assert r"case, spaces or Unicode form: 'Glass', 'glass'; 'me\u0301tal', 'm\xe9tal'; to merge" in output
     out = tmp_path / "out"
     command = ["shard", str(folder), "--out", str(out), "--fractions", "1,0,0"]
     assert main([*command, "--classes", str(tmp_path / "names.yaml")]) == 0
@@ -272,7 +271,7 @@ def test_a_damaged_deflated_member_is_an_os_error(tmp_path: Path) -> None:
     ("counts", "message"),
     [
         ({"glass": 2, "metal": 0}, r"1 class folder\(s\) of .* hold no image: metal"),
-        ({"glass": 2}, r"has 1 class\(es\): glass"),
+        ({"glass": 2}, r"holds 1 class folder\(s\): glass\n"),
         ({"glass": 0, "metal": 0}, r"holds no images \(0 files, 2 folders\)"),
         (
             {"train/a": 1, "train/b": 1, "holdout/a": 3},

@@ -81,6 +81,15 @@ def test_img2dataset_tars_take_their_label_from_the_json(tmp_path: Path) -> None
     assert [(split, label) for split, label, _ in indexed_images(manifest)] == [("train", 1), ("train", 0)]
 
 
+def test_labels_lose_the_spaces_at_their_ends(tmp_path: Path) -> None:
+    labels = ("glass ", "glass", " metal")
+    members = [(f"{n}.jpg", jpeg(n)) for n in range(3)] + [
+        (f"{n}.json", json.dumps({"label": label}).encode()) for n, label in enumerate(labels)
+    ]
+    write_tar(tmp_path / "train-000.tar", dict(sorted(members)))
+    assert index_folder(tmp_path, workers=1).classes == ("glass", "metal")
+
+
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_several_dots_and_any_order_within_a_key_are_read(tmp_path: Path, tar_format: int) -> None:
     long = "folder.with.dots/" + "x" * 150 + "/" + "é" * 60

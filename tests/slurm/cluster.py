@@ -16,7 +16,7 @@ from typing import TypeVar
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
-PYTHON_PATH = os.pathsep.join(map(str, (HERE / "python", ROOT / "tests" / "support", ROOT)))
+PYTHON_PATH = os.pathsep.join(map(str, (ROOT / "tests" / "support" / "python", ROOT / "tests" / "support", ROOT)))
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
 LIMIT_S = float(os.environ.get("SLURM_TESTS_LIMIT_S", "600"))  # far above the usual time of any event
@@ -134,4 +134,5 @@ def cluster_of(num_nodes: int) -> Iterator[Cluster]:
 def _clean_environment() -> dict[str, str]:
     """The environment with this checkout, without variables of a job that runs these tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "PYTEST"))}
-    return {**kept, "PATH": SYSTEM_PATH, "PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
+    changed = {"PYTHONPATH": PYTHON_PATH, "TRAININGS": "narrow slow unreported"}
+    return {**kept, **changed, "PATH": SYSTEM_PATH, "OMP_NUM_THREADS": "1"}

@@ -5,6 +5,7 @@ are those of torchvision's networks. As a program, it runs another program with 
 
     narrow.py --config ...               wasteddp/train.py, without the report: that takes 2 s of a new process
     narrow.py --report --config ...      the same with it
+    narrow.py --slow --config ...        its steps wait, for a test that must catch it in the middle
     narrow.py -m wasteddp.cli predict    another module
 """
 
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 PROGRAM = Path(__file__).parents[2] / "wasteddp" / "train.py"
 _DIVISOR = 8
+_STEP_S = 0.3  # of a slow step
 
 
 def install() -> Any:
@@ -37,6 +40,19 @@ def install() -> Any:
     return before
 
 
+def slow_steps() -> None:
+    """Make each step of a training in this process wait, which takes no computing."""
+    from wasteddp.training.meter import Meter
+
+    real = Meter.step_done
+
+    def step_done(*arguments: Any) -> None:
+        time.sleep(_STEP_S)
+        real(*arguments)
+
+    Meter.step_done = step_done  # type: ignore[method-assign]
+
+
 def restore(before: Any) -> None:
     from torchvision.models import resnet
 
@@ -55,8 +71,11 @@ if __name__ == "__main__":
 
         signals.install()  # as the program does: a signal may come while torch is imported
         install()
-        if sys.argv[1:2] == ["--report"]:
-            del sys.argv[1]
+        if "--slow" in sys.argv:
+            sys.argv.remove("--slow")
+            slow_steps()
+        if "--report" in sys.argv:
+            sys.argv.remove("--report")
         else:
             from wasteddp.report import background
 

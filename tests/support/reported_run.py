@@ -10,9 +10,15 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from small_run import write_run
 
 from wasteddp.cli import main
+from wasteddp.decisions.bins import BinRules, Hazard
+from wasteddp.decisions.decide import choose_policy
+from wasteddp.decisions.group_intervals import SampleGroups
+from wasteddp.inference.bundle import read_card
+from wasteddp.inference.sorting import decisions_record
 
 STEPS_PER_EPOCH = 20
 
@@ -54,6 +60,36 @@ def write_reported_run(folder: Path, num_rows: int = 100) -> Path:
     (run / "environment.json").write_text(json.dumps({"commit": "abc", "cores": 2, "packages": {"torch": "2.14.1"}}))
     assert main(["evaluate", str(run)]) == 0
     return run
+
+
+def sorted_items(seed: int, count: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels [N] that are drawn from probabilities [N, K], and the probabilities."""
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.ones(classes) * 0.05, count)
+    return (shares.cumsum(axis=1) > rng.random((count, 1))).argmax(axis=1), shares
+
+
+def write_decisions(run: Path, *, groups: int = 0, **change: Any) -> dict[str, Any]:
+    """Write RUN/evaluations/test/decisions.json of 3,000 items, with a hazard and a promise; return its content."""
+    card = read_card(run / "model")
+    rules = BinRules(
+        "Example city", card.classes, ("round bin", "flat bin"), (0, 1, 1), (10.0, 20.0, 30.0),
+        (Hazard(card.classes[2], 0.9, 0.9),), person=0.5,
+    )  # fmt: skip
+    policy = choose_policy(rules, *sorted_items(0, 1000), max_error=0.05)
+    labels, shares = sorted_items(1, 3000)
+    numbers = np.arange(3000, dtype=np.int32) % groups if groups else None
+    record = decisions_record(
+        policy,
+        labels,
+        shares,
+        model={"weights": card.hashes.weights, "temperature": card.temperature, "tta": "none"},
+        split="test",
+        chosen_on="val",
+        groups=None if numbers is None else SampleGroups("column site", numbers),
+    )
+    (run / "evaluations" / "test" / "decisions.json").write_text(json.dumps(record | change))
+    return record
 
 
 def charts_of(page: str) -> dict[str, dict[str, Any]]:

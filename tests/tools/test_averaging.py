@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from kept import save, states_of
+from reported_run import sorted_items
 from safetensors.torch import load_file
+from small_run import CARD
 from torch import nn
 from trainings import config_of
 
 from wasteddp import train
 from wasteddp.cli import main
+from wasteddp.decisions.calibration import calibrate, scaled
 from wasteddp.errors import CheckpointError
 from wasteddp.files import RunLock
 from wasteddp.inference.bundle import Averaged, load_bundle
@@ -108,6 +114,7 @@ def test_an_average_is_a_model_of_its_own_that_is_evaluated_like_a_run(
     said = capsys.readouterr().out
     assert "mean of the checkpoints of steps 2, 3, 4" in said
     assert "of 16 training images, centre views of 40 px" in said
+    assert re.search(r"not calibrated: .* too few .*, then: wasteddp calibrate .*/average\n", said)
     assert load_bundle(copied)[0] == before, "the run's own model stays"
 
     folder = copied / "average"
@@ -124,6 +131,18 @@ def test_an_average_is_a_model_of_its_own_that_is_evaluated_like_a_run(
     assert main(["evaluate", str(folder), "--split", "val", "--batch-size", "8"]) == 0
     evaluated = json.loads((folder / "evaluations" / "val" / "metrics.json").read_text())
     assert evaluated == by_average
+
+
+def test_an_average_is_calibrated_where_its_evaluation_has_enough_images(tmp_path: Path) -> None:
+    labels, shares = sorted_items(0, 400)
+    shares = scaled(shares, 0.4).astype(np.float32)  # too sure
+    seen = SimpleNamespace(split="val")
+    found = SimpleNamespace(labels=labels, probabilities_NK=shares, seen=seen, groups=None)
+    card, line = average._calibrated(CARD, found, tmp_path)  # type: ignore[arg-type]
+    expected = calibrate(labels, shares, split="val")
+    assert (card.temperature, card.calibration) == (expected.temperature, expected.to_json())
+    assert card.temperature > 1.5
+    assert line.startswith(f"temperature {card.temperature:.3f}, from 400 images of val")
 
 
 def test_its_statistics_are_of_the_first_training_images_as_an_evaluation_sees_them(

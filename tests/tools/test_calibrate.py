@@ -46,7 +46,7 @@ def test_the_card_gets_a_temperature_and_predictions_change_with_it(
 
     def measured(classifier: Classifier, *rest: object) -> SimpleNamespace:
         asked.append(classifier.card.temperature)
-        return SimpleNamespace(labels=labels, probabilities_NK=shares)
+        return SimpleNamespace(labels=labels, probabilities_NK=shares, groups=None)
 
     monkeypatch.setattr(calibrating, "evaluate_split", measured)
     plain = probabilities_of(run)
@@ -124,7 +124,7 @@ def test_weights_that_a_training_replaced_meanwhile_are_not_given_the_temperatur
 
     def measured(*_: object) -> SimpleNamespace:
         save_bundle(run / "model", CARD, random_weights(seed=1))
-        return SimpleNamespace(labels=labels, probabilities_NK=shares)
+        return SimpleNamespace(labels=labels, probabilities_NK=shares, groups=None)
 
     monkeypatch.setattr(calibrating, "evaluate_split", measured)
     with pytest.raises(SystemExit):

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from small_run import write_images
 from trainings import CONFIG, PROGRAM
 
 from wasteddp.cli import main
 from wasteddp.data.manifest import Manifest
 from wasteddp.sharding.build import Job, Options, make_shards
+from wasteddp.tools import cross_validation
 from wasteddp.training.distributed import launcher
 
 pytestmark = pytest.mark.processes
@@ -72,6 +74,11 @@ def test_each_image_is_evaluated_once_by_the_model_that_has_not_seen_it(
     assert "confusion: rows true, columns predicted" in printed
     assert "all folds together" in printed
     assert json.loads((out / "folds.json").read_text()) == summary
+    assert [one["without_images"] for one in summary["folds"]] == [[], [], []]
+    assert "has no images" not in printed
+    summary["folds"][1]["without_images"] = ["rare ", "paper"]
+    cross_validation._print(Console(), summary, out)
+    assert "fold 1 has no images of 'rare ', paper: its macro figures" in capsys.readouterr().out
 
 
 def test_the_model_of_a_fold_is_evaluated_on_its_own_val_split(

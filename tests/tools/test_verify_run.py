@@ -32,6 +32,8 @@ def test_an_intact_run_is_listed(finished: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     for part in ("checkpoints/step-00000004", "model/model.json", "settings.yaml", "metrics.jsonl", "evaluations/val"):
         assert part in out
+    assert "README.md" not in out, "the model card is not proved"
+    assert (finished / "model" / "README.md").is_file()
 
 
 def test_all_damage_is_named_at_the_same_time(

@@ -131,7 +131,7 @@ def test_a_checkpoint_of_a_version_that_did_not_count_goes_on_and_says_so(
 
     edit_progress(run / "checkpoints" / "step-00000006", age)
     assert train.main(arguments) == 0
-    assert "epoch 1: not proved" in capsys.readouterr().out
+    assert "epoch 1: its images were not checked" in capsys.readouterr().out
     assert [row["step"] for row in rows(run) if "coverage/ok" in row] == [4]
 
 

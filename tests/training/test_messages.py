@@ -7,9 +7,10 @@ import shlex
 import pytest
 
 from wasteddp.cli import parser
+from wasteddp.data.manifest import Split
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.reader import Lineage
-from wasteddp.training.messages import closing, progress_line
+from wasteddp.training.messages import closing, progress_line, without_images
 
 LINEAGE = Lineage("0" * 64, ("glass", "metal"), "resnet18", 0, 12, 12, 1, 0, "train", 32, "sgd")
 ROW = {
@@ -25,14 +26,29 @@ ROW = {
 
 def test_a_row_in_words_has_the_figures_the_memory_and_the_time_left() -> None:
     line = progress_line(30, 120, ROW, better=False)
-    for part in ("step 30/120", "epoch 1.50", "loss 1.2500", "450.0 images/s", "waiting 1.2%", "1834 MB", "3 min left"):
+    for part in (
+        "step 30/120",
+        "epoch 1.50",
+        "loss 1.2500",
+        "450.0 images/s",
+        "waiting for data 1.2%",
+        "1834 MB",
+        "3 min left",
+    ):
         assert part in line
     assert "left" not in progress_line(120, 120, ROW, better=False)
-    assert "starved" not in progress_line(30, 120, ROW | {"train/starved_fraction": 0.05}, better=False)
+    assert "GIL" not in progress_line(30, 120, ROW | {"train/starved_fraction": 0.05}, better=False)
     starved = progress_line(30, 120, ROW | {"train/starved_fraction": 0.63}, better=False)
-    assert "waiting 1.2%  starved 63% of the forward pass" in starved
+    assert "waiting for data 1.2%  waiting for a core or the GIL 63% of the forward pass" in starved
     evaluated = {"val/loss": 1.0, "val/accuracy": 0.5, "val/macro_recall": 0.4, "val/samples": 327, "val/seconds": 0.6}
     assert progress_line(30, 120, ROW | evaluated, better=True).endswith("best so far")
+
+
+def test_a_split_that_lacks_classes_is_reported() -> None:
+    classes = ("glass", "metal ", "paper")
+    [line] = without_images(classes, Split("val", (), (2, 0, 1)))
+    assert line == "val has no images of 'metal ': macro figures are of 2 of 3 classes"
+    assert without_images(classes, Split("val", (), (2, 1, 1))) == []
 
 
 @pytest.mark.parametrize("splits", [("train", "val", "test"), ("train", "val")])

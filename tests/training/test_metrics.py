@@ -75,6 +75,8 @@ def test_what_is_undefined_is_nan_and_null_and_no_average_takes_it_in() -> None:
     assert isnan(trash.f1)
     assert metrics.macro_recall == (glass.recall + 0) / 2
     assert metrics.macro_f1 == (glass.f1 + 0) / 2
+    assert metrics.averaged == "2 of 4 classes"
+    assert summarise(np.eye(4)).averaged == "4 classes"
     told = json.loads(json.dumps(metrics.to_json(), allow_nan=False))
     assert told["per_class"][3] == {"precision": None, "recall": None, "f1": None, "support": 0}
     assert told["accuracy"] == 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from wasteddp.commands import unlike
 from wasteddp.commands.arguments import (
@@ -66,7 +67,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from wasteddp.inference.evaluate import evaluate_run
 
     unlike.refuse_without_images(arguments)
-    evaluate_run(**{name: value for name, value in given.items() if name not in unlike.ONLY_OF_IMAGES})
+    saved = evaluate_run(**{name: value for name, value in given.items() if name not in unlike.ONLY_OF_IMAGES})
+    decides = arguments.bins is not None or arguments.max_error is not None
+    if saved and decides and (arguments.run_folder / "metrics.jsonl").is_file():  # not of an average
+        _write_report([arguments.run_folder])
 
 
 def _add_predict(commands: Commands) -> None:
@@ -78,9 +82,18 @@ def _add_predict(commands: Commands) -> None:
     )
     command.add_argument("model", metavar="MODEL", type=to_path, help="folder of a run or of its model")
     command.add_argument(
-        "paths", type=expand_home, metavar="PATH", nargs="+", help="image files, folders, or quoted globs (also **)"
+        "paths",
+        type=expand_home,
+        metavar="PATH",
+        nargs="+",
+        help="image files, folders, or quoted globs (also **); unpack archives first",
     )
-    command.add_argument("--csv", type=to_path, metavar="FILE", help="write the probabilities of all classes as CSV")
+    command.add_argument(
+        "--csv",
+        type=to_path,
+        metavar="FILE",
+        help="write the probabilities of all classes as CSV (UTF-8; in Excel, open it with Data > From Text/CSV)",
+    )
     command.add_argument("--json", type=to_path, metavar="FILE", help="the same as JSON")
     command.add_argument(
         "--policy", type=to_path, metavar="FILE", help="policy.json of `evaluate --bins`: decide on a bin or a person"
@@ -145,20 +158,37 @@ def _add_report(commands: Commands) -> None:
     command = commands.add_parser(
         "report",
         help="write one HTML page of a run, or of several",
-        description="Writes one HTML file that needs no server and no network: curves, confusion matrix, classes with "
-        "intervals, reliability, mistakes, settings and lineage. A training writes RUN/report.html at its end.",
+        description="Writes one HTML file that needs no server and no network: decisions, curves, confusion matrix, "
+        "classes with intervals, reliability, mistakes, settings and lineage. A training writes RUN/report.html at its "
+        "end, and `evaluate --bins` writes it again.",
     )
     command.add_argument("runs", metavar="RUN", nargs="+", type=to_path, help="folder of a run; several are compared")
     command.add_argument(
         "--out", type=to_path, metavar="FILE", help="default: report.html (several: comparison.html) in the first run"
     )
+    command.add_argument(
+        "--bins",
+        type=to_path,
+        metavar="FILE",
+        help="decide by these bins instead of those of `evaluate --bins`, from the predictions that `evaluate` saved",
+    )
+    command.add_argument(
+        "--max-error", type=share, metavar="E", help="with --bins: as in `evaluate`; chosen on the evaluation split"
+    )
+    command.add_argument(
+        "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
+    )
     command.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    _write_report(**keywords(arguments))
+
+
+def _write_report(*arguments: Any, **named: Any) -> None:
     from wasteddp.report.page import write_report
 
-    out = write_report(**keywords(arguments))
+    out = write_report(*arguments, **named)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, opens in any browser, needs no network")
 
 

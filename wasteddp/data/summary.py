@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from wasteddp.data.folds import num_folds
 from wasteddp.data.manifest import LeftOut, Manifest
-from wasteddp.errors import inert
+from wasteddp.errors import inert, joined, visible
 
 _MAX_NAMED = 10
 
@@ -24,13 +24,17 @@ def _lines(manifest: Manifest) -> Iterator[str]:
     yield f"{manifest.where}: {total:,} samples in {num_shards} shard(s), {num_bytes / 1e6:,.1f} MB"
     rows = [["", *(split.name for split in splits)]]
     for number, name in enumerate(manifest.classes):
-        rows.append([name, *(f"{split.samples_per_class[number]:,}" for split in splits)])
+        rows.append([visible(name), *(f"{split.samples_per_class[number]:,}" for split in splits)])
     rows.append(["all", *(f"{split.num_samples:,}" for split in splits)])
     yield from _table(rows)
     for split in splits:
         none = [name for name, count in zip(manifest.classes, split.samples_per_class, strict=True) if not count]
         if none:
-            yield f"warning: {split.name} has no samples of {', '.join(none)}"
+            yield (
+                f"warning: {split.name} has no samples of {joined(none)}, so evaluations on it do not cover them. Add "
+                "images of them, or make the set with other --fractions or --split-rule stratified, or move images if "
+                "the source is split already; --least-per-class N refuses such a set"
+            )
     wanted = ("test",) if num_folds(manifest) else ("train", "val", "test")
     missing = [name for name in wanted if name not in manifest.splits]
     if missing:
@@ -51,9 +55,15 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _left_out(left_out: Sequence[LeftOut]) -> Iterator[str]:
     for reason, count in Counter(left.reason for left in left_out).most_common():
-        yield f"left out, {reason}: {count:,}"
         if reason in ("duplicate", "not_listed"):
+            yield f"left out, {reason}: {count:,}; manifest.json names them"
             continue
+        yield f"left out, {reason}: {count:,}"
+        if reason == "conflicting_label":
+            yield (
+                "    to use them, correct their labels with --corrections FILE (lines `path,class` or `path,,drop`), "
+                "or keep the first of each with --keep-conflicts"
+            )
         named = [left for left in left_out if left.reason == reason][:_MAX_NAMED]
         yield from (f"    {left.source}: {left.detail}" for left in named)
         if count > len(named):

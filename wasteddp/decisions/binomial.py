@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from math import exp, log, log1p
 
@@ -47,10 +48,27 @@ def bootstrap_interval(
     draws: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a statistic; NaN results are left out.
+    """Return the 95 % percentile interval of a statistic; see `bootstrap_intervals`."""
+    low, high = bootstrap_intervals(
+        lambda rows: np.array([statistic(rows)]), num_samples, groups=groups, draws=draws, seed=seed
+    )
+    return float(low[0]), float(high[0])
+
+
+def bootstrap_intervals(
+    statistics: Callable[[npt.NDArray[np.int64]], F64],
+    num_samples: int,
+    *,
+    groups: npt.ArrayLike | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[F64, F64]:
+    """Return the 95 % percentile intervals of M statistics: their lower and upper ends, float64 [M] each.
+
+    NaN results are left out; an end is NaN if a statistic has no other results.
 
     Args:
-        statistic: a function of sample numbers, int64 [M], with repetitions.
+        statistics: a function of sample numbers, int64, with repetitions; returns float64 [M].
         groups: [N], whole groups are drawn (cluster bootstrap: Field and Welsh 2007, JRSS B 69:369); None: samples are.
 
     Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap.
@@ -64,12 +82,11 @@ def bootstrap_interval(
         members = np.split(order, np.cumsum(np.bincount(number))[:-1])
         count = len(members)
         resampled = (np.concatenate([members[i] for i in rng.integers(0, count, count)]) for _ in range(draws))
-    found = np.array([statistic(rows) for rows in resampled])
-    found = found[~np.isnan(found)]
-    if not len(found):
-        return float("nan"), float("nan")
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    found = np.stack([statistics(rows) for rows in resampled])  # [draws, M]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN slice encountered")
+        low, high = np.nanquantile(found, [0.025, 0.975], axis=0)
+    return low, high
 
 
 def _tail(log_choose: F64, successes: int, trials: int, share: float) -> float:

@@ -26,7 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wasteddp.decisions.binomial import F64
-from wasteddp.errors import DecisionError
+from wasteddp.errors import DecisionError, joined
 from wasteddp.files import read_text
 from wasteddp.settings import plain_yaml
 
@@ -114,7 +114,7 @@ def load_bins(path: Path, classes: Sequence[str]) -> BinRules:
         raise _wrong(path, f"it is not YAML: {str(error).splitlines()[0]}") from error
     entries = parsed.classes
     if unknown := [name for name in entries if name not in classes]:
-        raise _wrong(path, f"{_listed(unknown)}: the model has no such class; its classes are {', '.join(classes)}")
+        raise _wrong(path, f"{_listed(unknown)}: the model has no such class; its classes are {joined(classes)}")
     if missing := [name for name in classes if name not in entries]:
         raise _wrong(path, f"the class {_listed(missing)} has no bin")
     if PERSON in (one.bin for one in entries.values()):
@@ -169,7 +169,7 @@ def _costs(
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return joined(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _wrong(path: Path, found: str) -> DecisionError:

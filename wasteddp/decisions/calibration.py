@@ -37,6 +37,7 @@ class Calibration:
     nll_after: float
     ece_before: tuple[float, float, float]  # expected calibration error: value, low, high
     ece_after: tuple[float, float, float]
+    num_groups: int = 0  # that the intervals are over; 0: over images
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,7 +93,7 @@ def calibrate(
 
     Args:
         probabilities_NK: at temperature 1.
-        groups: [N], for intervals over groups.
+        groups: [N], at least two different ones, for intervals over groups.
 
     Raises:
         DecisionError: see `fit_temperature`.
@@ -108,6 +109,7 @@ def calibrate(
         nll_after=_nll(truth, after),
         ece_before=_with_interval(truth, before, groups),
         ece_after=_with_interval(truth, after, groups),
+        num_groups=0 if groups is None else len(np.unique(groups)),
     )
 
 

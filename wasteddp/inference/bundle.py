@@ -3,6 +3,7 @@
     runs/<name>/model/model.json                        the card: classes, preprocessing, bins, hashes, origin
     runs/<name>/model/model-<sha256>.safetensors        the weights that this card names
     runs/<name>/model/features-<sha256>.safetensors     a summary of training images' features, if the card names one
+    runs/<name>/model/README.md                         a text for people, see `model_card`; without a hash, never read
 
 The name of the weights' file has the first 12 digits of its sha256, so new weights never overwrite old ones. A new
 bundle takes effect when its card replaces the old one; a kill before or after that leaves a complete bundle. Loading
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "wasteddp-model"
-# 2: adds `averaged`, and the teacher to the hashes; 3: the sha256 of the card itself; 4: the hash of the features
-FORMAT_VERSION = 4
+# 2: adds `averaged`, and the teacher to the hashes; 3: the sha256 of the card itself; 4: the hash of the features;
+# 5: the number of groups that the intervals of the calibration are over
+FORMAT_VERSION = 5
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
 

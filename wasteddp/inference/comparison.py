@@ -5,7 +5,7 @@ Legend: N images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
@@ -20,8 +20,9 @@ from rich.table import Table
 from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
+from wasteddp.decisions.group_intervals import class_intervals, describe_groups, share_interval
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
-from wasteddp.errors import storage
+from wasteddp.errors import inert, storage
 from wasteddp.inference.evaluation_files import Evaluation, read_record
 from wasteddp.inference.metrics import percent, wilson_interval
 from wasteddp.parallel import in_order, num_usable_cores
@@ -39,30 +40,50 @@ class Accuracy:
 
     num_correct: int
     num_images: int
+    over_groups: tuple[float, float] | None = None  # 95 % interval over groups; None: the images have no groups
 
     @classmethod
-    def of(cls, right_N: Flags) -> Accuracy:
-        return cls(int(right_N.sum()), len(right_N))
+    def of(cls, right_N: Flags, groups_N: npt.NDArray[np.int32] | None = None) -> Accuracy:
+        """Count; with groups, the interval is over them, and NaN where they are fewer than two."""
+        over_groups = None
+        if groups_N is not None:
+            is_enough = len(np.unique(groups_N)) > 1
+            over_groups = share_interval(right_N, groups_N) if is_enough else (float("nan"), float("nan"))
+        return cls(int(right_N.sum()), len(right_N), over_groups)
 
     @property
     def share(self) -> float:
         return self.num_correct / self.num_images if self.num_images else float("nan")
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval: over groups if there are groups, otherwise Wilson's; NaN if it is not known."""
+        return self.over_groups or wilson_interval(self.num_correct, self.num_images)
+
     def to_json(self) -> dict[str, Any]:
-        low, high = wilson_interval(self.num_correct, self.num_images)
+        low, high = (None if end != end else end for end in self.interval)
         known = {"accuracy": self.share, "accuracy_low": low, "accuracy_high": high} if self.num_images else {}
         return {"num_images": self.num_images, "num_correct": self.num_correct, **known}
 
     def __str__(self) -> str:
-        low, high = wilson_interval(self.num_correct, self.num_images)
+        low, high = self.interval
         interval = f", 95 % interval {percent(low)} to {percent(high)}" if self.num_images else ""
         return f"{percent(self.share)} of {self.num_images} image(s){interval}"
 
 
-def by_unlikeness(unlike_N: npt.NDArray[np.float64], right_N: Flags) -> list[tuple[float, float, Accuracy]]:
+def by_unlikeness(
+    unlike_N: npt.NDArray[np.float64], right_N: Flags, groups_N: npt.NDArray[np.int32] | None = None
+) -> list[tuple[float, float, Accuracy]]:
     """Return (from, below, accuracy) for the percentiles 0 to 50, to 90, to 95, and 95 to 100."""
-    edges = pairwise(DEGREES)
-    return [(low, min(high, 100.0), Accuracy.of(right_N[(unlike_N >= low) & (unlike_N < high)])) for low, high in edges]
+    found = []
+    for low, high in pairwise(DEGREES):
+        inside = (unlike_N >= low) & (unlike_N < high)
+        found.append((low, min(high, 100.0), Accuracy.of(right_N[inside], _of(groups_N, inside))))
+    return found
+
+
+def _of(groups_N: npt.NDArray[np.int32] | None, rows: Flags) -> npt.NDArray[np.int32] | None:
+    return None if groups_N is None else groups_N[rows]
 
 
 def difference(home: Accuracy, here: Accuracy) -> tuple[float, float, float]:
@@ -70,7 +91,7 @@ def difference(home: Accuracy, here: Accuracy) -> tuple[float, float, float]:
 
     Source: Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10.
     """
-    (low_1, high_1), (low_2, high_2) = (wilson_interval(one.num_correct, one.num_images) for one in (home, here))
+    (low_1, high_1), (low_2, high_2) = home.interval, here.interval
     gap = home.share - here.share
     return (
         gap,
@@ -95,7 +116,8 @@ def read_home(run: Path, weights: str) -> tuple[Accuracy | None, str]:
         return None, f"{path} is damaged ({error}); measure it again with: wasteddp evaluate {run}"
     if record["hashes"]["weights"] != weights:
         return None, f"{path} is of other weights; measure it again with: wasteddp evaluate {run}"
-    return Accuracy(record["num_correct"], record["num_samples"]), ""
+    over_groups = (record["accuracy_low"], record["accuracy_high"]) if record.get("groups") else None
+    return Accuracy(record["num_correct"], record["num_samples"], over_groups), ""
 
 
 def near_by_manifest(manifest: Manifest, split: str, train: str, sources: Sequence[str]) -> Flags | None:
@@ -146,17 +168,24 @@ def _hash(data: bytes) -> duplicates.PerceptualHash | None:
 
 def compare(evaluation: Evaluation, near_N: Flags | None) -> dict[str, Any]:
     """Return what metrics.json records of an evaluation besides its metrics."""
-    right_N = evaluation.probabilities_NK.argmax(axis=1) == evaluation.labels
+    predicted_N = evaluation.probabilities_NK.argmax(axis=1)
+    right_N = predicted_N == evaluation.labels
+    groups_N = evaluation.groups.to_resample if evaluation.groups else None
     record: dict[str, Any] = {}
+    if evaluation.groups:
+        record["groups"] = evaluation.groups.to_json()
+    if groups_N is not None:
+        intervals = class_intervals(evaluation.labels, predicted_N, groups_N, num_classes=len(evaluation.seen.classes))
+        record["groups"] |= {"recall": intervals.to_json()["recall"], "precision": intervals.to_json()["precision"]}
     if evaluation.unlike_N is not None:
         record["by_unlikeness"] = [
             {"from": low, "to": high, **part.to_json()}
-            for low, high, part in by_unlikeness(evaluation.unlike_N, right_N)
+            for low, high, part in by_unlikeness(evaluation.unlike_N, right_N, groups_N)
         ]
     if near_N is not None:
         record["near_duplicates_in_train"] = {
-            "with": Accuracy.of(right_N).to_json(),
-            "without": Accuracy.of(right_N[~near_N]).to_json(),
+            "with": Accuracy.of(right_N, groups_N).to_json(),
+            "without": Accuracy.of(right_N[~near_N], _of(groups_N, ~near_N)).to_json(),
             "num_near": int(near_N.sum()),
         }
     return record
@@ -169,9 +198,9 @@ def print_comparison(console: Console, record: dict[str, Any]) -> None:
         for column in ("images", "accuracy", "95 % interval"):
             table.add_column(column, justify="right")
         for row in rows:
-            accuracy = Accuracy(row["num_correct"], row["num_images"])
-            low, high = wilson_interval(accuracy.num_correct, accuracy.num_images)
-            interval = f"{percent(low)} to {percent(high)}" if accuracy.num_images else "-"
+            accuracy = _read(row)
+            low, high = accuracy.interval
+            interval = f"{percent(low)} to {percent(high)}" if low == low else "-"
             mark = " (unlike)" if row["from"] == UNLIKE_FROM else ""
             table.add_row(
                 f"{row['from']:g} to {row['to']:g}{mark}",
@@ -181,7 +210,7 @@ def print_comparison(console: Console, record: dict[str, Any]) -> None:
             )
         console.print(table)
     if near := record.get("near_duplicates_in_train"):
-        without = Accuracy(near["without"]["num_correct"], near["without"]["num_images"])
+        without = _read(near["without"])
         console.print(
             f"near-duplicates: {near['num_near']} of {near['with']['num_images']} images have one in train; "
             f"accuracy without them: {without}",
@@ -189,3 +218,12 @@ def print_comparison(console: Console, record: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if line := describe_groups(record.get("groups")):
+        console.print(inert(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _read(row: Mapping[str, Any]) -> Accuracy:
+    """Return the accuracy of `Accuracy.to_json`."""
+    ends = [row.get(name) for name in ("accuracy_low", "accuracy_high")]
+    low, high = (float("nan") if end is None else end for end in ends)
+    return Accuracy(row["num_correct"], row["num_images"], (low, high))

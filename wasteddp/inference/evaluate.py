@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.bins import BinRules, load_bins
 from wasteddp.decisions.decide import choose_policy
-from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, storage
+from wasteddp.decisions.group_intervals import SampleGroups, share_interval
+from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, joined, storage
 from wasteddp.files import read_regular
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.inference.ranks import Ranks, join_ranks
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.sorting import report_policy
@@ -69,8 +72,10 @@ def evaluate_run(
     bins: Path | None = None,
     max_error: float | None = None,
     confidence: float = 0.95,
-) -> None:
+) -> bool:
     """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
+
+    Return whether this process saved it: of several, the first one does.
 
     Args:
         shards: folder or URL of the set; None: the one that the model was trained on.
@@ -95,7 +100,7 @@ def evaluate_run(
                 if decides and split != chosen_on:
                     chosen = evaluate_split(classifier, shard_set, chosen_on, Console(quiet=True), decoders, ranks)
                 if not ranks.is_main:  # no collectives from here on
-                    return
+                    return False
                 near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
                 _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
                 if decides:
@@ -110,6 +115,9 @@ def evaluate_run(
                             "are too good: evaluate another split too",
                             style="yellow", markup=False, highlight=False, soft_wrap=True,
                         )  # fmt: skip
+                line = write_model_card(run_folder, manifest=shard_set.manifest)
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return True
 
 
 def _near(
@@ -177,7 +185,24 @@ def evaluate_split(
         samples = np.arange(reader.num_samples)
         at_once = _STEP * (_AHEAD + 1) * ranks.local_world_size
         shards.require_room(reader.needs(samples[first : first + at_once]) for first in range(0, len(samples), _STEP))
-        return evaluate(classifier, reader, manifest.split(split), workers=workers, advance=advance, ranks=ranks)
+        found = evaluate(classifier, reader, manifest.split(split), workers=workers, advance=advance, ranks=ranks)
+    groups, failure = None, None
+    try:
+        groups = shards.groups()
+    except WastedError as error:
+        failure = error
+    ranks.raise_together(failure)
+    return over_groups(found, SampleGroups(groups.rule, groups.of_split(manifest, split))) if groups else found
+
+
+def over_groups(evaluation: Evaluation, groups: SampleGroups) -> Evaluation:
+    """Return the evaluation with the groups of its samples, and the interval of its accuracy over them."""
+    seen = evaluation.seen
+    if groups.to_resample is not None:
+        right_N = evaluation.probabilities_NK.argmax(axis=1) == evaluation.labels
+        low, high = share_interval(right_N, groups.to_resample)
+        seen = replace(seen, metrics=replace(seen.metrics, accuracy_low=low, accuracy_high=high))
+    return replace(evaluation, seen=seen, groups=groups)
 
 
 def _nothing() -> None:
@@ -307,8 +332,8 @@ def check_classes(manifest: Manifest, classes: tuple[str, ...]) -> None:
     if manifest.classes != classes:
         raise BundleError(
             f"the model's {len(classes)} classes are not those of {manifest.where}\n"
-            f"  model:  {', '.join(classes)}\n"
-            f"  shards: {', '.join(manifest.classes)} ({len(manifest.classes)})",
+            f"  model:  {joined(classes)}\n"
+            f"  shards: {joined(manifest.classes)} ({len(manifest.classes)})",
             "the same number would mean different classes, and every metric would be wrong",
             "name the set that the model was trained on with --shards, or shard these images with the model's "
             "classes: wasteddp shard IMAGES --out SET --classes-from RUN --fractions 0,0,1",

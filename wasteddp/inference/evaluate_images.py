@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,20 +27,30 @@ from rich.console import Console
 from wasteddp.data import dataset
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
-from wasteddp.errors import LaunchError, SettingsError, SourceError
+from wasteddp.errors import LaunchError, SettingsError, SourceError, inert, joined, visible
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.comparison import Accuracy, compare, difference, near_by_hashes, print_comparison, read_home
 from wasteddp.inference.evaluate import data_of
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.feature_files import HOW_TO_ADD
 from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.parallel import in_order, num_usable_cores, progress
 from wasteddp.settings import Data
 from wasteddp.sharding import recipe
 from wasteddp.sharding.sources.archives import open_source
 from wasteddp.sharding.sources.files import Source
-from wasteddp.sharding.sources.layout import ClassFolders, Layout, SourceImage, read_folders, read_table
+from wasteddp.sharding.sources.layout import (
+    ClassFolders,
+    Layout,
+    SourceImage,
+    alike,
+    read_folders,
+    read_table,
+    rename_line,
+    require_files,
+)
 
 _SPLITS = ("train", "val", "test")
 _MOST_NAMED = 10
@@ -104,7 +115,8 @@ def run(options: ImagesOptions) -> None:
     print_comparison(console, record)
     for line in _lines(options, classifier, evaluation, unreadable):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"saved in {folder}", markup=False, highlight=False, soft_wrap=True)
+    for line in (f"saved in {folder}", write_model_card(options.run)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluate_images(
@@ -192,30 +204,32 @@ def _list(options: ImagesOptions, classes: Sequence[str], work: Path) -> tuple[S
     source: Source
     if where.suffix.lower() == ".csv" and where.is_file():
         source, layout = read_table(where, may_lack=True)
+        require_files(where, layout.images, allowed=len(layout.images) - 1, may_lack=True)
     else:
         source = open_source(where, work_folder=work, ignore=options.ignore, encoding=options.encoding)
         layout = read_folders(source, where, may_lack=True, class_folders=options.class_folders)
     names = recipe.load_pairs(options.classes, "name") if options.classes else {}
     if unused := sorted(names.keys() - set(layout.classes)):
         raise SourceError(
-            f"{where} has no class {', '.join(unused)}; its classes are {', '.join(layout.classes)}",
+            f"{where} has no class {joined(unused)}; its classes are {joined(layout.classes)}",
             "the classes would not become those that the file of --classes describes",
             "fix the names in it; they are written as the folders or labels are",
         )
     images = tuple(replace(image, class_name=names.get(image.class_name, image.class_name)) for image in layout.images)
     counts = Counter(image.class_name for image in images)
     if unknown := sorted(counts.keys() - set(classes)):
+        first = unknown[0]
+        line = rename_line(first, alike(first, classes) or classes[0])
         raise SourceError(
             f"{where} has classes that the model does not know: "
-            f"{', '.join(f'{name} ({counts[name]} images)' for name in unknown)}\n  model:  {', '.join(classes)}",
+            f"{', '.join(f'{visible(name)} ({counts[name]} images)' for name in unknown)}\n"
+            f"  model:  {joined(classes)}",
             "no answer of the model could be right for these images",
-            f"map them with --classes FILE, with lines such as `{unknown[0]}: {classes[0]}`, or leave their folders "
-            f"out with --ignore '{unknown[0]}'",
+            f"map them with --classes FILE, with lines such as `{line}`, or leave their folders out with --ignore "
+            f"{shlex.quote(first)}",
         )
-    for line in source.notes:
-        print(line)
-    if layout.ignored:
-        print(f"ignored {len(layout.ignored)} file(s) that are not images in a class folder: {layout.ignored[0]}")
+    for line in (*source.notes, *layout.notes()):
+        print(inert(line))
     if layout.is_split:
         print(f"{where} is split; the images of all its splits are evaluated")
     return source, replace(layout, images=images, classes=tuple(counts))
@@ -257,8 +271,6 @@ def _lines(
     """Yield the sentences after the tables."""
     metrics, classes = evaluation.seen.metrics, classifier.card.classes
     absent = [name for name, one in zip(classes, metrics.per_class, strict=True) if not one.support]
-    if absent:
-        yield f"no images of {len(absent)} of the {len(classes)} classes: {', '.join(absent)}"
     if unreadable:
         yield f"{len(unreadable)} image(s) could not be read and are not counted:"
         yield from (f"  {path}: {reason}" for path, reason in unreadable[:_MOST_NAMED])
@@ -272,7 +284,7 @@ def _lines(
         yield f"home test: {home}"
         yield f"drop:      {_points(drop)} points, 95 % interval {_points(low)} to {_points(high)}"
         if absent:
-            yield f"           the home test set has images of all classes; this one lacks {', '.join(absent)}"
+            yield f"           the home test set has images of all classes; this one lacks {joined(absent)}"
     else:
         yield f"home test: not compared: {reason or 'it has no images'}"
     if evaluation.unlike_N is not None and classifier.training:

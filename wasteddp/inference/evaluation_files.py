@@ -4,7 +4,8 @@
         metrics.json       all metrics, the confusion matrix, the worst mistakes, and what they were measured on
         confusion.csv      rows true, columns predicted
         confusion.png      a plot of the same
-        predictions.csv    each image: true class, predicted class, probability of each class
+        predictions.csv    each image: true class, predicted class, probability of each class; unlikeness and number of
+                           its group, if known
         decisions.json, policy.json    with --bins or --max-error: see `sorting`; written last
 
 Training also writes the first two, of its best model on its evaluation split; only `wasteddp evaluate` writes the
@@ -32,7 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from wasteddp import __version__
-from wasteddp.errors import inert, storage
+from wasteddp.decisions.group_intervals import SampleGroups
+from wasteddp.errors import joined, storage, visible
 from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import F32, I64, Metrics, percent
@@ -57,6 +59,7 @@ class Evaluation:
     labels: npt.NDArray[np.int32]  # [N]
     probabilities_NK: F32
     unlike_N: npt.NDArray[np.float64] | None = None  # percentiles, 0 to 100; None: not known
+    groups: SampleGroups | None = None  # None: the samples have no groups
 
 
 def save_evaluation(
@@ -78,14 +81,18 @@ def save_evaluation(
     title = f"{seen.split}: {percent(seen.metrics.accuracy)} of {seen.metrics.num_samples} images correct"
     write_atomically(folder / "confusion.png", confusion_png(seen.confusion, classes, title=title))
     predicted = evaluation.probabilities_NK.argmax(axis=1)
-    is_known = evaluation.unlike_N is not None
-    unlike = ([f"{one:.1f}"] for one in evaluation.unlike_N) if is_known else ([] for _ in predicted)  # type: ignore[union-attr]
-    rows = zip(evaluation.sources, evaluation.labels, predicted, evaluation.probabilities_NK, unlike, strict=True)
+    more: dict[str, list[str]] = {}
+    if evaluation.unlike_N is not None:
+        more["unlike"] = [f"{one:.1f}" for one in evaluation.unlike_N]
+    if evaluation.groups is not None:
+        more["group"] = [str(number) for number in evaluation.groups.numbers_N]
+    further_N = zip(*more.values(), strict=True) if more else ([] for _ in predicted)
+    rows = zip(evaluation.sources, evaluation.labels, predicted, evaluation.probabilities_NK, further_N, strict=True)
     write_atomically(
         folder / "predictions.csv",
         _csv(
-            [["source", "true", "predicted", *(f"p_{name}" for name in classes), *(["unlike"] if is_known else [])]],
-            ([source, classes[true], classes[guess], *p, *more] for source, true, guess, p, more in rows),
+            [["source", "true", "predicted", *(f"p_{name}" for name in classes), *more]],
+            ([source, classes[true], classes[guess], *p, *rest] for source, true, guess, p, rest in rows),
         ),
     )
     _save_figures(folder, seen, evaluation.sources.__getitem__, card, manifest_sha256, options, further or {})
@@ -194,12 +201,30 @@ class _Bin(_Model):
     right: float = Field(alias="to")
     count: Count
     correct: Count
-    mean_confidence: float | None
+    mean_confidence: Share | None
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Bin:
+        if self.correct > self.count or (self.count and self.mean_confidence is None):
+            raise ValueError("its counts do not fit together")
+        return self
 
 
-class _Reliability(_Model):
+class ReliabilityRecord(_Model):
+    """A record of `Reliability.to_json`."""
+
     expected_calibration_error: float
     bins: list[_Bin]
+
+
+Ends = Annotated[list[Share], Field(min_length=2, max_length=2)]
+
+
+class _Groups(_Model):
+    rule: str
+    num_groups: Count
+    recall: list[Ends | None] = Field(default_factory=list)  # of each class, or empty
+    precision: list[Ends | None] = Field(default_factory=list)
 
 
 class _Record(_Model):
@@ -218,19 +243,24 @@ class _Record(_Model):
     macro_recall: Share | None
     per_class: list[_ClassFigures]
     confusion: list[list[Count]]
-    reliability: _Reliability
+    reliability: ReliabilityRecord
     surest_mistakes: list[_Mistake]
     worst_mistakes: list[_Mistake]
+    groups: _Groups | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> _Record:
         k = len(self.classes)
         if {len(self.per_class), len(self.confusion), *map(len, self.confusion)} != {k}:
             raise ValueError(f"it has {k} classes, and tables of another size")
+        if self.groups and not {len(self.groups.recall), len(self.groups.precision)} <= {0, k}:
+            raise ValueError(f"it has {k} classes, and intervals over groups of another number")
         if not isinstance(self.options.get("split"), str) or not {"manifest", "weights"} <= self.hashes.keys():
             raise ValueError("it does not name its split, manifest and weights")
         if not isinstance(self.model.get("trained"), dict) or not isinstance(self.model["trained"].get("step"), int):
             raise ValueError("it does not name the step of its model")
+        if not isinstance(self.model.get("temperature"), int | float):
+            raise ValueError("it does not name the temperature of its model")
         return self
 
 
@@ -268,9 +298,16 @@ def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], co
     interval = f"{percent(metrics.accuracy_low)} to {percent(metrics.accuracy_high)}"
     summary.add_row("accuracy", f"{percent(metrics.accuracy)} ({metrics.num_correct} of {metrics.num_samples})")
     summary.add_row("95 % interval of it", interval)
-    summary.add_row("macro F1", percent(metrics.macro_f1))
-    summary.add_row("macro recall (balanced accuracy)", percent(metrics.macro_recall))
+    summary.add_row(f"macro F1, of {metrics.averaged}", percent(metrics.macro_f1))
+    summary.add_row(f"macro recall (balanced accuracy), of {metrics.averaged}", percent(metrics.macro_recall))
     console.print(summary)
+    absent = [name for name, one in zip(classes, metrics.per_class, strict=True) if not one.support]
+    if absent:
+        console.print(
+            f"no images of {len(absent)} of the {len(classes)} classes: {joined(absent)}; "
+            "the macro figures are means over the others",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
     by_class = Table("class", title="by class", title_justify="left")
     for column in ("precision", "recall", "F1", "images"):
@@ -291,7 +328,7 @@ def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], co
 
 def _plain(name: str) -> str:
     """Return a class name that neither rich nor a terminal interprets."""
-    return inert(name).replace("[", "\\[")
+    return visible(name).replace("[", "\\[")
 
 
 def _csv(head: Iterable[Iterable[Any]], rows: Iterable[Iterable[Any]]) -> bytes:

@@ -44,6 +44,12 @@ class Metrics:
     macro_recall: float  # also called balanced accuracy
     per_class: tuple[ClassMetrics, ...]  # [K]
 
+    @property
+    def averaged(self) -> str:
+        """Over how many classes the macro averages are: "6 classes", or "5 of 6 classes" if one has no samples."""
+        num_classes, num_with = len(self.per_class), sum(one.support > 0 for one in self.per_class)
+        return f"{num_with} of {num_classes} classes" if num_with < num_classes else f"{num_classes} classes"
+
     def to_json(self) -> dict[str, Any]:
         """Return the metrics as plain values. NaN becomes None, because JSON does not have NaN."""
         return {key: _jsonable(value) for key, value in asdict(self).items()}

@@ -35,6 +35,9 @@ from wasteddp.inference.sorting import load_policy
 from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+_KINDS = dict.fromkeys(_ARCHIVES, "an archive") | dict.fromkeys((".csv", ".tsv"), "a table")
+
 
 def predict_files(
     model: Path,
@@ -106,7 +109,11 @@ def predict(
             decided_B = decisions_of(policy, probabilities_BK) if policy else [None] * len(there)
             answers = zip(probabilities_BK, unlike_B, decided_B, strict=True)
             for path, view in batch:
-                yield Failure(path, view.reason) if isinstance(view, Unreadable) else Answer(path, *next(answers))
+                if isinstance(view, Unreadable):
+                    kind = _kind(path)
+                    yield Failure(path, f"it is {kind}, not an image" if kind else view.reason)
+                else:
+                    yield Answer(path, *next(answers))
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:
@@ -117,8 +124,9 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
     at a time. A folder that cannot be listed is yielded itself; reading it gives the reason.
 
     Raises:
-        SourceError: a path or glob has no images.
+        SourceError: a path or glob has no images, or all paths are archives or tables.
     """
+    _refuse_sources(paths)
     return chain.from_iterable([_at_least_one(path) for path in paths])
 
 
@@ -142,6 +150,26 @@ def _at_least_one(path: str) -> Iterator[str]:
             f"check the path; folders and globs use files with these suffixes: {' '.join(sorted(IMAGE_SUFFIXES))}",
         )
     return chain([first], images)
+
+
+def _kind(path: str) -> str:
+    """Return what a file is that is no image by its suffix, but holds or names images; or ''."""
+    return _KINDS.get(Path(path).suffix.lower(), "") if Path(path).is_file() else ""
+
+
+def _refuse_sources(paths: Sequence[str]) -> None:
+    """Refuse archives and tables, if nothing else is named. Among images, each is reported as unreadable.
+
+    Raises:
+        SourceError: all paths are archives or tables.
+    """
+    if all(map(_kind, paths)):
+        raise SourceError(
+            f"{paths[0]} is {_kind(paths[0])}, not an image",
+            "images are classified from image files, folders and quoted globs",
+            "name the images or their folder, and unpack an archive first; to measure a model on the labelled images "
+            "of a zip, tar or CSV: wasteddp evaluate RUN --images FILE",
+        )
 
 
 def _below(folder: str) -> Iterator[str]:

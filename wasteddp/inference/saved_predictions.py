@@ -1,6 +1,6 @@
 """Read the CSV files that `evaluate` and `predict` write.
 
-    source,true,predicted,p_<class>...                 of `evaluate`
+    source,true,predicted,p_<class>...                 of `evaluate`; a column `group` is read if it is there
     path,class,bin,probability,p_<class>...,error      of `predict`; a column `unlike` is read if it is there
 
 Legend: N images, K classes.
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.errors import RunError
+from wasteddp.errors import RunError, joined
 from wasteddp.files import read_text
 
 _MOST_NAMED = 5
@@ -30,6 +30,7 @@ class SavedPredictions:
     probabilities_NK: npt.NDArray[np.float64]
     labels: npt.NDArray[np.int64] | None = None  # [N]; None: the images have no labels
     unlike: npt.NDArray[np.float64] | None = None  # [N]; larger: more unlike the training images
+    groups: npt.NDArray[np.int32] | None = None  # [N], numbers; None: the images have no groups
     unreadable: tuple[tuple[str, str], ...] = ()  # (path, reason)
 
 
@@ -50,11 +51,12 @@ def read_predictions(path: Path, classes: Sequence[str]) -> SavedPredictions:
     if name is None or sorted(found) != sorted(classes):
         raise _refusal(
             f"{path} has the columns {', '.join(columns[:_MOST_NAMED]) or 'none'}... and probabilities of "
-            f"{', '.join(found) or 'no class'}; the classes are {', '.join(classes)}"
+            f"{joined(found) or 'no class'}; the classes are {joined(classes)}"
         )
     numbers = dict(zip(classes, range(len(classes)), strict=True))
     number_of = {"'" + one: k for one, k in numbers.items()} | numbers  # see CsvWriter
     paths, probabilities, labels, unlike, unreadable = list[str](), list[list[float]](), list[int](), list[float](), []
+    groups = list[int]()
     for number, row in enumerate(rows, start=2):
         if row.get("error"):
             unreadable.append((row[name], row["error"]))
@@ -67,7 +69,9 @@ def read_predictions(path: Path, classes: Sequence[str]) -> SavedPredictions:
                 labels.append(number_of[row["true"]])
             if row.get("unlike"):  # empty, if the model's bundle cannot measure it
                 unlike.append(float(row["unlike"]))
-        except (ValueError, TypeError, KeyError) as error:
+            if "group" in columns:
+                groups.append(int(np.int32(int(row["group"]))))
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise _refusal(f"{path}, line {number}: {error or 'it is incomplete'}") from error
         paths.append(row[name])
         probabilities.append(shares)
@@ -78,6 +82,7 @@ def read_predictions(path: Path, classes: Sequence[str]) -> SavedPredictions:
         np.array(probabilities, np.float64).reshape(-1, len(classes)),
         np.array(labels, np.int64) if "true" in columns else None,
         np.array(unlike) if unlike else None,
+        np.array(groups, np.int32) if "group" in columns else None,
         tuple(unreadable),
     )
 

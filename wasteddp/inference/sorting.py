@@ -10,25 +10,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
 from wasteddp.decisions.bins import PERSON
 from wasteddp.decisions.decide import REASONS, Policy
+from wasteddp.decisions.group_intervals import SampleGroups, share_interval
 from wasteddp.decisions.sorting import measure_bins, per_thousand
 from wasteddp.decisions.thresholds import risk_coverage
 from wasteddp.errors import DecisionError
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.evaluation_files import Evaluation
-from wasteddp.inference.metrics import percent
+from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord
+from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.inference.reliability import Answers, Reliability
 
 FORMAT = "wasteddp-policy"
 FORMAT_VERSION = 1
+RECORD_FORMAT = "wasteddp-decisions"
+RECORD_VERSION = 1
+_CURVE = 101  # points of the risk-coverage curve that are written
 
 
 def save_policy(path: Path, policy: Policy, card: BundleCard, *, tta: str, chosen_on: str) -> None:
@@ -78,47 +86,94 @@ def _made_for(card: BundleCard, tta: str) -> dict[str, Any]:
     return {"weights": card.hashes.weights, "temperature": card.temperature, "tta": tta}
 
 
-def measure_policy(policy: Policy, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what the policy does on a split, as plain values. Shares are in 0..1, or None where nothing is counted."""
-    rules, labels = policy.rules, np.asarray(evaluation.labels, np.int64)
-    found = policy.decide(evaluation.probabilities_NK)
+def measure_policy(
+    policy: Policy,
+    labels: npt.ArrayLike,
+    probabilities_NK: npt.ArrayLike,
+    *,
+    split: str,
+    groups: SampleGroups | None = None,
+) -> dict[str, Any]:
+    """Return what the policy does on a split, as plain values. Shares are in 0..1, or None where nothing is counted.
+
+    Args:
+        labels: true classes, int [N].
+        probabilities_NK: calibrated.
+        groups: of the samples, for intervals over groups.
+    """
+    rules, truth = policy.rules, np.asarray(labels, np.int64)
+    groups_N = groups.to_resample if groups else None
+    found = policy.decide(probabilities_NK)
     person = len(rules.bins)
-    own = np.asarray(rules.bin_of)[labels]
-    alone = (found.assigned < person) & (found.reasons != REASONS.index("hazard"))
+    own = np.asarray(rules.bin_of)[truth]
+    flagged = found.reasons == REASONS.index("hazard")
+    alone = (found.assigned < person) & ~flagged
     wrong = found.assigned != own
-    plain = Policy(rules).decide(evaluation.probabilities_NK)
-    _, _, area = risk_coverage(plain.confidence, plain.assigned == own)
+    best = Policy(replace(rules, person=None)).decide(probabilities_NK)
+    answers = Answers(
+        np.arange(len(truth)), own, best.assigned, best.confidence.astype(np.float32), np.zeros(len(truth), np.float32)
+    )
+    coverage, error, area = risk_coverage(best.confidence, best.assigned == own)
+    shown = np.unique(np.linspace(0, len(truth) - 1, min(_CURVE, len(truth))).astype(int))
     hazards = {}
     for name, threshold in policy.hazards.items():
-        is_it = labels == rules.classes.index(name)
+        is_it = truth == rules.classes.index(name)
         into = found.assigned == rules.bin_of[rules.classes.index(name)]
-        flagged = found.reasons == REASONS.index("hazard")
         hazards[name] = {
             "floor": threshold.recall,
             "confidence": threshold.confidence,
             "images": int(is_it.sum()),
             "recall": _share(into & is_it, is_it),
+            "recall_interval": _interval(into, is_it, groups_N),
             "false_alarms": int((flagged & into & ~is_it).sum()),
             "share_of_false_alarms": _share(flagged & into & ~is_it, ~is_it),
         }
     return {
-        "split": evaluation.seen.split,
-        "items": len(labels),
-        "decided_alone": _share(alone, np.ones(len(labels), bool)),
+        "split": split,
+        "items": len(truth),
+        "groups": groups.to_json() if groups else None,
+        "decided_alone": _share(alone, np.ones(len(truth), bool)),
         "error_alone": _share(alone & wrong, alone),
+        "error_alone_interval": _interval(wrong, alone, groups_N),
         "promised_error": policy.error.max_error if policy.error else None,
         "to_a_person": {
             reason: int(((found.assigned == person) & (found.reasons == number)).sum())
             for number, reason in enumerate(REASONS)
             if reason in ("cost", "doubt")
         },
+        "hazard_decisions": int(flagged.sum()),
         "area_under_risk_coverage": area,
-        "bins": [one.to_json() for one in measure_bins(labels, found.assigned, rules)],
-        "bins_by_mass": [one.to_json() for one in measure_bins(labels, found.assigned, rules, by_mass=True)]
+        "risk_coverage": [[float(coverage[row]), float(error[row])] for row in shown],
+        "reliability": Reliability.measure(answers).to_json(),
+        "bins": [one.to_json() for one in measure_bins(truth, found.assigned, rules, groups=groups_N)],
+        "bins_by_mass": [
+            one.to_json() for one in measure_bins(truth, found.assigned, rules, by_mass=True, groups=groups_N)
+        ]
         if rules.grams
         else None,
-        "per_thousand": per_thousand(labels, found.assigned, rules),
+        "per_thousand": per_thousand(truth, found.assigned, rules),
         "hazards": hazards,
+    }
+
+
+def decisions_record(
+    policy: Policy,
+    labels: npt.ArrayLike,
+    probabilities_NK: npt.ArrayLike,
+    *,
+    model: Mapping[str, Any],
+    split: str,
+    chosen_on: str,
+    groups: SampleGroups | None,
+) -> dict[str, Any]:
+    """Return the content of decisions.json. `model`: what the probabilities depend on."""
+    return {
+        "format": RECORD_FORMAT,
+        "format_version": RECORD_VERSION,
+        "model": dict(model),
+        "policy": policy.to_json(),
+        "chosen_on": chosen_on,
+        **measure_policy(policy, labels, probabilities_NK, split=split, groups=groups),
     }
 
 
@@ -133,10 +188,18 @@ def report_policy(
     chosen_on: str,
 ) -> None:
     """Write decisions.json and policy.json, and print the main figures."""
-    record = {"policy": policy.to_json(), "chosen_on": chosen_on, **measure_policy(policy, evaluation)}
+    record = decisions_record(
+        policy,
+        evaluation.labels,
+        evaluation.probabilities_NK,
+        model=_made_for(card, tta),
+        split=evaluation.seen.split,
+        chosen_on=chosen_on,
+        groups=evaluation.groups,
+    )
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(folder / "decisions.json", text.encode())
     save_policy(folder / "policy.json", policy, card, tta=tta, chosen_on=chosen_on)
+    write_atomically(folder / "decisions.json", text.encode("utf-8", "backslashreplace"))
     console.print(_table(record["bins"], title=f"bins of {policy.rules.name or 'the shard set'}"))
     for line in _lines(record):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -163,9 +226,12 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
     ]
     if record["promised_error"] is not None and record["error_alone"] is not None:
         held = "held" if record["error_alone"] <= record["promised_error"] else "was not held"
+        ends = record["error_alone_interval"]
+        interval = f" ({percent(ends[0])} to {percent(ends[1])})" if ends else ""
         lines.append(
             f"decided alone: {percent(record['decided_alone'])} of the items, {percent(record['error_alone'])} of them "
-            f"wrong; the promise of {percent(record['promised_error'])}, chosen on {record['chosen_on']}, {held} here"
+            f"wrong{interval}; the promise of {percent(record['promised_error'])}, chosen on {record['chosen_on']}, "
+            f"{held} here"
         )
     for name, one in record["hazards"].items():
         recall = "no image of it here" if one["recall"] is None else f"recall {percent(one['recall'])}"
@@ -173,8 +239,155 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
             f"hazard {name}: {recall} of {one['images']} images, floor {percent(one['floor'])}; "
             f"{one['false_alarms']} false alarms"
         )
+    if record["groups"] and (record["policy"]["error"] or record["hazards"]):
+        lines.append(
+            f"the promises are exact for images that are independent of each other; these are of "
+            f"{record['groups']['num_groups']:,} groups, so they may not hold"
+        )
     return lines
 
 
 def _share(part: Any, whole: Any) -> float | None:
     return float(part.sum() / whole.sum()) if whole.sum() else None
+
+
+def _interval(part: Any, whole: Any, groups_N: npt.NDArray[np.int32] | None) -> list[float] | None:
+    """Return the 95 % interval of part / whole, over groups if given (Wilson's otherwise); None if it is not known."""
+    if not whole.any() or (groups_N is not None and len(np.unique(groups_N[whole])) < 2):
+        return None
+    if groups_N is None:
+        return list(wilson_interval(int((part & whole).sum()), int(whole.sum())))
+    return list(share_interval(part[whole], groups_N[whole]))
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+Number = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Ends = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Three = Annotated[list[Number | None], Field(min_length=3, max_length=3)]  # value, and its interval
+
+
+class _Foreign(_Model):
+    class_name: str = Field(alias="class")
+    share: Number
+
+
+class _Bin(_Model):
+    bin: str
+    items: Count
+    belonging: Count
+    purity: Three
+    recovery: Three
+    contamination: list[_Foreign]
+
+
+class _Thousand(_Model):
+    bin: str
+    items: Annotated[float, Field(ge=0, le=1000.001)]
+    wrong: Annotated[float, Field(ge=0, le=1000.001)] | None
+
+
+class _Hazard(_Model):
+    floor: Number
+    confidence: Number
+    images: Count
+    recall: Number | None
+    recall_interval: Ends | None
+    false_alarms: Count
+    share_of_false_alarms: Number | None
+
+
+class _Error(_Model):
+    threshold: Number
+    max_error: Number
+    confidence: Number
+    bound: Number
+    num_samples: Count
+    num_decided: Count
+    num_wrong: Count
+
+
+class _Recall(_Model):
+    threshold: Number
+    num_hazards: Count
+    num_missed: Count
+
+
+class _Policy(_Model):
+    name: str
+    error: _Error | None
+    hazards: dict[str, _Recall]
+    person: float | None
+
+
+class _ModelOf(_Model):
+    weights: str
+    temperature: float
+    tta: str
+
+
+class _People(_Model):
+    cost: Count
+    doubt: Count
+
+
+class _Groups(_Model):
+    rule: str
+    num_groups: Count
+
+
+class _Decisions(_Model):
+    """The part of decisions.json that the report shows."""
+
+    model: _ModelOf
+    policy: _Policy
+    chosen_on: str
+    split: str
+    items: Annotated[int, Field(ge=1, lt=2**53)]
+    groups: _Groups | None
+    decided_alone: Number
+    error_alone: Number | None
+    error_alone_interval: Ends | None
+    promised_error: Number | None
+    to_a_person: _People
+    hazard_decisions: Count
+    area_under_risk_coverage: Number
+    risk_coverage: list[Ends] = Field(min_length=1, max_length=_CURVE)
+    reliability: ReliabilityRecord
+    bins: list[_Bin] = Field(min_length=1)
+    bins_by_mass: list[_Bin] | None
+    per_thousand: list[_Thousand] = Field(min_length=1)
+    hazards: dict[str, _Hazard]
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Decisions:
+        if (self.promised_error is None) != (self.policy.error is None):
+            raise ValueError("its promise is not that of its policy")
+        if self.hazards.keys() != self.policy.hazards.keys():
+            raise ValueError("its hazards are not those of its policy")
+        return self
+
+
+def read_decisions(path: Path) -> dict[str, Any]:
+    """Return the content of a decisions.json after a check of all that the report uses.
+
+    Raises:
+        ValueError: it is not a record of decisions in this format.
+        OSError: it cannot be read.
+    """
+    try:
+        record = json.loads(read_regular(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    known = (RECORD_FORMAT, RECORD_VERSION)
+    if not isinstance(record, dict) or (record.get("format"), record.get("format_version")) != known:
+        raise ValueError("another version wrote it: evaluate again")
+    try:
+        _Decisions.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return record

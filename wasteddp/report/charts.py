@@ -182,6 +182,16 @@ def _marks(values: list[float], span: tuple[float, float], words: Callable[[floa
     return [Mark(float(f"{place:.2f}"), words(value)) for place, value in zip(places, values, strict=True)]
 
 
+def scaled_path(x: F64, y: F64, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
+    """Return the path of a curve in the units of a plot."""
+    return _path(_scaled(x, x_range), 1000 - _scaled(y, y_range))
+
+
+def scale_marks(values: list[float], span: tuple[float, float]) -> tuple[Mark, ...]:
+    """Return the marks of shares on an axis of `span`."""
+    return tuple(_marks(values, span, _percent))
+
+
 def _starts(run: RunRecord, x_range: tuple[float, float]) -> tuple[Mark, ...]:
     """Return the points where the attempt number changes: the run was killed or stopped there and continued."""
     attempts = run.column("attempt")

@@ -17,6 +17,7 @@ from PIL import Image
 from wasteddp.data.decoding.decode import UndecodableError, decode_rgb
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
+from wasteddp.decisions.group_intervals import describe_groups
 from wasteddp.errors import WastedError
 from wasteddp.inference.metrics import percent, wilson_interval
 from wasteddp.report.run_record import RunRecord
@@ -37,10 +38,11 @@ class Share:
     high: float
 
     @classmethod
-    def from_counts(cls, part: int, whole: int) -> Share:
+    def from_counts(cls, part: int, whole: int, interval: Sequence[float] | None = None) -> Share:
+        """Return part / whole with an interval, by default Wilson's. `interval` is in 0..1."""
         if whole == 0:
             return cls(None, 0.0, 100.0)
-        low, high = wilson_interval(part, whole)
+        low, high = interval or wilson_interval(part, whole)
         return cls(100 * part / whole, 100 * low, 100 * high)
 
 
@@ -61,14 +63,19 @@ def evaluation_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, A
     worst = [mistake for mistake in record["worst_mistakes"] if mistake["sample"] not in there][:_MISTAKES_SHOWN]
     samples = [mistake["sample"] for mistake in (*surest, *worst)]
     shown, missing = thumbnails(one.manifest, record, samples)
-    bars = _reliability_bars(record["reliability"])
+    bars = reliability_bars(record["reliability"])
     sure = sum(bar.confidence * bar.count for bar in bars) / max(1, sum(bar.count for bar in bars))
     return {
         "record": record,
         "split": record["options"]["split"],
         "chosen_on": record["options"]["split"] == one.settings.get("data.eval_split"),
         "by_training": record["options"].get("by") == "training",
-        "stale": one.card is not None and record["hashes"]["weights"] != one.card.hashes.weights,
+        "stale": is_stale(one, record["hashes"]["weights"]),
+        "calibrated_since": one.card is not None
+        and record["hashes"]["weights"] == one.card.hashes.weights
+        and record["model"]["temperature"] != one.card.temperature,
+        "temperature_now": one.card.temperature if one.card else 1.0,
+        "intervals": describe_groups(record.get("groups")),
         "classes": _class_rows(one, record),
         "matrix": _matrix(record),
         "longest_name": min(14, max(map(len, record["classes"]))),
@@ -83,21 +90,31 @@ def evaluation_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def is_stale(one: RunRecord, weights: str) -> bool:
+    """Whether an evaluation of these weights is not of the run's current model."""
+    return one.card is not None and weights != one.card.hashes.weights
+
+
 def _class_rows(run: RunRecord, record: Mapping[str, Any]) -> list[ClassRow]:
     """Return a row for each class of an evaluation, with intervals of its metrics."""
     confusion = np.asarray(record["confusion"])
     bins = run.card.bins if run.card else {}
+    groups = record.get("groups") or {}
+    unknown: list[Any] = [None] * len(confusion)
+    recalls, precisions = (groups.get(name) or unknown for name in ("recall", "precision"))
     counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True)
     return [
         ClassRow(
             name=name,
             bin=bins.get(name, ""),
             images=true,
-            recall=Share.from_counts(hits, true),
-            precision=Share.from_counts(hits, predicted),
+            recall=Share.from_counts(hits, true, of_recall),
+            precision=Share.from_counts(hits, predicted, of_precision),
             f1="–" if figures["f1"] is None else percent(figures["f1"]),
         )
-        for name, figures, (hits, true, predicted) in zip(record["classes"], record["per_class"], counts, strict=True)
+        for name, figures, (hits, true, predicted), of_recall, of_precision in zip(
+            record["classes"], record["per_class"], counts, recalls, precisions, strict=True
+        )
     ]
 
 
@@ -138,7 +155,7 @@ class ReliabilityBar:
     confidence: float
 
 
-def _reliability_bars(record: Mapping[str, Any]) -> list[ReliabilityBar]:
+def reliability_bars(record: Mapping[str, Any]) -> list[ReliabilityBar]:
     """Return the bins of an evaluation's "reliability" that have predictions."""
     fullest = max((one["count"] for one in record["bins"]), default=0)
     bars = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,7 @@ from wasteddp.files import write_atomically
 from wasteddp.parallel import duration
 from wasteddp.report import tables
 from wasteddp.report.charts import Chart, Form, chart
+from wasteddp.report.decisions import calibration_rows, calibration_sentence, decide_again, decisions_context
 from wasteddp.report.evaluations import evaluation_context
 from wasteddp.report.run_record import RunRecord, read_run
 from wasteddp.training.tracking.journal import METRICS
@@ -48,12 +49,30 @@ _NO_CHART = {
 }  # fmt: skip
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    bins: Path | None = None,
+    max_error: float | None = None,
+    confidence: float = 0.95,
+) -> Path:
     """Write `report.html` of one run, or `comparison.html` of several. Return its path.
 
+    Args:
+        bins: file of bins to decide by, instead of those of `wasteddp evaluate --bins`.
+        max_error, confidence: as in `wasteddp evaluate`, with `bins`.
+
     Raises:
-        RunError: a folder is not a run's folder, or there are too many runs.
+        RunError: a folder is not a run's folder, there are too many runs, or predictions are missing for `bins`.
+        DecisionError: the file of bins is wrong, or there are too few images for a guarantee.
     """
+    if bins is None and max_error is not None:
+        raise RunError(
+            "--max-error was given without --bins",
+            "the report would show the decisions of the last `evaluate --bins`, with another threshold",
+            "name the bins with --bins FILE",
+        )
     if len(runs) > _MOST_LINES:
         raise RunError(
             f"{len(runs)} runs were named; one chart can show at most {_MOST_LINES}",
@@ -61,7 +80,10 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
             "compare fewer runs",
         )
     path = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-    write_atomically(path, render([read_run(folder) for folder in runs]).encode("utf-8", "replace"))
+    found = [read_run(folder) for folder in runs]
+    if bins is not None:
+        found = [decide_again(one, bins, max_error=max_error, level=confidence) for one in found]
+    write_atomically(path, render(found).encode("utf-8", "replace"))
     return path
 
 
@@ -95,6 +117,9 @@ def _run_context(one: RunRecord) -> dict[str, Any]:
         "tiles": tables.tiles(one),
         "charts": _charts(one),
         "evaluations": [evaluation_context(one, record) for record in one.evaluations],
+        "decisions": [decisions_context(one, record) for record in _in_order(one)],
+        "calibration": calibration_rows(one.card),
+        "calibration_sentence": calibration_sentence(one.card),
         "left_out": counts,
         "left_out_named": named,
         "left_out_unnamed": unnamed,
@@ -106,6 +131,12 @@ def _run_context(one: RunRecord) -> dict[str, Any]:
         "environment": tables.environment_rows(one),
         "duration": duration,
     }
+
+
+def _in_order(one: RunRecord) -> list[Mapping[str, Any]]:
+    """Return the decisions in the order of the evaluations."""
+    splits = [record["options"]["split"] for record in one.evaluations]
+    return [one.decisions[split] for split in splits if split in one.decisions]
 
 
 def _charts(one: RunRecord) -> list[Chart]:

@@ -23,6 +23,7 @@ from wasteddp.errors import RunError, WastedError
 from wasteddp.files import read_regular, read_rows
 from wasteddp.inference.bundle import BundleCard, find_bundle, read_card
 from wasteddp.inference.evaluation_files import read_record
+from wasteddp.inference.sorting import read_decisions
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -94,6 +95,7 @@ class RunRecord:
     environment: Mapping[str, Any]
     card: BundleCard | None
     evaluations: Sequence[Mapping[str, Any]]  # as evaluation_files writes them
+    decisions: Mapping[str, Mapping[str, Any]]  # of a split, as sorting writes them
     manifest: Manifest | None
     profile: str  # the profiler's verdict
     resumable: bool
@@ -151,6 +153,7 @@ def read_run(folder: Path) -> RunRecord:
         environment=_tree(folder / "environment.json", notes),
         card=_card(folder, notes),
         evaluations=_evaluations(folder, notes),
+        decisions=_decisions(folder, notes),
         manifest=_manifest(settings, notes),
         profile=read_regular(profile).decode(errors="replace") if profile.is_file() else "",
         resumable=(folder / "RESUMABLE").exists(),
@@ -207,6 +210,17 @@ def _evaluations(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
             notes.append(f"{path} is not shown: {error}")
     order = {name: number for number, name in enumerate(_SPLITS_FIRST)}
     return sorted(found, key=lambda record: (order.get(record["options"]["split"], 9), record["options"]["split"]))
+
+
+def _decisions(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted((folder / "evaluations").glob("*/decisions.json")):
+        try:
+            record = read_decisions(path)
+            found[record["split"]] = record
+        except (OSError, ValueError) as error:
+            notes.append(f"{path} is not shown: {error}")
+    return found
 
 
 def _manifest(settings: Mapping[str, Any], notes: list[str]) -> Manifest | None:

@@ -65,7 +65,9 @@ def tiles(run: RunRecord) -> list[Tile]:
         interval = f"95 %: {100 * record['accuracy_low']:.1f} to {100 * record['accuracy_high']:.1f}"
         found.append(Tile(f"accuracy on {record['options']['split']}", percent(record["accuracy"]), interval))
     for record in run.evaluations[:1]:
-        found.append(Tile("macro recall", percent(record["macro_recall"]), f"on {record['options']['split']}"))
+        num_with, num_classes = sum(one["support"] > 0 for one in record["per_class"]), len(record["per_class"])
+        of = f"of {num_with} of {num_classes} classes " if num_with < num_classes else ""
+        found.append(Tile("macro recall", percent(record["macro_recall"]), f"{of}on {record['options']['split']}"))
     if run.card:
         found.append(
             Tile("best at step", f"{run.card.trained.step:,}", f"of {run.last_step:,}, by {run.card.trained.metric}")

@@ -61,7 +61,6 @@ def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
             hashes = list(scan.fingerprints(listing.source, listing.layout.images, workers=workers))
             return _load_finished(job, identity(job, listing, hashes), num_images)
         prepare_folder(job, work, overwrite=overwrite)
-        continues = any(work.glob("scan*.jsonl"))  # a rate would count images that an earlier start read
         scanned = scan.scan(
             listing.source,
             listing.layout.images,
@@ -74,7 +73,8 @@ def make_shards(job: Job, *, workers: int, overwrite: bool = False) -> Manifest:
         scan.report_tolerated([listing.layout.images[i].file.path for i in tolerated])
         manifest = _write_set(job, listing, scanned, work, workers=workers)
         elapsed_s = time.monotonic() - started
-        rate = "continued an earlier start" if continues else f"{num_images / elapsed_s:,.0f} images/s"
+        num_reused = scanned.num_reused  # a rate would count these
+        rate = f"{num_reused:,} of them were read before" if num_reused else f"{num_images / elapsed_s:,.0f} images/s"
         print(f"{num_images:,} images in {elapsed_s:.1f} s: {rate}", flush=True)
     return manifest
 

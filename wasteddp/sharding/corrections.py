@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp.data.manifest import LeftOut
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, joined
 from wasteddp.files import sha256_of
 from wasteddp.sharding.sources.layout import Layout, read_csv
 
@@ -95,9 +95,9 @@ def apply_corrections(
     if unknown or classes:
         more = f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""
         problems = [f"no image {', '.join(unknown[:_MAX_NAMED])}{more}"] * bool(unknown)
-        problems += [f"no class {', '.join(sorted(classes))}"] * bool(classes)
+        problems += [f"no class {joined(sorted(classes))}"] * bool(classes)
         raise SourceError(
-            f"{where}: the source has {'; '.join(problems)}; its classes are {', '.join(layout.classes)}",
+            f"{where}: the source has {'; '.join(problems)}; its classes are {joined(layout.classes)}",
             "these labels would stay uncorrected",
             "give the corrections with the source that they were made for, or fix the rows",
         )

@@ -225,7 +225,7 @@ def _label_of(
 
     found: Any = None
     if "cls" in members:
-        found = read(members["cls"]).decode("utf-8-sig", "surrogateescape").strip()
+        found = read(members["cls"]).decode("utf-8-sig", "surrogateescape")
     elif "json" in members:
         try:
             fields = json.loads(read(members["json"]))
@@ -233,6 +233,7 @@ def _label_of(
             fields = {}
         if isinstance(fields, dict):
             found = next((fields[name] for name in label_keys if name in fields), None)
+    found = found.strip() if isinstance(found, str) else found
     if isinstance(found, str) and found and not found.isdecimal():
         return found
     if isinstance(found, str) and found:

@@ -71,9 +71,11 @@ def assign_groups(layout: Layout, level: int, pattern: str) -> Layout:
     def group(path: str) -> str:
         if level:
             folders = path.split("/")[:-1]
-            return folders[level - 1 if level > 0 else level] if abs(level) <= len(folders) else ""
+            return folders[level - 1 if level > 0 else level].strip() if abs(level) <= len(folders) else ""
         found = compiled.search(path)
-        return (found[min(compiled.groupindex.values(), default=min(1, compiled.groups))] or "") if found else ""
+        if not found:
+            return ""
+        return (found[min(compiled.groupindex.values(), default=min(1, compiled.groups))] or "").strip()
 
     groups = [group(image.file.path) for image in layout.images]
     without = [image.file.path for image, name in zip(layout.images, groups, strict=True) if not name]

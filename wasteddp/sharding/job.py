@@ -16,11 +16,11 @@ from typing import Any
 
 from wasteddp.data.decoding.decode import DEFAULT_QUALITY, UndecodableError, reencode
 from wasteddp.data.manifest import LeftOut, Manifest
-from wasteddp.errors import SourceError, inert, storage
+from wasteddp.errors import SourceError, inert, joined, storage
 from wasteddp.sharding import duplicates, groups, scan, splits
 from wasteddp.sharding.corrections import Corrections, apply_corrections
 from wasteddp.sharding.sources.archives import open_source
-from wasteddp.sharding.sources.files import Names, Source
+from wasteddp.sharding.sources.files import Source
 from wasteddp.sharding.sources.layout import (
     ClassFolders,
     Layout,
@@ -30,6 +30,7 @@ from wasteddp.sharding.sources.layout import (
     read_folders,
     read_table,
     rename_classes,
+    require_files,
     warn_of_similar,
 )
 from wasteddp.sharding.writer import Sample
@@ -186,11 +187,14 @@ def list_images(job: Job, work: Path) -> Listing:
         SourceError: there are no images, classes or lists contradict each other, or too many listed images are missing.
     """
     source: Source
+    classes = () if job.class_names else job.classes  # else they are those of the new names
     options = groups_of_old(job.options, job.extends) if job.extends else job.options
     if job.source.suffix.lower() == ".csv" and job.source.is_file():
         source, layout = read_table(
-            job.source, classes=job.classes, may_lack=job.may_lack_classes, group_column=options.group_column
+            job.source, classes=classes, may_lack=job.may_lack_classes, group_column=options.group_column
         )
+        allowed = scan.max_unusable(len(layout.images), options.max_left_out)
+        require_files(job.source, layout.images, allowed=allowed)
     elif options.group_column:
         raise SourceError(
             f"--group-column {options.group_column} is given, and {job.source} is not a CSV",
@@ -203,7 +207,7 @@ def list_images(job: Job, work: Path) -> Listing:
         layout = read_folders(
             source,
             job.source,
-            classes=job.classes,
+            classes=classes,
             may_lack=job.may_lack_classes,
             class_folders=job.class_folders,
             command=command,
@@ -212,11 +216,13 @@ def list_images(job: Job, work: Path) -> Listing:
             offer_groups(layout, command)
     layout = groups.assign_groups(layout, options.group_level, options.group_pattern)
     if job.class_names:
-        layout = rename_classes(layout, job.class_names, job.source)
-    warn_of_similar(layout.classes, job.source)
+        layout = rename_classes(layout, job.class_names, job.source, classes=job.classes, may_lack=job.may_lack_classes)
+    warn_of_similar(layout.classes, job.source, old=job.extends.classes if job.extends else ())
+    if job.extends:
+        _report_changes(layout.classes, job.extends)
     absent = sorted(set(layout.classes) - {image.class_name for image in layout.images})
     if absent:
-        named = inert(", ".join(absent))
+        named = inert(joined(absent))
         print(f"{job.source} has no image of {len(absent)} of the {len(layout.classes)} classes: {named}")
     by_fractions = (
         job.options.leave_out or job.options.fractions or job.options.split_rule or job.options.least_per_class
@@ -236,12 +242,11 @@ def list_images(job: Job, work: Path) -> Listing:
         )
     if job.bins and set(job.bins) != set(layout.classes):
         raise SourceError(
-            f"bins are given for {', '.join(sorted(job.bins))}; the classes are {', '.join(layout.classes)}",
+            f"bins are given for {joined(sorted(job.bins))}; the classes are {joined(layout.classes)}",
             "a classified image could have no bin",
             "give one bin for each class",
         )
-    unused = Names(len(layout.ignored), list(layout.ignored[:5]))
-    for line in (*source.notes, *unused.note("ignored {} file(s) that are not images in a class folder")):
+    for line in (*source.notes, *layout.notes()):
         print(inert(line))
     if not job.split_files:
         return _corrected(job, Listing(source, layout))
@@ -253,6 +258,14 @@ def list_images(job: Job, work: Path) -> Listing:
         raise scan.too_many(gone, len(layout.images) + len(gone), job.options.max_left_out)
     others = (LeftOut(path, "not_listed", "no list names it") for path in not_listed)
     return _corrected(job, Listing(source, layout, (*gone, *others)))
+
+
+def _report_changes(classes: Sequence[str], old: Manifest) -> None:
+    """Print which classes are not those of the set that is extended: a model of the one does not fit the other."""
+    added, gone = sorted(set(classes) - set(old.classes)), sorted(set(old.classes) - set(classes))
+    if added or gone:
+        found = [f"new: {joined(added)}"] * bool(added) + [f"without images: {joined(gone)}"] * bool(gone)
+        print(inert(f"warning: the classes are not those of {old.where}: {'; '.join(found)}"))
 
 
 def _corrected(job: Job, listing: Listing) -> Listing:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from wasteddp.data.manifest import Manifest
-from wasteddp.errors import RecipeError, storage
+from wasteddp.errors import RecipeError, joined, storage
 from wasteddp.files import read_text
 from wasteddp.settings import plain_yaml
 from wasteddp.sharding.build import WORK_NAME, Job, Options, find_finished, make_shards
@@ -86,7 +86,7 @@ def load_recipe(path: Path) -> Recipe:
     if recipe.classes and recipe.bins.keys() - set(recipe.classes):
         unknown = sorted(recipe.bins.keys() - set(recipe.classes))
         raise RecipeError(
-            f"{path}: bins are given for unknown classes: {', '.join(unknown)}",
+            f"{path}: bins are given for unknown classes: {joined(unknown)}",
             "a class would have no bin",
             "use the same names in `classes` and `bins`",
         )
@@ -103,7 +103,8 @@ def load_pairs(path: Path, value: str) -> dict[str, str]:
     """Read a YAML file with lines such as `class: bin`; `value` is the second word, for messages."""
     text = read_text(path, f"reading the {value}s of classes")
     try:
-        return TypeAdapter(dict[str, _Bin]).validate_python(plain_yaml(text, as_text=True))
+        pairs = TypeAdapter(dict[str, _Bin]).validate_python(plain_yaml(text, as_text=True))
+        return {name.strip(): of.strip() for name, of in pairs.items()}  # as the names of class folders
     except (yaml.YAMLError, ValidationError) as error:
         raise RecipeError(
             f"{path} is not YAML with lines `class: {value}`: {error}",

@@ -53,6 +53,7 @@ class ScanResult:
     records: Scan  # [N], in the order of the images
     details: Mapping[int, str]  # of the unusable images: why each cannot be used
     is_read: npt.NDArray[np.bool_]  # [N]; all are True unless only a part was scanned
+    num_reused: int  # images that were read before this start
 
     def hashes(self) -> list[bytes]:
         return [row.tobytes() for row in self.records["sha256"]]
@@ -112,6 +113,7 @@ def scan(
     is_read = np.zeros(len(images), bool)
     for one in {journal, *journal.parent.glob("scan*.jsonl")}:  # in any order: journals that have the same image agree
         is_read |= _replay(one, images, records, details)
+    num_reused = int(is_read.sum())
     waiting = [index for index in (part if part is not None else range(len(images))) if not is_read[index]]
     allowed = max_unusable(len(images), limit)
 
@@ -130,7 +132,7 @@ def scan(
                 break
     if max_side_px is None:
         details |= _leave_out_wide(records)
-    result = ScanResult(records, dict(sorted(details.items())), is_read)
+    result = ScanResult(records, dict(sorted(details.items())), is_read, num_reused)
     if len(details) > allowed:
         raise too_many(result.left_out(images), len(images), limit)
     return result

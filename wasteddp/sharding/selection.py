@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data.manifest import LeftOut
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, visible
 from wasteddp.sharding import duplicates, folds, groups, splits
 from wasteddp.sharding.compare import recorded_groups, recorded_splits
 from wasteddp.sharding.duplicates import Near, leave_out_copies
@@ -115,7 +115,7 @@ def check_usable(classes: Sequence[str], images: Sequence[SourceImage], left_out
         if not counts[name]:
             reasons = [f"{left.source}: {left.reason}: {left.detail}" for left in left_out]
             raise SourceError(
-                f"the class {name} has no usable image; left out: {'; '.join(reasons[:5]) or 'none'}",
+                f"the class {visible(name)} has no usable image; left out: {'; '.join(reasons[:5]) or 'none'}",
                 "the model cannot learn this class",
                 "add or repair images of it, or remove its folder",
             )

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.errors import SourceError
+from wasteddp.errors import SourceError, visible
 from wasteddp.files import expand_home, read_text
 from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, Layout, SourceImage
 
@@ -197,7 +197,7 @@ def check_sizes(
             "(1,0,0: train alone); or --no-group-near-duplicates, after which results on these splits mean little",
         )
     few = [
-        f"{name} in {split}: {n}"
+        f"{visible(name)} in {split}: {n}"
         for split in wanted
         for name in sorted(set(classes))
         if (n := counts[split, name]) < least

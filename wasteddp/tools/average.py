@@ -30,18 +30,21 @@ from wasteddp.data.decoding.crop import EvaluationView, normalise
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.loader import Loader, training_steps
 from wasteddp.data.train_plan import plan_training
-from wasteddp.errors import CheckpointError, RunError, inert, storage
+from wasteddp.decisions.calibration import calibrate
+from wasteddp.errors import CheckpointError, DecisionError, RunError, inert, storage
 from wasteddp.files import RunLock, make_folder, write_atomically
-from wasteddp.inference.bundle import FOLDER_NAME, Averaged, save_bundle
+from wasteddp.inference.bundle import FOLDER_NAME, Averaged, BundleCard, save_bundle
 from wasteddp.inference.classifier import Classifier, device_type, find_device
 from wasteddp.inference.comparison import compare, near_by_manifest
 from wasteddp.inference.evaluate import check_classes, evaluate_split
 from wasteddp.inference.evaluation_files import Evaluation, save_evaluation
 from wasteddp.inference.metrics import Metrics, percent
+from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.model.batch_statistics import estimate_statistics
 from wasteddp.model.networks import build
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
+from wasteddp.tools.calibrate import describe
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.best_model import card_of
 from wasteddp.training.checkpoint.progress import Progress
@@ -264,7 +267,8 @@ def _save(
             write_atomically(
                 out / "settings.yaml", mean.settings_yaml.encode()
             )  # `evaluate` reads the shards' folder from it
-        card = save_bundle(folder, card, weights)
+        calibrated, line = _calibrated(card, found, home)
+        card = replace(card, hashes=save_bundle(folder, calibrated, weights).hashes)  # evaluated without calibration
         split = found.seen.split
         near = near_by_manifest(shards.manifest, split, train, found.sources)
         save_evaluation(
@@ -281,11 +285,27 @@ def _save(
             },
             further=compare(found, near),
         )
-    _say(f"written: {folder}")
+        card_line = write_model_card(home, manifest=shards.manifest)
+    for said in (line, card_line, f"written: {folder}"):
+        _say(said)
+
+
+def _calibrated(card: BundleCard, found: Evaluation, home: Path) -> tuple[BundleCard, str]:
+    """Return the card with a temperature, as a training's best model gets it, and a line on that."""
+    try:
+        calibration = calibrate(
+            found.labels,
+            found.probabilities_NK,
+            split=found.seen.split,
+            groups=found.groups.to_resample if found.groups else None,
+        )
+    except DecisionError as error:
+        return card, f"not calibrated: {error.found}; {error.remedy}, then: wasteddp calibrate {home}"
+    return replace(card, temperature=calibration.temperature, calibration=calibration.to_json()), describe(calibration)
 
 
 def _print(console: Console, split: str, average: Metrics, best: Metrics, best_step: int) -> None:
-    table = Table(title=f"{split}, {average.num_samples} images", title_justify="left")
+    table = Table(title=f"{split}, {average.num_samples} images of {average.averaged}", title_justify="left")
     table.add_column()
     for column in (f"the run's model, step {best_step}", "the average"):
         table.add_column(column, justify="right")

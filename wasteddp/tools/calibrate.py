@@ -10,12 +10,14 @@ from rich.console import Console
 from wasteddp.data import dataset
 from wasteddp.data.decoding.workers import start_workers
 from wasteddp.decisions.calibration import Calibration, calibrate
-from wasteddp.errors import DecisionError
+from wasteddp.decisions.group_intervals import describe_groups
+from wasteddp.errors import DecisionError, inert
 from wasteddp.files import hold_run
 from wasteddp.inference.bundle import find_bundle, load_bundle, read_card, refuse_other_weights, replace_card
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluate import data_of, evaluate_split
 from wasteddp.inference.metrics import percent
+from wasteddp.inference.model_card.file import write_model_card
 
 
 def run(
@@ -50,14 +52,18 @@ def run(
         )
     with start_workers(workers, device_type(device)) as decoders, dataset.open_dataset(data) as there:
         evaluation = evaluate_split(classifier, there, split, console, decoders)
-    found = calibrate(evaluation.labels, evaluation.probabilities_NK, split=split)
+    groups = evaluation.groups.to_resample if evaluation.groups else None
+    found = calibrate(evaluation.labels, evaluation.probabilities_NK, split=split, groups=groups)
     folder = find_bundle(run_folder)
     with hold_run(run_folder, print):  # a training would replace the model
         now = read_card(folder)
         refuse_other_weights(folder, now, card.hashes.weights, "the temperature is")
         replace_card(folder, replace(now, temperature=found.temperature, calibration=found.to_json()))
     print(describe(found))
+    if evaluation.groups and (line := describe_groups(evaluation.groups.to_json())):
+        print(inert(line))
     print(f"written: {folder / 'model.json'}")
+    print(inert(write_model_card(run_folder, manifest=there.manifest)))
 
 
 def describe(found: Calibration) -> str:

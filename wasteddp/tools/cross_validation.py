@@ -25,7 +25,7 @@ from wasteddp import settings as settings_file
 from wasteddp.data.dataset import open_dataset
 from wasteddp.data.folds import NO_FOLD, num_folds
 from wasteddp.data.manifest import Manifest
-from wasteddp.errors import EXIT_FINISHED, RunError, SettingsError, storage
+from wasteddp.errors import EXIT_FINISHED, RunError, SettingsError, joined, storage
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.evaluation_files import print_metrics, read_record
 from wasteddp.inference.metrics import I64, percent, summarise
@@ -156,7 +156,7 @@ def sum_up(out: Path, manifest: Manifest) -> dict[str, Any]:
         "manifest": manifest.sha256,
         "classes": list(manifest.classes),
         "folds": [
-            {"fold": fold, "run": path.name, "num_samples": record["num_samples"]}
+            {"fold": fold, "run": path.name, "num_samples": record["num_samples"], "without_images": _absent(record)}
             | {name: record[name] for name in _FIGURES}
             for fold, (path, record) in enumerate(records)
         ],
@@ -166,6 +166,11 @@ def sum_up(out: Path, manifest: Manifest) -> dict[str, Any]:
     }
     write_atomically(out / "folds.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     return summary
+
+
+def _absent(record: Mapping[str, Any]) -> list[str]:
+    classes = zip(record["classes"], record["per_class"], strict=True)
+    return [name for name, one in classes if not one["support"]]
 
 
 def _find_runs(out: Path) -> dict[int, list[Path]]:
@@ -191,6 +196,10 @@ def _print(console: Console, summary: Mapping[str, Any], out: Path) -> None:
     for title, key in (("mean", "mean"), ("standard deviation", "standard_deviation")):
         table.add_row(title, *(percent(summary[key][name]) for name in _FIGURES))
     console.print(table)
+    for one in summary["folds"]:
+        if absent := one["without_images"]:
+            line = f"fold {one['fold']} has no images of {joined(absent)}: its macro figures are of the other classes"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     confusion = np.array(summary["pooled"]["confusion"])
     print_metrics(console, summarise(confusion), summary["classes"], confusion, title="all folds together")
     console.print(

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp.data import dataset
-from wasteddp.errors import BundleError
+from wasteddp.errors import BundleError, inert
 from wasteddp.files import hold_run
 from wasteddp.inference.bundle import FOLDER_NAME
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.evaluate import check_classes, data_of
 from wasteddp.inference.feature_files import save_features
+from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.inference.training_features import MOST_REFERENCE, MOST_TRAINING, summarise_training
 from wasteddp.parallel import progress
 
@@ -53,3 +54,4 @@ def run(run_folder: Path, *, shards: str | None = None, batch_size: int | None =
         f"features of {features.num_training:,} images of {data.train_split}, compared with "
         f"{features.num_reference:,} of {data.eval_split}; saved in {home if home.is_dir() else run_folder}"
     )
+    print(inert(write_model_card(run_folder, manifest=manifest)))

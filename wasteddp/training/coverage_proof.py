@@ -79,10 +79,12 @@ def prove(progress: Progress, plan: TrainPlan, epoch: int, runtime: Runtime, tra
     [expected] = runtime.totals(digest_of_epoch(plan, epoch, part=runtime.rank, parts=runtime.world_size))  # all ranks
     expected = to_signed(expected)
     if progress.changed:
-        tracker.say(f"epoch {epoch}: changed within ({', '.join(progress.changed)}), not proved")
+        tracker.say(f"epoch {epoch}: changed within ({', '.join(progress.changed)}), so its images were not checked")
         return {"coverage/changed": 1.0}
     if not progress.covered:
-        tracker.say(f"epoch {epoch}: not proved; an older version that did not count samples ran its first steps")
+        tracker.say(
+            f"epoch {epoch}: its images were not checked; an older version that did not count ran its first steps"
+        )
         return {}
     samples, found, replaced = progress.covered
     num_expected = plan.num_draws - plan.left_out_per_epoch

@@ -22,7 +22,7 @@ from wasteddp.data.manifest import Manifest, Split, shared_shards
 from wasteddp.data.process_loader import print_warning
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.train_plan import plan_training
-from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError
+from wasteddp.errors import SettingsError, ShardError, StoppedError, WastedError, joined
 from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
 from wasteddp.order.plan_quality import Labels
@@ -214,7 +214,7 @@ def refuse_untrainable(manifest: Manifest, split: str) -> None:
     """Raise a ShardError unless there are two classes and training images of each."""
     if len(manifest.classes) < 2:
         raise ShardError(
-            f"{manifest.where} has fewer than two classes: {', '.join(manifest.classes) or 'none'}",
+            f"{manifest.where} has fewer than two classes: {joined(manifest.classes) or 'none'}",
             "every prediction would be right and the model would learn nothing",
             "create shards of at least two classes",
         )
@@ -222,7 +222,7 @@ def refuse_untrainable(manifest: Manifest, split: str) -> None:
     empty = [name for name, count in counts if count == 0]
     if empty:
         raise ShardError(
-            f"the split {split!r} of {manifest.where} has no image of {', '.join(empty)}",
+            f"the split {split!r} of {manifest.where} has no image of {joined(empty)}",
             "the model cannot learn this class",
             "add images of this class, or leave the class out, and create the shards again",
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from wasteddp import environment
 from wasteddp.data.batch import Damage
-from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError
+from wasteddp.data.manifest import Split
+from wasteddp.errors import EXIT_RESUMABLE, DamagedSampleError, StorageError, joined
 from wasteddp.order import plan_quality
 from wasteddp.parallel import duration
 from wasteddp.settings import Settings
@@ -44,7 +45,14 @@ def facts(settings: Settings, runtime: Runtime, data: Inputs, last_step: int, or
         f"{len(manifest.classes)} classes, {sizes}{evaluated_at}",
         f"seed {settings.run.seed}",
     ]
-    return "\n".join(["; ".join(parts), *order])
+    return "\n".join(["; ".join(parts), *order, *without_images(manifest.classes, val)])
+
+
+def without_images(classes: Sequence[str], split: Split) -> list[str]:
+    """Return a line where the macro figures of the evaluations are not those of all classes."""
+    absent = [name for name, count in zip(classes, split.samples_per_class, strict=True) if not count]
+    averaged = f"{len(classes) - len(absent)} of {len(classes)} classes"
+    return [f"{split.name} has no images of {joined(absent)}: macro figures are of {averaged}"] * bool(absent)
 
 
 _STARVED = 0.2  # of the forward pass: reported from here on
@@ -56,10 +64,10 @@ def progress_line(step: int, last_step: int, row: Mapping[str, float], better: b
     if "train/step_ms" in row:
         parts.append(
             f"epoch {row['epoch']:.2f}  loss {_loss(row)}  lr {row['lr']:.3g}  "
-            f"{row['train/images_per_s']:.1f} images/s  waiting {row['train/wait_fraction']:.1%}"
+            f"{row['train/images_per_s']:.1f} images/s  waiting for data {row['train/wait_fraction']:.1%}"
         )
         if row.get("train/starved_fraction", 0.0) >= _STARVED:
-            parts.append(f"starved {row['train/starved_fraction']:.0%} of the forward pass")
+            parts.append(f"waiting for a core or the GIL {row['train/starved_fraction']:.0%} of the forward pass")
         if "memory/peak_mb" in row:
             parts.append(f"{row['memory/peak_mb']:.0f} MB")
         if step < last_step:
@@ -71,7 +79,7 @@ def progress_line(step: int, last_step: int, row: Mapping[str, float], better: b
             + ("  best so far" if better else "")
         )
     if "coverage/ok" in row:
-        parts.append(f"epoch proved: {row['coverage/samples']:.0f} images, each as often as planned")
+        parts.append(f"epoch checked: {row['coverage/samples']:.0f} images, each trained on as often as planned")
     return "  ".join(parts)
 
 

@@ -30,7 +30,7 @@ from wasteddp.settings import Settings
 from wasteddp.training import coverage_proof, messages, micro_batch, run_folder
 from wasteddp.training.agreement import Agreement, agreed
 from wasteddp.training.build_model import Built
-from wasteddp.training.checkpoint.best_model import describe_calibration
+from wasteddp.training.checkpoint.best_model import describe_calibration, describe_model_card
 from wasteddp.training.checkpoint.compatibility import Lineage, measure_of
 from wasteddp.training.checkpoint.manager import CheckpointManager
 from wasteddp.training.checkpoint.progress import Progress
@@ -249,9 +249,12 @@ class Session:
             if self.runtime.is_main:
                 run_folder.mark_resumable(Path(self.settings.run.out))
         elif self.runtime.is_main and self.is_recorded and not self.is_check:
-            if line := describe_calibration(Path(self.settings.run.out)):
+            run = Path(self.settings.run.out)
+            if line := describe_calibration(run):
                 self.tracker.say(line)
-            add_features(Path(self.settings.run.out), self.runtime, self.data, self.tracker.say)
+            add_features(run, self.runtime, self.data, self.tracker.say)
+            if line:  # there is a model
+                self.tracker.say(describe_model_card(run, self.data.manifest))
         message = messages.closing(
             self.settings.run.out,
             progress,

@@ -11,7 +11,7 @@ import heapq
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from wasteddp.files import read_regular
 # Hidden files, and the folders of macOS, Synology, QNAP and Windows that hold thumbnails and deleted files.
 IGNORED = (".*", "__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information")
 _MAX_SHOWN = 5
+MISSING = "missing"  # stamp of a file that does not exist
 
 Listed = list[os.DirEntry[str]]
 
@@ -107,10 +108,10 @@ class Names:
         if self.count <= _MAX_SHOWN:
             self.first.append(name)
 
-    def note(self, text: str) -> list[str]:
+    def note(self, text: str, *, show: Callable[[str], str] = str) -> list[str]:
         """Return a line with the number and the first of the names, or no line if there are none."""
         more = ", ..." if self.count > len(self.first) else ""
-        return [f"{text.format(self.count)}: {', '.join(self.first)}{more}"] if self.count else []
+        return [f"{text.format(self.count)}: {', '.join(map(show, self.first))}{more}"] if self.count else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +195,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _stat(file: Path, path: str) -> File:
     try:
         status = file.stat()
-    except (OSError, ValueError):  # missing, a link to itself, a name with a NUL: reading it gives the reason
-        return File(path, 0, "missing")
+    except (FileNotFoundError, NotADirectoryError):
+        return File(path, 0, MISSING)
+    except (OSError, ValueError):  # a link to itself, a name with a NUL: reading it gives the reason
+        return File(path, 0, "unreadable")
     if not stat.S_ISREG(status.st_mode):
         return File(path, 0, "not a file")
     return File(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")

@@ -15,14 +15,16 @@ import re
 import shlex
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from wasteddp.errors import SourceError, inert
+import yaml
+
+from wasteddp.errors import SourceError, inert, joined, visible
 from wasteddp.files import expand_home, read_text
-from wasteddp.sharding.sources.files import File, PathsSource, Source
+from wasteddp.sharding.sources.files import MISSING, File, Names, PathsSource, Source
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
@@ -63,10 +65,19 @@ class Layout:
     images: tuple[SourceImage, ...]  # sorted by path
     classes: tuple[str, ...]
     ignored: tuple[str, ...] = ()  # files that are not images or are outside the class folders
+    spaced: tuple[str, ...] = ()  # class folders with spaces at the ends of their names, which the classes do not have
 
     @property
     def is_split(self) -> bool:
         return any(image.split for image in self.images)
+
+    def notes(self) -> list[str]:
+        """Return lines for the user: what was ignored, and which names were changed."""
+        ignored, spaced = (Names(len(names), list(names[:_MAX_SHOWN])) for names in (self.ignored, self.spaced))
+        return [
+            *ignored.note("ignored {} file(s) that are not images in a class folder"),
+            *spaced.note("removed the spaces at the ends of {} class name(s)", show=ascii),
+        ]
 
 
 def read_folders(
@@ -103,39 +114,68 @@ def read_folders(
     elif not class_folders:
         _refuse_sites(paths, levels, where, command)
     images = tuple(
-        SourceImage(file, parts[at], levels.split(parts))
+        SourceImage(file, parts[at].strip(), levels.split(parts))
         for file, parts in zip(files, paths, strict=True)
         if (at := levels.class_at(parts)) < len(parts) - 1
     )
     found = {image.class_name for image in images}
     named = [parts for parts in (folder.split("/") for folder in source.folders) if len(parts) > levels.skip]
-    empty = {parts[-1] for parts in named if len(parts) == levels.class_at(parts) + 1} - found
+    empty = {parts[-1].strip() for parts in named if len(parts) == levels.class_at(parts) + 1} - found
     empty -= set(classes) if may_lack else set()
     if empty:
         raise SourceError(
-            f"{len(empty)} class folder(s) of {where} hold no image: {', '.join(sorted(empty))}",
+            f"{len(empty)} class folder(s) of {where} hold no image: {joined(sorted(empty))}",
             "the model cannot learn a class without images, but would have an output for it",
             "add images, or remove the empty folder(s)",
         )
+    if not images or (len(found) < 2 and not may_lack):
+        loose = len(files) - len(images)
+        raise SourceError(
+            f"{where} holds {len(found)} class folder(s){': ' * bool(found)}{joined(sorted(found))}"
+            + (
+                f", and {loose:,} image(s) in no class folder, such as {_first_outside(files, images)}" if loose else ""
+            ),
+            "the class of an image is the name of its folder, and a classifier needs at least two classes",
+            "move the images of each class to a folder of their own, such as glass/ and metal/, or give a CSV with the "
+            "columns path,label. For photographs without labels: wasteddp predict",
+        )
     used = {image.file.path for image in images}
     ignored = tuple(file.path for file in source.files if file.path not in used)
-    return Layout(images, check_classes(found, classes, where, may_lack=may_lack), ignored)
+    folders = {parts[at] for parts in paths if (at := levels.class_at(parts)) < len(parts) - 1}
+    spaced = tuple(sorted(name for name in folders if name != name.strip()))
+    return Layout(images, check_classes(found, classes, where, may_lack=may_lack), ignored, spaced)
 
 
-def rename_classes(layout: Layout, names: Mapping[str, str], where: str | Path) -> Layout:
+def _first_outside(files: Sequence[File], images: Sequence[SourceImage]) -> str:
+    used = {image.file.path for image in images}
+    return next(file.path for file in files if file.path not in used)
+
+
+def rename_classes(
+    layout: Layout,
+    names: Mapping[str, str],
+    where: str | Path,
+    *,
+    classes: Sequence[str] = (),
+    may_lack: bool = False,
+) -> Layout:
     """Return the layout with other names of classes. Two that get one name become one class.
+
+    Args:
+        classes, may_lack: of the new names, as in `read_folders`.
 
     Raises:
         SourceError: a class that `names` has does not exist, or less than two classes remain.
     """
     if unknown := sorted(names.keys() - set(layout.classes)):
         raise SourceError(
-            f"{where} has no class {', '.join(unknown)}; its classes are {', '.join(layout.classes)}",
+            f"{where} has no class {joined(unknown)}; its classes are {joined(layout.classes)}",
             "the classes would not become those that the file of --classes describes",
             "fix the names in it; they are written as the folders or labels are",
         )
     images = tuple(replace(image, class_name=names.get(image.class_name, image.class_name)) for image in layout.images)
-    return replace(layout, images=images, classes=check_classes({image.class_name for image in images}, (), where))
+    found = {image.class_name for image in images}
+    return replace(layout, images=images, classes=check_classes(found, classes, where, may_lack=may_lack))
 
 
 def read_csv(path: Path, doing: str, *, unknown: str) -> tuple[list[str], list[dict[str, Any]], str]:
@@ -211,6 +251,34 @@ def read_table(
     return source, Layout(images, check_classes(found, classes, path, may_lack=may_lack))
 
 
+def require_files(table: Path, images: Sequence[SourceImage], *, allowed: int, may_lack: bool = False) -> None:
+    """Check that the files of a table exist, before any is read. Print the first of a few that do not.
+
+    Args:
+        allowed: number of files that may be missing.
+        may_lack: all files of a class or split may be missing.
+
+    Raises:
+        SourceError: more files are missing, or all of a class or split.
+    """
+    there = [image for image in images if image.file.stamp != MISSING]
+    missing = [image.file.path for image in images if image.file.stamp == MISSING]
+    lost = {image.class_name for image in images} - {image.class_name for image in there}
+    lost |= {image.split for image in images} - {image.split for image in there}
+    found = f"{len(missing):,} of the {len(images):,} files of {table} do not exist"
+    where = f"relative paths are looked for in its folder, {table.parent.resolve()}"
+    if len(missing) > allowed or (lost and not may_lack):
+        first = "".join(f"\n    {visible(name)}" for name in missing[:_MAX_SHOWN])
+        here = f" (the first exists in {Path.cwd()}: move the CSV to that folder)" if Path(missing[0]).exists() else ""
+        raise SourceError(
+            f"{found}; {where}:{first}",
+            "these images would be missing from the set",
+            f"fix the column path, or move the CSV to the folder where its paths begin{here}; or leave out these rows",
+        )
+    if missing:
+        print(inert(f"warning: {found}, such as {visible(missing[0])}; {where}. They are left out"))
+
+
 def _require_column(path: Path, columns: Sequence[str], name: str) -> None:
     if name and name.lower() not in columns:
         raise SourceError(
@@ -239,17 +307,19 @@ def check_classes(
         return tuple(wanted)
     if len(found) < 2 and not may_lack:
         raise SourceError(
-            f"{where} has {len(found)} class(es): {', '.join(sorted(found)) or 'none'}",
+            f"{where} has {len(found)} class(es): {joined(sorted(found)) or 'none'}",
             "a classifier needs at least two classes",
-            "give a folder that holds one folder of images for each class, at least two",
+            "give images of at least two classes: in a folder for each, or with two labels in a CSV",
         )
     check_names([*wanted, *(found - set(wanted))], where)
     if wanted and set(wanted) != found:
         missing, unknown = sorted(set(wanted) - found), sorted(found - set(wanted))
+        lines = [f"`{rename_line(name, other)}`" for name in unknown if (other := alike(name, missing))]
+        renames = f"; --classes FILE with {' and '.join(lines)} renames" if lines else ""
         raise SourceError(
-            f"{where} has no images of: {', '.join(missing) or '-'}; classes not expected: {', '.join(unknown) or '-'}",
-            f"the set would not have the requested classes: {', '.join(wanted)}",
-            "rename the folders, or name the existing classes",
+            f"{where} has no images of: {joined(missing) or '-'}; classes not expected: {joined(unknown) or '-'}",
+            f"the set would not have the requested classes: {joined(wanted)}",
+            f"rename the folders, or name the existing classes{renames}",
         )
     return tuple(wanted) or tuple(sorted(found))
 
@@ -263,7 +333,7 @@ def check_names(names: Sequence[str], where: str | Path) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     broken = [name for name in names if not name or not is_text(name)]
     if broken or twice:
-        problem = "has a name that is not UTF-8" if broken else "is named twice"
+        problem = "is named twice" if not broken else "has a name that is not UTF-8" if broken[0] else "has no name"
         raise SourceError(
             f"{where}: the class {(broken or twice)[0]!a} {problem}",
             "reports and model files could not name it, or two outputs would have one name",
@@ -271,17 +341,41 @@ def check_names(names: Sequence[str], where: str | Path) -> None:
         )
 
 
-def warn_of_similar(names: Iterable[str], where: str | Path) -> None:
-    """Print a warning for names that are equal but for case, spaces at the ends and Unicode form."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(names):
-        groups.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
-    for group in groups.values():
-        if len(group) > 1:
-            print(
-                f"warning: {where} has classes that differ only in case, spaces or Unicode form: "
-                f"{', '.join(map(ascii, group))}; to merge them, give --classes FILE"
-            )
+def warn_of_similar(names: Iterable[str], where: str | Path, *, old: Collection[str] = ()) -> None:
+    """Print a warning for names that are equal but for case, spaces and Unicode form.
+
+    Args:
+        old: classes of a set that is extended; a name is compared with these too.
+    """
+    groups: dict[str, set[str]] = {}
+    for name in {*names, *old}:
+        groups.setdefault(_folded(name), set()).add(name)
+    similar = [sorted(group) for group in groups.values() if len(group) > 1]
+    lines = list[str]()
+    for group in sorted(similar):
+        kept = max(group, key=lambda name: (name in old, name))
+        lines += [rename_line(name, kept) for name in group if name != kept]
+    if lines:
+        named = "; ".join(", ".join(map(ascii, group)) for group in sorted(similar))
+        of_old = " (also compared with the set that is extended)" if old else ""
+        print(
+            f"warning: {where} has classes that differ only in case, spaces or Unicode form: {named}{of_old}; "
+            "to merge them, write these lines to a file, and give --classes FILE:\n    " + "\n    ".join(lines)
+        )
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def rename_line(name: str, new: str) -> str:
+    """Return the line of a file for --classes that gives a class another name."""
+    return yaml.safe_dump({name: new}, width=10_000).strip()  # in ASCII, with escapes
+
+
+def alike(name: str, names: Iterable[str]) -> str:
+    """Return the first of `names` that differs from a name only in case, spaces or Unicode form; "" if none does."""
+    return next((other for other in names if _folded(other) == _folded(name)), "")
 
 
 def is_text(name: str) -> bool:
@@ -381,7 +475,8 @@ def offer_groups(layout: Layout, command: str) -> None:
         command: that shards the images.
     """
     paths = [(image.file.path.split("/"), image.class_name) for image in layout.images]
-    levels = {len(parts) - 1 - parts[-2::-1].index(name) - 1 for parts, name in paths if name in parts[:-1]}
+    inside = [(parts, [part.strip() for part in parts[-2::-1]], name) for parts, name in paths]
+    levels = {len(parts) - 1 - folders.index(name) - 1 for parts, folders, name in inside if name in folders}
     outer = {parts[level - 1] for level in levels for parts, _ in paths if level > 0}
     if len(levels) == 1 and len(outer) > 1:
         named = inert(", ".join(sorted(outer)[:_MAX_SHOWN]))

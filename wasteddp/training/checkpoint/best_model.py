@@ -14,7 +14,7 @@ import torch
 from wasteddp import __version__
 from wasteddp.data.manifest import Manifest
 from wasteddp.decisions.calibration import calibrate
-from wasteddp.errors import BundleError, DecisionError
+from wasteddp.errors import BundleError, DecisionError, WastedError
 from wasteddp.inference.bundle import (
     Averaged,
     BundleCard,
@@ -26,6 +26,7 @@ from wasteddp.inference.bundle import (
     save_bundle,
 )
 from wasteddp.inference.evaluation_files import save_seen
+from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.inference.reliability import Seen
 from wasteddp.settings import Settings
 from wasteddp.training.checkpoint.progress import Progress
@@ -43,7 +44,7 @@ def save_best(
     runtime: Runtime,
     data: Inputs,
 ) -> None:
-    """Write the bundle, then its evaluation. Rank 0, in the thread that writes checkpoints.
+    """Write the bundle, then its evaluation and the model card. Rank 0, in the thread that writes checkpoints.
 
     Args:
         out: folder of the run.
@@ -69,6 +70,7 @@ def save_best(
             "device": runtime.device.type,
         },
     )
+    write_model_card(out, manifest=data.manifest)
 
 
 def describe_calibration(run: Path) -> str:
@@ -83,6 +85,14 @@ def describe_calibration(run: Path) -> str:
         "probabilities: not calibrated, since the evaluation has too few images, or too many to keep; "
         f"this says how many would do: wasteddp calibrate {shlex.quote(str(run))}"
     )
+
+
+def describe_model_card(run: Path, manifest: Manifest) -> str:
+    """Write the model's README.md again and return a line on it. A failure does not end the run."""
+    try:
+        return write_model_card(run, manifest=manifest)
+    except WastedError as error:
+        return f"model card: not written, {error.found}; it is written after: wasteddp evaluate {shlex.quote(str(run))}"
 
 
 def card_of(settings: Settings, manifest: Manifest, progress: Progress, *, epoch: int, commit: str) -> BundleCard:

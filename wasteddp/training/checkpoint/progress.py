@@ -31,7 +31,9 @@ class Progress:
     compiles: bool | None = None  # whether the network was compiled
     micro_batch: int = 0  # size that the run started with if train.max_micro_batch is 0; else 0
     best_in: str = ""  # the measure of `best_value`, see `compatibility.measure_of`
-    changed: list[str] = field(default_factory=list)  # changes of the order within this epoch, which is not proved
+    changed: list[str] = field(
+        default_factory=list
+    )  # changes of the order within this epoch: its images are not checked
 
     def stopped_early(self, patience: int) -> bool:
         """Whether `patience` evaluations have passed without an improvement; never for 0."""

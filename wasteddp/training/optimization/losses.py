@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from wasteddp.errors import BundleError
+from wasteddp.errors import BundleError, joined
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.classifier import load_network
 from wasteddp.settings import Model, Train
@@ -244,8 +244,8 @@ def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], student
 def _refuse_other_questions(path: str, card: BundleCard, classes: Sequence[str], student: Model) -> None:
     if card.classes != tuple(classes):
         raise BundleError(
-            f"the teacher {path} predicts the classes {', '.join(card.classes)}, and the run's are "
-            f"{', '.join(classes)}, in this order",
+            f"the teacher {path} predicts the classes {joined(card.classes)}, and the run's are "
+            f"{joined(classes)}, in this order",
             "the student would learn the probabilities of other classes",
             "name a model that was trained on the same classes, or set train.teacher to ''",
         )

@@ -40,7 +40,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "coverage/samples": ("samples", "samples that all ranks trained on in the epoch"),
     "coverage/expected": ("samples", "samples of that epoch according to the manifest and the plan"),
     "coverage/replaced": ("samples", "damaged samples of that epoch that were replaced"),
-    "coverage/changed": ("1", "1: the order was changed within the epoch (--accept-changes), which is not proved"),
+    "coverage/changed": (
+        "1",
+        "1: the order was changed within the epoch (--accept-changes): its images were not checked",
+    ),
     "coverage/ok": ("1", "1: each sample exactly as often as planned, by count and hash; 0: the run stops"),
     "val/loss": ("nats", "mean cross-entropy over the split, without smoothing or weights"),
     "val/accuracy": ("1", "fraction of the split that is predicted correctly"),

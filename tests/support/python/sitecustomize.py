@@ -1,16 +1,18 @@
-"""Every Python of a job runs this first. Its trainings have a narrow network and wait in each step instead of
-computing, for what Slurm does to a job takes a moment. They leave their report out.
+"""Every Python that has this folder in PYTHONPATH runs this first. TRAININGS names how its trainings are changed:
+
+narrow       a narrow network
+slow         each step waits, for a test that must catch a training in the middle
+unreported   no report, which takes 2 s of a new process
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 
 def _narrow(_: ModuleType) -> None:
@@ -19,14 +21,10 @@ def _narrow(_: ModuleType) -> None:
     narrow.install()
 
 
-def _slow(metrics: ModuleType) -> None:
-    real = metrics.Meter.step_done
+def _slow(_: ModuleType) -> None:
+    import narrow
 
-    def step_done(*arguments: Any) -> None:
-        time.sleep(0.3)
-        real(*arguments)
-
-    metrics.Meter.step_done = step_done
+    narrow.slow_steps()
 
 
 def _without_report(background: ModuleType) -> None:
@@ -55,8 +53,8 @@ class _Finder:
 
 
 _CHANGES = {
-    "torchvision.models.resnet": _narrow,
-    "wasteddp.training.meter": _slow,
-    "wasteddp.report.background": _without_report,
+    "narrow": ("torchvision.models.resnet", _narrow),
+    "slow": ("wasteddp.training.meter", _slow),
+    "unreported": ("wasteddp.report.background", _without_report),
 }
-sys.meta_path.insert(0, _Finder(_CHANGES))  # type: ignore[arg-type]
+sys.meta_path.insert(0, _Finder(dict(_CHANGES[name] for name in os.environ["TRAININGS"].split())))  # type: ignore[arg-type]
