@@ -41,7 +41,7 @@ from wasteddp.errors import (
 )
 from wasteddp.inference.bundle import load_bundle, read_card
 from wasteddp.inference.feature_files import load_features
-from wasteddp.model import pretrained, resnet
+from wasteddp.model import networks, pretrained
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.index import index_folder
 from wasteddp.sharding.recipe import load_pairs, load_recipe
@@ -146,7 +146,7 @@ def test_no_source_can_run_what_it_reads(path: Path) -> None:
 
 
 def test_weights_that_would_run_code_are_refused_and_do_not(tmp_path: Path) -> None:
-    mark, model = tmp_path / "mark", resnet.build("resnet18", 3)
+    mark, model = tmp_path / "mark", networks.build("resnet18", 3)
     torch.save({"fc.weight": Bomb(mark)}, tmp_path / "bomb.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     (tmp_path / "renamed.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
@@ -161,12 +161,12 @@ def test_weights_that_would_run_code_are_refused_and_do_not(tmp_path: Path) -> N
 
 
 def test_weights_of_other_shapes_are_named(tmp_path: Path) -> None:
-    state = {**resnet.build("resnet18", 3).state_dict(), "conv1.weight": torch.zeros(1)}
+    state = {**networks.build("resnet18", 3).state_dict(), "conv1.weight": torch.zeros(1)}
     (tmp_path / "w.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in state.items()}))
     with pytest.raises(
         WeightsError, match=r"1 of \d+ tensors are missing, unknown or have a different shape.*'conv1.weight'"
     ):
-        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
+        pretrained.initialise(networks.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
 
 
 def forged(finished: Path, out: Path, name: str, content: bytes) -> Path:

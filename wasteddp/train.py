@@ -1,4 +1,4 @@
-"""Train a ResNet on a shard set.
+"""Train a classifier on a shard set.
 
     wasteddp train --config configs/resnet50.yaml                                    the GPUs of a machine, or its CPU
     accelerate launch wasteddp/train.py --config configs/resnet50.yaml               a CPU or one GPU

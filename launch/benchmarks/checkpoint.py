@@ -51,7 +51,7 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     from wasteddp.training.optimization import optimizers
 
     runtime = startup.start_runtime(settings)
-    model, _ = build_model.make_network(settings.model, runtime, tuple("abcdef"), seed=settings.run.seed, epochs=1)
+    model, _ = build_model.make_network(settings, runtime, tuple("abcdef"))
     optimizer = optimizers.build(model, settings.optimizer)
     model(torch.randn(2, 3, 64, 64, device=runtime.device)).sum().backward()
     optimizer.step()  # so that the optimizer has a state

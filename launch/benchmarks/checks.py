@@ -65,9 +65,7 @@ def measure(arguments: argparse.Namespace) -> None:
         config, [*overrides, "train.on_divergence=stop", "track.wandb=disabled", "model.weights=none"]
     )
     runtime = startup.start_runtime(settings)
-    model, _ = build_model.make_network(
-        settings.model, runtime, [str(number) for number in range(_CLASSES)], seed=settings.run.seed, epochs=1
-    )
+    model, _ = build_model.make_network(settings, runtime, [str(number) for number in range(_CLASSES)])
     optimizer = optimizers.build(model, settings.optimizer)
     ddp, scaled = runtime.prepare(model, optimizer)
     size, px = settings.train.max_micro_batch or runtime.micro_batch, settings.data.image_size

@@ -74,7 +74,7 @@ def _sides(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
     from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained
     from wasteddp.inference.classifier import load_network
     from wasteddp.inference.runtimes.onnx import metadata_of
-    from wasteddp.model.resnet import build
+    from wasteddp.model.networks import build
 
     if arguments.model:
         card, network = load_network(arguments.model)

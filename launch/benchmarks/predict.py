@@ -35,7 +35,7 @@ from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.predict import find_images, predict
 from wasteddp.inference.prediction_files import Terminal, csv_record
-from wasteddp.model.resnet import build
+from wasteddp.model.networks import build
 
 _FEATURES_OF = 1500  # training images, as in a real bundle
 

@@ -35,7 +35,7 @@ from torch import nn
 from launch import ROOT
 from launch.benchmarks.datasets import NUM_CLASSES, drawn_set
 from wasteddp import settings as settings_file
-from wasteddp.model import resnet
+from wasteddp.model import networks
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
 from wasteddp.training.distributed import precision, startup
@@ -170,7 +170,7 @@ def _bare(settings: Settings, stack: ExitStack) -> Step:
 
     asked = settings.precision
     accelerator = Accelerator(cpu=not _has_gpu(), mixed_precision={"fp32": "no"}.get(asked, asked))
-    model = resnet.build(settings.model.arch, NUM_CLASSES)
+    model = networks.build(settings.model.arch, NUM_CLASSES)
     model = model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optimizers.build(model, settings.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wasteddp.model import resnet
+from wasteddp.model import networks
 from wasteddp.training import session
 
 from .events import Event
@@ -42,7 +42,7 @@ class Tiny(nn.Module):
 
 def prepare(event: Event | None, run: Path, rank: int) -> None:
     """Install the tiny network and the event's fault, before `train.main`."""
-    resnet.build = lambda arch, num_classes, **_: Tiny(num_classes)  # type: ignore[assignment, return-value]
+    networks.build = lambda arch, num_classes, **_: Tiny(num_classes)  # type: ignore[assignment, return-value]
     if event is None:
         return
     is_target = event.target == "all" or rank == (0 if event.target == "first" else event.processes - 1)

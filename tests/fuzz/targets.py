@@ -19,7 +19,7 @@ from small_run import write_run
 from trainings import config_of
 
 from wasteddp import cli, settings, train
-from wasteddp.model import pretrained, resnet
+from wasteddp.model import networks, pretrained
 from wasteddp.sharding.index import index_folder
 from wasteddp.training.checkpoint import reader
 
@@ -191,7 +191,7 @@ def _run(folder: Path) -> list[Target]:
     assert cli.main(["evaluate", str(run), "--split", "test"]) == 0
     photo = next((folder / "images" / "test").rglob("*.jpg"))
     shutil.copyfile(photo, folder / "photo.jpg")
-    torch.save(resnet.build("resnet18", 3).state_dict(), folder / "weights.pth")
+    torch.save(networks.build("resnet18", 3).state_dict(), folder / "weights.pth")
     checkpoint = max((run / "checkpoints").glob("step-*"))
     base = checkpoint.relative_to(folder)
 
@@ -199,7 +199,7 @@ def _run(folder: Path) -> list[Target]:
         reader.newest(copy / "run" / "checkpoints", print)
 
     def start(copy: Path) -> None:
-        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(copy / "weights.pth"))
+        pretrained.initialise(networks.build("resnet18", 3), "resnet18", str(copy / "weights.pth"))
 
     predict = _command("predict", "{}/run", "{}/photo.jpg", "--csv", "{}/out.csv", "--json", "{}/out.json")
     shards = sorted(path.name for path in (folder / "shards").iterdir())

@@ -13,7 +13,7 @@ from gpu_waits import ON_A_GPU, no_wait_for_the_gpu
 from kept import LINEAGE
 from test_state_copy import change, states
 
-from wasteddp.model import resnet
+from wasteddp.model import networks
 from wasteddp.training.checkpoint import reader as checkpoints
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.state_copy import Gpu, StateCopy
@@ -63,7 +63,7 @@ def test_the_saved_bytes_are_those_of_the_step_although_training_goes_on(tmp_pat
 
 
 def test_the_loop_does_not_wait_for_the_gpu(measured: Callable[[str], None]) -> None:
-    model = resnet.build("resnet50", 6).cuda().to(memory_format=torch.channels_last)
+    model = networks.build("resnet50", 6).cuda().to(memory_format=torch.channels_last)
     momenta = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     copy, waits = StateCopy(pytest.fail), []
     for number in range(8):

@@ -134,10 +134,10 @@ import time
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from wasteddp.model import resnet
+from wasteddp.model import networks
 from wasteddp.training.distributed.compilation import keep_compiled_code
 from wasteddp.training.build_model import compile_in_place
-model = resnet.build("resnet50", 6).cuda().to(memory_format=torch.channels_last).train()
+model = networks.build("resnet50", 6).cuda().to(memory_format=torch.channels_last).train()
 images = torch.randn(64, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
 keep_compiled_code()
 compile_in_place(model)

@@ -14,7 +14,7 @@ from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.errors import BundleError, LaunchError
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import BATCH_SIZE_CPU, Classifier
-from wasteddp.model.resnet import build
+from wasteddp.model.networks import build
 
 RNG = np.random.default_rng(0)
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from wasteddp.model import resnet
-from wasteddp.model.resnet import StochasticDepth
+from wasteddp.model.stages import Stages
+from wasteddp.model.stochastic_depth import StochasticDepth
 from wasteddp.order.keyed_random import DEPTH, uniform
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_evaluation_names_and_frozen_blocks_are_those_of_a_network_without_it() 
     assert list(model.state_dict()) == list(bare.state_dict())
     assert torch.equal(model.eval()(images()), bare.eval()(images()))
     for network_ in (model, bare):
-        resnet.train_mode(network_, "backbone")
+        Stages(network_).train_mode("backbone")
     assert torch.equal(model(images()), bare(images()))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from wasteddp.data.manifest import Manifest
 from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained, save_bundle
-from wasteddp.model.resnet import build
+from wasteddp.model.networks import build
 from wasteddp.sharding.build import Job, Options, make_shards
 
 CLASSES = ("glass", "metal", "paper")

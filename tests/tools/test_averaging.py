@@ -27,7 +27,8 @@ from wasteddp.decisions.calibration import calibrate, scaled
 from wasteddp.errors import CheckpointError
 from wasteddp.files import RunLock
 from wasteddp.inference.bundle import Averaged, load_bundle
-from wasteddp.model.resnet import build, estimate_statistics
+from wasteddp.model.batch_statistics import estimate_statistics
+from wasteddp.model.networks import build
 from wasteddp.tools import average
 from wasteddp.tools.average import mean_of_newest
 

@@ -156,16 +156,11 @@ def test_a_set_behind_a_url_is_read_as_a_run_reads_it(small_shards: Path, tmp_pa
 
 
 def test_missing_weights_are_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (
-        run_checks.check_weights(parse("model: {weights: none, arch: resnet18}").model, "", ("a", "b")).colour
-        == "green"
-    )
-    missing = run_checks.check_weights(
-        parse(f"model: {{weights: {tmp_path}/no.pth, arch: resnet18}}").model, "", ("a", "b")
-    )
+    assert run_checks.check_weights(parse("model: {weights: none, arch: resnet18}"), ("a", "b")).colour == "green"
+    missing = run_checks.check_weights(parse(f"model: {{weights: {tmp_path}/no.pth, arch: resnet18}}"), ("a", "b"))
     assert (missing.colour, "there is no such file" in missing.found) == ("red", True)
     teacher = parse(f"model: {{weights: none, arch: resnet18}}\ntrain: {{teacher: {tmp_path}}}")
-    assert run_checks.check_weights(teacher.model, teacher.train.teacher, ("a", "b")).colour == "red"
+    assert run_checks.check_weights(teacher, ("a", "b")).colour == "red"
 
 
 def test_a_loaded_machine_is_yellow() -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from wasteddp import settings
-from wasteddp.model import resnet
+from wasteddp.model import networks
+from wasteddp.model.stages import Stages
 from wasteddp.training.optimization import optimizers
 
 
 def network(scale: float) -> nn.Module:
     torch.manual_seed(0)
-    model = resnet.build("resnet18", 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = networks.build("resnet18", 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
@@ -53,7 +54,7 @@ def test_what_has_no_gradient_is_left_out_even_if_that_is_all_but_the_head() -> 
     optimizers.clip_(model, 0.01)
     assert model.layer2[0].conv1.weight.grad is None
     assert float(model.conv1.weight.grad.norm()) < 1
-    resnet.drop_gradients(model, "backbone")
+    Stages(model).drop_gradients("backbone")
     optimizers.clip_(model, 0.01)
     assert model.fc.weight.grad is not None
 

@@ -15,8 +15,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from wasteddp import settings
 from wasteddp.errors import SettingsError
-from wasteddp.model import resnet
-from wasteddp.model.resnet import StochasticDepth
+from wasteddp.model import batch_statistics
+from wasteddp.model.stages import Stages
+from wasteddp.model.stochastic_depth import StochasticDepth
 from wasteddp.training.build_model import place
 from wasteddp.training.distributed.startup import refuse_impossible
 
@@ -58,7 +59,7 @@ def test_a_compiled_network_is_one_graph_and_keeps_names_hooks_and_answers(graph
         assert torch.equal(plain(images), made(images)), "other draws"
     assert len(graphs) == 1
     for model in (plain, made):
-        resnet.train_mode(model, "layer3")
+        Stages(model).train_mode("layer3")
     assert torch.equal(plain(images), made(images)), "another graph, since other layers use their statistics"
     assert len(graphs) == 2
     assert torch._dynamo.config.cache_size_limit == 64
@@ -73,7 +74,7 @@ def test_batchnorm_over_the_ranks_keeps_weights_and_names_and_is_made_for_severa
     assert all(parameters[name] is parameter for name, parameter in several.named_parameters())
     assert isinstance(several.layer1[0].bn2, nn.SyncBatchNorm)
     assert isinstance(several.bn1, nn.SyncBatchNorm)
-    assert len(resnet.running_statistics(several)) == len(resnet.running_statistics(alone))
+    assert len(batch_statistics.running_statistics(several)) == len(batch_statistics.running_statistics(alone))
     alone = place(alone, parsed, device=CPU, world_size=1, compiles=False)
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in alone.modules())
 

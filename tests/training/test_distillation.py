@@ -20,7 +20,7 @@ from wasteddp import train
 from wasteddp.data.batch import Batch
 from wasteddp.errors import BundleError, SettingsError
 from wasteddp.inference.bundle import load_bundle, save_bundle
-from wasteddp.model import resnet
+from wasteddp.model import networks
 from wasteddp.training.distributed import startup
 from wasteddp.training.objective import Objective
 from wasteddp.training.optimization import losses
@@ -87,7 +87,7 @@ def objective_of(teacher: Path, *overrides: str) -> Objective:
         train=SimpleNamespace(samples_per_class=(3, 2, 1)),
         share_of_classes=(1 / 2, 1 / 3, 1 / 6),
     )
-    return Objective(settings, startup.start_runtime(settings), data, resnet.build("resnet18", 3))
+    return Objective(settings, startup.start_runtime(settings), data, networks.build("resnet18", 3))
 
 
 def batch() -> Batch:
@@ -103,7 +103,7 @@ def test_the_teacher_sees_what_the_student_sees_and_stays_as_it_is(teacher: Path
     images, taught = objective.inputs(batch(), 0)
     assert isinstance(taught, Taught)
     assert taught.targets.shape == (6, 3)  # mixed targets
-    network = resnet.build("resnet18", 3).eval()
+    network = networks.build("resnet18", 3).eval()
     network.load_state_dict(random_weights())
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         expected = network.to(memory_format=torch.channels_last)(images).float().detach()  # type: ignore[call-overload]
@@ -122,7 +122,7 @@ def test_loading_a_teacher_draws_no_random_numbers(teacher: Path) -> None:
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
     runtime = startup.start_runtime(settings)
     state = torch.get_rng_state()
-    found = losses.load_teacher(settings.train, runtime, CLASSES, channels_last=True)
+    found = losses.load_teacher(settings.train, runtime, CLASSES, settings.model)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.sha256 == load_bundle(teacher)[0].hashes.weights
     assert f", taught by {teacher} (resnet18, val/macro_f1 50.00% at step 120, {found.sha256[:12]})" in found.words
@@ -140,11 +140,11 @@ def test_a_teacher_of_other_classes_or_colours_is_refused(teacher: Path) -> None
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
     runtime = startup.start_runtime(settings)
     with pytest.raises(BundleError, match=r"the classes glass, metal, paper, and the run's are metal, glass, paper,"):
-        losses.load_teacher(settings.train, runtime, ("metal", "glass", "paper"), channels_last=True)
+        losses.load_teacher(settings.train, runtime, ("metal", "glass", "paper"), settings.model)
     other = replace(CARD, preprocessing=replace(CARD.preprocessing, std=(0.5, 0.5, 0.5)))
     save_bundle(teacher, other, random_weights())
     with pytest.raises(BundleError, match=r"std \[0.5, 0.5, 0.5\], and the run uses"):
-        losses.load_teacher(settings.train, runtime, CLASSES, channels_last=True)
+        losses.load_teacher(settings.train, runtime, CLASSES, settings.model)
 
 
 @pytest.mark.parametrize("folder", ["runs/a", "runs/a/model", "./runs/b/../a"])

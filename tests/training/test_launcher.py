@@ -64,7 +64,7 @@ def test_two_processes_end_with_the_programs_code_and_message(small_shards: Path
     process = start([*config_of(tmp_path, small_shards), "--processes", "2", "--set", "model.arch=resnet51"])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "'resnet51' is not a ResNet" in output
+    assert "'resnet51' is not a classifier" in output
     assert "Traceback" not in output
 
 

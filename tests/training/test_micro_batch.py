@@ -20,7 +20,7 @@ from trainings import config_of, final_weights
 from wasteddp import settings as settings_file
 from wasteddp import train
 from wasteddp.errors import DeviceMemoryError
-from wasteddp.model import resnet
+from wasteddp.model import networks
 from wasteddp.order.plan import TrainPlan
 from wasteddp.training import micro_batch
 from wasteddp.training.checkpoint.progress import Progress
@@ -137,7 +137,7 @@ def real(settings: settings_file.Settings) -> tuple[Runtime, Objective, nn.Modul
         plan=TrainPlan(120, 96, 0, 96), manifest=SimpleNamespace(classes=("a", "b", "c")), train=train_split
     )
     data.share_of_classes = (1 / 2, 1 / 3, 1 / 6)
-    model = resnet.build("resnet18", 3).to(runtime.device)
+    model = networks.build("resnet18", 3).to(runtime.device)
     objective = Objective(settings, runtime, cast(Inputs, data), model)
     runtime.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     return runtime, objective, model

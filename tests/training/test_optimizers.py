@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from wasteddp import settings
-from wasteddp.model import resnet
+from wasteddp.model import networks
+from wasteddp.model.stages import Stages
 from wasteddp.training.checkpoint.state import room_for_checkpoint
 from wasteddp.training.optimization import optimizers
 
@@ -16,8 +17,8 @@ NAMES = ["sgd", "adam", "adamw", "lars", "lamb"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_stage_has_its_part_of_the_rate_and_biases_and_norms_still_do_not_decay(name: str) -> None:
-    model = resnet.build("resnet18", 3)
-    resnet.freeze(model, "stem")
+    model = networks.build("resnet18", 3)
+    Stages(model).freeze("stem")
     text = f"optimizer: {{name: {name}, layer_decay: 0.5, lr: 0.8, weight_decay: 0.3}}"
     optimizer = optimizers.build(model, settings.parse(text).optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -35,7 +36,7 @@ def test_each_stage_has_its_part_of_the_rate_and_biases_and_norms_still_do_not_d
 
 def test_a_state_is_taken_over_by_other_groups() -> None:
     """A run may resume with other rates for its stages, because states are stored by parameter name."""
-    model = resnet.build("resnet18", 3)
+    model = networks.build("resnet18", 3)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer = optimizers.build(model, settings.parse("").optimizer)
@@ -90,12 +91,16 @@ def test_an_optimizer_goes_on_from_its_tensors_as_if_nothing_had_been(name: str)
 def test_a_loaded_state_takes_the_memory_format_of_its_weight(name: str) -> None:
     """A fused step on a channels-last weight and a contiguous momentum would mix up their elements."""
     parsed = settings.parse(f"optimizer: {{name: {name}, lr: 0.01}}").optimizer
-    whole, resumed = (nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last) for _ in range(2))  # type: ignore[call-overload]
+    whole, resumed = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(1, 1)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for _ in range(2)
+    )
     optimizer, again = optimizers.build(whole, parsed), optimizers.build(resumed, parsed)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-        model.weight.grad = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
-        model.weight.grad = model.weight.grad.contiguous(memory_format=torch.channels_last)
+        weight = model.get_parameter("0.weight")
+        weight.grad = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+        weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
         optimizer.step()
 
     step(whole, optimizer, 1)
@@ -104,4 +109,4 @@ def test_a_loaded_state_takes_the_memory_format_of_its_weight(name: str) -> None
     optimizers.load_state_tensors(again, resumed, stored)
     step(whole, optimizer, 2)
     step(resumed, again, 2)
-    assert torch.equal(whole.weight, resumed.weight)
+    assert torch.equal(whole[0].weight, resumed[0].weight)

@@ -95,7 +95,7 @@ def test_lacking_memory_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(precision.resnet, "build", fail)
+    monkeypatch.setattr(precision.networks, "build", fail)
     assert (
         precision.measure(settings.parse("").model, torch.device("cpu"), ("fp32",), image_size=224, max_micro_batch=0)
         == {}

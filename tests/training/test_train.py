@@ -236,7 +236,7 @@ def test_wrong_settings_are_one_message(small_shards: Path, tmp_path: Path, refu
     assert "unknown key 'optimizer.rl'" in refused(arguments, "optimizer.rl=1")
     assert "optimizer.lr: found -1" in refused(arguments, "optimizer.lr=-1")
     assert "precision is fp16 and there is no GPU" in refused(arguments, "precision=fp16")
-    assert "'resnet51' is not a ResNet" in refused(arguments, "model.arch=resnet51")
+    assert "'resnet51' is not a classifier" in refused(arguments, "model.arch=resnet51")
     assert "has no samples in a split called 'dev'; its splits: " in refused(arguments, "data.eval_split=dev")
     assert "50 samples and train.batch_size is 64" in refused(arguments, "train.batch_size=64")
     assert "there is no folder /nowhere" in refused(arguments, "data.shards=/nowhere")

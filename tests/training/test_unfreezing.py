@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from trainings import config_of, final_weights, rows
 
 from wasteddp import settings, train
-from wasteddp.model import resnet
+from wasteddp.model import networks
+from wasteddp.model.stages import Stages
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.divergence import Guard
@@ -24,8 +25,8 @@ from wasteddp.training.optimization import optimizers
     "optimizer", ["{name: sgd}", "{name: adamw}", "{name: lars}", "{name: lamb, layer_decay: 0.8}"]
 )
 def test_what_is_frozen_now_and_trained_later_neither_moves_nor_decays_until_then(optimizer: str) -> None:
-    model = resnet.build("resnet18", 3)
-    resnet.freeze(model, "stem")  # permanently
+    model = networks.build("resnet18", 3)
+    Stages(model).freeze("stem")  # permanently
     parsed = settings.parse(
         f"optimizer: {optimizer}\nmodel: {{freeze: layer3, unfreeze_every_epochs: 1}}\nrun: {{threads: 1}}"
     )
@@ -33,15 +34,15 @@ def test_what_is_frozen_now_and_trained_later_neither_moves_nor_decays_until_the
     Guard(parsed, startup.start_runtime(parsed), model, built, num_classes=3, progress=Progress(LINEAGE))
     for upto in ("layer3", "layer2", "layer1", "stem", "none"):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        resnet.train_mode(model, upto)
+        Stages(model).train_mode(upto)
         model(torch.randn(4, 3, 32, 32)).square().sum().backward()
-        resnet.drop_gradients(model, upto)
+        Stages(model).drop_gradients(upto)
         built.step()
         built.zero_grad()
         changed = {name.split(".")[0] for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
         moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         names = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]
-        after = names.index(resnet.STAGES[upto][-1]) + 1 if upto != "none" else 0
+        after = {"none": 0, "stem": 2, "layer1": 3, "layer2": 4, "layer3": 5}[upto]
         assert moved == set(names[max(2, after) :])  # the stem's weights stay frozen, but not its statistics:
         assert changed == set(names[after:]) - {"conv1"}
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wasteddp.inference.bundle import BundleCard
+from wasteddp.model.networks import head_name
 
 
 class Exported(nn.Module):
@@ -32,8 +33,7 @@ class Exported(nn.Module):
         self.register_buffer("shift", torch.tensor([255.0 * m for m in size.mean]).view(1, 3, 1, 1))
         self.register_buffer("factor", torch.tensor([1.0 / (255.0 * s) for s in size.std]).view(1, 3, 1, 1))
         self._features: Any = None
-        head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
-        head.register_forward_pre_hook(self._keep)
+        network.get_submodule(head_name(network)).register_forward_pre_hook(self._keep)
         self.eval().requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

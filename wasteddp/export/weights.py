@@ -29,6 +29,7 @@ from wasteddp.export import preprocessing
 from wasteddp.export.parity import Reference, compare_answers, compare_pixels
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import CARD_NAME, BundleCard, save_bundle
+from wasteddp.model.networks import TIMM
 
 PREPROCESSING = "preprocessing.py"
 PIXEL_TOLERANCE = 1  # of 255: torchvision resizes uint8 in other steps on a processor without AVX2
@@ -38,7 +39,7 @@ _CONSTANT = re.compile(r"^(CLASSES|TEMPERATURE|IMAGE_SIZE|MEAN)\b[^=]*= [^#\n]*"
 
 def write_pytorch(card: BundleCard, weights: Mapping[str, torch.Tensor], folder: Path) -> Path:
     """Write the weights with torchvision's names, and the preprocessing. Return the path of the weights."""
-    path = folder / f"{card.arch}.pth"
+    path = folder / f"{card.arch.removeprefix(TIMM)}.pth"
     buffer = io.BytesIO()
     torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, buffer)
     write_atomically(path, buffer.getvalue())
@@ -62,7 +63,7 @@ def write_preprocessing(card: BundleCard, folder: Path) -> None:
 
 def check_pytorch(card: BundleCard, path: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
     """Load the exported files as another program would, and compare pixels and answers."""
-    network = torchvision.models.get_model(card.arch, num_classes=len(card.classes))
+    network = _network(card.arch, len(card.classes))
     network.load_state_dict(torch.load(path, weights_only=True))
     return _check(card, network.eval(), path.parent, reference)
 
@@ -101,7 +102,7 @@ def check_hub(card: BundleCard, path: Path, reference: Reference) -> tuple[dict[
     from safetensors.torch import load_file
 
     config = json.loads((path.parent / "config.json").read_bytes())
-    network = torchvision.models.get_model(config["architecture"], num_classes=config["num_classes"])
+    network = _network(config["architecture"], config["num_classes"])
     network.load_state_dict(load_file(path.parent / config["weights"]))
     return _check(card, network.eval(), path.parent, reference)
 
@@ -147,6 +148,20 @@ def upload(folder: Path, repo: str) -> str:
             "check the name (USER/NAME) and the token's rights, and run the same command again",
         ) from error
     return url
+
+
+def _network(arch: str, num_classes: int) -> torch.nn.Module:
+    """Return the network as another program builds it, without wasteddp."""
+    if arch.startswith(TIMM):
+        import timm
+
+        model: torch.nn.Module = timm.create_model(arch.removeprefix(TIMM), num_classes=num_classes)
+        return model
+    how = {}
+    if arch.startswith("vit_"):  # some are published for larger images than their default
+        how["image_size"] = torchvision.models.get_model_weights(arch).DEFAULT.meta["min_size"][0]
+    plain: torch.nn.Module = torchvision.models.get_model(arch, num_classes=num_classes, **how)
+    return plain
 
 
 def _check(

@@ -33,7 +33,6 @@ FORMAT = "wasteddp-model"
 FORMAT_VERSION = 5
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
-_HEAD = "fc.weight"  # [K, features]: the last layer of torchvision's ResNets
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +178,8 @@ def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    from wasteddp.model.networks import head_of
+
     folder = find_bundle(folder)
     card = read_card(folder)
     try:
@@ -197,10 +198,11 @@ def load_bundle(folder: str | Path) -> tuple[BundleCard, dict[str, torch.Tensor]
         state_dict: dict[str, torch.Tensor] = load(content)
     except SafetensorError as error:
         raise _damaged(folder / card.weights_name, f"is not a safetensors file: {error}") from error
-    head = tuple(state_dict[_HEAD].shape) if _HEAD in state_dict else ()
+    name = f"{head_of(card.arch)}.weight"  # [K, features]
+    head = tuple(state_dict[name].shape) if name in state_dict else ()
     if head[:1] != (len(card.classes),):
         raise BundleError(
-            f"{folder / CARD_NAME} names {len(card.classes)} classes, and the weights' last layer {_HEAD} is "
+            f"{folder / CARD_NAME} names {len(card.classes)} classes, and the weights' last layer {name} is "
             f"{list(head) if head else 'missing'}",
             "predictions would have the names of other classes",
             "copy the whole model folder again, or let the run write it again (start its training again)",

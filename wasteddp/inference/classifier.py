@@ -25,7 +25,7 @@ from wasteddp.inference.bundle import BundleCard, load_bundle
 from wasteddp.inference.feature_files import load_features
 from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.tta import VIEWS
-from wasteddp.model.resnet import build
+from wasteddp.model.networks import build_shapes, head_name
 
 # On two cores, ResNet50 at 224 px classifies 15-20 images/s at any batch size from 1 to 64. A single image takes the
 # time of a whole batch: 0.5 s at 8, 4 s at 64. A GPU needs many images to be busy.
@@ -54,8 +54,7 @@ def network_of(card: BundleCard, state_dict: Mapping[str, torch.Tensor], *, wher
     Raises:
         BundleError: the weights are not those of the card's architecture.
     """
-    with torch.device("meta"):
-        model = build(card.arch, len(card.classes))
+    model = build_shapes(card.arch, len(card.classes))
     try:
         model.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:
@@ -98,8 +97,8 @@ class Classifier(AnyClassifier):
         model = network_of(card, state_dict, where=where).to(self.device)
         self._model = model.to(memory_format=torch.channels_last)
         self._features: list[torch.Tensor] = []  # [B, D] of each forward pass of a batch
-        head = self._model.get_submodule("fc")
-        assert isinstance(head, torch.nn.Linear)  # of torchvision's ResNets
+        head = self._model.get_submodule(head_name(self._model))
+        assert isinstance(head, torch.nn.Linear)
         head.register_forward_pre_hook(lambda _, inputs: self._features.append(inputs[0]))
         self._num_features = head.in_features
         self.batch_size = batch_size or (BATCH_SIZE_CPU if self.device.type == "cpu" else BATCH_SIZE_GPU)

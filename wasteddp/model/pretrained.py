@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +17,20 @@ from torch import nn
 
 from wasteddp.errors import WeightsError, storage
 from wasteddp.files import open_regular
+from wasteddp.model import networks
+from wasteddp.model.networks import TIMM, head_name
+from wasteddp.settings import Model
 
 _DOWNLOAD_TIMEOUT_S = 20.0
-_HEAD = "fc."
+# "denselayer1.norm.1.weight" in the published files of DenseNet, and "denselayer1.norm1.weight" in the network
+_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
 
 
 def initialise(model: nn.Module, arch: str, weights: str) -> str:
     """Load the initial weights of the backbone and return their source, for the log; the head stays random.
 
     Args:
-        model: from `resnet.build`.
+        model: from `networks.build`.
         arch: name of its architecture.
         weights: "imagenet", "none" or a path.
 
@@ -38,7 +43,7 @@ def initialise(model: nn.Module, arch: str, weights: str) -> str:
         state, source = _imagenet(arch)
     else:
         state, source = _local(Path(weights)), weights
-    load_backbone(model, arch, state, source)
+    load_backbone(model, arch, _with_names_of_today(model, arch, state), source)
     return f"weights from {source}, random head"
 
 
@@ -46,7 +51,7 @@ def load_backbone(model: nn.Module, arch: str, state: Mapping[str, torch.Tensor]
     """Load all weights but the head's.
 
     Args:
-        model: from `resnet.build`.
+        model: from `networks.build`.
         arch: its name, for the message.
         state: tensors by their names in torchvision.
         source: where they come from, for the message.
@@ -54,8 +59,9 @@ def load_backbone(model: nn.Module, arch: str, state: Mapping[str, torch.Tensor]
     Raises:
         WeightsError: the weights are those of another network.
     """
-    backbone = {key: value for key, value in state.items() if not key.startswith(_HEAD)}
-    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(_HEAD)}
+    head = f"{head_name(model)}."
+    backbone = {key: value for key, value in state.items() if not key.startswith(head)}
+    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
     wrong = sorted(
         key for key in wanted.keys() | backbone.keys()
         if key not in wanted or key not in backbone or wanted[key].shape != backbone[key].shape
@@ -65,7 +71,8 @@ def load_backbone(model: nn.Module, arch: str, state: Mapping[str, torch.Tensor]
             f"{source}: {len(wrong)} of {len(wanted)} tensors are missing, unknown or have a different shape than in "
             f"{arch}; the first is {wrong[0]!r}",
             "the network would start from a mixture of learned and random weights",
-            f"use weights of torchvision's {arch}, or set model.arch to the network that the weights belong to",
+            f"use weights of {arch} with {'timm' if arch.startswith(TIMM) else 'torchvision'}'s names, or set "
+            "model.arch to the network that the weights belong to",
         )
     model.load_state_dict(backbone, strict=False)
 
@@ -74,17 +81,69 @@ def load_head(model: nn.Module, state: Mapping[str, torch.Tensor], *, old: Seque
     """Load the head's rows of the classes that both networks know; the others stay fresh. Return their number.
 
     Args:
-        state: of a network of the same architecture, with "fc.weight" [K_old, features] and "fc.bias" [K_old].
+        state: of a network of the same architecture; the head has a weight [K_old, features] and mostly a bias [K_old].
         old: its K_old classes.
         new: the classes of `model`.
     """
     known = [(number, old.index(name)) for number, name in enumerate(new) if name in old]
-    own = model.state_dict()
+    own, head = model.state_dict(), head_name(model)
     with torch.no_grad():
-        for name in (f"{_HEAD}weight", f"{_HEAD}bias"):
+        for name in own.keys() & {f"{head}.weight", f"{head}.bias"}:
             for to, of in known:
                 own[name][to] = state[name][of]
     return len(known)
+
+
+def normalisation(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std of RGB in 0..1 that the ImageNet weights of a network of torchvision expect."""
+    expected = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+    return tuple(expected.mean), tuple(expected.std)
+
+
+def refuse_imagenet_weights(settings: Model) -> None:
+    """Refuse the ImageNet weights of a network of timm, and those that expect another normalisation.
+
+    Raises:
+        WeightsError: see above.
+    """
+    if settings.weights != "imagenet":
+        return
+    if settings.arch.startswith(TIMM):
+        raise WeightsError(
+            f"model.weights is imagenet, and model.arch is {settings.arch}: timm's weights come from a hub, without a "
+            "hash that is known before",
+            "random weights in their place would silently cost many points of accuracy",
+            "set model.weights to the path of a .safetensors or .pth file with timm's names, or to none for random "
+            "weights",
+        )
+    expected = normalisation(settings.arch)
+    if expected != (settings.mean, settings.std):
+        raise WeightsError(
+            f"the ImageNet weights of {settings.arch} expect images normalised with mean {list(expected[0])} and std "
+            f"{list(expected[1])}, and model.mean and model.std are {list(settings.mean)} and {list(settings.std)}",
+            "its first layer would see other numbers than it was trained on",
+            f"set model.mean to {list(expected[0])} and model.std to {list(expected[1])}",
+        )
+
+
+def _with_names_of_today(model: nn.Module, arch: str, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Return the state with the names of the installed torchvision: some published files have older ones.
+
+    The network's own loading code renames them, except for a DenseNet.
+    """
+    if networks.is_resnet(arch):
+        return state
+    head = f"{head_name(model)}."
+    state = {_DENSENET.sub(r"\1\2", key): value for key, value in state.items() if not key.startswith(head)}
+    renamed = networks.build_shapes(arch, 2)
+    try:
+        found = renamed.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError:  # other shapes: `load_backbone` names them
+        return state
+    if found.unexpected_keys:
+        return state
+    missing = set(found.missing_keys)
+    return {key: value for key, value in renamed.state_dict().items() if key not in missing and not value.is_meta}
 
 
 def _imagenet(arch: str) -> tuple[dict[str, torch.Tensor], str]:

@@ -20,6 +20,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Location = Annotated[str, AfterValidator(expand_home)]
+Rgb = tuple[Fraction, Fraction, Fraction]
+PositiveRgb = tuple[Positive, Positive, Positive]
 
 _MOST_PATIENCE_S = 400  # for one read, so that its error appears before the collectives time out
 
@@ -199,19 +201,26 @@ class Augment(_Section):
 
 class Model(_Section):
     arch: str = "resnet50"
-    """Name of a ResNet in torchvision: resnet18, resnet50, resnext50_32x4d, wide_resnet50_2, ..."""
+    """Name of a classifier in torchvision (resnet50, mobilenet_v3_small, convnext_tiny, ...), or timm/NAME for a
+    network of timm: see docs/networks.md."""
     weights: Location = "imagenet"
     """imagenet: torchvision's default weights; none: random weights; or the path of a .safetensors or .pth file, or of
-    a run. From a run, the head's rows of the classes that both have are used too."""
+    a run. From a run, the head's rows of the classes that both have are used too. For timm/NAME a path or none."""
+    mean: Rgb = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue in 0..1, subtracted from the images: that with which the weights were trained."""
+    std: PositiveRgb = (0.229, 0.224, 0.225)
+    """Standard deviation of red, green and blue in 0..1, by which the images are divided then."""
     freeze: Literal["none", "stem", "layer1", "layer2", "layer3", "backbone"] = "none"
-    """The network is not trained up to and including this stage. Frozen BatchNorm keeps its statistics."""
+    """The network is not trained up to and including this stage. Frozen BatchNorm keeps its statistics. backbone: all
+    but the head."""
     unfreeze_every_epochs: NotNegative = 0.0
     """Epochs after which the last frozen stage is also trained, then the stage before it, and so on; 0: never."""
     channels_last: bool = True
     stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability that an image skips the last block; smaller for earlier blocks, and 0 for the first."""
+    """Probability that an image skips the last block; smaller for earlier blocks, and 0 for the first. For ResNets,
+    ConvNeXt, EfficientNet, Swin and MaxViT."""
     zero_init_residual: bool = True
-    """Initialise the last BatchNorm of each block to zero, so that each block starts as the identity."""
+    """ResNets only: initialise the last BatchNorm of each block to zero, so that each block starts as the identity."""
     sync_batchnorm: bool = False
     """Compute BatchNorm over the micro-batches of all ranks, for micro-batches of few images. GPUs only. It is slower,
     and the result depends on the number of ranks."""

@@ -40,7 +40,8 @@ from wasteddp.inference.evaluate import check_classes, evaluate_split
 from wasteddp.inference.evaluation_files import Evaluation, save_evaluation
 from wasteddp.inference.metrics import Metrics, percent
 from wasteddp.inference.model_card.file import write_model_card
-from wasteddp.model.resnet import build, estimate_statistics
+from wasteddp.model.batch_statistics import estimate_statistics
+from wasteddp.model.networks import build
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
 from wasteddp.tools.calibrate import describe
@@ -208,7 +209,7 @@ def training_batches(
             )
         )
         for batch in loader.batches((0, number, part) for number, part in enumerate(parts)):
-            yield normalise(batch.images_BCHW.to(device))
+            yield normalise(batch.images_BCHW.to(device), settings.model.mean, settings.model.std)
 
 
 def _classifier(

@@ -120,7 +120,7 @@ def _examine_run(settings: Settings, runtime: Runtime, leaves_s: float) -> list[
     shards, opened = run_checks.check_shards(settings, runtime.rank)
     classes = opened.manifest.classes if opened else ("",) * _ASSUMED_CLASSES
     runtime.watch.at("loading the initial weights", slow=True)
-    weights = run_checks.check_weights(settings.model, settings.train.teacher, classes)
+    weights = run_checks.check_weights(settings, classes)
     # the same on all ranks, also where one cannot read the classes: sums of different sizes would hang
     num_bytes = max(runtime.gather(run_checks.model_bytes(settings.model.arch, len(classes))))
     findings = [_worst_of_ranks(runtime, one) for one in (shards, weights)]

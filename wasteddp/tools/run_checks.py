@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from wasteddp.data.dataset import open_dataset
 from wasteddp.data.decoding.decode import UndecodableError, decode_rgb
 from wasteddp.data.manifest import Manifest
@@ -20,10 +18,10 @@ from wasteddp.data.train_plan import plan_training
 from wasteddp.errors import WastedError, storage
 from wasteddp.files import sync_folder, try_lock
 from wasteddp.inference.bundle import find_bundle, load_bundle
-from wasteddp.model import resnet
-from wasteddp.settings import Model, Settings
+from wasteddp.model import networks
+from wasteddp.settings import Settings
 from wasteddp.tools.finding import Finding
-from wasteddp.training.build_model import load_weights
+from wasteddp.training.build_model import make_initial
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings, refuse_finished
 from wasteddp.training.dataloaders import refuse_shared, refuse_untrainable
@@ -35,8 +33,7 @@ _CHUNK_BYTES = 1 << 24
 
 def model_bytes(arch: str, num_classes: int) -> int:
     """Return the bytes of the weights and statistics, without allocating them."""
-    with torch.device("meta"):
-        return sum(tensor.nbytes for tensor in resnet.build(arch, num_classes).state_dict().values())
+    return sum(tensor.nbytes for tensor in networks.build_shapes(arch, num_classes).state_dict().values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +97,12 @@ def _bad_shards(found: str, shards: str) -> Finding:
     return Finding("shards", "red", found, f"list all damage: wasteddp verify {shards}")
 
 
-def check_weights(model: Model, teacher: str, classes: Sequence[str]) -> Finding:
+def check_weights(settings: Settings, classes: Sequence[str]) -> Finding:
     """Load the initial weights, and the teacher's, as a run does: it may download them."""
     try:
-        network = resnet.build(model.arch, len(classes))
-        origin = load_weights(network, model, classes)
-        if teacher:
-            load_bundle(find_bundle(Path(teacher)))
+        _, origin = make_initial(settings, classes)
+        if settings.train.teacher:
+            load_bundle(find_bundle(Path(settings.train.teacher)))
     except WastedError as error:
         return _red("weights", error)
     return Finding("weights", "green", origin)

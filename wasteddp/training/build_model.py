@@ -10,8 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from wasteddp.errors import SettingsError, WeightsError
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
-from wasteddp.model import ema, pretrained, resnet
+from wasteddp.model import ema, networks, pretrained
+from wasteddp.model.batch_statistics import running_statistics
+from wasteddp.model.networks import TIMM
+from wasteddp.model.stages import Stages, refuse_stages
+from wasteddp.model.stochastic_depth import branch_ends
 from wasteddp.settings import Model, Settings
 from wasteddp.training import schedule
 from wasteddp.training.dataloaders import Inputs
@@ -21,6 +26,7 @@ from wasteddp.training.objective import Objective
 from wasteddp.training.optimization import optimizers
 from wasteddp.training.optimization.optimizers import ScheduledOptimizer
 
+_NEEDS = {"model.stochastic_depth": "residual blocks that an image can skip", "model.sync_batchnorm": "BatchNorm"}
 _MOST_GRAPHS = 64  # that torch.compile may compile of one network
 
 
@@ -44,8 +50,8 @@ def build(settings: Settings, runtime: Runtime, data: Inputs) -> Built:
         SettingsError, WeightsError: on every rank: the network is unknown, or its weights or a compiler are missing.
     """
     runtime = compilation.choose(settings, runtime, data.plan)  # all ranks
-    classes, seed, epochs = data.manifest.classes, settings.run.seed, settings.train.epochs
-    model, origin = make_network(settings.model, runtime, classes, seed=seed, epochs=epochs)  # all ranks
+    classes = data.manifest.classes
+    model, origin = make_network(settings, runtime, classes)  # all ranks
     plain = optimizers.build(model, settings.optimizer)
     objective = Objective(settings, runtime, data, model)  # all ranks
     ddp, scaled = runtime.prepare(model, plain)  # all ranks
@@ -64,28 +70,62 @@ def build(settings: Settings, runtime: Runtime, data: Inputs) -> Built:
     return Built(runtime, model, ddp, objective, optimizer, average, origin)
 
 
-def make_network(
-    model: Model, runtime: Runtime, classes: Sequence[str], *, seed: int, epochs: int
-) -> tuple[nn.Module, str]:
+def make_network(settings: Settings, runtime: Runtime, classes: Sequence[str]) -> tuple[nn.Module, str]:
     """Return the network on the device, with frozen stages, and the origin of its weights for the log. All ranks.
 
-    Args:
-        epochs: of the whole run; stages that it never trains are frozen permanently.
+    Stages that the run never trains are frozen permanently.
 
     Raises:
-        SettingsError, WeightsError: on every rank: the network is unknown or its weights are missing.
+        SettingsError, WeightsError: on every rank: the network is unknown, its weights are missing, or a setting does
+            not apply to it.
     """
-    torch.manual_seed(seed)  # the same initial weights on every rank
+    torch.manual_seed(settings.run.seed)  # the same initial weights on every rank
     with runtime.sharing_errors():
-        network = resnet.build(model.arch, len(classes), zero_init=model.zero_init_residual)
-        origin = load_weights(network, model, classes)
+        network, origin = make_initial(settings, classes)
     if runtime.world_size > 1:
         found = {f"the weights of {origin}": hash_of_state(network)}
         runtime.require_equal(found, "copy the same file of weights to every machine")  # all ranks
-    resnet.freeze(network, schedule.frozen_to_the_end(model, epochs))
+    model = settings.model
+    Stages(network).freeze(schedule.frozen_to_the_end(model, settings.train.epochs))
     return place(
         network, model, device=runtime.device, world_size=runtime.world_size, compiles=runtime.compiles
     ), origin
+
+
+def make_initial(settings: Settings, classes: Sequence[str]) -> tuple[nn.Module, str]:
+    """Return the network with its initial weights, on the CPU, and their origin for the log.
+
+    Raises:
+        SettingsError, WeightsError: see `make_network`.
+    """
+    model = settings.model
+    pretrained.refuse_imagenet_weights(model)
+    network = networks.build(model.arch, len(classes), zero_init=model.zero_init_residual)
+    refuse_inapplicable(network, settings)
+    return network, load_weights(network, model, classes)
+
+
+def refuse_inapplicable(network: nn.Module, settings: Settings) -> None:
+    """Refuse settings that do not apply to a family of networks.
+
+    Raises:
+        SettingsError: stages, an image size, stochastic depth or BatchNorm that the network does not have.
+    """
+    model, data = settings.model, settings.data
+    layer_decay = settings.optimizer.layer_decay
+    refuse_stages(Stages(network), model.arch, freeze=model.freeze, layer_decay=layer_decay)
+    for value, lacks, what in (
+        (model.stochastic_depth, not branch_ends(network), "model.stochastic_depth"),
+        (model.sync_batchnorm, not running_statistics(network), "model.sync_batchnorm"),
+    ):
+        if value and lacks:
+            raise SettingsError(
+                f"{what} is {value}, and {model.arch} has no {_NEEDS[what]}",
+                "the setting would have no effect",
+                f"remove {what}, or use another model.arch",
+            )
+    sizes = schedule.size_changes(settings.schedule, full_px=data.image_size, epochs=settings.train.epochs)
+    networks.refuse_sizes(network, model.arch, {data.eval_size_px, *(side for _, side in sizes)})
 
 
 def place(model: nn.Module, settings: Model, *, device: torch.device, world_size: int, compiles: bool) -> nn.Module:
@@ -99,10 +139,19 @@ def place(model: nn.Module, settings: Model, *, device: torch.device, world_size
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if settings.sync_batchnorm and world_size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        model = _convert_batchnorm(model, settings.arch)
     if compiles:
         compile_in_place(model)
     return model
+
+
+def _convert_batchnorm(model: nn.Module, arch: str) -> nn.Module:
+    if arch.startswith(TIMM):  # torch would drop the activation that timm's BatchNorm holds
+        from timm.layers import convert_sync_batchnorm
+
+        converted: nn.Module = convert_sync_batchnorm(model)
+        return converted
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def compile_in_place(model: nn.Module) -> None:
@@ -120,6 +169,14 @@ def load_weights(network: nn.Module, settings: Model, classes: Sequence[str]) ->
     if not any((folder / CARD_NAME).is_file() for folder in (path, path / FOLDER_NAME)):
         return pretrained.initialise(network, settings.arch, settings.weights)
     card, state = load_bundle(path)
+    expected = card.preprocessing.mean, card.preprocessing.std
+    if expected != (settings.mean, settings.std):
+        raise WeightsError(
+            f"the model of {path} expects images normalised with mean {list(expected[0])} and std {list(expected[1])}, "
+            f"and model.mean and model.std are {list(settings.mean)} and {list(settings.std)}",
+            "its first layer would see other numbers than it was trained on",
+            f"set model.mean to {list(expected[0])} and model.std to {list(expected[1])}",
+        )
     pretrained.load_backbone(network, settings.arch, state, str(path))
     known = pretrained.load_head(network, state, old=card.classes, new=classes)
     fresh = "" if known == len(classes) else f", {len(classes) - known} fresh"

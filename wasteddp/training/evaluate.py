@@ -19,6 +19,7 @@ from wasteddp.errors import ShardError, StoppedError, WastedError
 from wasteddp.inference.metrics import F32, I64, summarise
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.order.plan import PADDING, EvaluationPlan
+from wasteddp.settings import Model
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.watchdog.signals import STOP
@@ -27,12 +28,15 @@ _MOST_PROBABILITIES = 4_000_000  # of a split, which each rank receives in 16 MB
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tuple[dict[str, float], Seen]:
+def evaluate(
+    model: nn.Module, data: Inputs, runtime: Runtime, batch: int, settings: Model
+) -> tuple[dict[str, float], Seen]:
     """Return the "val/..." metrics of the evaluation split and its details, the same on every rank. All ranks.
 
     Args:
         model: prepared by Accelerate, with the same running statistics on every rank. It is left in eval mode.
         batch: number of images in a rank's forward pass.
+        settings: of the network: how its images are normalised.
 
     Raises:
         DamagedSampleError: on every rank: a rank cannot read one of its samples.
@@ -60,7 +64,8 @@ def evaluate(model: nn.Module, data: Inputs, runtime: Runtime, batch: int) -> tu
                 raise StoppedError("the run was asked to stop while it evaluated")
             real = to_device(item.samples != PADDING, runtime.device)
             labels_B = item.labels_B.to(runtime.device, non_blocking=True)
-            logits_BK = model(normalise(item.images_BCHW.to(runtime.device, non_blocking=True))).float()
+            images_BCHW = item.images_BCHW.to(runtime.device, non_blocking=True)
+            logits_BK = model(normalise(images_BCHW, settings.mean, settings.std)).float()
             losses_B = nn.functional.cross_entropy(logits_BK, labels_B, reduction="none")
             shares_BK = logits_BK.softmax(1)
             confidence_B, predicted_B = shares_BK.max(1)

@@ -10,7 +10,7 @@ from torch import nn
 
 from wasteddp.data.augmentation.augment import Augment, Mixing
 from wasteddp.data.batch import Batch
-from wasteddp.model.resnet import StochasticDepth
+from wasteddp.model.stochastic_depth import StochasticDepth
 from wasteddp.settings import Settings
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
@@ -28,13 +28,13 @@ class Objective:
     def __init__(self, settings: Settings, runtime: Runtime, data: Inputs, model: nn.Module) -> None:
         self._runtime = runtime
         num_classes = len(data.manifest.classes)
-        self.augment = Augment.from_settings(settings.augment, settings.run.seed).on(runtime.device, runtime.say)
+        mean, std = settings.model.mean, settings.model.std
+        augment = Augment.from_settings(settings.augment, settings.run.seed, mean=mean, std=std)
+        self.augment = augment.on(runtime.device, runtime.say)
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
         counts, shares = data.train.samples_per_class, data.share_of_classes
         loss = losses.build(settings.train, counts, share_of_classes=shares).to(runtime.device)
-        self.teacher = losses.load_teacher(
-            settings.train, runtime, data.manifest.classes, channels_last=settings.model.channels_last
-        )  # all ranks
+        self.teacher = losses.load_teacher(settings.train, runtime, data.manifest.classes, settings.model)  # all ranks
         self._loss = self.teacher.extend_loss(loss)
         depth = settings.model.stochastic_depth
         self._depth = StochasticDepth(model, depth, settings.run.seed) if depth else None

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import cos, expm1, floor, log, log1p, pi
 
-from wasteddp.model.resnet import STAGES
+from wasteddp.model.stages import STAGES
 from wasteddp.settings import Model, Schedule
 
 STEP_PX = 16

@@ -286,7 +286,9 @@ class Session:
         epoch, better = (progress.step - 1) // self.data.plan.steps_per_epoch, None
         if due.evaluates:
             try:
-                scores, seen = evaluate(self.built.average.network, self.data, runtime, settings.evaluate.batch_size)
+                scores, seen = evaluate(
+                    self.built.average.network, self.data, runtime, settings.evaluate.batch_size, settings.model
+                )
             except WastedError as error:
                 progress = replace(progress, unmeasured=row)
                 self.manager.save(progress, epoch=epoch, best=None)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from math import sqrt
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.nn import functional
 from wasteddp import settings
 from wasteddp.data.augmentation import operations, randaugment
 from wasteddp.data.augmentation.operations import column, to_device
-from wasteddp.data.decoding.crop import normalise
+from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB, normalise
 from wasteddp.order.keyed_random import COLOUR, ERASE, FLIP, I64, MIX, bits, uniform
 
 # Source: Zhong et al. 2017 (random erasing); the defaults of torchvision.transforms.RandomErasing
@@ -84,12 +85,21 @@ class Augment:
     policy: str = "none"
     policy_ops: int = 2
     policy_strength: float = 0.3
+    mean: tuple[float, float, float] = MEAN_RGB
+    std: tuple[float, float, float] = STD_RGB
     kernel: Kernel | None = field(default=None, compare=False)  # does everything except a policy's operations; see `on`
 
     @classmethod
-    def from_settings(cls, settings: settings.Augment, seed: int) -> Augment:
+    def from_settings(
+        cls,
+        settings: settings.Augment,
+        seed: int,
+        *,
+        mean: tuple[float, float, float] = MEAN_RGB,
+        std: tuple[float, float, float] = STD_RGB,
+    ) -> Augment:
         """Return the augmentation of the settings, without the crop, MixUp and CutMix."""
-        return cls(seed, **settings.model_dump(include={field.name for field in fields(cls)}))
+        return cls(seed, mean=mean, std=std, **settings.model_dump(include={field.name for field in fields(cls)}))
 
     @property
     def has_colour(self) -> bool:
@@ -123,7 +133,7 @@ class Augment:
         pixels_BCHW = images_BCHW.float()
         if self.has_colour:
             pixels_BCHW = _change_colours(images_BCHW, pixels_BCHW, drawn)
-        normalised = normalise(pixels_BCHW)
+        normalised = normalise(pixels_BCHW, self.mean, self.std)
         if self.erase:
             normalised = normalised * to_device(~drawn.mask(height, width)[:, None], device)  # 0 is the mean colour
         return normalised.contiguous(memory_format=torch.channels_last if is_channels_last else torch.contiguous_format)
@@ -146,7 +156,7 @@ class Augment:
         if reason:
             say(f"augmentation launches about 30 kernels a batch instead of one: {reason}")
             return self
-        return replace(self, kernel=fused.augment)
+        return replace(self, kernel=partial(fused.augment, mean=self.mean, std=self.std))
 
     def _draw(self, samples: I64, epoch: int, height: int, width: int) -> Drawn:
         flips = uniform(FLIP, self.seed, epoch, samples, num=2)

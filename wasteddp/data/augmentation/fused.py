@@ -19,7 +19,7 @@ import triton.language as tl
 
 from wasteddp.data.augmentation.augment import LUMA, Augment, Drawn, mean_luma
 from wasteddp.data.augmentation.operations import to_device
-from wasteddp.data.decoding.crop import normalising
+from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB, normalising
 
 _BLOCK = 1024  # values of the result that one program instance writes
 
@@ -71,12 +71,19 @@ def _kernel(  # type: ignore[no-untyped-def]
     tl.store(results + image.to(tl.int64) * size + place, value, mask=is_inside)
 
 
-def augment(images_BCHW: torch.Tensor, drawn: Drawn, has_colour: bool) -> torch.Tensor:
+def augment(
+    images_BCHW: torch.Tensor,
+    drawn: Drawn,
+    has_colour: bool,
+    *,
+    mean: tuple[float, float, float] = MEAN_RGB,
+    std: tuple[float, float, float] = STD_RGB,
+) -> torch.Tensor:
     """Do as `Augment`, except for a policy's operations: uint8 [B, 3, H, W] -> float32, both channels-last."""
     count, _, height, width = images_BCHW.shape
     device = images_BCHW.device
     results_BCHW = torch.empty_like(images_BCHW, dtype=torch.float32)
-    shift, factor = normalising(device)
+    shift, factor = normalising(device, mean, std)
     _kernel[(triton.cdiv(height * width * 3, _BLOCK), count)](
         images_BCHW,
         results_BCHW,

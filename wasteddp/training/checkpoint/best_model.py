@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from wasteddp import __version__
-from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
 from wasteddp.data.manifest import Manifest
 from wasteddp.decisions.calibration import calibrate
 from wasteddp.errors import BundleError, DecisionError, WastedError
@@ -105,8 +104,8 @@ def card_of(settings: Settings, manifest: Manifest, progress: Progress, *, epoch
         preprocessing=Preprocessing(
             image_size_px=settings.data.eval_size_px,
             resize_px=settings.data.eval_resize_px,
-            mean=MEAN_RGB,
-            std=STD_RGB,
+            mean=settings.model.mean,
+            std=settings.model.std,
         ),
         trained=Trained(step=progress.step, epoch=epoch, metric=settings.evaluate.metric, value=progress.best_value),
         hashes=Hashes(

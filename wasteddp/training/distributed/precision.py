@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from wasteddp.errors import LaunchError
-from wasteddp.model import resnet
+from wasteddp.model import networks
 from wasteddp.settings import Model
 
 _LEAST_GAIN = 1.05  # of fp16 over bf16, which needs no loss scale and has the range of fp32
@@ -153,7 +153,7 @@ def _images_per_s(
     model: Model, device: torch.device, precisions: Sequence[str], num_images: int, size: int
 ) -> dict[str, float]:
     layout = torch.channels_last if model.channels_last else torch.contiguous_format
-    network = resnet.build(model.arch, 10).to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    network = networks.build(model.arch, 10).to(device=device, memory_format=layout)  # type: ignore[call-overload]
     images_BCHW = torch.rand(num_images, 3, size, size, device=device).contiguous(memory_format=layout)
     labels_B = torch.zeros(num_images, dtype=torch.int64, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in precisions}

@@ -26,11 +26,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
 from wasteddp.errors import BundleError, joined
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.classifier import load_network
-from wasteddp.settings import Train
+from wasteddp.settings import Model, Train
 from wasteddp.training.distributed.runtime import Runtime
 
 # One of the four values that Cui et al. 2019 tried (0.9, 0.99, 0.999, 0.9999). The effective number of images of a
@@ -210,11 +209,12 @@ class Distilled(nn.Module):
         return total + self._weight * self._temperature**2 * distance
 
 
-def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], *, channels_last: bool) -> NoTeacher | Teacher:
+def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], student: Model) -> NoTeacher | Teacher:
     """Load the teacher of the settings; with train.teacher_weight 0 there is no teacher. All ranks.
 
     Args:
         classes: the classes of the run, in the order of its network's outputs.
+        student: settings of the network that learns.
 
     Raises:
         BundleError: on every rank: see `load_network`; or its classes or its normalisation differ from the run's.
@@ -223,8 +223,8 @@ def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], *, chan
         return NoTeacher()
     with runtime.sharing_errors():
         card, network = load_network(asked.teacher)
-        _refuse_other_questions(asked.teacher, card, classes)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+        _refuse_other_questions(asked.teacher, card, classes, student)
+    layout = torch.channels_last if student.channels_last else torch.contiguous_format
     network = network.to(device=runtime.device, memory_format=layout)  # type: ignore[call-overload]
     trained = card.trained
     words = (
@@ -241,7 +241,7 @@ def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], *, chan
     )
 
 
-def _refuse_other_questions(path: str, card: BundleCard, classes: Sequence[str]) -> None:
+def _refuse_other_questions(path: str, card: BundleCard, classes: Sequence[str], student: Model) -> None:
     if card.classes != tuple(classes):
         raise BundleError(
             f"the teacher {path} predicts the classes {joined(card.classes)}, and the run's are "
@@ -250,10 +250,10 @@ def _refuse_other_questions(path: str, card: BundleCard, classes: Sequence[str])
             "name a model that was trained on the same classes, or set train.teacher to ''",
         )
     seen = card.preprocessing
-    if (seen.mean, seen.std) != (MEAN_RGB, STD_RGB):
+    if (seen.mean, seen.std) != (student.mean, student.std):
         raise BundleError(
             f"the teacher {path} expects images normalised with mean {list(seen.mean)} and std {list(seen.std)}, "
-            f"and the run uses {list(MEAN_RGB)} and {list(STD_RGB)}",
+            f"and the run uses {list(student.mean)} and {list(student.std)}",
             "its predictions would be wrong",
-            "name a model that was trained with this program, or set train.teacher to ''",
+            "set model.mean and model.std to those of the teacher, or train.teacher to ''",
         )

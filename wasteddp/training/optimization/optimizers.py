@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wasteddp.model import resnet
+from wasteddp.model.networks import head_name
+from wasteddp.model.stages import Stages
 from wasteddp.settings import Model, Optimizer, Schedule
 from wasteddp.training import schedule
 from wasteddp.training.checkpoint.progress import Progress
@@ -58,11 +59,12 @@ def _groups(model: nn.Module, settings: Optimizer) -> Iterator[dict[str, Any]]:
     Source of the stages' rates: Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
     section 3.2, discriminative fine-tuning. There each stage has 1 / 2.6 of the rate of the next.
     """
+    stages = Stages(model)
     alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = settings.layer_decay ** resnet.distance_from_head(name)
-            alike.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+            scale = settings.layer_decay ** stages.distance_from_head(name)
+            alike.setdefault((scale, _is_matrix(name, parameter)), []).append(parameter)
     for (scale, adapts), parameters in alike.items():
         decay = settings.weight_decay if adapts else 0.0
         yield {"params": parameters, "weight_decay": decay, "lr_scale": scale, "adapts": adapts}
@@ -94,7 +96,7 @@ class ScheduledOptimizer:
         steps_per_epoch: int,
     ) -> None:
         self.unwrapped, self.scaled = optimizer, scaled
-        self._network, self._runtime = network, runtime
+        self._network, self._stages, self._runtime = network, Stages(network), runtime
         self._settings, self._rates, self._model = settings, rates, model
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
         self._frozen: str = model.freeze  # in the current step
@@ -103,7 +105,7 @@ class ScheduledOptimizer:
         """Set the network to training mode and the learning rate for a step, and return the rate."""
         epoch = progress.step / self._steps_per_epoch
         self._frozen = schedule.frozen_at(self._model.freeze, self._model.unfreeze_every_epochs, epoch)
-        resnet.train_mode(self._network, self._frozen)
+        self._stages.train_mode(self._frozen)
         rate = progress.lr_factor * schedule.learning_rate(
             progress.step, self._settings.lr, self._rates, epochs=self._epochs, steps_per_epoch=self._steps_per_epoch
         )
@@ -119,7 +121,7 @@ class ScheduledOptimizer:
         Returns:
             The norm before clipping, []; None if it is neither requested nor needed. On a CPU it takes 1 % of a step.
         """
-        resnet.drop_gradients(self._network, self._frozen)
+        self._stages.drop_gradients(self._frozen)
         adaptive, limit = self._settings.adaptive_clip, self._settings.clip_norm
         if not adaptive and not limit and not is_asked:
             return None
@@ -140,6 +142,11 @@ class ScheduledOptimizer:
         if found_inf is not None:
             self.unwrapped.found_inf = found_inf  # type: ignore[attr-defined]
         self.scaled.step()
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether it is a weight of a convolution or a linear layer, and not a bias, a scale or an embedding."""
+    return parameter.ndim > 1 and name.endswith("weight")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -187,10 +194,11 @@ def clip_(model: nn.Module, limit: float) -> None:
     BatchNorm of each block starts at zero and could only move by limit x 0.001. It does not synchronize with the
     device.
     """
+    head = f"{head_name(model)}."
     weights = [
         parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim > 1 and parameter.grad is not None and not resnet.is_head(name)
+        if _is_matrix(name, parameter) and parameter.grad is not None and not name.startswith(head)
     ]
     if not weights:  # all but the head are frozen
         return

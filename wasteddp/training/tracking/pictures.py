@@ -22,7 +22,6 @@ from PIL import Image
 
 from wasteddp.data import gpu_decoding
 from wasteddp.data.augmentation.augment import Augment
-from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
 from wasteddp.data.decoding.decode import ImageHWC, encode_jpeg
 from wasteddp.files import read_regular
 from wasteddp.inference.reliability import Seen
@@ -58,7 +57,7 @@ def augmented(data: Inputs, augment: Augment, count: int) -> Gallery:
     batch = next(data.train_loader.batches([(0, 0, samples)]))
     gpu_decoding.fill(batch.images_BCHW, batch.encoded_B)  # this batch is not copied to a device
     normalised_BCHW = augment(batch.images_BCHW, batch.samples, 0)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN_RGB, STD_RGB))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
     pixels_BCHW = ((normalised_BCHW * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     labels = [data.manifest.classes[label] for label in batch.labels_B.tolist()]
     pictures = [

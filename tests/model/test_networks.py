@@ -16,37 +16,38 @@ from torch import nn
 
 from wasteddp import settings
 from wasteddp.errors import SettingsError, WeightsError
-from wasteddp.model import pretrained, resnet
+from wasteddp.model import batch_statistics, networks, pretrained
+from wasteddp.model.stages import Stages
 
 EVIDENCE = Path("/none")  # the file that `Evil` creates where it is unpickled
 pytestmark = pytest.mark.usefixtures("full_width")  # the tests count the parameters of each stage
 
 
 def test_every_resnet_of_torchvision_can_be_named() -> None:
-    assert {"resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2"} <= set(resnet.architectures())
+    assert {"resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2"} <= set(networks.architectures())
 
 
 def test_an_unknown_name_is_refused_with_the_known_names() -> None:
-    with pytest.raises(SettingsError, match=r"'resnet51' is not a ResNet(.|\n)*resnet50"):
-        resnet.build("resnet51", 3)
+    with pytest.raises(SettingsError, match=r"'resnet51' is not a classifier(.|\n)*resnet50"):
+        networks.build("resnet51", 3)
 
 
 @pytest.mark.parametrize(("upto", "frozen_share"), [("none", 0.0), ("layer2", 0.06), ("backbone", 0.999)])
 def test_frozen_stages_keep_weights_and_statistics(upto: str, frozen_share: float) -> None:
-    model = resnet.build("resnet18", 3)
-    resnet.freeze(model, upto)
+    model = networks.build("resnet18", 3)
+    Stages(model).freeze(upto)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     total = sum(parameter.numel() for parameter in model.parameters())
     share = sum(p.numel() for n, p in model.named_parameters() if n in frozen) / total
     assert share == pytest.approx(frozen_share, abs=0.005)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    resnet.train_mode(model, upto)
+    Stages(model).train_mode(upto)
     model(torch.randn(4, 3, 32, 32)).square().sum().backward()
     optimizer.step()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    stages = [name for names in list(resnet.STAGES.values()) for name in names]
-    kept = [] if upto == "none" else stages[: stages.index({"layer2": "layer2", "backbone": "layer4"}[upto]) + 1]
+    stages = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
+    kept = stages[: {"none": 0, "layer2": 4, "backbone": 6}[upto]]
     assert not [name for name in changed if name.split(".")[0] in kept]
     assert "fc.weight" in changed
     if "layer4" not in kept:
@@ -56,7 +57,7 @@ def test_frozen_stages_keep_weights_and_statistics(upto: str, frozen_share: floa
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_blocks_start_as_the_identity_unless_told_otherwise(arch: str) -> None:
     for zero_init in (True, False):
-        model = resnet.build(arch, 3, zero_init=zero_init)
+        model = networks.build(arch, 3, zero_init=zero_init)
         last = model.layer1[0].bn3 if arch == "resnet50" else model.layer1[0].bn2
         assert bool((last.weight == 0).all()) == zero_init
 
@@ -67,13 +68,13 @@ def test_unfreezing_what_is_not_frozen_is_refused() -> None:
 
 
 def test_weights_of_a_file_go_into_the_backbone_and_not_into_the_head(tmp_path: Path) -> None:
-    source = resnet.build("resnet18", 10)
+    source = networks.build("resnet18", 10)
     for path in (tmp_path / "w.safetensors", tmp_path / "w.pth"):
         if path.suffix == ".pth":
             torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, path)
         else:
             save_file(source.state_dict(), path)
-        model = resnet.build("resnet18", 3)
+        model = networks.build("resnet18", 3)
         head = model.fc.weight.clone()
         assert str(path) in pretrained.initialise(model, "resnet18", str(path))
         assert torch.equal(model.layer3[0].conv1.weight, source.layer3[0].conv1.weight)
@@ -81,9 +82,9 @@ def test_weights_of_a_file_go_into_the_backbone_and_not_into_the_head(tmp_path: 
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    save_file(resnet.build("resnet34", 3).state_dict(), tmp_path / "w.safetensors")
+    save_file(networks.build("resnet34", 3).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"\d+ of \d+ tensors are missing, .* different shape than in resnet1"):
-        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
+        pretrained.initialise(networks.build("resnet18", 3), "resnet18", str(tmp_path / "w.safetensors"))
 
 
 class _RunsCode:
@@ -94,13 +95,13 @@ class _RunsCode:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"fc.weight": _RunsCode()}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="does not hold weights that can be loaded safely"):
-        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", str(tmp_path / "w.pth"))
+        pretrained.initialise(networks.build("resnet18", 3), "resnet18", str(tmp_path / "w.pth"))
     assert "code ran" not in capsys.readouterr().out
 
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(WeightsError, match=r"'/none/w.pth', and there is no such file"):
-        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", "/none/w.pth")
+        pretrained.initialise(networks.build("resnet18", 3), "resnet18", "/none/w.pth")
 
 
 def test_unavailable_imagenet_weights_are_an_error_not_a_random_start(
@@ -112,7 +113,7 @@ def test_unavailable_imagenet_weights_are_an_error_not_a_random_start(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(WeightsError) as caught:
-        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", "imagenet")
+        pretrained.initialise(networks.build("resnet18", 3), "resnet18", "imagenet")
     message = str(caught.value)
     assert "Name or service not known" in message
     assert str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in message
@@ -125,7 +126,7 @@ def test_imagenet_weights_are_taken_from_the_hub_cache(tmp_path: Path, monkeypat
 
     import torchvision
 
-    source = resnet.build("resnet18", 1000)
+    source = networks.build("resnet18", 1000)
     path = tmp_path / "made.pth"
     torch.save(source.state_dict(), path)
     name = f"resnet18-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth"
@@ -134,7 +135,7 @@ def test_imagenet_weights_are_taken_from_the_hub_cache(tmp_path: Path, monkeypat
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     cached = type("Weights", (), {"DEFAULT": _Cached(name)})
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: cached)
-    model = resnet.build("resnet18", 3)
+    model = networks.build("resnet18", 3)
     assert name in pretrained.initialise(model, "resnet18", "imagenet")
     assert torch.equal(model.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
 
@@ -163,7 +164,7 @@ def test_a_foreign_file_in_the_cache_is_refused_and_runs_no_code(
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: cached)
     message = "loaded safely" if has_the_promised_hash else r"published f37072fd\.\.\. under this name"
     with pytest.raises(WeightsError, match=message):
-        pretrained.initialise(resnet.build("resnet18", 3), "resnet18", "imagenet")
+        pretrained.initialise(networks.build("resnet18", 3), "resnet18", "imagenet")
     assert not (tmp_path / "code ran").exists()
 
 
@@ -192,6 +193,6 @@ class _Cached:
 
 
 def test_statistics_that_ranks_reconcile_are_all_of_batchnorm() -> None:
-    model = resnet.build("resnet18", 3)
+    model = networks.build("resnet18", 3)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(resnet.running_statistics(model)) == 2 * len(norms)
+    assert len(batch_statistics.running_statistics(model)) == 2 * len(norms)
