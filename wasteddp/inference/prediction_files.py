@@ -162,34 +162,11 @@ class CsvRecord:
     def __init__(self, file: IO[str], card: BundleCard, *, decides: bool = False) -> None:
         self._file, self._card, self._decides = file, card, decides
         self._writer = CsvWriter(file)
-        names = (f"p_{name}" for name in card.classes)
-        self._writer.write(
-            ["path", "class", "bin", "probability", *names, "unlike", *(_DECIDED if decides else ()), "error"]
-        )
+        self._writer.write(csv_columns(card, decides=decides))
 
     def add(self, prediction: Prediction) -> None:
-        if isinstance(prediction, Failure):
-            num_empty = 4 + len(self._card.classes) + (len(_DECIDED) if self._decides else 0)
-            row: list[Any] = [prediction.path, *[""] * num_empty, prediction.reason]
-        else:
-            best = int(prediction.probabilities.argmax())
-            name = self._card.classes[best]
-            probabilities = prediction.probabilities  # float32: as many digits as reading it back exactly needs
-            unlike = "" if prediction.unlike is None else f"{prediction.unlike:.1f}"
-            bin_name, found = self._card.bins.get(name, ""), prediction.decision
-            decided = [found.bin, f"{found.probability:.6g}", found.why] if found else []
-            row = [
-                prediction.path,
-                name,
-                bin_name,
-                probabilities[best],
-                *probabilities,
-                unlike,
-                *decided,
-                "",
-            ]
         with storage("writing the predictions", self._file.name):
-            self._writer.write(row)
+            self._writer.write(csv_cells(prediction, self._card, decides=self._decides))
 
 
 class JsonRecord:
@@ -201,29 +178,54 @@ class JsonRecord:
         file.write(f'{{"model": {json.dumps(model, ensure_ascii=False)},\n"tta": {json.dumps(tta)},\n"predictions": [')
 
     def add(self, prediction: Prediction) -> None:
-        entry: dict[str, Any]
-        if isinstance(prediction, Failure):
-            entry = {"path": prediction.path, "error": prediction.reason}
-        else:
-            shares = dict(zip(self._card.classes, map(as_float, prediction.probabilities), strict=True))
-            name = self._card.classes[int(prediction.probabilities.argmax())]
-            entry = {
-                "path": prediction.path,
-                "class": name,
-                "bin": self._card.bins.get(name),
-                "probability": shares[name],
-                "probabilities": shares,
-                "unlike": None if prediction.unlike is None else round(float(prediction.unlike), 1),
-                "error": None,
-            }
-            if found := prediction.decision:
-                entry |= {"decision": found.bin, "bin_probability": round(found.probability, 6), "why": found.why}
+        entry = json_entry(prediction, self._card)
         with storage("writing the predictions", self._file.name):
             self._file.write(("," if self._num_added else "") + "\n" + json.dumps(entry, ensure_ascii=False))
         self._num_added += 1
 
     def finish(self) -> None:
         self._file.write("\n]}\n")
+
+
+def csv_columns(card: BundleCard, *, decides: bool) -> list[str]:
+    """Return the names of the columns; see `CsvRecord`."""
+    names = (f"p_{name}" for name in card.classes)
+    return ["path", "class", "bin", "probability", *names, "unlike", *(_DECIDED if decides else ()), "error"]
+
+
+def csv_cells(prediction: Prediction, card: BundleCard, *, decides: bool) -> list[Any]:
+    """Return a row of the columns of `csv_columns`."""
+    if isinstance(prediction, Failure):
+        num_empty = 4 + len(card.classes) + (len(_DECIDED) if decides else 0)
+        return [prediction.path, *[""] * num_empty, prediction.reason]
+    best = int(prediction.probabilities.argmax())
+    name = card.classes[best]
+    probabilities = prediction.probabilities  # float32: as many digits as reading it back exactly needs
+    unlike = "" if prediction.unlike is None else f"{prediction.unlike:.1f}"
+    found = prediction.decision
+    decided = [found.bin, f"{found.probability:.6g}", found.why] if found else []
+    bin_name = card.bins.get(name, "")
+    return [prediction.path, name, bin_name, probabilities[best], *probabilities, unlike, *decided, ""]
+
+
+def json_entry(prediction: Prediction, card: BundleCard) -> dict[str, Any]:
+    """Return the object of one image."""
+    if isinstance(prediction, Failure):
+        return {"path": prediction.path, "error": prediction.reason}
+    shares = dict(zip(card.classes, map(as_float, prediction.probabilities), strict=True))
+    name = card.classes[int(prediction.probabilities.argmax())]
+    entry: dict[str, Any] = {
+        "path": prediction.path,
+        "class": name,
+        "bin": card.bins.get(name),
+        "probability": shares[name],
+        "probabilities": shares,
+        "unlike": None if prediction.unlike is None else round(float(prediction.unlike), 1),
+        "error": None,
+    }
+    if found := prediction.decision:
+        entry |= {"decision": found.bin, "bin_probability": round(found.probability, 6), "why": found.why}
+    return entry
 
 
 @contextmanager
