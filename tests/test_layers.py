@@ -107,6 +107,7 @@ def test_no_folder_is_too_full_to_find_anything_in() -> None:
         "report.page",
         "data.decoding.centre",
         "inference.predict",
+        "inference.watching.watch",
         "inference.runtimes.onnx",
         "python.model",
     ],

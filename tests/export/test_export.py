@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def test_an_onnx_file_predicts_as_the_model_does(run: Path, onnx_file: Path, tmp
 
 
 @onnx
-def test_predict_with_an_onnx_file_does_not_import_torch(run: Path, onnx_file: Path) -> None:
+def test_predict_with_an_onnx_file_does_not_import_torch(run: Path, onnx_file: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from wasteddp.cli import main; code = main(sys.argv[1:]); "
         "sys.exit(code or any(name in sys.modules for name in ('torch', 'torchvision', 'onnx', 'pydantic')))"
@@ -241,6 +242,16 @@ def test_predict_with_an_onnx_file_does_not_import_torch(run: Path, onnx_file: P
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"{NUM_VAL} classified" in done.stdout
+    out = tmp_path / "watched.csv"
+    watch = [*command[:-1], "--watch", command[-1], "--csv", str(out), "--every", "0.1"]
+    with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True) as process:
+        while not (out.exists() and out.read_bytes().count(b"\n") > NUM_VAL):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert f"{NUM_VAL} classified" in process.communicate()[0]
+    assert process.returncode == 0
+    assert len({row["decision"] for row in csv.DictReader(out.read_text().splitlines())}) == 3
 
 
 @onnx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from wasteddp.commands import unlike
@@ -14,6 +15,7 @@ from wasteddp.commands.arguments import (
     add_tta,
     keywords,
     positive,
+    seconds,
     share,
     to_path,
     words,
@@ -78,7 +80,8 @@ def _add_predict(commands: Commands) -> None:
         "predict",
         help="classify images with a trained model",
         description="Classifies images and lists unreadable files at the end. The exit code is 0 if at least one image "
-        "was classified, otherwise 2.",
+        "was classified, otherwise 2. With --watch, it classifies the photos of a folder as they come, until Ctrl-C or "
+        "SIGTERM.",
     )
     command.add_argument(
         "model", metavar="MODEL", type=to_path, help="folder of a run or of its model, or an .onnx file"
@@ -88,7 +91,23 @@ def _add_predict(commands: Commands) -> None:
         type=expand_home,
         metavar="PATH",
         nargs="+",
+        default=(),
         help="image files, folders, or quoted globs (also **); unpack archives first",
+    )
+    command.add_argument(
+        "--watch",
+        action=_WatchAction,
+        type=to_path,
+        metavar="FOLDER",
+        help="instead of PATH: answer each photo that is or comes there once, also over restarts; rows are appended to "
+        "--csv FILE or --json FILE.jsonl, which show what was answered before",
+    )
+    command.add_argument(
+        "--every",
+        type=seconds,
+        metavar="S",
+        help="with --watch: seconds between two listings; a photo is read once it has not changed between two "
+        "(default: 2)",
     )
     command.add_argument(
         "--csv",
@@ -104,13 +123,36 @@ def _add_predict(commands: Commands) -> None:
     add_compute(command)
     add_decoders(command)
     add_tta(command)
-    command.set_defaults(run=_predict)
+    command.set_defaults(run=partial(_predict, command))
 
 
-def _predict(arguments: argparse.Namespace) -> None:
-    from wasteddp.inference.predict import predict_files
+class _WatchAction(argparse.Action):
+    """Stores the folder, and makes PATH optional."""
 
-    predict_files(**keywords(arguments))
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            if action.dest == "paths":
+                action.required = False
+
+
+def _predict(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    given = keywords(arguments)
+    folder, every_s = given.pop("watch"), given.pop("every")
+    if folder is None:
+        if every_s is not None:
+            command.error("--every is only used with --watch")
+        from wasteddp.inference.predict import predict_files
+
+        predict_files(**given)
+        return
+    if given.pop("paths") or given.pop("workers"):
+        command.error("--watch takes no PATH and no --workers")
+    from wasteddp.inference.watching.watch import EVERY_S, watch_folder
+
+    watch_folder(folder=folder, every_s=every_s or EVERY_S, **given)
 
 
 def _add_average(commands: Commands) -> None:
