@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from wasteddp import __version__, environment
-from wasteddp.commands import calibrate, export, runs, shard, shard_sets, training, unlike
+from wasteddp.commands import calibrate, export, runs, serve, shard, shard_sets, training, unlike
 from wasteddp.errors import EXIT_FINISHED, WastedError, exit_with, storage_error
 
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="wasteddp", description="Sharding, training and deciding: images of waste.")
     top.add_argument("--version", action="version", version=f"wasteddp {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (shard, shard_sets, training, calibrate, unlike, runs, export):
+    for module in (shard, shard_sets, training, calibrate, unlike, runs, serve, export):
         module.add(commands)
     return top
 

@@ -1,0 +1,315 @@
+"""`wasteddp serve`: answers are those of `predict`; limits, the token, the metrics, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from narrow import __file__ as NARROW
+from small_run import BINS, CARD, CLASSES, random_weights, write_image
+
+from wasteddp.cli import main
+from wasteddp.decisions.bins import BinRules
+from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.thresholds import ErrorThreshold
+from wasteddp.errors import LaunchError, SettingsError
+from wasteddp.inference.bundle import read_card, save_bundle
+from wasteddp.inference.classifier import Classifier
+from wasteddp.serve.app import create_app
+from wasteddp.serve.batches import Batches, Limits
+from wasteddp.serve.metrics import Metrics
+from wasteddp.serve.page import page
+from wasteddp.serve.server import listen, read_token
+
+POLICY = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.6, 0.05, 0.95, 0.04, 50, 40, 0))
+NAME = "<b>é.jpg"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    save_bundle(folder, CARD, random_weights())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    return [write_image(folder / f"{seed}.jpg", seed) for seed in range(5)]
+
+
+@pytest.fixture
+def classifier(bundle: Path) -> Classifier:
+    return Classifier.load(bundle, device="cpu", batch_size=4)
+
+
+Talk = Callable[[httpx.AsyncClient], Awaitable[Any]]
+Serve = Callable[..., Any]
+
+
+@pytest.fixture
+def serve(classifier: Classifier, bundle: Path) -> Serve:
+    """Runs requests against a server in this process."""
+
+    def served(talk: Talk, *, limits: Limits | None = None, policy: Policy | None = None, token: str = "") -> Any:
+        with closing(Batches(classifier, limits or Limits(), policy=policy)) as batches:
+            app = create_app(batches, read_card(bundle), limits or Limits(), Metrics(), token=token)
+
+            async def run() -> Any:
+                async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://it") as client:
+                    found = await talk(client)
+                    assert batches.num_taken == 0
+                    return found
+
+            return asyncio.run(run())
+
+    return served
+
+
+def forms(images: list[bytes]) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("images", (f"{number}.jpg", data)) for number, data in enumerate(images)]
+
+
+def test_answers_are_those_of_predict_in_any_form(
+    serve: Serve, bundle: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    main(["predict", str(bundle), *map(str, photos), "--json", str(tmp_path / "out.json")])
+    wanted = [
+        {name: value for name, value in entry.items() if name != "path"}
+        for entry in json.loads((tmp_path / "out.json").read_text())["predictions"]
+    ]
+    images = [path.read_bytes() for path in photos]
+
+    async def talk(client: httpx.AsyncClient) -> Any:
+        raw = await client.post("/predict", content=images[0], headers={"content-type": "image/jpeg"})
+        plain = await client.post("/predict", content=images[1])
+        many = await client.post("/predict", files=forms(images))
+        named = await client.post("/predict", files=[("any", (NAME, images[2])), ("note", (None, b"text"))])
+        return raw, plain, many, named
+
+    raw, plain, many, named = serve(talk)
+    assert raw.json() == {"model": read_card(bundle).hashes.weights, "answers": [{"name": "", **wanted[0]}]}
+    assert plain.json()["answers"] == [{"name": "", **wanted[1]}]
+    assert many.json()["answers"] == [{"name": f"{n}.jpg", **one} for n, one in enumerate(wanted)]
+    assert named.json()["answers"] == [{"name": NAME, **wanted[2]}]
+
+
+def test_requests_share_batches_and_a_policy_decides(
+    serve: Serve, classifier: Classifier, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, real = list[int](), classifier.answers
+    monkeypatch.setattr(classifier, "answers", lambda views: (sizes.append(len(views)), real(views))[1])
+
+    async def talk(client: httpx.AsyncClient) -> Any:
+        return await asyncio.gather(*(client.post("/predict", content=path.read_bytes()) for path in photos[:4]))
+
+    found = serve(talk, limits=Limits(wait_s=60.0), policy=POLICY)  # a full batch does not wait
+    assert sizes == [4]
+    for response in found:
+        assert response.json()["answers"][0]["decision"] in {*BINS.values(), "person"}
+
+
+def test_images_that_cannot_be_read_have_an_error_and_the_others_an_answer(serve: Serve, photos: list[Path]) -> None:
+    whole = photos[0].read_bytes()
+
+    async def talk(client: httpx.AsyncClient) -> Any:
+        mixed = await client.post("/predict", files=forms([whole[:-100], whole, b"text"]))
+        bad = [await client.post("/predict", content=data) for data in (b"", b"text\nmore", whole[:-100])]
+        broken = [
+            await client.post("/predict", content=data, headers={"content-type": f"multipart/form-data{boundary}"})
+            for data, boundary in ((b"x", ""), (b"x", "; boundary=a"), (b"--a\r\n\r\nx", "; boundary=a"))
+        ]
+        return mixed, [*bad, *broken], await client.get("/metrics")
+
+    mixed, refused, metrics = serve(talk)
+    assert [(entry["error"] or "")[:9] for entry in mixed.json()["answers"]] == ["truncated", "", "unreadabl"]
+    for response in refused:
+        assert response.status_code == 422
+        assert response.json().keys() == {"error"}
+        assert "\n" not in response.json()["error"]
+    for line in (
+        'wasteddp_requests_total{status="200"} 1',
+        'wasteddp_requests_total{status="422"} 6',
+        'wasteddp_images_total{result="answered"} 1',
+        'wasteddp_images_total{result="unreadable"} 5',
+        "wasteddp_images_waiting 0",
+        'wasteddp_request_seconds_bucket{le="+Inf"} 7',
+        "wasteddp_request_seconds_count 7",
+    ):
+        assert line in metrics.text.splitlines()
+
+
+def test_limits_of_bytes_pixels_and_images(serve: Serve, photos: list[Path]) -> None:
+    whole = photos[0].read_bytes()
+
+    async def parts() -> Any:
+        for _ in range(3):
+            yield b"x" * 4000
+
+    async def talk(client: httpx.AsyncClient) -> Any:
+        return [
+            await client.post("/predict", content=b"x" * 10_001),
+            await client.post("/predict", content=parts()),  # without its length
+            await client.post("/predict", files=forms([b"", b"", b""])),
+            await client.post("/predict", content=whole),
+        ]
+
+    large, streamed, many, pixels = serve(talk, limits=Limits(request_bytes=10_000, images=2, pixels=1000))
+    assert [response.status_code for response in (large, streamed, many, pixels)] == [413, 413, 413, 422]
+    assert "48x40 px; the limit of this server is 1,000 pixels" in pixels.json()["error"]
+    held = serve(lambda client: client.post("/predict", content=whole), limits=Limits(held_bytes=10))
+    assert held.status_code == 429
+
+
+def test_a_full_queue_is_429_and_a_late_answer_503(
+    serve: Serve, classifier: Classifier, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, real = photos[0].read_bytes(), classifier.answers
+    is_computing, may_go_on = threading.Event(), threading.Event()
+
+    def answers(views: Any) -> Any:
+        is_computing.set()
+        may_go_on.wait()
+        return real(views)
+
+    monkeypatch.setattr(classifier, "answers", answers)
+
+    async def full(client: httpx.AsyncClient) -> Any:
+        first = asyncio.create_task(client.post("/predict", content=data))
+        await asyncio.to_thread(is_computing.wait)
+        second = await client.post("/predict", content=data)
+        may_go_on.set()
+        return await first, second
+
+    first, second = serve(full, limits=Limits(images=1))
+    assert (first.status_code, second.status_code, second.headers["retry-after"]) == (200, 429, "1")
+    may_go_on.clear()
+
+    async def late(client: httpx.AsyncClient) -> Any:
+        found = await client.post("/predict", content=data)
+        may_go_on.set()
+        while "wasteddp_images_waiting 0" not in (await client.get("/metrics")).text:
+            await asyncio.sleep(0.01)
+        return found
+
+    found = serve(late, limits=Limits(request_s=0.3))
+    assert (found.status_code, found.json()) == (503, {"error": "no answer within 0.3 s; try again later"})
+
+
+def test_a_model_that_fails_is_500_and_the_next_request_is_answered(
+    serve: Serve, classifier: Classifier, photos: list[Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real = classifier.answers
+
+    def fail_once(views: Any) -> Any:
+        monkeypatch.setattr(classifier, "answers", real)
+        raise RuntimeError("of the test")
+
+    monkeypatch.setattr(classifier, "answers", fail_once)
+
+    async def talk(client: httpx.AsyncClient) -> Any:
+        return [(await client.post("/predict", content=photos[0].read_bytes())).status_code for _ in range(2)]
+
+    assert serve(talk) == [500, 200]
+    assert "RuntimeError('of the test')" in capsys.readouterr().err
+
+
+def test_a_token_is_needed_if_it_is_set(serve: Serve, photos: list[Path]) -> None:
+    async def talk(client: httpx.AsyncClient) -> Any:
+        found = []
+        for given in ("", "Bearer wrong", "Bearer sécret", "Bearer s3cret"):
+            headers = {"authorization": given.encode()}
+            found.append((await client.post("/predict", content=photos[0].read_bytes(), headers=headers)).status_code)
+            found.append((await client.get("/metrics", headers=headers)).status_code)
+        return found, (await client.get("/healthz")).text, (await client.get("/")).text
+
+    found, health, html = serve(talk, token="s3cret")
+    assert found == [401] * 6 + [200] * 2
+    assert health == "ok\n"
+    assert "<p><label>Token" in html
+
+
+def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WASTEDDP_TOKEN", raising=False)
+    assert read_token(None) == ""
+    monkeypatch.setenv("WASTEDDP_TOKEN", "a")
+    (tmp_path / "token").write_text("b\n")
+    assert (read_token(None), read_token(tmp_path / "token")) == ("a", "b")
+    (tmp_path / "token").write_text("\n")
+    with pytest.raises(SettingsError, match="has no token"):
+        read_token(tmp_path / "token")
+
+
+def test_the_interface_is_described_and_the_page_loads_nothing_else(serve: Serve) -> None:
+    async def talk(client: httpx.AsyncClient) -> Any:
+        return (await client.get("/openapi.json")).json(), await client.get("/"), await client.get("/docs")
+
+    described, root, docs = serve(talk)
+    assert set(described["paths"]) == {"/predict", "/healthz", "/metrics"}
+    post = described["paths"]["/predict"]["post"]
+    assert {"200", "413", "422", "429", "503"} <= set(post["responses"])
+    assert "multipart/form-data" in post["requestBody"]["content"]
+    assert "class" in described["components"]["schemas"]["ImageAnswer"]["properties"]
+    assert docs.status_code == 404
+    assert root.headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
+    assert root.text == page(needs_token=False)
+    assert "<p hidden><label>Token" in root.text
+    assert not re.search(r"https?://|innerHTML|\{(css|js|token_hidden)\}", root.text)
+
+
+def test_an_address_in_use_is_named(serve: Serve) -> None:
+    with listen("127.0.0.1", 0) as first, pytest.raises(LaunchError, match="cannot be listened on"):
+        listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_missing_packages_are_named(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit):
+        main(["serve", str(bundle)])
+    assert "pip install 'wasteddp[serve]'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def process(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, NARROW, "-m", "wasteddp.cli", "serve", str(bundle), "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+        assert found
+        try:
+            yield process, found.group()
+        finally:
+            process.kill()
+
+
+@pytest.mark.processes
+def test_sigterm_ends_it_after_the_request_that_it_reads(
+    process: tuple[subprocess.Popen[str], str], photos: list[Path]
+) -> None:
+    server, address = process
+    data = photos[0].read_bytes()
+
+    def slowly() -> Iterator[bytes]:
+        yield data[:100]
+        server.send_signal(signal.SIGTERM)
+        yield data[100:]
+
+    assert httpx.get(f"{address}/healthz").text == "ok\n"
+    assert httpx.post(f"{address}/predict", content=slowly()).status_code == 200
+    assert server.wait(60) == 0
+    assert server.stdout is not None
+    assert server.stdout.read() == "1 requests, 1 images answered\n"

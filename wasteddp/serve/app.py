@@ -1,0 +1,200 @@
+"""The HTTP interface: POST /predict, /healthz, /metrics, /openapi.json and a page at /. Nothing is written."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel, Field
+from starlette.requests import ClientDisconnect
+
+from wasteddp import __version__
+from wasteddp.data.decoding.decode import UndecodableError
+from wasteddp.errors import inert, print_warning
+from wasteddp.inference.bundle import BundleCard
+from wasteddp.inference.prediction_files import Failure, json_entry
+from wasteddp.serve.batches import Batches, BusyError, Limits
+from wasteddp.serve.bodies import BodyError, images_of
+from wasteddp.serve.metrics import CONTENT_TYPE, Metrics
+from wasteddp.serve.page import POLICY, page
+
+
+class ImageAnswer(BaseModel):
+    """Of one image: as in the JSON file of `wasteddp predict`. An image that cannot be read has a name and an error."""
+
+    name: str = Field(description="file name in the request")
+    class_: str | None = Field(None, alias="class", description="the most probable class")
+    bin: str | None = Field(None, description="that the class belongs in; null: the model knows no bins")
+    probability: float | None = Field(None, description="of the class, calibrated, 0 to 1")
+    probabilities: dict[str, float] | None = Field(None, description="of each class")
+    unlike: float | None = Field(None, description="percentile of unlikeness to the training images; null: not known")
+    decision: str | None = Field(None, description="bin, or person; only with a policy")
+    bin_probability: float | None = Field(None, description="of the best bin; only with a policy")
+    why: str | None = Field(None, description="hazard, cost, doubt or empty; only with a policy")
+    error: str | None = Field(None, description="why the image has no answer")
+
+
+class Answers(BaseModel):
+    """Of one request."""
+
+    model: str = Field(description="sha256 of the weights")
+    answers: list[ImageAnswer] = Field(description="in the order of the images")
+
+
+class Problem(BaseModel):
+    error: str = Field(description="one line")
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "The bytes of an image file, or images as files of a multipart form.",
+        "content": {
+            "image/*": _BINARY,
+            "application/octet-stream": _BINARY,
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                }
+            },
+        },
+    }
+}
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Problem, "description": "The token is missing or wrong"},
+    413: {"model": Problem, "description": "Too many bytes or images in one request"},
+    422: {"model": Problem, "description": "No image can be read, or all have too many pixels"},
+    429: {"model": Problem, "description": "Too many images wait; try again later"},
+    500: {"model": Problem, "description": "The model failed"},
+    503: {"model": Problem, "description": "The answer took too long"},
+}
+
+
+def create_app(batches: Batches, card: BundleCard, limits: Limits, metrics: Metrics, *, token: str = "") -> FastAPI:
+    """Return the ASGI application.
+
+    Args:
+        token: that `Authorization: Bearer TOKEN` must have for /predict and /metrics; "": none is needed.
+    """
+    app = FastAPI(
+        title="wasteddp", version=__version__, docs_url=None, redoc_url=None, summary=f"{card.arch}, waste images"
+    )
+    reader = _Reader(limits)
+    html = page(needs_token=bool(token))
+
+    def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise _RefusedError(401, "the token is missing or wrong: send the header Authorization: Bearer TOKEN")
+
+    async def answer(request: Request) -> dict[str, Any]:
+        check(request)
+        body = await reader.read(request)
+        try:
+            images = images_of(request.headers.get("content-type", ""), body)
+            reader.refuse_many(len(images))
+            futures = batches.take(images)
+            found = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+        except BodyError as error:
+            raise _RefusedError(422, str(error)) from error
+        except BusyError as error:
+            raise _RefusedError(429, f"{error}; try again later") from error
+        finally:
+            reader.release(len(body))
+        entries = list[dict[str, Any]]()
+        for (name, _), one in zip(images, found, strict=True):
+            if isinstance(one, BaseException) and not isinstance(one, UndecodableError):
+                raise one
+            metrics.count_image("unreadable" if isinstance(one, BaseException) else "answered")
+            entry = json_entry(Failure(name, str(one)) if isinstance(one, BaseException) else one, card)
+            entries.append({"name": entry.pop("path"), **entry})
+        if all(entry["error"] for entry in entries):
+            names = [f"{entry['name']}: " * bool(entry["name"]) + entry["error"] for entry in entries]
+            raise _RefusedError(422, "; ".join(names))
+        return {"model": card.hashes.weights, "answers": entries}
+
+    @app.post("/predict", response_model=Answers, responses=_PROBLEMS, openapi_extra=_BODY)
+    async def predict(request: Request) -> JSONResponse:
+        """Classify one image or several. If several are sent and some cannot be read, those have an error."""
+        begin, status, content = time.monotonic(), 200, dict[str, Any]()
+        try:
+            async with asyncio.timeout(limits.request_s):
+                content = await answer(request)
+        except _RefusedError as refused:
+            status, content = refused.status, {"error": " ".join(inert(refused.reason).split())}
+        except TimeoutError:
+            status, content = 503, {"error": f"no answer within {limits.request_s:g} s; try again later"}
+        except ClientDisconnect:
+            status = 400  # nobody reads it
+        except Exception as error:
+            print_warning(f"a request failed: {error!r}")
+            status, content = 500, {"error": "the model failed; the server has printed why"}
+        metrics.count_request(status, time.monotonic() - begin)
+        return JSONResponse(content, status, headers={"retry-after": "1"} if status in (429, 503) else None)
+
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def healthz() -> str:
+        """Return "ok" if the server takes requests."""
+        return "ok\n"
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses={401: _PROBLEMS[401]})
+    async def read_metrics(request: Request) -> Response:
+        """Return Prometheus' text format."""
+        try:
+            check(request)
+        except _RefusedError as refused:
+            return JSONResponse({"error": refused.reason}, refused.status)
+        text = metrics.text(num_waiting=batches.num_taken, num_batches=batches.num_batches)
+        return Response(text, media_type=CONTENT_TYPE)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def root() -> HTMLResponse:
+        return HTMLResponse(html, headers={"content-security-policy": POLICY, "x-content-type-options": "nosniff"})
+
+    return app
+
+
+class _Reader:
+    """Reads bodies, within the limits of one and of all together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._held = limits, 0
+
+    async def read(self, request: Request) -> bytes:
+        """Return the body; `release` must follow. It is held until then."""
+        most = self._limits.request_bytes
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            raise _RefusedError(413, f"the request has {int(length):,} bytes; the limit is {most:,}")
+        body = bytearray()
+        try:
+            async for part in request.stream():
+                body += part
+                self._held += len(part)
+                if len(body) > most:
+                    raise _RefusedError(413, f"the request has more than {most:,} bytes, the limit")
+                if self._held > self._limits.held_bytes:
+                    raise _RefusedError(429, "the requests that are being read have too many bytes; try again later")
+        except BaseException:
+            self.release(len(body))
+            raise
+        return bytes(body)
+
+    def release(self, num_bytes: int) -> None:
+        self._held -= num_bytes
+
+    def refuse_many(self, num_images: int) -> None:
+        if num_images > self._limits.images:
+            raise _RefusedError(413, f"the request has {num_images} images; the limit is {self._limits.images}")

@@ -1,0 +1,106 @@
+"""`wasteddp serve`: run the HTTP interface with uvicorn until SIGINT or SIGTERM, and finish what was taken."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+from contextlib import closing
+from pathlib import Path
+
+from wasteddp.errors import LaunchError, SettingsError, missing_extra, print_line, print_warning
+from wasteddp.files import read_text
+from wasteddp.inference.runtimes.loading import load_classifier
+from wasteddp.inference.runtimes.policy_file import load_policy
+from wasteddp.serve.batches import Batches, Limits
+from wasteddp.serve.metrics import Metrics
+
+TOKEN_VARIABLE = "WASTEDDP_TOKEN"
+
+
+def serve(
+    model: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_file: Path | None = None,
+    policy: Path | None = None,
+    limits: Limits = Limits(),  # noqa: B008, frozen
+    batch_size: int | None = None,
+    device: str = "auto",
+    tta: str = "none",
+) -> None:
+    """Serve a model.
+
+    Args:
+        port: 0: a free one, which is printed.
+        token_file: with the token that requests must have; None: that of WASTEDDP_TOKEN, or none is needed.
+        model, policy, batch_size, device, tta: as `predict_files` takes them.
+
+    Raises:
+        LaunchError: packages are missing, or the address cannot be used.
+        SettingsError: the token is empty.
+    """
+    try:
+        import uvicorn
+
+        from wasteddp.serve.app import create_app
+    except ImportError as error:
+        raise missing_extra("serve", "wasteddp serve") from error
+    token = read_token(token_file)
+    classifier = load_classifier(model, device=device, batch_size=batch_size, tta=tta)
+    rules = load_policy(policy, classifier.card, tta=tta) if policy else classifier.policy
+    metrics = Metrics()
+    with listen(host, port) as listening, closing(Batches(classifier, limits, policy=rules)) as batches:
+        app = create_app(batches, classifier.card, limits, metrics, token=token)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises its signal again after it has ended
+            signal.signal(number, lambda *_: None)
+        if not token and not _is_loopback(host):
+            print_warning(f"{host} can be reached from other machines, and no token is set: see --token-file")
+        address = f"[{host}]" if ":" in host else host
+        print_line(f"serving {model} on http://{address}:{listening.getsockname()[1]}/ until Ctrl-C or SIGTERM")
+        server.run(sockets=[listening])
+    print_line(f"{metrics.num_requests:,} requests, {metrics.num_answered:,} images answered")
+
+
+def read_token(path: Path | None) -> str:
+    """Return the token of a file, or of WASTEDDP_TOKEN; '' if neither is given.
+
+    Raises:
+        SettingsError: it is empty.
+    """
+    if path is None and TOKEN_VARIABLE not in os.environ:
+        return ""
+    token = (os.environ[TOKEN_VARIABLE] if path is None else read_text(path, "reading the token")).strip()
+    if not token:
+        raise SettingsError(
+            f"{path or TOKEN_VARIABLE} has no token",
+            "everybody who reaches the server could use it",
+            "write one, for example of: openssl rand -hex 32",
+        )
+    return token
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        LaunchError: the address cannot be used.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise LaunchError(
+            f"{host}, port {port}, cannot be listened on: {error}",
+            "the server cannot start",
+            "name another --port (0: a free one) or --host",
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
