@@ -238,7 +238,7 @@ def test_a_token_is_needed_if_it_is_set(serve: Serve, photos: list[Path]) -> Non
     found, health, html = serve(talk, token="s3cret")
     assert found == [401] * 6 + [200] * 2
     assert health == "ok\n"
-    assert "<p><label>Token" in html
+    assert '<form id="form"><label>Token' in html
 
 
 def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,8 +265,8 @@ def test_the_interface_is_described_and_the_page_loads_nothing_else(serve: Serve
     assert docs.status_code == 404
     assert root.headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
     assert root.text == page(needs_token=False)
-    assert "<p hidden><label>Token" in root.text
-    assert not re.search(r"https?://|innerHTML|\{(css|js|token_hidden)\}", root.text)
+    assert '<form id="form" hidden><label>Token' in root.text
+    assert not re.search(r"https?://|innerHTML|\{(css|js|token_hidden|unlike_from)\}", root.text)
 
 
 def test_an_address_in_use_is_named(serve: Serve) -> None:

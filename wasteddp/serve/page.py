@@ -6,8 +6,10 @@ import base64
 import hashlib
 from importlib.resources import files
 
+from wasteddp.decisions.unlikeness import UNLIKE_FROM
+
 _CSS = (files("wasteddp.report") / "page.css").read_text("utf-8") + (files(__package__) / "try.css").read_text("utf-8")
-_JS = (files(__package__) / "try.js").read_text("utf-8")
+_JS = (files(__package__) / "try.js").read_text("utf-8").replace("{unlike_from}", f"{UNLIKE_FROM:g}")
 
 
 def _hash(text: str) -> str:

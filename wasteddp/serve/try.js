@@ -27,7 +27,7 @@ function show(file, answer) {
     if (answer.why) line(card, "p", "to a person or another bin because of " + answer.why, "wrong");
     if (typeof answer.unlike === "number") {
       const text = "less like the training images than " + answer.unlike.toFixed(1) + " % of them";
-      line(card, "p", text, answer.unlike >= 99 ? "wrong" : "");
+      line(card, "p", text, answer.unlike >= {unlike_from} ? "wrong" : "");
     }
   }
   line(card, "p", file.name, "about");
@@ -62,6 +62,7 @@ for (const id of ["choose", "camera"]) {
     sendAll(event.target.files).finally(() => { event.target.value = ""; });
   });
 }
+byId("form").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("paste", (event) => sendAll(event.clipboardData.files));
 document.addEventListener("dragover", (event) => { event.preventDefault(); byId("drop").classList.add("over"); });
 document.addEventListener("dragleave", () => byId("drop").classList.remove("over"));

@@ -1,0 +1,3 @@
+"""A real browser, for the tests of the pages."""
+
+from chromium import browser as browser
