@@ -20,7 +20,7 @@ from PIL import Image
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, rgb_of
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError
-from wasteddp.files import expand_home
+from wasteddp.files import expand_home, read_regular
 from wasteddp.inference.metrics import as_float
 from wasteddp.inference.prediction_files import decisions_of
 from wasteddp.inference.runtimes.classifier import AnyClassifier
@@ -157,7 +157,7 @@ def _view(classifier: AnyClassifier, numbered: tuple[int, Any]) -> ImageHWC:
             case bytes():
                 return classifier.view(one)
             case str() | os.PathLike():
-                return classifier.view(Path(expand_home(os.fspath(one))).read_bytes())
+                return classifier.view(read_regular(expand_home(os.fspath(one))))
             case Image.Image():
                 return classifier.view_pixels(rgb_of(one))
             case np.ndarray() if one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3 and one.size:
