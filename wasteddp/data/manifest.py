@@ -27,6 +27,8 @@ from wasteddp.files import read_regular, write_atomically
 FORMAT = "wasteddp-shards"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+WORK_NAME = ".sharding"  # folder of a set that is not finished
+BEGUN_NAME = "begun"  # if it exists there, files in the set\'s folder with our names were written by us
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 # Little-endian and packed, 48 bytes a sample: the file is the same on every machine.
@@ -193,6 +195,12 @@ class Manifest:
             )
         if not path.exists():
             tars = len(list(folder.glob("*.tar")))
+            if (folder / WORK_NAME / BEGUN_NAME).exists():
+                raise ShardError(
+                    f"{folder} holds a set that `wasteddp shard` has begun and not finished",
+                    "a part of the images would be missing",
+                    "run the same `wasteddp shard` again: it continues",
+                )
             if not tars and any(entry.is_dir() for entry in folder.iterdir()):
                 raise ShardError(
                     f"{folder} holds no {MANIFEST_NAME} and no tar, but folders",

@@ -32,11 +32,11 @@ from wasteddp.inference.prediction_files import (
 from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.runtimes.loading import is_onnx, load_classifier
 from wasteddp.inference.runtimes.policy_file import load_policy
-from wasteddp.sharding.sources.files import Walked, walk
+from wasteddp.sharding.sources.advice import ARCHIVES
+from wasteddp.sharding.sources.files import Names, Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".7z", ".rar")
-_KINDS = dict.fromkeys(_ARCHIVES, "an archive") | dict.fromkeys((".csv", ".tsv"), "a table")
+_KINDS = dict.fromkeys(ARCHIVES, "an archive") | dict.fromkeys((".csv", ".tsv"), "a table")
 
 
 def predict_files(
@@ -181,10 +181,17 @@ def _refuse_sources(paths: Sequence[str]) -> None:
 
 def _below(folder: str) -> Iterator[str]:
     """Yield images in a folder, then in its subfolders; then report what was ignored, and which links were followed."""
-    walked = Walked()
+    walked, others = Walked(), Names()
     for inside, files in walk(folder, (), walked):
-        yield from [inside] if isinstance(files, OSError) else (file.path for file in files if _is_image(file.path))
-    for line in walked.notes():
+        if isinstance(files, OSError):
+            yield inside
+            continue
+        for file in files:
+            if _is_image(file.path):
+                yield file.path
+            else:
+                others.add(file.path)
+    for line in [*walked.notes(), *others.note("ignored {} file(s) without the suffix of an image")]:
         print(inert(line), file=sys.stderr)
 
 

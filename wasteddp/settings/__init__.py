@@ -1,6 +1,15 @@
 """The settings of a run: one YAML file, and one frozen model of its contents."""
 
-from wasteddp.settings.reading import explained_yaml, json_schema, known_keys, leaves, load, parse, plain_yaml
+from wasteddp.settings.reading import (
+    describe_problems,
+    explained_yaml,
+    json_schema,
+    known_keys,
+    leaves,
+    load,
+    parse,
+    plain_yaml,
+)
 from wasteddp.settings.sections import (
     Augment,
     Checkpoint,
@@ -31,6 +40,7 @@ __all__ = [
     "Settings",
     "Track",
     "Train",
+    "describe_problems",
     "explained_yaml",
     "json_schema",
     "known_keys",

@@ -199,6 +199,11 @@ def _refuse_secrets(tree: Any, key: str) -> None:
         _refuse_secrets(value, f"{key}.{name}" if key else str(name))
 
 
+def describe_problems(error: ValidationError) -> str:
+    """Return each key of a file that is wrong, and why, in one line."""
+    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in error.errors())
+
+
 def _explain(error: ValidationError, name: str, changed: Mapping[str, str]) -> SettingsError:
     """Return one error that lists all problems: the file or the --set of `changed`, key, value, and what is allowed."""
     lines, remedies = dict[str, list[str]](), []

@@ -24,7 +24,7 @@ import numpy as np
 
 from wasteddp import __version__
 from wasteddp.data.groups import GROUPS_NAME, save_groups
-from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
+from wasteddp.data.manifest import BEGUN_NAME, MANIFEST_NAME, WORK_NAME, Manifest, Split
 from wasteddp.errors import ShardError, SourceError, storage
 from wasteddp.files import make_folder, read_regular, sync_folder, try_lock_or_announce, write_atomically
 from wasteddp.lock_files import LockFile
@@ -38,8 +38,6 @@ from wasteddp.sharding.writer import ShardJournal, write_split
 __all__ = ["Job", "Options", "find_finished", "make_shards"]
 
 TOOL = f"wasteddp {__version__}"
-WORK_NAME = ".sharding"
-_BEGUN_NAME = "begun"  # if it exists, files in the set's folder with our names were written by us
 _OWN_FILE = re.compile(r"(train|val|test|fold-\d+)-\d{6}\.(tar|idx)(\.tmp)?|groups\.bin(\.tmp)?|manifest\.json\.tmp")
 
 
@@ -124,7 +122,7 @@ def _write_set(job: Job, listing: Listing, scanned: scan.ScanResult, work: Path,
 
 def settle(job: Job, listing: Listing, work: Path) -> Job:
     """Return the job with all options of the split. A set that is there already, or was begun, keeps its rule."""
-    options, begun = job.options, work / _BEGUN_NAME
+    options, begun = job.options, work / BEGUN_NAME
     if job.extends:
         options = _extended(job.extends, options, is_split=listing.layout.is_split)
     if not listing.layout.is_split and options.split_rule is None:
@@ -217,7 +215,7 @@ def work_folder(out: Path, *, shared: bool = False) -> Iterator[Path]:
             yield work
         finally:
             lock_file.release()
-            if not shared and ((out / MANIFEST_NAME).exists() or not (work / _BEGUN_NAME).exists()):
+            if not shared and ((out / MANIFEST_NAME).exists() or not (work / BEGUN_NAME).exists()):
                 shutil.rmtree(work, ignore_errors=True)
                 if not any(out.iterdir()):
                     out.rmdir()
@@ -231,7 +229,7 @@ def prepare_folder(job: Job, work: Path, *, overwrite: bool) -> None:
     Raises:
         ShardError: without `overwrite`, the folder holds files that would be replaced.
     """
-    out, begun = job.out, work / _BEGUN_NAME
+    out, begun = job.out, work / BEGUN_NAME
     if not begun.exists() and not overwrite:
         there = [path.name for path in out.iterdir() if _OWN_FILE.fullmatch(path.name)]
         if there:

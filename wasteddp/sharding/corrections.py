@@ -14,7 +14,7 @@ from typing import Any
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError, joined
 from wasteddp.files import sha256_of
-from wasteddp.sharding.sources.layout import Layout, read_csv
+from wasteddp.sharding.sources.layout import Layout, is_filled, read_csv
 
 _MAX_NAMED = 5
 _DROP = "drop"
@@ -53,6 +53,8 @@ def read_corrections(path: Path) -> Corrections:
         )
     class_of: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
+        if not any(map(is_filled, row.values())):
+            continue
         name, class_name, action = ((row.get(key) or "").strip() for key in ("path", "class", "action"))
         name = name.replace("\\", "/") if "\\ud" not in name else name
         is_drop = action.lower() == _DROP

@@ -184,8 +184,10 @@ def list_images(job: Job, work: Path) -> Listing:
     """Open the source of a job and list its images. A compressed tar is unpacked into `work`.
 
     Raises:
-        SourceError: there are no images, classes or lists contradict each other, or too many listed images are missing.
+        SourceError: there are no images, classes or lists contradict each other, too many listed images are missing, or
+            the set would be in the folder of its images.
     """
+    _refuse_out_in_source(job)
     source: Source
     classes = () if job.class_names else job.classes  # else they are those of the new names
     options = groups_of_old(job.options, job.extends) if job.extends else job.options
@@ -242,7 +244,8 @@ def list_images(job: Job, work: Path) -> Listing:
         )
     if job.bins and set(job.bins) != set(layout.classes):
         raise SourceError(
-            f"bins are given for {joined(sorted(job.bins))}; the classes are {joined(layout.classes)}",
+            f"without a bin: {joined(sorted(set(layout.classes) - set(job.bins))) or '-'}; bins of unknown classes: "
+            f"{joined(sorted(set(job.bins) - set(layout.classes))) or '-'}; the classes are {joined(layout.classes)}",
             "a classified image could have no bin",
             "give one bin for each class",
         )
@@ -258,6 +261,19 @@ def list_images(job: Job, work: Path) -> Listing:
         raise scan.too_many(gone, len(layout.images) + len(gone), job.options.max_left_out)
     others = (LeftOut(path, "not_listed", "no list names it") for path in not_listed)
     return _corrected(job, Listing(source, layout, (*gone, *others)))
+
+
+def _refuse_out_in_source(job: Job) -> None:
+    """Refuse a set among its images: its files would be read as one of their classes."""
+    source, out = job.source.resolve(), job.out.resolve()
+    if not source.is_dir() or not out.is_relative_to(source):
+        return
+    if not any(part.startswith(".") for part in out.relative_to(source).parts):  # hidden folders are not read
+        raise SourceError(
+            f"--out {job.out} is in the folder of the images, {job.source}",
+            "the files of the set would be among the images, and its folder would be taken for a class",
+            "name a folder outside it",
+        )
 
 
 def _report_changes(classes: Sequence[str], old: Manifest) -> None:

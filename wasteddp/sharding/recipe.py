@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from wasteddp.data.manifest import Manifest
+from wasteddp.data.manifest import WORK_NAME, Manifest
 from wasteddp.errors import RecipeError, joined, storage
 from wasteddp.files import read_text
-from wasteddp.settings import plain_yaml
-from wasteddp.sharding.build import WORK_NAME, Job, Options, find_finished, make_shards
+from wasteddp.settings import describe_problems, plain_yaml
+from wasteddp.sharding.build import Job, Options, find_finished, make_shards
 from wasteddp.sharding.corrections import Corrections
 from wasteddp.sharding.sources import synthetic as drawing
 from wasteddp.sharding.sources.download import Download, fetch
@@ -77,9 +77,8 @@ def load_recipe(path: Path) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}", "no set can be made from it", "fix the named line") from error
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
         raise RecipeError(
-            f"{path} is not a recipe: " + "; ".join(wrong),
+            f"{path} is not a recipe: {describe_problems(error)}",
             "the set would not be the one that the recipe describes",
             f"fix these keys; known keys: {', '.join(Recipe.model_fields)}",
         ) from error
@@ -106,8 +105,9 @@ def load_pairs(path: Path, value: str) -> dict[str, str]:
         pairs = TypeAdapter(dict[str, _Bin]).validate_python(plain_yaml(text, as_text=True))
         return {name.strip(): of.strip() for name, of in pairs.items()}  # as the names of class folders
     except (yaml.YAMLError, ValidationError) as error:
+        wrong = describe_problems(error) if isinstance(error, ValidationError) else error
         raise RecipeError(
-            f"{path} is not YAML with lines `class: {value}`: {error}",
+            f"{path} is not YAML with lines `class: {value}`: {wrong}",
             f"the {value}s of the classes are not known",
             f"write one line `class: {value}` for each class",
         ) from error

@@ -73,14 +73,16 @@ def max_unusable(num_images: int, limit: float | None) -> int:
     return int(limit) if limit >= 1 else int(num_images * limit)
 
 
-def too_many(left_out: Sequence[LeftOut], num_images: int, limit: float | None) -> SourceError:
-    """Return the error for more unusable images than `limit` allows."""
+def too_many(left_out: Sequence[LeftOut], num_images: int, limit: float | None, *, num_unread: int = 0) -> SourceError:
+    """Return the error for more unusable images than `limit` allows. `num_unread`: images that were not read."""
     allowed = max_unusable(num_images, limit)
     counts = Counter(left.reason for left in left_out)
     by_reason = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     first = "".join(f"\n    {left.source}: {left.reason}: {left.detail}" for left in left_out[:5])
+    unread = f"; {num_unread} were not read" if num_unread else ""
     return SourceError(
-        f"{len(left_out)} of {num_images} images cannot be used ({by_reason}), more than the {allowed} allowed:{first}",
+        f"{len(left_out)} of {num_images} images cannot be used ({by_reason}), more than the {allowed} allowed{unread}:"
+        f"{first}",
         "the set would be much smaller than its source; a copy or a download may be incomplete",
         "repair or remove those images, or allow more with --max-left-out (0.2 for a fifth, 500 for a number)",
     )
@@ -134,7 +136,8 @@ def scan(
         details |= _leave_out_wide(records)
     result = ScanResult(records, dict(sorted(details.items())), is_read, num_reused)
     if len(details) > allowed:
-        raise too_many(result.left_out(images), len(images), limit)
+        unread = sum(not is_read[index] for index in waiting)
+        raise too_many(result.left_out(images), len(images), limit, num_unread=unread)
     return result
 
 

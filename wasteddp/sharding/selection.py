@@ -53,7 +53,7 @@ def select(job: Job, listing: Listing, scanned: ScanResult) -> Selection:
     listed = {image.class_name for image in images}
     classes = tuple(name for name in classes if name in listed)  # others may lack images
     usable = np.flatnonzero(records["problem"] == 0).tolist()
-    check_usable(classes, [images[i] for i in usable], scanned.left_out(images))
+    check_usable(classes, images, usable, scanned.left_out(images))
     held, _ = _hold_out(job.options, [images[i] for i in usable])
     chosen, copies = leave_out_copies(
         [replace(images[i], split="test") if images[i].group in held else images[i] for i in usable],
@@ -61,7 +61,7 @@ def select(job: Job, listing: Listing, scanned: ScanResult) -> Selection:
         keep_conflicts=job.options.keep_conflicts,
     )
     kept = [usable[i] for i in chosen]
-    check_usable(classes, [images[i] for i in kept], copies)
+    check_usable(classes, images, kept, copies)
     hashes = {i: records["sha256"][i].tobytes() for i in kept}
 
     def find_near(split_of: Sequence[str]) -> Near:
@@ -104,16 +104,19 @@ def split_names(num_folds: int) -> tuple[str, ...]:
     return (*folds.fold_names(num_folds), "test") if num_folds else SPLITS
 
 
-def check_usable(classes: Sequence[str], images: Sequence[SourceImage], left_out: Sequence[LeftOut]) -> None:
-    """Check that each class has an image.
+def check_usable(
+    classes: Sequence[str], images: Sequence[SourceImage], kept: Sequence[int], left_out: Sequence[LeftOut]
+) -> None:
+    """Check that each class has an image among those that are `kept`.
 
     Raises:
         SourceError: a class has none.
     """
-    counts = Counter(image.class_name for image in images)
+    counts = Counter(images[i].class_name for i in kept)
     for name in classes:
         if not counts[name]:
-            reasons = [f"{left.source}: {left.reason}: {left.detail}" for left in left_out]
+            own = {image.file.path for image in images if image.class_name == name}
+            reasons = [f"{left.source}: {left.reason}: {left.detail}" for left in left_out if left.source in own]
             raise SourceError(
                 f"the class {visible(name)} has no usable image; left out: {'; '.join(reasons[:5]) or 'none'}",
                 "the model cannot learn this class",

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from wasteddp.errors import SettingsError, TrackingError
 from wasteddp.files import read_text
-from wasteddp.settings import plain_yaml
+from wasteddp.settings import describe_problems, plain_yaml
 from wasteddp.training.tracking.journal import METRICS, is_known
 from wasteddp.training.tracking.wandb_client import choose, reason_of
 from wasteddp.training.tracking.wandb_sync import MEDIA
@@ -81,7 +81,8 @@ def load(path: Path) -> Dashboard:
     try:
         dashboard = Dashboard.model_validate(plain_yaml(text))
     except (yaml.YAMLError, ValidationError) as error:
-        raise SettingsError(f"{path}: {error}", "the dashboard cannot be built", "fix the named lines") from error
+        wrong = describe_problems(error) if isinstance(error, ValidationError) else error
+        raise SettingsError(f"{path}: {wrong}", "the dashboard cannot be built", "fix the named lines") from error
     names = {name for section in dashboard.sections for panel in section.panels for name in panel.names}
     unknown = sorted(name for name in names if not _is_shown(name))
     if unknown:

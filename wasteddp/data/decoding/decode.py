@@ -313,9 +313,20 @@ def _undecodable(error: Exception, data: bytes) -> UndecodableError:
         return UndecodableError("unknown_range", str(error))
     if isinstance(error, UnidentifiedImageError) and (missing := missing_decoder(data)):
         return UndecodableError("unreadable", missing)
+    if isinstance(error, UnidentifiedImageError) and (other := _other_content(data)):
+        return UndecodableError("unreadable", other)
     text = str(error).lower()
     ran_out = any(word in text for word in ("truncated", "premature", "eof", "end of file"))
     return UndecodableError("truncated" if ran_out else "unreadable", _first_line(error))
+
+
+def _other_content(data: bytes) -> str:
+    """Return what a download left in the place of an image; "" if it is not known."""
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a pointer of Git LFS, not the image: git lfs pull"
+    if data[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page, not an image"
+    return ""
 
 
 def _first_line(error: Any) -> str:

@@ -226,6 +226,12 @@ def open_source(path: Path, *, work_folder: Path, ignore: Sequence[str] = (), en
             return TarSource(plain, stamp_of=path, ignore=ignore, encoding=encoding)
         if _is_tar(path):
             return TarSource(path, stamp_of=path, ignore=ignore, encoding=encoding)
+    if start.startswith(b"PK\x03\x04"):
+        raise SourceError(
+            f"{path} begins as a zip, and its list of files at the end is missing or damaged",
+            "its images cannot be found",
+            "copy or download it again: it may be incomplete",
+        )
     raise SourceError(
         f"{path} is neither a zip nor a tar (it starts with {start!r})",
         "its images cannot be read",

@@ -24,6 +24,7 @@ import yaml
 
 from wasteddp.errors import SourceError, inert, joined, visible
 from wasteddp.files import expand_home, read_text
+from wasteddp.sharding.sources.advice import advise
 from wasteddp.sharding.sources.files import MISSING, File, Names, PathsSource, Source
 
 SPLITS = ("train", "val", "test")
@@ -40,6 +41,7 @@ SPLIT_WORDS = {
 }
 _MAX_SHOWN = 5
 _LETTERS = re.compile(r"[^\W\d_]+")
+_SEPARATOR_LINE = re.compile(r"sep=([,;\t])[,;\t]*\r?\n", re.IGNORECASE)
 _SPLIT_WORD = re.compile(rf"({'|'.join(SPLIT_WORDS)})(set|data|images?|imgs?)?")
 
 ClassFolders = Literal["", "outer", "inner"]  # "": not known
@@ -105,10 +107,10 @@ def read_folders(
         raise SourceError(
             f"{where} holds no images ({len(source.files)} files, {len(source.folders)} folders)",
             "there is nothing to shard",
-            "give a folder that holds one folder of images for each class",
+            "give a folder that holds one folder of images for each class" + advise(source, where),
         )
     paths = [file.path.split("/") for file in files]
-    levels = _Levels.find(paths, where)
+    levels = _Levels.find(paths, source, where)
     if class_folders == "inner":
         levels = replace(levels, is_inner=True)
     elif not class_folders:
@@ -126,7 +128,7 @@ def read_folders(
         raise SourceError(
             f"{len(empty)} class folder(s) of {where} hold no image: {joined(sorted(empty))}",
             "the model cannot learn a class without images, but would have an output for it",
-            "add images, or remove the empty folder(s)",
+            "add images, or remove the empty folder(s)" + advise(source, where),
         )
     if not images or (len(found) < 2 and not may_lack):
         loose = len(files) - len(images)
@@ -137,7 +139,7 @@ def read_folders(
             ),
             "the class of an image is the name of its folder, and a classifier needs at least two classes",
             "move the images of each class to a folder of their own, such as glass/ and metal/, or give a CSV with the "
-            "columns path,label. For photographs without labels: wasteddp predict",
+            "columns path,label. For photographs without labels: wasteddp predict" + advise(source, where),
         )
     used = {image.file.path for image in images}
     ignored = tuple(file.path for file in source.files if file.path not in used)
@@ -189,7 +191,9 @@ def read_csv(path: Path, doing: str, *, unknown: str) -> tuple[list[str], list[d
         SourceError: the file is not a CSV.
     """
     text = read_text(path, doing)
-    separator = max(",;\t", key=text.partition("\n")[0].count)
+    if hint := _SEPARATOR_LINE.match(text):  # Excel's own line for the separator
+        text = text[hint.end() :]
+    separator = hint[1] if hint else max(",;\t", key=text.partition("\n")[0].count)
     try:
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
         table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
@@ -219,7 +223,11 @@ def read_table(
         )
     labels: dict[str, tuple[str, str, str]] = {}
     _require_column(path, columns, group_column)
+    if unused := [name for name in columns if name and name not in {"path", "label", "split", group_column.lower()}]:
+        print(inert(f"{path}: columns that are not used: {', '.join(unused)}"))
     for number, row in enumerate(rows, start=2):
+        if not any(map(is_filled, row.values())):
+            continue
         name, label = _path_of((row["path"] or "").strip(), path.parent), (row["label"] or "").strip()
         word = (row.get("split") or "").strip().lower()
         is_wrong = not name or not label or "\0" in label or (word and word not in SPLIT_WORDS)
@@ -277,6 +285,11 @@ def require_files(table: Path, images: Sequence[SourceImage], *, allowed: int, m
         )
     if missing:
         print(inert(f"warning: {found}, such as {visible(missing[0])}; {where}. They are left out"))
+
+
+def is_filled(cells: str | list[str] | None) -> bool:
+    """Return whether a cell, or one of the cells after the last column, has text. Excel writes rows without any."""
+    return any(cell.strip() for cell in ([cells] if isinstance(cells, str) else cells or []))
 
 
 def _require_column(path: Path, columns: Sequence[str], name: str) -> None:
@@ -402,10 +415,10 @@ class _Levels:
     is_inner: bool = False  # classes are one level further in
 
     @classmethod
-    def find(cls, paths: list[list[str]], where: str | Path) -> _Levels:
+    def find(cls, paths: list[list[str]], source: Source, where: str | Path) -> _Levels:
         skip = _num_wrappers(paths)
         inside = [parts for parts in paths if len(parts) > skip + 1]
-        if not _is_split(inside, skip, where):
+        if not _is_split(inside, skip, source, where):
             return cls(skip, None)
         inner: dict[str, set[str]] = {}
         for parts in inside:
@@ -436,7 +449,7 @@ def _num_wrappers(paths: list[list[str]]) -> int:
         skip += 1
 
 
-def _is_split(paths: list[list[str]], skip: int, where: str | Path) -> bool:
+def _is_split(paths: list[list[str]], skip: int, source: Source, where: str | Path) -> bool:
     """Return whether the outermost folders are splits.
 
     Raises:
@@ -454,7 +467,8 @@ def _is_split(paths: list[list[str]], skip: int, where: str | Path) -> bool:
         raise SourceError(
             f"{where} mixes split folders and other folders: {listed}; {flat} images are in no class folder",
             "a split would be taken for a class, or a class for a split",
-            f"name all outer folders as splits ({', '.join(SPLIT_WORDS)}) with class folders in each, or none of them",
+            f"name all outer folders as splits ({', '.join(SPLIT_WORDS)}) with class folders in each, or none of them"
+            + advise(source, where),
         )
     words: dict[str, set[str]] = {}
     for name, (split,) in splits.items():
