@@ -121,8 +121,8 @@ def create_app(batches: Batches, card: BundleCard, limits: Limits, metrics: Metr
             entry = json_entry(Failure(name, str(one)) if isinstance(one, BaseException) else one, card)
             entries.append({"name": entry.pop("path"), **entry})
         if all(entry["error"] for entry in entries):
-            names = [f"{entry['name']}: " * bool(entry["name"]) + entry["error"] for entry in entries]
-            raise _RefusedError(422, "; ".join(names))
+            reasons = [f"{entry['name']}: {entry['error']}" for entry in entries]
+            raise _RefusedError(422, "; ".join(reasons) if len(reasons) > 1 else entries[0]["error"])
         return {"model": card.hashes.weights, "answers": entries}
 
     @app.post("/predict", response_model=Answers, responses=_PROBLEMS, openapi_extra=_BODY)

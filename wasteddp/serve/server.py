@@ -56,7 +56,7 @@ def serve(
         app = create_app(batches, classifier.card, limits, metrics, token=token)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises its signal again after it has ended
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         if not token and not _is_loopback(host):
             print_warning(f"{host} can be reached from other machines, and no token is set: see --token-file")
         address = f"[{host}]" if ":" in host else host
