@@ -218,7 +218,8 @@ def test_another_shard_set_is_measured_with_a_warning(run: Path, capsys: pytest.
 def test_shards_come_from_the_settings_unless_they_are_named(run: Path, refused: Callable[..., str]) -> None:
     shards = str(run.parent / "shards")
     (run / "settings.yaml").write_text("data: {shards: nowhere/at/all}\n")
-    assert "there is no folder nowhere/at/all" in refused(run)
+    assert "and there is no nowhere/at/all in " in (message := refused(run))
+    assert "run the command in that folder, or name the set with --shards FOLDER" in message
     (run / "settings.yaml").write_text("model: {}\n")
     assert "does not name its shards (data.shards): 'data'" in refused(run)
     (run / "settings.yaml").unlink()
@@ -229,9 +230,11 @@ def test_shards_come_from_the_settings_unless_they_are_named(run: Path, refused:
 
 
 def test_a_relative_path_in_the_settings_starts_at_the_current_directory(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run / "settings.yaml").write_text("data: {shards: shards}\n")
+    monkeypatch.chdir(run)
+    assert f"do: add --shards {run.parent / 'shards'}\n" in refused(run)
     monkeypatch.chdir(run.parent)
     assert evaluate(Path("run"))["num_samples"] == 10
 

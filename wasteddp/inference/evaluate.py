@@ -25,6 +25,7 @@ from wasteddp.data.folds import NO_FOLD
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
+from wasteddp.data.remote.folder import is_url
 from wasteddp.decisions.bin_files import load_bins
 from wasteddp.decisions.bins import BinRules
 from wasteddp.decisions.decide import choose_policy
@@ -320,9 +321,28 @@ def data_of(run: Path, shards: str | None) -> Data:
                 "there is nothing to evaluate on",
                 "name the set with --shards FOLDER",
             ) from error
-    return settings_file.parse(
+    data = settings_file.parse(
         yaml.safe_dump({"data": found | ({"shards": shards} if shards else {})}), name=str(path)
     ).data
+    if shards is None:
+        _refuse_elsewhere(data.shards, run)
+    return data
+
+
+def _refuse_elsewhere(shards: str, run: Path) -> None:
+    """Refuse the relative path of a set if it does not exist here: it is relative to where the training was started.
+
+    Raises:
+        SettingsError: there is no such folder.
+    """
+    if is_url(shards) or Path(shards).is_absolute() or Path(shards).exists():
+        return
+    there = next((parent / shards for parent in run.resolve().parents if (parent / shards).exists()), None)
+    raise SettingsError(
+        f"{run / 'settings.yaml'} names the shards {shards}, and there is no {shards} in {Path.cwd()}",
+        "the path is relative to the folder in which the training was started",
+        f"add --shards {there}" if there else "run the command in that folder, or name the set with --shards FOLDER",
+    )
 
 
 def check_classes(manifest: Manifest, classes: tuple[str, ...]) -> None:
