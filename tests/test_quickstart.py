@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
 NARROW = {"PYTHONPATH": os.pathsep.join(map(str, (SUPPORT / "python", SUPPORT))), "TRAININGS": "narrow"}
 SMALL = ["--set", "model.arch=resnet18", "--set", "train.epochs=2", "--set", "train.batch_size=32"]
+SMALL += ["--set", "run.threads=1"]  # other tests use the cores too: threads would wait for each other
 
 
 def quickstart(out: Path, *arguments: str, **environment: str) -> str:

@@ -8,7 +8,6 @@ Everything is written into a temporary folder beside DIR, checked there, and mov
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -33,7 +32,7 @@ from wasteddp.export import int8 as quantisation
 from wasteddp.export import runtimes, weights
 from wasteddp.export.network import Exported
 from wasteddp.export.parity import MOST_NAMED, U8, Reference, Run, compare_answers, compare_pixels, read_reference
-from wasteddp.files import make_folder, write_atomically
+from wasteddp.files import make_folder, sha256_of, write_atomically
 from wasteddp.inference.bundle import BundleCard, find_bundle, load_bundle, remove_old
 from wasteddp.inference.classifier import Classifier, network_of
 from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
@@ -252,7 +251,7 @@ def _record(source: _Source, to: str, path: Path, reference: Reference, record: 
         "format_version": FORMAT_VERSION,
         "to": to,
         "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256_of(path),
         "model": {"arch": source.card.arch, "weights": source.card.hashes.weights},
         "compared_on": {"manifest": reference.manifest, "split": reference.split, "images": len(reference.names)},
         **record,

@@ -10,6 +10,7 @@ the preprocessing and a card.
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -49,16 +50,20 @@ def write_pytorch(card: BundleCard, weights: Mapping[str, torch.Tensor], folder:
 
 def write_preprocessing(card: BundleCard, folder: Path) -> None:
     """Write the module `export.preprocessing` with the model's values."""
+    write_atomically(folder / PREPROCESSING, _preprocessing_of(card))
+
+
+def _preprocessing_of(card: BundleCard) -> bytes:
+    """Return the source of that module. The values are plain literals, whatever the card holds."""
     size = card.preprocessing
     values = {
-        "CLASSES": f"CLASSES: list[str] = {list(card.classes)!r}",
-        "TEMPERATURE": f"TEMPERATURE = {card.temperature!r}",
-        "IMAGE_SIZE": f"IMAGE_SIZE, RESIZE = {size.image_size_px}, {size.resize_px}  ",
-        "MEAN": f"MEAN, STD = {size.mean!r}, {size.std!r}",
+        "CLASSES": f"CLASSES: list[str] = {list(map(str, card.classes))!r}",
+        "TEMPERATURE": f"TEMPERATURE = {float(card.temperature)!r}",
+        "IMAGE_SIZE": f"IMAGE_SIZE, RESIZE = {int(size.image_size_px)}, {int(size.resize_px)}  ",
+        "MEAN": f"MEAN, STD = {tuple(map(float, size.mean))!r}, {tuple(map(float, size.std))!r}",
     }
-    source = Path(preprocessing.__file__).read_text(encoding="utf-8")
-    text = _CONSTANT.sub(lambda found: values[found[1]], source)
-    write_atomically(folder / PREPROCESSING, text.encode("utf-8", "backslashreplace"))
+    source = inspect.getsource(preprocessing)
+    return _CONSTANT.sub(lambda found: values[found[1]], source).encode("utf-8", "backslashreplace")
 
 
 def check_pytorch(card: BundleCard, path: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
@@ -101,7 +106,7 @@ def check_hub(card: BundleCard, path: Path, reference: Reference) -> tuple[dict[
     """Build the network from config.json and the weights, and compare pixels and answers."""
     from safetensors.torch import load_file
 
-    config = json.loads((path.parent / "config.json").read_bytes())
+    config = json.loads(read_regular(path.parent / "config.json"))
     network = _network(config["architecture"], config["num_classes"])
     network.load_state_dict(load_file(path.parent / config["weights"]))
     return _check(card, network.eval(), path.parent, reference)
@@ -168,9 +173,20 @@ def _check(
     card: BundleCard, network: torch.nn.Module, folder: Path, reference: Reference
 ) -> tuple[dict[str, Any], list[str]]:
     module: dict[str, Any] = {}
-    exec(compile((folder / PREPROCESSING).read_text(encoding="utf-8"), PREPROCESSING, "exec"), module)
+    source = _preprocessing_of(card)  # run from here: a file could be another one by now
+    if read_regular(folder / PREPROCESSING) != source:
+        raise BundleError(
+            f"{folder / PREPROCESSING} changed while it was checked",
+            "what was checked would not be what is there",
+            "write to a folder that no other program changes",
+        )
+    exec(compile(source, PREPROCESSING, "exec"), module)
     if tuple(module["CLASSES"]) != card.classes:
-        raise BundleError(f"{PREPROCESSING} has other classes: {module['CLASSES']}", "", "")
+        raise BundleError(
+            f"{folder / PREPROCESSING} has the classes {module['CLASSES']}",
+            "the model has others, or their names are not UTF-8",
+            "shard the images again with other names of classes",
+        )
     images = [module["CentreSquare"]()(Image.open(io.BytesIO(data))) for data in reference.data]
     record, wrong = compare_pixels(
         reference, [image.permute(1, 2, 0).numpy() for image in images], tolerance=PIXEL_TOLERANCE
