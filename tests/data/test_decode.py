@@ -12,6 +12,7 @@ from pictures import jpeg
 from PIL import Image, ImageOps
 
 from wasteddp.data.decoding import decode as decoding
+from wasteddp.data.decoding import formats
 from wasteddp.data.decoding.decode import (
     UndecodableError,
     check_image,
@@ -216,9 +217,18 @@ def test_a_png_with_a_large_profile_is_read() -> None:
 
 
 @pytest.mark.parametrize(("brand", "name"), [(b"heic", "HEIC"), (b"mif1", "HEIC"), (b"avif", "AVIF")])
-def test_an_image_of_a_phone_without_a_decoder_names_the_extra(brand: bytes, name: str) -> None:
+def test_an_image_of_a_phone_without_a_decoder_names_the_extra(
+    brand: bytes, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0" + brand
+    monkeypatch.setitem(Image.OPEN, "HEIF", (None, None))
+    monkeypatch.setitem(Image.OPEN, "AVIF", (None, None))
+    assert formats.missing_decoder(data) == "", "it is damaged"
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    monkeypatch.setattr(formats, "_FORMATS", ["JPEG"])
     with pytest.raises(UndecodableError, match=rf"{name} has no decoder here: pip install 'wasteddp\[phone\]'"):
-        size_px(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0" + brand)
+        size_px(data)
 
 
 def test_a_heic_is_read_where_its_decoder_is_installed() -> None:

@@ -13,6 +13,7 @@ import pytest
 from pictures import jpeg
 from PIL import Image
 
+from wasteddp.data.decoding import formats
 from wasteddp.errors import SourceError
 from wasteddp.sharding import scan as intake
 from wasteddp.sharding.build import Job, make_shards
@@ -142,6 +143,7 @@ def test_an_image_is_read_again_when_its_decoder_has_been_installed(
     phone = folder / "a" / "phone.heic"
     phone.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0heic")
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    monkeypatch.setattr(formats, "_FORMATS", [name for name in formats._FORMATS if name != "HEIF"])
     result, images = scan(folder, tmp_path / "journal")
     (left,) = result.left_out(images)
     assert left.detail == "HEIC has no decoder here: pip install 'wasteddp[phone]'"

@@ -80,9 +80,10 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
 
 
 def missing_decoder(data: bytes) -> str:
-    """Return what to install for a HEIC or AVIF that Pillow does not identify; '' for other bytes."""
+    """Return what to install for a HEIC or AVIF; '' for other bytes, and where the decoder is installed."""
     brand = _BRANDS.match(data)
-    return "" if brand is None else _MISSING["AVIF" if brand[1].startswith(b"avi") else "HEIF"]
+    name = "AVIF" if brand and brand[1].startswith(b"avi") else "HEIF"
+    return _MISSING[name] if brand and name not in Image.OPEN else ""
 
 
 def is_decoder_here_now(detail: str) -> bool:
