@@ -23,7 +23,9 @@ from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.metrics import Metrics
 from wasteddp.serve.server import listen
 
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 pytestmark = pytest.mark.processes
+LIMIT_MS = 60_000.0  # a loaded machine is not a fault
 TOKEN = "s3cret"
 NAME = "<img src=x onerror=alert(1)>.jpg"
 
@@ -70,7 +72,7 @@ def test_photos_are_chosen_answered_and_shown(
     assert title in {f"{name} \u2192 {BINS[name]}" for name in CLASSES}
     assert card.get_by_text("% sure").is_visible()
     assert card.get_by_text(NAME, exact=True).is_visible()
-    page.wait_for_function("document.querySelector('#answers img').naturalWidth === 48")
+    sync_api.expect(card.locator("img")).to_have_js_property("naturalWidth", 48, timeout=LIMIT_MS)
     assert trouble == []
     page.locator("#camera").set_input_files([str(tmp_path / "bad.jpg")])
     page.locator("#answers .wrong").first.wait_for()
@@ -95,7 +97,7 @@ def test_photos_are_dropped_and_pasted(browser: Any, address: str) -> None:
                 document.dispatchEvent(new {kind}("{event}", {{ {holder}, bubbles: true, cancelable: true }}));
             }}"""
         )
-        page.wait_for_function(f"document.querySelectorAll('#answers li').length === {before + 1}")
+        sync_api.expect(page.locator("#answers li")).to_have_count(before + 1, timeout=LIMIT_MS)
         assert page.locator("#answers li").first.get_by_text(f"{event}.jpg").is_visible()
         assert page.locator("#answers li").first.get_by_text("the token is missing or wrong").is_visible()
     page.close()
