@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs the packages for the tests, checks style and types, and runs the tests. At the end it prints the seconds.
 #
-#   bash launch/test.sh              all of them; those of several processes run beside the others and are shown after them
+#   bash launch/test.sh              all but the slow ones; those of several processes run beside the others and come last
+#   bash launch/test.sh slow         the slow ones: long trainings, kills and faults
 #   bash launch/test.sh unit         in seconds: the tests that need no torch and start no process
 #   bash launch/test.sh process      in minutes: the tests that start no other process, without the slow ones
 #   bash launch/test.sh -k plan      arguments go to pytest
@@ -38,6 +39,7 @@ side_by_side() {
 
 case ${1:-} in
   unit) tier=unit; shift; pytest -m "not slow" "${unit[@]}" "$@"; exit ;;
+  slow) tier=slow; shift; pytest -m slow --durations 30 --ignore tests/gpu "$@"; exit ;;
   process)
     tier=process; shift
     pytest -n 2 --dist loadfile -m "not slow and not processes" --ignore tests/gpu "$@"; exit ;;
@@ -49,6 +51,7 @@ if [ $# -gt 0 ]; then tier="pytest $*"; pytest --durations 30 "$@"; exit; fi
 code=0
 # The longest file comes first, so that no worker waits for it at the end.
 others=(-n 2 --dist loadfile --no-loadscope-reorder tests/test_quickstart.py tests --ignore tests/gpu "${several[@]/#/--ignore=}")
-side_by_side --durations 30 "${others[@]}" -- --durations 30 "${several[@]}" || code=$?
+others+=(-m "not slow")
+side_by_side --durations 30 "${others[@]}" -- --durations 30 -m "not slow" "${several[@]}" || code=$?
 pytest tests/gpu || code=$?  # alone, since some measure
 exit "$code"

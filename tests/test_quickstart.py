@@ -35,7 +35,6 @@ def quickstart(out: Path, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Path) -> None:
     first = quickstart(tmp_path)
     run = tmp_path / "runs" / "quickstart"

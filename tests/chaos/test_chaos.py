@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,6 +25,7 @@ def test_trainings_that_are_killed_and_starved_end_as_undisturbed_ones(tmp_path:
     assert "20 events in" in chaos(tmp_path, "--kills", "20", "--seed", "7")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_of_a_real_launcher_saves_all(tmp_path: Path) -> None:
     said = chaos(tmp_path, "--launchers", "1", "--seed", "17")
     assert "| torchrun, two: the last rank | 1 SIGUSR1 | 1 saved and stopped | 0 |" in said

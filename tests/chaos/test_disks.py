@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_in_a_power_cut(tmp_path: Path) -> None:
     ended = "6 points"  # of a training 4, of a sharding 2
     said = chaos(

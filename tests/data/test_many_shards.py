@@ -143,6 +143,7 @@ def limited(*command: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_commands_read_it_with_fewer_open_files_than_shards(many: Path, tmp_path: Path) -> None:
     assert f"{NUM_SHARDS + 2} shard(s)" in limited("-m", "wasteddp", "verify", many)
     tars = Path(shutil.copytree(many, tmp_path / "tars", ignore=shutil.ignore_patterns("*.idx", "manifest.json")))

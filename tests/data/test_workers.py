@@ -254,6 +254,7 @@ def test_predict_writes_the_same_bytes_by_processes(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+@pytest.mark.slow
 def test_workers_that_are_killed_change_no_prediction(
     run: Path, photos: Path, server: DecodeServer, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from wandb_server import KEY, ServedRun, WandbServer
 
 from wasteddp.training.tracking import run_id
 
+pytestmark = pytest.mark.slow
 PLANTED = "Zq8-planted-secret-71"
 SETTINGS = ("track.wandb=auto", "track.tags=[cpu, small]", "track.group=seeds", "track.images=4",
             "train.epochs=10", "evaluate.every_steps=10", "checkpoint.every_steps=5")  # fmt: skip

@@ -11,6 +11,7 @@ from trainings import ROOT
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_intact_files_are_read_and_damaged_ones_are_read_or_refused(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", "--check", "--inputs", "60", "--out", str(tmp_path / "found")],

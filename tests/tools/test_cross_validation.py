@@ -48,6 +48,7 @@ def out_of(command: list[str]) -> Path:
     return Path(command[-1].partition("=")[2])
 
 
+@pytest.mark.slow
 def test_each_image_is_evaluated_once_by_the_model_that_has_not_seen_it(
     command: list[str], fold_set: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
