@@ -90,7 +90,7 @@ def head_name(model: nn.Module) -> str:
     if card := getattr(model, "pretrained_cfg", None):  # timm
         return str(card["classifier"])
     names: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1]
+    return names[-1] if names else ""
 
 
 @lru_cache
