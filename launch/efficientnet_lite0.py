@@ -31,7 +31,7 @@ from torch import nn
 
 from wasteddp.data.decoding.crop import normalise
 from wasteddp.errors import WastedError, WeightsError
-from wasteddp.files import write_atomically
+from wasteddp.files import make_folder, write_atomically, written_whole
 from wasteddp.model import networks
 
 ARCH = "timm/tf_efficientnet_lite0"
@@ -117,13 +117,13 @@ def prove(state: Mapping[str, torch.Tensor], reference: nn.Module) -> None:
 
 
 def write(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write the weights in the format of the suffix, at once."""
+    """Write the weights in the format of the suffix, at once. The folder is created if missing."""
+    make_folder(path.parent)
     if path.suffix == ".safetensors":
         write_atomically(path, save({name: tensor.contiguous() for name, tensor in state.items()}))
         return
-    unfinished = path.with_name(f"{path.name}.tmp")
-    torch.save(dict(state), unfinished)
-    unfinished.replace(path)
+    with written_whole(path) as file:
+        torch.save(dict(state), file)
 
 
 def _differ(what: str) -> WeightsError:

@@ -27,9 +27,10 @@ from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import Classifier, load_network
 from wasteddp.model import networks, pretrained
 from wasteddp.model.batch_statistics import running_statistics
-from wasteddp.model.stages import STAGES, Stages
+from wasteddp.model.stages import STAGES, Stages, stage_starts
 from wasteddp.model.stochastic_depth import StochasticDepth, branch_ends
 from wasteddp.training import build_model
+from wasteddp.training.distributed import precision
 
 NEEDS_TIMM = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="timm is not installed")
 # name, a parameter that `freeze: layer1` holds, one of layer2 that it does not
@@ -305,3 +306,25 @@ def test_a_run_of_another_family_resumes_bit_for_bit_and_predicts(
     assert cli.main(["evaluate", str(run), "--split", "val", "--batch-size", "8"]) == 0
     best = next(row for row in rows(run) if row["step"] == card.trained.step and "val/accuracy" in row)
     assert f"{best['val/accuracy']:.1%}".replace("%", "") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ["vit_b_32", pytest.param("timm/swinv2_cr_tiny_ns_224", marks=NEEDS_TIMM)])
+def test_a_network_without_values_takes_no_random_numbers_and_the_weights_of_one_with_values(arch: str) -> None:
+    """timm's computes with its parameters while it is built."""
+    state_dict = networks.build(arch, 3).state_dict()
+    before = torch.get_rng_state()
+    shapes = networks.build_shapes(arch, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    shapes.load_state_dict(state_dict, assign=True)
+
+
+def test_a_description_of_stages_that_names_no_parameters_is_not_used() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.feature_info = [{"module": f"blocks.{number}", "reduction": 16} for number in range(4)]  # type: ignore[assignment]
+    assert stage_starts(model) == ()
+
+
+def test_a_size_that_a_network_cannot_take_is_refused_before_its_precision_is_measured() -> None:
+    model = settings.parse("model: {arch: vit_b_32}").model
+    with pytest.raises(SettingsError, match="vit_b_32 cannot take images of 144 px"):
+        precision.measure(model, torch.device("cpu"), ["fp32"], image_size=144, max_micro_batch=1)

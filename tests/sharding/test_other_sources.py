@@ -67,7 +67,9 @@ def test_an_archive_of_another_kind_names_the_files_in_it(tmp_path: Path) -> Non
     with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
         archive.writestr("train.csv", "image_id,label\n")
         archive.writestr("train/1.jpg", jpeg(1))
-    with pytest.raises(SourceError, match=r"If train\.csv names the classes"):
+    with pytest.raises(
+        SourceError, match=r"If train\.csv names .*: unpack the archive, and wasteddp shard FOLDER/train\.csv --out SET"
+    ):
         read_folders(open_source(tmp_path / "outer.zip", work_folder=tmp_path), tmp_path / "outer.zip")
 
 
@@ -101,6 +103,14 @@ def test_rows_without_text_and_the_line_of_the_separator_are_not_read(
     lines = ["path,class,action", "1.jpg,glass,correct", ",,"]
     (tmp_path / "corrections.csv").write_text(first.format(separator) + "\n".join(lines).replace(",", separator))
     assert read_corrections(tmp_path / "corrections.csv").class_of == {"1.jpg": "glass"}
+    line = 4 if first else 3
+    for name, read, rows in (
+        ("table.csv", read_table, ["path,label", "1.jpg,glass", "2.jpg,"]),
+        ("corrections.csv", read_corrections, ["path,class,action", "1.jpg,glass,correct", "2.jpg,,"]),
+    ):
+        (tmp_path / name).write_text(first.format(separator) + "\n".join(rows).replace(",", separator))
+        with pytest.raises(SourceError, match=rf"{name}, line {line}: '2\.jpg'"):
+            read(tmp_path / name)
 
 
 def test_a_row_with_a_path_alone_is_still_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pictures import jpeg
 from wasteddp.cli import main
 from wasteddp.data.manifest import LeftOut, Manifest, Split
 from wasteddp.data.summary import summarise
-from wasteddp.errors import SourceError, joined, visible
+from wasteddp.errors import RecipeError, SourceError, joined, visible
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.groups import assign_groups
 from wasteddp.sharding.job import list_images
@@ -107,6 +107,10 @@ def test_folders_and_tables_lose_the_spaces_at_the_ends_of_names(image_folder: F
     assert table.classes == layout.classes
     (tmp_path / "names.yaml").write_text("'glass ': ' bottle'\n")
     assert load_pairs(tmp_path / "names.yaml", "name") == {"glass": "bottle"}
+    for text in ("glass: bottle\n'glass ': jar\n", "glass: ' '\n"):
+        (tmp_path / "names.yaml").write_text(text)
+        with pytest.raises(RecipeError, match="two lines are for one class, apart from spaces"):
+            load_pairs(tmp_path / "names.yaml", "name")
     assert {image.group for image in assign_groups(layout, 1, "").images} == {"glass", "metal"}
     assert {image.group for image in assign_groups(layout, 0, "^[^/]+").images} == {"glass", "metal"}
 
@@ -149,11 +153,13 @@ def test_a_few_missing_files_of_a_table_are_reported_and_a_lost_class_or_split_i
     table, layout = table_of(tmp_path, there=4, missing=1)
     require_files(table, layout.images, allowed=1)
     assert "1 of the 5 files" in capsys.readouterr().out
-    with pytest.raises(SourceError, match="1 of the 5 files"):
+    with pytest.raises(
+        SourceError, match=r"1 of the 5 files .* do not exist, and 0 may be missing(.|\n)*--max-left-out"
+    ):
         require_files(table, layout.images, allowed=0)
     table.write_text("path,label,split\n0.jpg,a,train\n1.jpg,b,train\nno.jpg,a,test\n")
     images = read_table(table)[1].images
-    with pytest.raises(SourceError, match="1 of the 3 files"):
+    with pytest.raises(SourceError, match=r"1 of the 3 files .* do not exist, among them all of the split test; "):
         require_files(table, images, allowed=10)
     require_files(table, images, allowed=10, may_lack=True)
 

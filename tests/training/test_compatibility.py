@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import json
+from dataclasses import asdict, fields, replace
 
 import pytest
 from kept import LINEAGE
@@ -44,6 +45,15 @@ def test_what_cannot_go_together_cannot_be_accepted(change: dict[str, object]) -
     assert "--accept-changes" not in str(caught.value)
     with pytest.raises(CheckpointError, match=f"--accept-changes {name}: this change cannot be accepted"):
         accepted_changes(LINEAGE, other, [name], where="x")
+
+
+def test_another_normalisation_is_refused_and_older_checkpoints_have_imagenets() -> None:
+    with pytest.raises(CheckpointError, match=r"mean was \(0.485, 0.456, 0.406\) and is \(0.5, 0.5, 0.5\)"):
+        accepted_changes(LINEAGE, replace(LINEAGE, mean=(0.5, 0.5, 0.5)), [], where="x")
+    raw = json.loads(json.dumps(asdict(LINEAGE)))
+    assert Lineage.from_json(raw) == LINEAGE
+    del raw["mean"], raw["std"]
+    assert Lineage.from_json(raw) == LINEAGE
 
 
 def test_an_unknown_name_is_refused() -> None:

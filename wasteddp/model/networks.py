@@ -73,7 +73,8 @@ def build(arch: str, num_classes: int, *, zero_init: bool = True) -> nn.Module:
 def build_shapes(arch: str, num_classes: int) -> nn.Module:
     """Return a network whose parameters have shapes and no values, to which `load_state_dict(assign=True)` gives them.
 
-    It takes no random numbers, and no time for them.
+    It takes no random numbers, and no time for them. A network of timm has values, since some compute with them while
+    they are built.
 
     Raises:
         SettingsError: see `build`.
@@ -81,8 +82,11 @@ def build_shapes(arch: str, num_classes: int) -> nn.Module:
     if is_resnet(arch):
         with torch.device("meta"):
             return build(arch, num_classes)
-    with _parameters_on_meta():  # buffers that no file holds, such as Swin's indices, need their values
-        return build(arch, num_classes)
+    with torch.random.fork_rng(devices=[]):  # a transformer draws its position embeddings
+        if arch.startswith(TIMM):
+            return build(arch, num_classes)
+        with _parameters_on_meta():  # buffers that no file holds, such as Swin's indices, need their values
+            return build(arch, num_classes)
 
 
 def head_name(model: nn.Module) -> str:

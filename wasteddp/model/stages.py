@@ -162,7 +162,8 @@ def _starts_in_timm(model: nn.Module, parts: Sequence[tuple[str, int]]) -> Seque
     names = [name for name, _ in model.named_parameters()]
     last = [(name, of) for (name, of), (_, after) in zip(parts, [*parts[1:], ("", 0)], strict=True) if of != after]
     if len({of for _, of in parts}) == 1 and len(parts) >= 4:
-        return _quarters([name for name, _ in parts])
+        starts = _quarters([name for name, _ in parts])
+        return starts if all(any(_is_within(name, start) for name in names) for start in starts) else ()
     if [of for _, of in last][-4:] != [4, 8, 16, 32]:
         return ()
     ends = [max((i for i, name in enumerate(names) if _is_within(name, part)), default=-1) for part, _ in last[-4:]]
@@ -170,10 +171,10 @@ def _starts_in_timm(model: nn.Module, parts: Sequence[tuple[str, int]]) -> Seque
     if len(last) > 4:  # the stage of half the resolution ends the stem
         before = max((i for i, name in enumerate(names) if _is_within(name, last[-5][0])), default=first - 1)
         first = before + 1
-    starts = [first, *(end + 1 for end in ends[:3])]
-    if min(ends) < 0 or first < 0 or sorted(set(starts)) != starts:
+    places = [first, *(end + 1 for end in ends[:3])]
+    if min(ends) < 0 or first < 0 or sorted(set(places)) != places:
         return ()
-    return [names[start] for start in starts]
+    return [names[place] for place in places]
 
 
 def _number(upto: str) -> int:

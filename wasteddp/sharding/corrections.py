@@ -52,7 +52,7 @@ def read_corrections(path: Path) -> Corrections:
             "add a first line `path,class` or `path,class,action`; actions are confirm, correct and drop",
         )
     class_of: dict[str, str] = {}
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows.items():
         if not any(map(is_filled, row.values())):
             continue
         name, class_name, action = ((row.get(key) or "").strip() for key in ("path", "class", "action"))

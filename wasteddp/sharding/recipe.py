@@ -103,7 +103,6 @@ def load_pairs(path: Path, value: str) -> dict[str, str]:
     text = read_text(path, f"reading the {value}s of classes")
     try:
         pairs = TypeAdapter(dict[str, _Bin]).validate_python(plain_yaml(text, as_text=True))
-        return {name.strip(): of.strip() for name, of in pairs.items()}  # as the names of class folders
     except (yaml.YAMLError, ValidationError) as error:
         wrong = describe_problems(error) if isinstance(error, ValidationError) else error
         raise RecipeError(
@@ -111,6 +110,14 @@ def load_pairs(path: Path, value: str) -> dict[str, str]:
             f"the {value}s of the classes are not known",
             f"write one line `class: {value}` for each class",
         ) from error
+    stripped = {name.strip(): of.strip() for name, of in pairs.items()}  # as the names of class folders
+    if len(stripped) < len(pairs) or not all(stripped.values()):
+        raise RecipeError(
+            f"{path}: two lines are for one class, apart from spaces at the ends, or a {value} has only spaces",
+            f"the {value} of a class would not be known",
+            f"write one line `class: {value}` for each class",
+        )
+    return stripped
 
 
 def make_recipe(

@@ -39,7 +39,8 @@ def run(
         BundleError: a training replaced the model meanwhile.
     """
     console = Console()
-    card, state_dict = load_bundle(run_folder)
+    with hold_run(run_folder, print):  # a training that runs is found before the evaluation
+        card, state_dict = load_bundle(run_folder)
     plain = replace(card, temperature=1.0, calibration={})
     classifier = Classifier(plain, state_dict, device=device, batch_size=batch_size, where=run_folder)
     data = data_of(run_folder, shards)

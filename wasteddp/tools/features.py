@@ -24,7 +24,8 @@ def run(run_folder: Path, *, shards: str | None = None, batch_size: int | None =
     Raises:
         BundleError: there is no model, or the set is not the one that it was trained on.
     """
-    classifier = Classifier.load(run_folder, device=device, batch_size=batch_size)
+    with hold_run(run_folder, print):  # a training that runs is found before the images are read
+        classifier = Classifier.load(run_folder, device=device, batch_size=batch_size)
     data = data_of(run_folder, shards)
     with dataset.open_dataset(data) as there:
         manifest = there.manifest

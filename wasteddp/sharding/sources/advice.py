@@ -31,10 +31,13 @@ def advise(source: Source, where: str | Path) -> str:
             "out into a folder for each class, or give a CSV path,label with one class for each image"
         )
     if tables:
-        path = f"{where}/{tables[0]}" if Path(where).is_dir() else tables[0]
+        is_folder = Path(where).is_dir()
+        path, unpack = (
+            (f"{where}/{tables[0]}", "") if is_folder else (f"FOLDER/{tables[0]}", "unpack the archive, and ")
+        )
         return (
             f". If {_shown(tables)} names the classes: with the columns path,label[,split], and paths relative to its "
-            f"folder, it is a source: wasteddp shard {shlex.quote(path)} --out SET"
+            f"folder, it is a source: {unpack}wasteddp shard {shlex.quote(path)} --out SET"
         )
     if archives:
         index = "; if these are tars of webdataset: wasteddp index FOLDER" if ".tar" in suffixes.values() else ""

@@ -15,7 +15,7 @@ import re
 import shlex
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -180,8 +180,8 @@ def rename_classes(
     return replace(layout, images=images, classes=check_classes(found, classes, where, may_lack=may_lack))
 
 
-def read_csv(path: Path, doing: str, *, unknown: str) -> tuple[list[str], list[dict[str, Any]], str]:
-    """Read a CSV that a user wrote. Return its columns in lower case, its rows, and its separator.
+def read_csv(path: Path, doing: str, *, unknown: str) -> tuple[list[str], dict[int, dict[str, Any]], str]:
+    """Read a CSV that a user wrote. Return its columns in lower case, its rows by their line, and its separator.
 
     Args:
         doing: for the message if the text cannot be read.
@@ -193,11 +193,12 @@ def read_csv(path: Path, doing: str, *, unknown: str) -> tuple[list[str], list[d
     text = read_text(path, doing)
     if hint := _SEPARATOR_LINE.match(text):  # Excel's own line for the separator
         text = text[hint.end() :]
+    first = 3 if hint else 2
     separator = hint[1] if hint else max(",;\t", key=text.partition("\n")[0].count)
     try:
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
         table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
-        return columns, list(table), separator
+        return columns, dict(enumerate(table, start=first)), separator
     except csv.Error as error:
         raise SourceError(f"{path} is not a CSV file: {error}", unknown, "save it again as CSV") from error
 
@@ -225,7 +226,7 @@ def read_table(
     _require_column(path, columns, group_column)
     if unused := [name for name in columns if name and name not in {"path", "label", "split", group_column.lower()}]:
         print(inert(f"{path}: columns that are not used: {', '.join(unused)}"))
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows.items():
         if not any(map(is_filled, row.values())):
             continue
         name, label = _path_of((row["path"] or "").strip(), path.parent), (row["label"] or "").strip()
@@ -271,20 +272,27 @@ def require_files(table: Path, images: Sequence[SourceImage], *, allowed: int, m
     """
     there = [image for image in images if image.file.stamp != MISSING]
     missing = [image.file.path for image in images if image.file.stamp == MISSING]
-    lost = {image.class_name for image in images} - {image.class_name for image in there}
-    lost |= {image.split for image in images} - {image.split for image in there}
+    lost = [f"the class {visible(name)}" for name in _lost(images, there, lambda image: image.class_name)]
+    lost += [f"the split {name}" for name in _lost(images, there, lambda image: image.split)]
     found = f"{len(missing):,} of the {len(images):,} files of {table} do not exist"
     where = f"relative paths are looked for in its folder, {table.parent.resolve()}"
     if len(missing) > allowed or (lost and not may_lack):
         first = "".join(f"\n    {visible(name)}" for name in missing[:_MAX_SHOWN])
         here = f" (the first exists in {Path.cwd()}: move the CSV to that folder)" if Path(missing[0]).exists() else ""
+        all_of = f", among them all of {', '.join(lost)}" if lost else f", and {allowed:,} may be missing"
+        rest = "or remove the rows of what is lost" if lost else "or leave out these rows, or raise --max-left-out"
         raise SourceError(
-            f"{found}; {where}:{first}",
+            f"{found}{all_of}; {where}:{first}",
             "these images would be missing from the set",
-            f"fix the column path, or move the CSV to the folder where its paths begin{here}; or leave out these rows",
+            f"fix the column path, or move the CSV to the folder where its paths begin{here}; {rest}",
         )
     if missing:
         print(inert(f"warning: {found}, such as {visible(missing[0])}; {where}. They are left out"))
+
+
+def _lost(images: Sequence[SourceImage], there: Sequence[SourceImage], kind: Callable[[SourceImage], str]) -> list[str]:
+    """Return the kinds that only images have whose files do not exist."""
+    return sorted({kind(image) for image in images} - {kind(image) for image in there})
 
 
 def is_filled(cells: str | list[str] | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from wasteddp import __version__
 from wasteddp.data.manifest import Manifest
 from wasteddp.decisions.calibration import calibrate
-from wasteddp.errors import BundleError, DecisionError, WastedError
+from wasteddp.errors import DecisionError, WastedError
 from wasteddp.inference.bundle import (
     Averaged,
     BundleCard,
@@ -70,14 +70,14 @@ def save_best(
             "device": runtime.device.type,
         },
     )
-    write_model_card(out, manifest=data.manifest)
+    describe_model_card(out, data.manifest)  # its line is printed at the end of the training
 
 
 def describe_calibration(run: Path) -> str:
-    """Return a line on the calibration of the run's model; "" if there is no model."""
+    """Return a line on the calibration of the run's model; "" if there is no model, or it cannot be read."""
     try:
         card = read_card(find_bundle(run))
-    except BundleError:
+    except WastedError:
         return ""
     if card.calibration:
         return f"probabilities: calibrated on {card.calibration['num_samples']:,} images of {card.calibration['split']}"

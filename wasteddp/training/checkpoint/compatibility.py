@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import CheckpointError
 from wasteddp.settings import Data, Evaluate, Settings, leaves
@@ -26,6 +27,8 @@ ACCEPTABLE: dict[str, str] = {
     "train_split": "the rest of the run trains on the images of another split",
     "image_size": "the rest of the run trains at another image size",
     "teacher": "the rest of the run learns from another teacher, or without one",
+    "mean": "the network sees the images in another range than the one it learned",
+    "std": "the network sees the images in another range than the one it learned",
 }
 REFUSED: dict[str, str] = {
     "classes": "the network's outputs would stand for other classes",
@@ -51,6 +54,8 @@ class Lineage:
     optimizer: str
     teacher: str = ""  # sha256 of its weights; "": none
     balance: float = 0.0
+    mean: tuple[float, ...] = MEAN_RGB  # model.mean and model.std; older checkpoints have ImageNet's
+    std: tuple[float, ...] = STD_RGB
 
     @classmethod
     def of(cls, settings: Settings, manifest: Manifest, *, teacher: str = "") -> Lineage:
@@ -68,11 +73,14 @@ class Lineage:
             optimizer=settings.optimizer.name,
             teacher=teacher,
             balance=settings.data.balance,
+            mean=settings.model.mean,
+            std=settings.model.std,
         )
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Lineage:
-        return cls(**{**raw, "classes": tuple(raw["classes"])})
+        lists = {name: tuple(raw[name]) for name in ("classes", "mean", "std") if name in raw}
+        return cls(**{**raw, **lists})
 
 
 # The fields that decide which samples a step is made of.

@@ -153,7 +153,9 @@ def _images_per_s(
     model: Model, device: torch.device, precisions: Sequence[str], num_images: int, size: int
 ) -> dict[str, float]:
     layout = torch.channels_last if model.channels_last else torch.contiguous_format
-    network = networks.build(model.arch, 10).to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    network = networks.build(model.arch, 10)
+    networks.refuse_sizes(network, model.arch, [size])
+    network = network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     images_BCHW = torch.rand(num_images, 3, size, size, device=device).contiguous(memory_format=layout)
     labels_B = torch.zeros(num_images, dtype=torch.int64, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in precisions}

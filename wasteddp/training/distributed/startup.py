@@ -25,7 +25,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, parse_flag_from_env
 
 from wasteddp import __version__, environment
-from wasteddp.errors import LaunchError, SettingsError
+from wasteddp.errors import LaunchError, SettingsError, WastedError
 from wasteddp.order.plan import micro_batch
 from wasteddp.parallel import num_usable_cores, usable_cores
 from wasteddp.settings import Ddp, Model, Settings, Train, leaves
@@ -189,26 +189,35 @@ def _is_on_cpu(is_gpu: bool) -> bool:
 def _agreed_precision(
     settings: Settings, processes: PartialState, control: Any, kept: Kept
 ) -> tuple[Kept, precision.Precision]:
-    """Return the kept choices and the precision of rank 0, before the accelerator is created. All ranks."""
+    """Return the kept choices and the precision of rank 0, before the accelerator is created. All ranks.
+
+    Raises:
+        SettingsError, LaunchError: on every rank: the precision or the image size cannot be used.
+    """
     answer: list[Any] = [None]
     if processes.process_index == 0:
-        chosen = precision.choose(
-            settings.precision,
-            has_gpu=processes.device.type == "cuda",
-            kept=kept,
-            measure=partial(
-                precision.measure,
-                settings.model,
-                processes.device,
-                image_size=settings.data.image_size,
-                max_micro_batch=settings.train.max_micro_batch,
-            ),
-            may_measure=not settings.run.deterministic,
-            is_speed_asked=settings.model.compile == "auto" and kept.compiles is None,
-        )
-        answer = [(kept, chosen)]
+        try:
+            chosen = precision.choose(
+                settings.precision,
+                has_gpu=processes.device.type == "cuda",
+                kept=kept,
+                measure=partial(
+                    precision.measure,
+                    settings.model,
+                    processes.device,
+                    image_size=settings.data.image_size,
+                    max_micro_batch=settings.train.max_micro_batch,
+                ),
+                may_measure=not settings.run.deterministic,
+                is_speed_asked=settings.model.compile == "auto" and kept.compiles is None,
+            )
+            answer = [(kept, chosen)]
+        except WastedError as error:
+            answer = [error]
     if control is not None:
         dist.broadcast_object_list(answer, src=0, group=control)
+    if isinstance(answer[0], WastedError):
+        raise answer[0]
     kept, chosen = answer[0]
     return kept, chosen
 
