@@ -27,7 +27,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
@@ -344,6 +343,8 @@ def confusion_png(confusion: I64, classes: Sequence[str], *, title: str) -> byte
 
     Shares are by row, so that a rare class is as visible as a frequent one. The diagonal shows each class's recall.
     """
+    from matplotlib.figure import Figure  # takes 0.3 s, and a training draws nothing
+
     num_classes = len(classes)
     support = confusion.sum(axis=1, keepdims=True)
     shares = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)
