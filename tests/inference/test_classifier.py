@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_run import CARD, random_weights, write_image
+from trainings import ROOT
 
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.errors import BundleError, LaunchError
@@ -75,6 +79,31 @@ def test_neither_place_nor_company_in_a_batch_changes_a_bit(classifier: Classifi
         company[place] = probe
         answers.add(classifier.probabilities(company)[place].tobytes())
     assert len(answers) == 1
+
+
+def test_linear_layers_of_an_intel_cpu_without_avx512_have_the_same_bits_at_each_place() -> None:
+    """MKL takes the kernels of such a CPU, on one of Intel. Without `_Alone`, all of these but the last differ."""
+    code = """
+import torch
+from wasteddp.inference.classifier import _Alone
+
+torch.set_num_threads(1)
+for outputs, rows in [(3, ()), (6, ()), (1024, ()), (384, (2, 2)), (384, (49,))]:
+    layer = torch.nn.Linear(512, outputs)
+    alone, image = _Alone(layer, 8), torch.randn(*rows, 512)
+    found = set()
+    for place in range(8):
+        images = torch.randn(8, *rows, 512)
+        images[place] = image
+        with torch.inference_mode():
+            answers = alone(images)
+            torch.testing.assert_close(answers, layer(images))
+        found.add(answers[place].numpy().tobytes())
+    print(outputs, len(found))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MKL_CBWR": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["3 1", "6 1", "1024 1", "384 1", "384 1"]
 
 
 @pytest.mark.parametrize(("tta", "flips"), [("flip", [(), (1,)]), ("flips", [(), (1,), (0,), (0, 1)])])
