@@ -169,7 +169,7 @@ class _Alone:
         if self._batch_size == 1 or not is_by_image or (rows >= 16 and len(weight) >= 64):
             return torch.nn.functional.linear(inputs, weight, bias)
         # each a tensor of its own, because kernels also depend on the alignment
-        images = [image.clone() for image in inputs.split(len(inputs) // self._batch_size)]
+        images = [image.clone() for image in inputs.chunk(self._batch_size)]
         return torch.cat([torch.nn.functional.linear(image, weight, bias) for image in images])
 
 
