@@ -21,18 +21,19 @@ several=(tests/chaos tests/distributed tests/slurm)  # each starts several proce
 tier=all other=''
 trap 'code=$?; kill $other 2>/dev/null || true; rm -f "${log:-}"; echo "$tier: ${SECONDS} s, exit code $code"' EXIT
 
-# side_by_side FIRST... -- SECOND...: two pytests at once, with arguments of their own. The second one is shown at the end.
+# side_by_side FIRST... -- SECOND...: two pytests at once, with arguments of their own. The second one begins with mypy,
+# which has one thread, and is shown at the end.
 side_by_side() {
   local first=() code=0
   while [ "$1" != -- ]; do first+=("$1"); shift; done
   shift
   log=$(mktemp)
-  pytest "$@" >"$log" 2>&1 &
+  bash -c 'mypy wasteddp launch && exec pytest "$@"' - "$@" >"$log" 2>&1 &
   other=$!
   pytest "${first[@]}" || code=$?
   wait "$other" || code=$?
   other=''
-  echo "beside it: pytest $*"
+  echo "beside it: mypy, and pytest $*"
   cat "$log"
   return "$code"
 }
@@ -46,8 +47,7 @@ case ${1:-} in
 esac
 ruff check .
 ruff format --check .
-mypy wasteddp launch
-if [ $# -gt 0 ]; then tier="pytest $*"; pytest --durations 30 "$@"; exit; fi
+if [ $# -gt 0 ]; then mypy wasteddp launch; tier="pytest $*"; pytest --durations 30 "$@"; exit; fi
 code=0
 # The longest file comes first, so that no worker waits for it at the end.
 others=(-n 2 --dist loadfile --no-loadscope-reorder tests/test_quickstart.py tests --ignore tests/gpu "${several[@]/#/--ignore=}")

@@ -117,11 +117,12 @@ if [ "$code" = 0 ] && [ -n "$LOCAL_DISK" ] && [ -f "$shards/manifest.json" ]; th
 fi
 
 # --- train. $SLURM_NODEID differs between nodes, so the inner text is expanded on each --------------------------------
+# accelerate-launch is `accelerate launch` without its other commands, one of which imports timm for 2 s.
 if [ "$code" = 0 ] && [ -z "$warned$ended" ]; then
   started=1
   touch "$RUN_OUT/.launched"
   run_step bash -c '
-    exec accelerate launch --quiet --config_file "$LAUNCH" --num_machines "$SLURM_JOB_NUM_NODES" \
+    exec accelerate-launch --quiet --config_file "$LAUNCH" --num_machines "$SLURM_JOB_NUM_NODES" \
       --machine_rank "$SLURM_NODEID" --num_processes "$RANKS" --main_process_ip "$MASTER_ADDR" \
       --main_process_port "$MASTER_PORT" wasteddp/train.py "$@"' launch "${arguments[@]}"
 fi

@@ -36,7 +36,7 @@ def quickstart(out: Path, *arguments: str, **environment: str) -> str:
 
 
 def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Path) -> None:
-    first = quickstart(tmp_path)
+    first = quickstart(tmp_path, **NARROW)
     run = tmp_path / "runs" / "quickstart"
     metrics = json.loads((run / "evaluations" / "test" / "metrics.json").read_text())
     test_split = Manifest.load(tmp_path / "shards" / "sample").splits["test"]
@@ -45,7 +45,7 @@ def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Pa
     assert "the files of this run" in first
     assert len((run / "predictions.csv").read_text().splitlines()) == 13  # two new images of each of six classes
     weights = [path.name for path in (run / "model").glob("*.safetensors")]
-    second = quickstart(tmp_path)
+    second = quickstart(tmp_path, **NARROW)
     assert "finished at step" in second
     assert [path.name for path in (run / "model").glob("*.safetensors")] == weights
 

@@ -97,7 +97,7 @@ def alone(scene: Scene) -> Ran:
 def warned(scene: Scene) -> Ran:
     """Warns while the launcher starts, before the program can receive it."""
     job = scene.train("--nodes=2", "--nodelist=n3,n4")
-    until(lambda: scene.processes("accelerate"), "waiting for the launcher")
+    until(lambda: scene.processes("accelerate-launch"), "waiting for the launcher")
     job.warn()
     return scene.ended(job)
 
@@ -116,10 +116,13 @@ def limited(scene: Scene) -> Ran:
     return scene.ended(job)
 
 
-def preempted(scene: Scene) -> Ran:
+def taken(scene: Scene) -> Ran:
+    """Another job preempts it, and then an administrator takes it off its node."""
     job = scene.train("--nodelist=n7")
     job.seen("step 2/20")
     scene.cluster.run("sbatch", "-p", "high", "-w", "n7", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    job.seen(r"attempt 2(?s:.*)\nstep \d+/20")
+    scene.cluster.run("scontrol", "requeue", job.id)
     return scene.ended(job)
 
 
@@ -127,14 +130,6 @@ def node_killed(scene: Scene) -> Ran:
     job = scene.train("--nodes=2", "--exclude=n1,n2,n3,n4,n7,n9")
     job.seen("step 2/20")
     scene.cluster.node("kill", "n6")  # n5 and n8 remain
-    return scene.ended(job)
-
-
-def maintained(scene: Scene) -> Ran:
-    """An administrator takes the job off its node."""
-    job = scene.train("--nodelist=n3")
-    job.seen("step 2/20")
-    scene.cluster.run("scontrol", "requeue", job.id)
     return scene.ended(job)
 
 
@@ -166,7 +161,8 @@ def crashing(scene: Scene) -> Ran:
 
 
 def mistaken(scene: Scene) -> Ran:
-    return scene.ended(scene.train("--nodes=2", "--nodelist=n1,n2", extra=("--set", "train.batch_size=13")))
+    extra = ("--set", "train.batch_size=13")
+    return scene.ended(scene.train("--nodelist=n1", extra=extra, PROCESSES_PER_NODE="2"))
 
 
 def misspelt(scene: Scene) -> Ran:
@@ -185,8 +181,8 @@ def apart(scene: Scene) -> Ran:
 
 
 SCENARIOS = (
-    *(limited, undisturbed, warned, alone, node_killed, maintained, cancelled),
-    *(sweep, preempted, mistaken, apart, misspelt, crashing),
+    *(limited, undisturbed, warned, alone, node_killed, taken, cancelled),
+    *(sweep, mistaken, apart, misspelt, crashing),
 )
 
 
@@ -208,9 +204,7 @@ def outcomes(
     wanted = {name for mark in marks for name in mark.args}
     plays = [play for play in SCENARIOS if play.__name__ in wanted]
     with ThreadPoolExecutor(4) as pool:
-        yield {
-            play.__name__: pool.submit(play, Scene(cluster, folder / play.__name__, config)) for play in plays
-        }
+        yield {play.__name__: pool.submit(play, Scene(cluster, folder / play.__name__, config)) for play in plays}
 
 
 @pytest.fixture
@@ -287,19 +281,18 @@ def test_slurms_own_warning_before_a_real_limit_saves_requeues_and_goes_on(outco
     assert final_weights(ran.run) == final_weights(outcome("alone").run)
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(name, marks=pytest.mark.scenario(name, "alone")) for name in ("preempted", "maintained")]
-)
-def test_a_job_that_slurm_takes_off_its_nodes_goes_on_by_itself(outcome: Callable[[str], Ran], what: str) -> None:
+@pytest.mark.scenario("taken", "alone")
+def test_a_job_that_slurm_takes_off_its_nodes_goes_on_by_itself(outcome: Callable[[str], Ran]) -> None:
     """Guards `trap 'ended=1' TERM` of train.sh: without it the batch shell dies, and cannot report how the job ended.
 
     And #SBATCH --requeue: with --no-requeue the state is PREEMPTED.
     """
-    ran = outcome(what)
+    ran = outcome("taken")
     assert ran.state == "COMPLETED"
     assert "attempt 1: ended by Slurm" in ran.text
-    assert re.search(r"stopped by SIGTERM at step \d+ and saved", ran.text)
-    assert "attempt 2: finished" in ran.text
+    assert "attempt 2: ended by Slurm" in ran.text
+    assert len(re.findall(r"stopped by SIGTERM at step \d+ and saved", ran.text)) == 2
+    assert "attempt 3: finished" in ran.text
     assert LAST in ran.text
     assert not (ran.run / "crashes.txt").exists()
     assert final_weights(ran.run) == final_weights(outcome("alone").run)
@@ -358,7 +351,7 @@ def test_a_crash_is_requeued_so_often_and_no_more(outcome: Callable[[str], Ran])
 
 
 @pytest.mark.scenario("mistaken")
-def test_a_number_of_nodes_that_does_not_divide_the_batch_is_refused_and_not_requeued(
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_and_not_requeued(
     outcome: Callable[[str], Ran],
 ) -> None:
     """Guards MISTAKE_MARK of slurm.py: without the mark it counts as a crash, and is requeued."""

@@ -51,12 +51,12 @@ eval "${ENDS:-}"
 STAND_INS = {
     "bin/srun": SRUN,
     "bin/apptainer": APPTAINER,
-    "bin/accelerate": ACCELERATE,
+    "bin/accelerate-launch": ACCELERATE,
     "bin/scontrol": "#!/bin/bash\necho n1; echo n2\n",
     "bin/squeue": "#!/bin/bash\necho RUNNING\n",
     "bin/sleep": "#!/bin/bash\n",
     "image/python": f'#!/bin/bash\necho python >>"$NOTES/inside"; exec {sys.executable} "$@"\n',
-    "image/accelerate": '#!/bin/bash\necho accelerate >>"$NOTES/inside"; exec "$NOTES/bin/accelerate" "$@"\n',
+    "image/accelerate-launch": '#!/bin/bash\necho accelerate >>"$NOTES/inside"; "$NOTES"/bin/accelerate-launch "$@"\n',
 }
 JOB = {
     "SLURM_JOB_ID": "17",
