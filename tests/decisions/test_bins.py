@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wasteddp.decisions.bin_files import load_bins
-from wasteddp.decisions.bins import BinRules
+from wasteddp.decisions.bins import BinRules, Hazard
 from wasteddp.decisions.decide import REASONS, Policy, choose_policy
 from wasteddp.decisions.sorting import contents, measure_bins, per_thousand
 from wasteddp.decisions.thresholds import ErrorThreshold, RecallThreshold
@@ -170,6 +170,43 @@ def test_a_policy_keeps_both_promises_on_other_items(rules: BinRules) -> None:
         broken_recall += (found.assigned[test_labels == 3] == 2).mean() < 0.9
     assert broken_error <= 100 + 3 * np.sqrt(1000 * 0.1 * 0.9)
     assert broken_recall <= 200 + 3 * np.sqrt(1000 * 0.2 * 0.8)
+
+
+def test_hazards_of_two_bins_keep_both_floors() -> None:
+    """An item that may be either goes to a person: any one bin would miss the other hazard."""
+    rules = BinRules(
+        "", ("other", "battery", "gas"), ("o", "b", "g"), (0, 1, 2), hazards=(Hazard("battery", 0.9, 0.9), Hazard("gas", 0.9, 0.9))
+    )  # fmt: skip
+
+    def draw(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        labels, logits = rng.integers(0, 3, count), rng.normal(0, 1, (count, 3))
+        logits[np.arange(count), labels] += 1.0  # a weak model: many items reach both thresholds
+        shares = np.exp(logits)
+        return labels, shares / shares.sum(axis=1, keepdims=True)
+
+    labels, shares = draw(10_000, 10_000)
+    broken, to_a_bin = np.zeros(2), 0.0
+    for seed in range(200):
+        policy = choose_policy(rules, *draw(seed, 300))
+        found = policy.decide(shares)
+        for k in (1, 2):
+            broken[k - 1] += np.isin(found.assigned[labels == k], [k, 3]).mean() < 0.9
+        reached = policy.reach_hazards(shares)
+        np.testing.assert_array_equal(found.assigned[reached.sum(axis=1) == 2], 3)
+        np.testing.assert_array_equal(found.assigned[reached[:, 0] & ~reached[:, 1]], 1)
+        to_a_bin += np.isin(found.assigned[labels > 0], [1, 2]).mean() / 200
+    assert (broken <= 20 + 3 * np.sqrt(200 * 0.1 * 0.9)).all()
+    assert to_a_bin > 0.3
+
+
+def test_a_threshold_of_zero_is_reached_by_a_probability_of_zero() -> None:
+    """A softmax of float32 gives 0 to images of the hazard. The floor then holds only if all items are taken for it."""
+    rules = BinRules("", ("other", "battery"), ("o", "b"), (0, 1), hazards=(Hazard("battery", 0.9, 0.9),))
+    shares = np.array([[1.0, 0.0]] * 30 + [[0.0, 1.0]] * 70)
+    policy = choose_policy(rules, np.ones(100, int), shares)
+    assert policy.hazards["battery"].threshold == 0.0
+    assert policy.decide([[1.0, 0.0], [0.5, 0.5]]).assigned.tolist() == [1, 1]
 
 
 def test_a_hazard_without_images_is_refused(rules: BinRules) -> None:

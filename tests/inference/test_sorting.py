@@ -118,6 +118,40 @@ def test_a_policy_is_the_same_after_it_was_saved_and_only_for_its_model(tmp_path
             load_policy(path, CARD, tta="none")
 
 
+@pytest.mark.parametrize("number", ['"0.5"', "NaN", "-0.1", "1.5", "true", "null"])
+def test_a_threshold_that_is_no_share_is_refused(number: str, tmp_path: Path) -> None:
+    """With NaN, no item would be in doubt, and none a hazard."""
+    rules = BinRules("city", CLASSES, ("a", "b"), (0, 1, 1), hazards=(Hazard("paper", 0.9, 0.9),))
+    val = evaluation(0, 1000)
+    policy = choose_policy(rules, val.labels, val.probabilities_NK, max_error=0.05)
+    path = tmp_path / "policy.json"
+    save_policy(path, policy, CARD, tta="none", chosen_on="val")
+    for threshold in (policy.error.threshold, policy.hazards["paper"].threshold):  # type: ignore[union-attr]
+        text = path.read_text()
+        path.write_text(text.replace(f'"threshold": {threshold}', f'"threshold": {number}'))
+        with pytest.raises(DecisionError, match="is not a policy of wasteddp"):
+            load_policy(path, CARD, tta="none")
+        path.write_text(text)
+
+
+def test_an_item_of_another_hazard_in_the_same_bin_is_no_false_alarm() -> None:
+    rules = BinRules(
+        "", CLASSES, ("plain", "hazards"), (0, 1, 1), hazards=(Hazard("metal", 0.5, 0.5), Hazard("paper", 0.5, 0.5))
+    )
+    shares = np.array([[0.1, 0.8, 0.1], [0.1, 0.1, 0.8], [0.2, 0.7, 0.1], [0.9, 0.05, 0.05]])
+    policy = choose_policy(rules, [1, 2], shares[:2])
+    record = measure_policy(policy, [1, 2, 0, 0], np.r_[shares[:2], [[0.1, 0.85, 0.05]], shares[3:]], split="test")
+    assert [record["hazards"][name]["false_alarms"] for name in ("metal", "paper")] == [1, 0]
+    assert record["hazards"]["metal"]["share_of_false_alarms"] == 0.5
+    assert record["hazard_decisions"] == 3
+    other = replace(rules, bins=("plain", "hazards", "paper"), bin_of=(0, 1, 2))
+    both = measure_policy(
+        choose_policy(other, [1, 2], shares[:2]), [1], np.array([[0.0, 0.8, 0.8]]), split="test"
+    )  # may be either: a person, and found
+    assert both["to_a_person"] == {"hazard": 1, "cost": 0, "doubt": 0}
+    assert (both["hazard_decisions"], both["hazards"]["metal"]["recall"]) == (0, 1.0)
+
+
 @pytest.mark.parametrize("option", [["--bins", "bins.yaml"], ["--max-error", "0.05"]])
 def test_decisions_on_images_without_a_split_are_refused_and_not_ignored(
     option: list[str], run: Path, capsys: pytest.CaptureFixture[str]

@@ -35,8 +35,9 @@ class ErrorThreshold:
 
 @dataclass(frozen=True, slots=True)
 class RecallThreshold:
-    """An item whose probability of the hazard is at least `threshold` is treated as the hazard. The recall is at least
-    `recall` with probability `confidence` over the choice of the samples that it was chosen on."""
+    """An item whose probability of the hazard is at least `threshold` goes into its bin, or to a person if it may be a
+    hazard of another bin too. The share of the hazard that does is at least `recall` with probability `confidence` over
+    the choice of the samples that it was chosen on."""
 
     threshold: float
     recall: float

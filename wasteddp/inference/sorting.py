@@ -67,17 +67,19 @@ def measure_policy(
     coverage, error, area = risk_coverage(best.confidence, best.assigned == own)
     shown = np.unique(np.linspace(0, len(truth) - 1, min(_CURVE, len(truth))).astype(int))
     hazards = {}
-    for name, threshold in policy.hazards.items():
-        is_it = truth == rules.classes.index(name)
-        into = found.assigned == rules.bin_of[rules.classes.index(name)]
+    reached_NH = policy.reach_hazards(probabilities_NK)
+    for (name, threshold), reached in zip(policy.hazards.items(), reached_NH.T, strict=True):
+        number = rules.classes.index(name)
+        is_it, other = truth == number, own != rules.bin_of[number]
+        found_it = reached | (found.assigned == rules.bin_of[number])
         hazards[name] = {
             "floor": threshold.recall,
             "confidence": threshold.confidence,
             "images": int(is_it.sum()),
-            "recall": _share(into & is_it, is_it),
-            "recall_interval": _interval(into, is_it, groups_N),
-            "false_alarms": int((flagged & into & ~is_it).sum()),
-            "share_of_false_alarms": _share(flagged & into & ~is_it, ~is_it),
+            "recall": _share(found_it & is_it, is_it),
+            "recall_interval": _interval(found_it, is_it, groups_N),
+            "false_alarms": int((reached & other).sum()),  # a second hazard of the same bin is not one
+            "share_of_false_alarms": _share(reached & other, other),
         }
     return {
         "split": split,
@@ -90,9 +92,9 @@ def measure_policy(
         "to_a_person": {
             reason: int(((found.assigned == person) & (found.reasons == number)).sum())
             for number, reason in enumerate(REASONS)
-            if reason in ("cost", "doubt")
+            if reason
         },
-        "hazard_decisions": int(flagged.sum()),
+        "hazard_decisions": int((flagged & (found.assigned < person)).sum()),
         "area_under_risk_coverage": area,
         "risk_coverage": [[float(coverage[row]), float(error[row])] for row in shown],
         "reliability": Reliability.measure(answers).to_json(),
@@ -281,6 +283,7 @@ class _ModelOf(_Model):
 
 
 class _People(_Model):
+    hazard: Count = 0
     cost: Count
     doubt: Count
 
