@@ -27,11 +27,12 @@ from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.remote.folder import is_url
 from wasteddp.decisions.bin_files import load_bins
-from wasteddp.decisions.bins import BinRules
+from wasteddp.decisions.bins import PERSON, BinRules
 from wasteddp.decisions.decide import choose_policy
 from wasteddp.decisions.group_intervals import SampleGroups, share_interval
-from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, joined, storage
+from wasteddp.errors import BundleError, DecisionError, SettingsError, ShardError, WastedError, joined, storage
 from wasteddp.files import read_regular
+from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
@@ -94,33 +95,51 @@ def evaluate_run(
         with start_workers(workers, device_type(device), cores=ranks.cores) as decoders:
             classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
             data, classes = data_of(run_folder, shards), classifier.card.classes
-            rules = load_bins(bins, classes) if bins else BinRules.of_map(classifier.card.bins, classes)
+            decides = bins is not None or max_error is not None
+            rules = (load_bins(bins, classes) if bins else _rules_of_set(classifier.card)) if decides else None
             with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
                 evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
                 chosen_on, chosen = data.eval_split, evaluation
-                decides = bins is not None or max_error is not None
-                if decides and split != chosen_on:
+                if rules and split != chosen_on:
                     chosen = evaluate_split(classifier, shard_set, chosen_on, Console(quiet=True), decoders, ranks)
                 if not ranks.is_main:  # no collectives from here on
                     return False
                 near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
                 _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
-                if decides:
-                    policy = choose_policy(
-                        rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
-                    )
-                    folder, card = run_folder / "evaluations" / split, classifier.card
-                    report_policy(folder, policy, evaluation, card, console, tta=tta, chosen_on=chosen_on)
-                    if split == chosen_on:
-                        console.print(
-                            f"warning: the thresholds were chosen on these images of {split}, so the figures here "
-                            "are too good: evaluate another split too",
-                            style="yellow", markup=False, highlight=False, soft_wrap=True,
-                        )  # fmt: skip
-                line = write_model_card(run_folder, manifest=shard_set.manifest)
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                try:
+                    if rules:
+                        policy = choose_policy(
+                            rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
+                        )
+                        folder, card = run_folder / "evaluations" / split, classifier.card
+                        report_policy(folder, policy, evaluation, card, console, tta=tta, chosen_on=chosen_on)
+                        if split == chosen_on:
+                            console.print(
+                                f"warning: the thresholds were chosen on these images of {split}, so the figures here "
+                                "are too good: evaluate another split too",
+                                style="yellow", markup=False, highlight=False, soft_wrap=True,
+                            )  # fmt: skip
+                finally:  # also without a policy: the one before is removed, and the card must not state it
+                    line = write_model_card(run_folder, manifest=shard_set.manifest)
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
     return True
+
+
+def _rules_of_set(card: BundleCard) -> BinRules:
+    """Return the bins of the model's shard set.
+
+    Raises:
+        DecisionError: one is called as a person who decides is.
+    """
+    rules = BinRules.of_map(card.bins, card.classes)
+    if PERSON in rules.bins:
+        raise DecisionError(
+            f"{PERSON!r} is the name of a bin, or of a class without one, in the model's shard set",
+            "it stands for a person who decides, so it would not be known where an item goes",
+            "give the bins under other names with --bins FILE; docs/decisions.md has the format",
+        )
+    return rules
 
 
 def _near(
