@@ -147,6 +147,9 @@ def test_what_is_in_each_bin_is_that_of_a_loop(rules: BinRules) -> None:
     assert sum(row["items"] for row in rows) == pytest.approx(1000)
     assert [row["bin"] for row in rows] == ["glass", "paper", "hazardous", "person"]
     assert rows[3]["wrong"] is None
+    everything = measure_bins([0, 0, 0], [0, 0, 0], rules, by_mass=True, groups=[1, 1, 2])[0]
+    assert everything.purity == pytest.approx((1.0, 0.342, 1.0), abs=1e-3), "Wilson's of 2 of 2 groups"
+    assert measure_bins([0, 0, 0], [0, 0, 0], rules)[0].purity == pytest.approx((1.0, 0.438, 1.0), abs=1e-3)
     empty = measure_bins([], [], rules)[0]
     assert np.isnan(empty.purity[0])
     assert empty.to_json()["purity"] == [None, None, None]
@@ -174,9 +177,8 @@ def test_a_policy_keeps_both_promises_on_other_items(rules: BinRules) -> None:
 
 def test_hazards_of_two_bins_keep_both_floors() -> None:
     """An item that may be either goes to a person: any one bin would miss the other hazard."""
-    rules = BinRules(
-        "", ("other", "battery", "gas"), ("o", "b", "g"), (0, 1, 2), hazards=(Hazard("battery", 0.9, 0.9), Hazard("gas", 0.9, 0.9))
-    )  # fmt: skip
+    hazards = tuple(Hazard(name, 0.9, 0.9) for name in ("battery", "gas"))
+    rules = BinRules("", ("other", "battery", "gas"), ("o", "b", "g"), (0, 1, 2), hazards=hazards)
 
     def draw(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(seed)

@@ -71,6 +71,26 @@ def test_too_few_images_are_refused_with_the_number_that_would_do() -> None:
         fit_temperature([], np.zeros((0, 3)))
 
 
+def test_a_temperature_outside_its_range_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3), 400)
+    with pytest.raises(DecisionError, match="on 400 images, the model's confidence has nothing to do with being right"):
+        fit_temperature(shares.argmin(axis=1), shares)
+    labels = rng.integers(0, 3, 400)
+    shares = np.full((400, 3), 0.33)
+    shares[np.arange(400), labels] = 0.34
+    labels[0] = (labels[0] + 1) % 3
+    with pytest.raises(DecisionError, match=r"best temperature is below 0\.018: the model is right far more often"):
+        fit_temperature(labels, shares)
+
+
+def test_the_interval_of_the_calibration_error_covers_that_of_a_calibrated_model() -> None:
+    """Its true error is 0; a percentile interval never covers it, since chance only makes the error larger."""
+    found = [calibrate(*samples(300, 1.0, seed), split="val").ece_before for seed in range(15)]
+    assert all(low <= value <= high for value, low, high in found)
+    assert sum(low < 0.005 for _, low, _ in found) >= 10
+
+
 def test_the_standard_error_is_that_of_many_draws() -> None:
     found = [np.log(fit_temperature(*samples(400, 1.5, seed))) for seed in range(60)]
     # 400 images fix log(T) to about 8 %; the check passes 15 % and stops well above it

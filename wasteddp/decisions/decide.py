@@ -2,9 +2,9 @@
 
 Legend: N items, K classes, B bins; the number B stands for a person.
 
-The order of the rules: a hazard comes first and is never traded against cost (hazards of several bins: a person, since
-one bin would miss the others); then the bin of least expected cost, or the most probable one if there are no costs; then
-a person, where that costs less or the confidence is below the threshold.
+The order of the rules: a hazard comes first and is never traded against cost. An item that may be hazards of several
+bins goes to a person: any one bin would miss the others. Then follows the bin of least expected cost, or the most
+probable one if there are no costs; then a person, where that costs less or the confidence is below the threshold.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.console import Console
 from rich.table import Table
 
+from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.decisions.bins import PERSON
 from wasteddp.decisions.decide import REASONS, Policy
 from wasteddp.decisions.group_intervals import SampleGroups, share_interval
@@ -28,7 +29,7 @@ from wasteddp.decisions.thresholds import risk_coverage
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord
-from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.inference.metrics import percent
 from wasteddp.inference.reliability import Answers, Reliability
 from wasteddp.inference.runtimes.policy_file import made_for, save_policy
 

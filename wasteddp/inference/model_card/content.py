@@ -13,9 +13,10 @@ import numpy as np
 
 from wasteddp import __version__
 from wasteddp.data.manifest import Manifest
+from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.decisions.group_intervals import describe_groups
 from wasteddp.inference.bundle import CARD_NAME, BundleCard
-from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.inference.metrics import percent
 from wasteddp.inference.model_card.markup import front_matter, literal, one_line, table
 
 _FEW_IMAGES = 30  # of a class in a split: the 95 % interval of its recall is up to 34 points wide with so many
