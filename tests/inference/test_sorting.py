@@ -81,6 +81,43 @@ def test_a_promise_that_few_images_cannot_keep_is_refused(run: Path, capsys: pyt
     assert "no threshold on 12 images keeps the error at 0.02" in capsys.readouterr().err
 
 
+def test_thresholds_are_chosen_on_the_split_that_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["evaluate", str(run), "--split", "val", "--max-error", "0.99"]
+    assert cli.main([*given, "--choose-on", "test"]) == 0
+    assert "the promise of 99.0 %, chosen on test, held here" in " ".join(capsys.readouterr().out.split())
+    record = json.loads((run / "evaluations" / "val" / "decisions.json").read_text())
+    assert (record["chosen_on"], record["selected"], record["policy"]["error"]["num_samples"]) == ("test", False, 10)
+    card = run / "model" / "README.md"
+    assert "at most 99" in card.read_text()
+    for refused, said in (
+        ([*given, "--choose-on", "train"], "the model was trained on the images of train"),
+        ([*given[:4], "--choose-on", "test"], "--choose-on test was given without --bins and --max-error"),
+        ([*given[:-1], "0.001"], "no threshold on 12 images"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(refused)
+        assert said in capsys.readouterr().err
+    assert "at most 99" not in card.read_text(), "its decisions were removed with the evaluation"
+
+
+def test_names_are_printed_as_they_are(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bins = tmp_path / "bins.yaml"
+    bins.write_text('name: "[/x]"\nclasses: {glass: "[red]a", metal: "b\\e[2J", paper: "[/]"}\n')
+    assert cli.main(["evaluate", str(run), "--bins", str(bins)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b[2J" not in said
+    for name in ("[/x]", "[red]a", "[/]", "\\x1b[2J"):
+        assert name in said
+
+
+def test_a_class_called_person_needs_bins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = replace(CARD, classes=("glass", "metal", "person"), bins={})
+    save_bundle(tmp_path / "run" / "model", card, random_weights())
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tmp_path / "run"), "--shards", str(tmp_path), "--max-error", "0.5"])
+    assert "'person' is the name of a bin, or of a class without one" in capsys.readouterr().err
+
+
 def test_the_bins_file_is_read_before_the_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bins.yaml").write_text("glas: bin\n")
     with pytest.raises(SystemExit) as left:
@@ -164,5 +201,5 @@ def test_decisions_on_images_without_a_split_are_refused_and_not_ignored(
 def test_thresholds_that_are_chosen_and_measured_on_the_same_images_are_reported(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["evaluate", str(run), "--split", "val", "--bins", str(run.parent / "bins.yaml")]) == 0
+    assert cli.main(["evaluate", str(run), "--split", "val", "--max-error", "0.95"]) == 0
     assert "the thresholds were chosen on these images of val" in " ".join(capsys.readouterr().out.split())

@@ -76,6 +76,7 @@ def evaluate_run(
     bins: Path | None = None,
     max_error: float | None = None,
     confidence: float = 0.95,
+    choose_on: str = "",
 ) -> bool:
     """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
 
@@ -87,8 +88,12 @@ def evaluate_run(
         workers: as the setting data.workers.
         near_duplicates: look for those of training images, where sharding did not.
         bins: file of bins, see `decisions.bin_files`; None: those of the shard set.
-        max_error: with it or with `bins`, thresholds are chosen on the run's evaluation split, and measured on `split`.
+        max_error: with it or with `bins`, thresholds are chosen on one split, and measured on `split`.
         confidence: with which `max_error` must hold.
+        choose_on: split to choose the thresholds on; "": the run's evaluation split.
+
+    Raises:
+        DecisionError: the file of bins is wrong, or there are too few images for a guarantee.
     """
     with join_ranks() as ranks:
         device = ranks.device(device)
@@ -96,12 +101,19 @@ def evaluate_run(
             classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
             data, classes = data_of(run_folder, shards), classifier.card.classes
             decides = bins is not None or max_error is not None
+            if decides and choose_on == data.train_split:
+                raise DecisionError(
+                    f"the model was trained on the images of {choose_on}",
+                    "it is surer of them than of new images, so the thresholds would promise nothing",
+                    f"choose them on another split, such as {data.eval_split}",
+                )
             rules = (load_bins(bins, classes) if bins else _rules_of_set(classifier.card)) if decides else None
             with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
                 evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
-                chosen_on, chosen = data.eval_split, evaluation
-                if rules and split != chosen_on:
+                chosen_on, chosen = choose_on or data.eval_split, evaluation
+                chooses = rules is not None and (max_error is not None or bool(rules.hazards))
+                if chooses and split != chosen_on:
                     chosen = evaluate_split(classifier, shard_set, chosen_on, Console(quiet=True), decoders, ranks)
                 if not ranks.is_main:  # no collectives from here on
                     return False
@@ -113,8 +125,12 @@ def evaluate_run(
                             rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
                         )
                         folder, card = run_folder / "evaluations" / split, classifier.card
-                        report_policy(folder, policy, evaluation, card, console, tta=tta, chosen_on=chosen_on)
-                        if split == chosen_on:
+                        report_policy(
+                            folder, policy, evaluation, card, console,
+                            tta=tta, chosen_on=chosen_on, chosen_groups=chosen.groups if chooses else None,
+                            selected=chosen_on == data.eval_split,
+                        )  # fmt: skip
+                        if chooses and split == chosen_on:
                             console.print(
                                 f"warning: the thresholds were chosen on these images of {split}, so the figures here "
                                 "are too good: evaluate another split too",

@@ -15,6 +15,7 @@ from wasteddp.decisions.group_intervals import SampleGroups, describe_groups
 from wasteddp.errors import RunError
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import percent
+from wasteddp.inference.promises import in_words, is_promised, no_promise, outcome
 from wasteddp.inference.saved_predictions import SavedPredictions, read_predictions
 from wasteddp.inference.sorting import decisions_record
 from wasteddp.report.charts import Mark, scale_marks, scaled_path
@@ -73,6 +74,8 @@ def decisions_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, An
             for row in record["per_thousand"]
         ],
         "promises": _promises(record),
+        "promised": is_promised(record),
+        "selected": record.get("selected", True) and bool(record["policy"]["error"] or record["hazards"]),
         "curve": _curve(record),
         "bars": reliability_bars(record["reliability"]),
         "threshold": record["policy"]["error"]["threshold"] if record["policy"]["error"] else None,
@@ -123,25 +126,33 @@ def sentences(record: Mapping[str, Any], card: BundleCard | None) -> list[str]:
         )
     if purity := _purity_sentence(record["bins"]):
         found.append(purity)
+    promised = is_promised(record)
+    to_a_person = (
+        " or, since they may be another hazard too, to a person" if record["to_a_person"].get("hazard") else ""
+    )
     for name, one in record["hazards"].items():
-        seen = (
-            "there is no image of it here"
-            if one["recall"] is None
-            else f"{percent(one['recall'])} of its {one['images']:,} images go into its bin"
-        )
-        price = one["share_of_false_alarms"]
-        found.append(
-            f"Hazard {name}: {seen}; at least {_short(one['floor'])} was promised, with {_short(one['confidence'])} "
-            f"confidence. The price is {one['false_alarms']:,} false alarm{'s' * (one['false_alarms'] != 1)}"
-            + (f", {percent(price)} of all other items." if price is not None else ".")
-        )
+        price, limit = one["share_of_false_alarms"], _short(one["floor"])
+        if one["recall"] is None:
+            seen = "there is no image of it here"
+        else:
+            ends = one["recall_interval"]
+            interval = f" (95 % interval {_range(ends)})" if ends else ""
+            seen = f"{percent(one['recall'])} of its {one['images']:,} images{interval} go into its bin{to_a_person}"
+        if promised:
+            seen += f". At least {limit} was promised, with {_short(one['confidence'])} confidence"
+        else:
+            seen += f". The aim was at least {limit}"
+        if one["recall"] is not None:
+            kept = outcome(one["recall"], one["floor"], one["recall_interval"], at_most=False)
+            seen += f": {'the promise' if promised else 'it'} {in_words(kept, promised=promised)}"
+        found_items = f"{one['false_alarms']:,} other item{'s' * (one['false_alarms'] != 1)}"
+        share = f" ({percent(price)} of all other items)" if price is not None else ""
+        found_too = "is treated as it too" if one["false_alarms"] == 1 else "are treated as it too"
+        found.append(f"Hazard {name}: {seen}. The price is false alarms: {found_items}{share} {found_too}.")
     if sentence := calibration_sentence(card):
         found.append(sentence)
-    if record["groups"] and (record["policy"]["error"] or record["hazards"]):
-        found.append(
-            "The promises assume images that are independent of each other. These are of "
-            f"{record['groups']['num_groups']:,} groups, whose images resemble each other, so they may not hold."
-        )
+    if line := no_promise(record):
+        found.append(f"{line[:1].upper()}{line[1:]}.")
     found.append("Images of single items are not a sample of a plant's belt: purity here is not the purity of a bale.")
     return found
 
@@ -176,9 +187,10 @@ def decide_again(one: RunRecord, bins: Path, *, max_error: float | None, level: 
             f"{bins} could not be applied",
             f"evaluate first: wasteddp evaluate {one.folder} --split {chosen_on if saved or chooses else 'test'}",
         )
-    policy = Policy(rules)
+    policy, chosen_groups = Policy(rules), None
     if chooses:
         there = saved[chosen_on][0]
+        chosen_groups = _groups(*saved[chosen_on])
         policy = choose_policy(rules, _labels(there), there.probabilities_NK, max_error=max_error, level=level)
     views = saved[chosen_on][1]["options"].get("tta", "none") if chooses else None
     decisions = {}
@@ -189,9 +201,6 @@ def decide_again(one: RunRecord, bins: Path, *, max_error: float | None, level: 
                 f"{split} was evaluated with --tta {tta}, {chosen_on} with {views}: its decisions are not shown"
             )
             continue
-        groups = None
-        if record.get("groups") and predictions.groups is not None:
-            groups = SampleGroups(record["groups"]["rule"], predictions.groups)
         decisions[split] = decisions_record(
             policy,
             _labels(predictions),
@@ -199,9 +208,16 @@ def decide_again(one: RunRecord, bins: Path, *, max_error: float | None, level: 
             model={"weights": card.hashes.weights, "temperature": card.temperature, "tta": tta},
             split=split,
             chosen_on=chosen_on,
-            groups=groups,
+            groups=_groups(predictions, record),
+            chosen_groups=chosen_groups,
         )
     return replace(one, decisions=decisions, notes=(*one.notes, *notes))
+
+
+def _groups(predictions: SavedPredictions, record: Mapping[str, Any]) -> SampleGroups | None:
+    if not record.get("groups") or predictions.groups is None:
+        return None
+    return SampleGroups(record["groups"]["rule"], predictions.groups)
 
 
 def _labels(predictions: SavedPredictions) -> Any:
@@ -229,16 +245,17 @@ def _verdict(record: Mapping[str, Any]) -> str:
     error = record["policy"]["error"]
     if not error:
         return "Nothing was promised: --max-error chooses a threshold with a guarantee."
-    promise = f"At most {_short(error['max_error'])} was promised, with {_short(error['confidence'])} confidence: "
-    if record["error_alone"] <= error["max_error"]:
-        return promise + "the promise held here."
-    ends = record["error_alone_interval"]
-    if ends and ends[0] > error["max_error"]:
-        return (
-            promise + "the promise did not hold here, and chance does not explain it; are these images of another "
-            f"origin than those of {record['chosen_on']}?"
-        )
-    return promise + "it was exceeded here; the interval includes the promise, so chance may be the reason."
+    promised, ends = is_promised(record), record["error_alone_interval"]
+    kept = outcome(record["error_alone"], error["max_error"], ends, at_most=True)
+    words = in_words(kept, promised=promised)
+    limit = _short(error["max_error"])
+    if promised:
+        text = f"At most {limit} was promised, with {_short(error['confidence'])} confidence: the promise {words}"
+    else:
+        text = f"The aim was at most {limit}: it {words}"
+    if kept == "broken":
+        return f"{text}; are these images of another origin than those of {record['chosen_on']}?"
+    return f"{text}."
 
 
 def _purity_sentence(bins: Sequence[Mapping[str, Any]]) -> str:
