@@ -24,6 +24,7 @@ from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.decisions.bins import PERSON
 from wasteddp.decisions.decide import REASONS, Policy
 from wasteddp.decisions.group_intervals import SampleGroups, share_interval
+from wasteddp.decisions.promises import in_words, is_promised, no_promise, outcome
 from wasteddp.decisions.sorting import measure_bins, per_thousand
 from wasteddp.decisions.thresholds import risk_coverage
 from wasteddp.errors import inert
@@ -31,7 +32,6 @@ from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord, plain
 from wasteddp.inference.metrics import percent
-from wasteddp.inference.promises import in_words, is_promised, no_promise, outcome
 from wasteddp.inference.reliability import Answers, Reliability
 from wasteddp.inference.runtimes.policy_file import made_for, save_policy
 

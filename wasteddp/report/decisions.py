@@ -12,10 +12,10 @@ import numpy as np
 from wasteddp.decisions.bin_files import load_bins
 from wasteddp.decisions.decide import Policy, choose_policy
 from wasteddp.decisions.group_intervals import SampleGroups, describe_groups
+from wasteddp.decisions.promises import in_words, is_promised, no_promise, outcome
 from wasteddp.errors import RunError
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import percent
-from wasteddp.inference.promises import in_words, is_promised, no_promise, outcome
 from wasteddp.inference.saved_predictions import SavedPredictions, read_predictions
 from wasteddp.inference.sorting import decisions_record
 from wasteddp.report.charts import Mark, scale_marks, scaled_path

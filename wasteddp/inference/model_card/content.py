@@ -15,10 +15,10 @@ from wasteddp import __version__
 from wasteddp.data.manifest import Manifest
 from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.decisions.group_intervals import describe_groups
+from wasteddp.decisions.promises import is_promised, no_promise
 from wasteddp.inference.bundle import CARD_NAME, BundleCard
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.model_card.markup import front_matter, literal, one_line, table
-from wasteddp.inference.promises import is_promised, no_promise
 
 _FEW_IMAGES = 30  # of a class in a split: the 95 % interval of its recall is up to 34 points wide with so many
 _COMMENT = "# The license of the model is yours to choose: add a line such as `license: mit`. It is kept."
