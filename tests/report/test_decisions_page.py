@@ -73,8 +73,15 @@ def test_the_sentences_are_those_of_the_record(run: Path) -> None:
     ],
 )
 def test_a_promise_that_did_not_hold_is_named(error: float, ends: list[float], verdict: str, run: Path) -> None:
-    write_decisions(run, error_alone=error, error_alone_interval=ends)
-    assert verdict in page_of(run)
+    record = write_decisions(run, error_alone=error, error_alone_interval=ends)
+    page = page_of(run)
+    assert verdict in page
+    assert ("Choose the thresholds again on images like these." in page) == (error == 0.09)
+    record["hazards"]["paper"] |= {"recall": 0.8, "recall_interval": [0.7, 0.85 if error == 0.09 else 0.95]}
+    (run / "evaluations" / "test" / "decisions.json").write_text(json.dumps(record))
+    page = page_of(run)
+    assert ("Only 80.0 % of the hazard paper was found; the floor is 90 %" in page) == (error == 0.09)
+    assert page.index("Hazard paper: ") < page.index("Of those that it sorts alone"), "what burns comes first"
 
 
 def test_calibration_is_shown_without_decisions_and_with_them(run: Path) -> None:

@@ -66,6 +66,7 @@ def decisions_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, An
         "calibrated_since": not is_other and one.card is not None and model["temperature"] != one.card.temperature,
         "optimistic": record["split"] == record["chosen_on"] and bool(record["policy"]["error"] or record["hazards"]),
         "sentences": [sentence.replace(" %", "\u00a0%") for sentence in sentences(record, one.card)],
+        "missed": [sentence.replace(" %", "\u00a0%") for sentence in missed(record)],
         "parts": parts,
         "bins": [_bin_row(row) for row in record["bins"]],
         "bins_by_mass": [_bin_row(row) for row in record["bins_by_mass"] or ()],
@@ -117,15 +118,6 @@ def sentences(record: Mapping[str, Any], card: BundleCard | None) -> list[str]:
     first = f"Of 1,000 items like these, the model sorts {alone:,} alone"
     first += f", sends {counts['hazard']:,} to the bin of a hazard" if counts["hazard"] else ""
     found = [f"{first} and passes {counts['person']:,} to a person."]
-    if record["error_alone"] is not None:
-        ends = record["error_alone_interval"]
-        interval = f" (95 % interval {_range(ends)})" if ends else ""
-        found.append(
-            f"Of those that it sorts alone, {percent(record['error_alone'])} go into a wrong bin{interval}. "
-            + _verdict(record)
-        )
-    if purity := _purity_sentence(record["bins"]):
-        found.append(purity)
     promised = is_promised(record)
     to_a_person = (
         " or, since they may be another hazard too, to a person" if record["to_a_person"].get("hazard") else ""
@@ -147,13 +139,41 @@ def sentences(record: Mapping[str, Any], card: BundleCard | None) -> list[str]:
             seen += f": {'the promise' if promised else 'it'} {in_words(kept, promised=promised)}"
         found_items = f"{one['false_alarms']:,} other item{'s' * (one['false_alarms'] != 1)}"
         share = f" ({percent(price)} of all other items)" if price is not None else ""
-        found_too = "is treated as it too" if one["false_alarms"] == 1 else "are treated as it too"
+        found_too = "is taken for it" if one["false_alarms"] == 1 else "are taken for it"
         found.append(f"Hazard {name}: {seen}. The price is false alarms: {found_items}{share} {found_too}.")
+    if record["error_alone"] is not None:
+        ends = record["error_alone_interval"]
+        interval = f" (95 % interval {_range(ends)})" if ends else ""
+        found.append(
+            f"Of those that it sorts alone, {percent(record['error_alone'])} go into a wrong bin{interval}. "
+            + _verdict(record)
+        )
+    if purity := _purity_sentence(record["bins"]):
+        found.append(purity)
     if sentence := calibration_sentence(card):
         found.append(sentence)
     if line := no_promise(record):
         found.append(f"{line[:1].upper()}{line[1:]}.")
     found.append("Images of single items are not a sample of a plant's belt: purity here is not the purity of a bale.")
+    return found
+
+
+def missed(record: Mapping[str, Any]) -> list[str]:
+    """Return what was promised or aimed at and not kept here, in spite of chance; hazards first."""
+    error, found = record["policy"]["error"], list[str]()
+    for name, one in record["hazards"].items():
+        value, limit, ends = one["recall"], one["floor"], one["recall_interval"]
+        if value is not None and outcome(value, limit, ends, at_most=False) == "broken":
+            found.append(
+                f"Only {percent(value)} of the hazard {name} was found; the floor is {_short(limit)}. Do not rely on "
+                "these decisions for it."
+            )
+    value, ends = record["error_alone"], record["error_alone_interval"]
+    if error and value is not None and outcome(value, error["max_error"], ends, at_most=True) == "broken":
+        found.append(
+            f"{percent(value)} of what the model sorts alone goes into a wrong bin; the limit is "
+            f"{_short(error['max_error'])}. Choose the thresholds again on images like these."
+        )
     return found
 
 

@@ -205,7 +205,7 @@ def _print(console: Console, summary: Mapping[str, Any], out: Path) -> None:
     print_metrics(console, summarise(confusion), summary["classes"], confusion, title="all folds together")
     if groups := summary["groups"]:
         line = (
-            f"the images are of {groups['num_groups']:,} groups ({groups['rule']}); the interval of the accuracy is over "
+            f"the images are of {groups['num_groups']:,} groups ({groups['rule']}); the accuracy's interval is over "
             "images, so it is too narrow; the standard deviation is over folds, which divide no group"
         )
         console.print(inert(line), markup=False, highlight=False, soft_wrap=True)
