@@ -19,7 +19,7 @@ from wasteddp.decisions.decide import choose_policy
 from wasteddp.errors import DecisionError
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.runtimes.policy_file import load_policy, save_policy
-from wasteddp.inference.sorting import measure_policy
+from wasteddp.inference.sorting import _lines, decisions_record, measure_policy
 
 BINS = "name: Example city\nclasses: {glass: round bin, metal: flat bin, paper: flat bin}\ncosts: {person: 0.4}\n"
 
@@ -108,6 +108,21 @@ def test_names_are_printed_as_they_are(run: Path, tmp_path: Path, capsys: pytest
     assert "\x1b[2J" not in said
     for name in ("[/x]", "[red]a", "[/]", "\\x1b[2J"):
         assert name in said
+
+
+def test_a_promise_on_items_that_nobody_decides_alone_is_mentioned() -> None:
+    policy = choose_policy(BinRules("", CLASSES, CLASSES, (0, 1, 2)), [0] * 99, np.eye(3)[[0] * 99], max_error=0.1)
+    record = decisions_record(
+        policy,
+        [0],
+        np.array([[0.4, 0.3, 0.3]]),
+        model={},
+        split="test",
+        chosen_on="val",
+        groups=None,
+        chosen_groups=None,
+    )
+    assert "decided alone: none of the items; the promise of 10.0 %, chosen on val, says nothing here" in _lines(record)
 
 
 def test_a_class_called_person_needs_bins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

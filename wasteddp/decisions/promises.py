@@ -39,7 +39,8 @@ def no_promise(record: Mapping[str, Any]) -> str:
     if is_promised(record) or not (record["policy"]["error"] or record["hazards"]):
         return ""
     groups = record.get("chosen_groups", record["groups"])
+    number = f"{groups['num_groups']:,} group{'s' * (groups['num_groups'] != 1)}"
     return (
-        f"no error and no recall is promised: the thresholds were chosen on images of {groups['num_groups']:,} groups "
-        f"({groups['rule']}), and images of a group resemble each other"
+        f"no error and no recall is promised: the thresholds were chosen on images of {number} ({groups['rule']}), and "
+        "images of a group resemble each other"
     )

@@ -214,6 +214,11 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
             f"decided alone: {percent(record['decided_alone'])} of the items, {percent(record['error_alone'])} of them "
             f"wrong{interval}; the {word} of {percent(limit)}, chosen on {record['chosen_on']}, {found}"
         )
+    elif record["promised_error"] is not None:
+        lines.append(
+            f"decided alone: none of the items; the {word} of {percent(record['promised_error'])}, chosen on "
+            f"{record['chosen_on']}, says nothing here"
+        )
     for name, one in record["hazards"].items():
         alarms = f"{one['false_alarms']} false alarm{'s' * (one['false_alarms'] != 1)}"
         if one["recall"] is None:
