@@ -97,6 +97,18 @@ def test_the_standard_error_is_that_of_many_draws() -> None:
     assert 0.03 < np.std(found) < 0.15
 
 
+def test_copies_of_an_image_in_its_group_do_not_make_the_temperature_surer() -> None:
+    labels, shares = samples(40, 1.5)
+    with pytest.raises(DecisionError, match=r"40 images fix the temperature to (\d+) % only") as few:
+        fit_temperature(labels, shares)
+    groups = np.repeat(np.arange(40), 50)
+    many = np.repeat(labels, 50), np.repeat(shares, 50, axis=0)
+    fit_temperature(*many)
+    with pytest.raises(DecisionError) as grouped:
+        fit_temperature(*many, groups)
+    assert str(grouped.value).split("to ")[1].split(" %")[0] == str(few.value).split("to ")[1].split(" %")[0]
+
+
 def test_an_interval_over_groups_is_wider_where_groups_agree() -> None:
     values = np.repeat(np.random.default_rng(0).random(20), 50)  # 20 groups of 50 equal values
     groups = np.repeat(np.arange(20), 50)

@@ -57,7 +57,9 @@ def scaled(probabilities_NK: npt.ArrayLike, temperature: float) -> F64:
     return np.asarray(shares_NK / shares_NK.sum(axis=1, keepdims=True))
 
 
-def fit_temperature(labels: npt.ArrayLike, probabilities_NK: npt.ArrayLike) -> float:
+def fit_temperature(
+    labels: npt.ArrayLike, probabilities_NK: npt.ArrayLike, groups: npt.ArrayLike | None = None
+) -> float:
     """Return the temperature of the smallest mean negative log-likelihood.
 
     The loss is convex in 1/T, so the zero of its derivative is found by bisection.
@@ -65,6 +67,7 @@ def fit_temperature(labels: npt.ArrayLike, probabilities_NK: npt.ArrayLike) -> f
     Args:
         labels: int [N].
         probabilities_NK: at temperature 1.
+        groups: [N], whose images resemble each other; None: all are independent.
 
     Raises:
         DecisionError: the images are too few, or the loss has no minimum in the range: all of them are right, or
@@ -83,7 +86,7 @@ def fit_temperature(labels: npt.ArrayLike, probabilities_NK: npt.ArrayLike) -> f
         raise _out_of_range(1.0 / exp(low), len(truth))
     scale = exp((low + high) / 2)
     slope, curvature = _slopes(logits_NK, truth, rows, scale)
-    if (error := _standard_error(slope * scale, curvature * scale**2)) > MAX_STANDARD_ERROR:
+    if (error := _standard_error(slope * scale, curvature * scale**2, groups)) > MAX_STANDARD_ERROR:
         needed = ceil(len(truth) * (error / MAX_STANDARD_ERROR) ** 2) if np.isfinite(error) else 0
         raise _too_few(f"{len(truth)} images fix the temperature to {100 * error:.0f} % only", needed)
     return 1.0 / scale
@@ -101,7 +104,7 @@ def calibrate(
     Raises:
         DecisionError: see `fit_temperature`.
     """
-    temperature = fit_temperature(labels, probabilities_NK)
+    temperature = fit_temperature(labels, probabilities_NK, groups)
     before, after = scaled(probabilities_NK, 1.0), scaled(probabilities_NK, temperature)
     truth = np.asarray(labels, np.int64)
     return Calibration(
@@ -166,11 +169,17 @@ def _slopes(logits_NK: F64, truth: npt.NDArray[np.int64], rows: npt.NDArray[np.i
     return mean - logits_NK[rows, truth], (shares_NK * logits_NK**2).sum(axis=1) - mean**2
 
 
-def _standard_error(slope: F64, curvature: F64) -> float:
-    """Return the standard error of log(T) at the minimum, robust to a wrong model (Huber 1967, White 1982)."""
+def _standard_error(slope: F64, curvature: F64, groups: npt.ArrayLike | None) -> float:
+    """Return the standard error of log(T) at the minimum, robust to a wrong model (Huber 1967, White 1982).
+
+    With groups, their sums are independent and the images are not (Liang and Zeger 1986, Biometrika 73:13).
+    """
     if not curvature.mean() > 0:
         return float("inf")
-    return float(np.sqrt((slope**2).mean() / len(slope)) / curvature.mean())
+    if groups is not None:
+        _, number = np.unique(np.asarray(groups), return_inverse=True)
+        slope = np.asarray(np.bincount(number, weights=slope), np.float64)
+    return float(np.sqrt((slope**2).sum()) / curvature.sum())
 
 
 def _out_of_range(temperature: float, number: int) -> DecisionError:
