@@ -65,6 +65,9 @@ def test_evaluate_says_where_items_go_and_predict_decides_by_it(
     counts = {row["bin"]: round(row["items"] / 100) for row in record["per_thousand"]}
     found = [row["decision"] for row in rows]
     assert {name: found.count(name) for name in counts} == counts, "predict decides as evaluate did"
+    assert cli.main(["evaluate", str(run)]) == 0
+    assert f"removed: {policy} of the evaluation before; --bins FILE writes one" in capsys.readouterr().out
+    assert not policy.exists()
     for row, entry in zip(rows, entries, strict=True):
         of_bin = {"round bin": float(row["p_glass"]), "flat bin": float(row["p_metal"]) + float(row["p_paper"])}
         assert float(row["bin_probability"]) == pytest.approx(max(of_bin.values()), abs=1e-5)

@@ -118,6 +118,8 @@ def evaluate_run(
                 if not ranks.is_main:  # no collectives from here on
                     return False
                 near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
+                policy_path = run_folder / "evaluations" / split / "policy.json"
+                had_policy = policy_path.exists()
                 _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
                 try:
                     if rules:
@@ -136,7 +138,13 @@ def evaluate_run(
                                 "are too good: evaluate another split too",
                                 style="yellow", markup=False, highlight=False, soft_wrap=True,
                             )  # fmt: skip
-                finally:  # also without a policy: the one before is removed, and the card must not state it
+                finally:
+                    if had_policy and not policy_path.exists():
+                        console.print(
+                            f"removed: {policy_path} of the evaluation before; --bins FILE writes one",
+                            style="yellow", markup=False, highlight=False, soft_wrap=True,
+                        )  # fmt: skip
+                    # also without a policy: the one before is removed, and the card must not state it
                     line = write_model_card(run_folder, manifest=shard_set.manifest)
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
     return True
