@@ -24,8 +24,9 @@ import numpy as np
 
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
+from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.decisions.label_errors import find_label_errors
-from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.inference.metrics import percent
 from wasteddp.inference.saved_predictions import read_predictions
 from wasteddp.sharding.build import Job, Options, make_shards
 

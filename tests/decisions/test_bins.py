@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wasteddp.decisions.bin_files import load_bins
-from wasteddp.decisions.bins import BinRules
+from wasteddp.decisions.bins import BinRules, Hazard
 from wasteddp.decisions.decide import REASONS, Policy, choose_policy
 from wasteddp.decisions.sorting import contents, measure_bins, per_thousand
 from wasteddp.decisions.thresholds import ErrorThreshold, RecallThreshold
@@ -81,6 +81,12 @@ def test_a_plain_map_of_classes_to_bins_is_enough(tmp_path: Path) -> None:
         (GOOD.replace(", grams: 300", ""), "glass has no `grams`, other classes have"),
         (GOOD.replace("recall: 0.9", "recall: 1.5"), "less than 1"),
         (GOOD.replace("hazard: true", "hazzard: true"), "hazzard"),
+        (GOOD.replace("hazard: true, ", ""), "battery has a `recall` or `confidence` and no `hazard: true`"),
+        (GOOD.replace("person: 0.3", "person: yes"), r"costs\.person"),
+        (GOOD.replace("50", ".inf"), r"costs\.battery\.paper is inf: a cost is a number from 0 to 1e12"),
+        (GOOD.replace("{bin: paper, grams: 100}", "{bin: Paper, grams: 100}"), "'paper' and 'Paper' would be two"),
+        (GOOD.replace("bin: glass", "bin: ' '"), "' ' cannot be a bin's name: it is blank"),
+        (GOOD.replace("bin: glass", "bin: Person"), "'Person' cannot be a bin's name"),
         ("- glass\n", "valid dictionary"),
         ("glass: [", "it is not YAML"),
         ("", "the file"),
@@ -147,6 +153,9 @@ def test_what_is_in_each_bin_is_that_of_a_loop(rules: BinRules) -> None:
     assert sum(row["items"] for row in rows) == pytest.approx(1000)
     assert [row["bin"] for row in rows] == ["glass", "paper", "hazardous", "person"]
     assert rows[3]["wrong"] is None
+    everything = measure_bins([0, 0, 0], [0, 0, 0], rules, by_mass=True, groups=[1, 1, 2])[0]
+    assert everything.purity == pytest.approx((1.0, 0.342, 1.0), abs=1e-3), "Wilson's of 2 of 2 groups"
+    assert measure_bins([0, 0, 0], [0, 0, 0], rules)[0].purity == pytest.approx((1.0, 0.438, 1.0), abs=1e-3)
     empty = measure_bins([], [], rules)[0]
     assert np.isnan(empty.purity[0])
     assert empty.to_json()["purity"] == [None, None, None]
@@ -170,6 +179,42 @@ def test_a_policy_keeps_both_promises_on_other_items(rules: BinRules) -> None:
         broken_recall += (found.assigned[test_labels == 3] == 2).mean() < 0.9
     assert broken_error <= 100 + 3 * np.sqrt(1000 * 0.1 * 0.9)
     assert broken_recall <= 200 + 3 * np.sqrt(1000 * 0.2 * 0.8)
+
+
+def test_hazards_of_two_bins_keep_both_floors() -> None:
+    """An item that may be either goes to a person: any one bin would miss the other hazard."""
+    hazards = tuple(Hazard(name, 0.9, 0.9) for name in ("battery", "gas"))
+    rules = BinRules("", ("other", "battery", "gas"), ("o", "b", "g"), (0, 1, 2), hazards=hazards)
+
+    def draw(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        labels, logits = rng.integers(0, 3, count), rng.normal(0, 1, (count, 3))
+        logits[np.arange(count), labels] += 1.0  # a weak model: many items reach both thresholds
+        shares = np.exp(logits)
+        return labels, shares / shares.sum(axis=1, keepdims=True)
+
+    labels, shares = draw(10_000, 10_000)
+    broken, to_a_bin = np.zeros(2), 0.0
+    for seed in range(200):
+        policy = choose_policy(rules, *draw(seed, 300))
+        found = policy.decide(shares)
+        for k in (1, 2):
+            broken[k - 1] += np.isin(found.assigned[labels == k], [k, 3]).mean() < 0.9
+        reached = policy.reach_hazards(shares)
+        np.testing.assert_array_equal(found.assigned[reached.sum(axis=1) == 2], 3)
+        np.testing.assert_array_equal(found.assigned[reached[:, 0] & ~reached[:, 1]], 1)
+        to_a_bin += np.isin(found.assigned[labels > 0], [1, 2]).mean() / 200
+    assert (broken <= 20 + 3 * np.sqrt(200 * 0.1 * 0.9)).all()
+    assert to_a_bin > 0.3
+
+
+def test_a_threshold_of_zero_is_reached_by_a_probability_of_zero() -> None:
+    """A softmax of float32 gives 0 to images of the hazard. The floor then holds only if all items are taken for it."""
+    rules = BinRules("", ("other", "battery"), ("o", "b"), (0, 1), hazards=(Hazard("battery", 0.9, 0.9),))
+    shares = np.array([[1.0, 0.0]] * 30 + [[0.0, 1.0]] * 70)
+    policy = choose_policy(rules, np.ones(100, int), shares)
+    assert policy.hazards["battery"].threshold == 0.0
+    assert policy.decide([[1.0, 0.0], [0.5, 0.5]]).assigned.tolist() == [1, 1]
 
 
 def test_a_hazard_without_images_is_refused(rules: BinRules) -> None:

@@ -71,10 +71,42 @@ def test_too_few_images_are_refused_with_the_number_that_would_do() -> None:
         fit_temperature([], np.zeros((0, 3)))
 
 
+def test_a_temperature_outside_its_range_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3), 400)
+    with pytest.raises(DecisionError, match="on 400 images, the model's confidence has nothing to do with being right"):
+        fit_temperature(shares.argmin(axis=1), shares)
+    labels = rng.integers(0, 3, 400)
+    shares = np.full((400, 3), 0.33)
+    shares[np.arange(400), labels] = 0.34
+    labels[0] = (labels[0] + 1) % 3
+    with pytest.raises(DecisionError, match=r"best temperature is below 0\.018: the model is right far more often"):
+        fit_temperature(labels, shares)
+
+
+def test_the_interval_of_the_calibration_error_covers_that_of_a_calibrated_model() -> None:
+    """Its true error is 0; a percentile interval never covers it, since chance only makes the error larger."""
+    found = [calibrate(*samples(300, 1.0, seed), split="val").ece_before for seed in range(15)]
+    assert all(low <= value <= high for value, low, high in found)
+    assert sum(low < 0.005 for _, low, _ in found) >= 10
+
+
 def test_the_standard_error_is_that_of_many_draws() -> None:
     found = [np.log(fit_temperature(*samples(400, 1.5, seed))) for seed in range(60)]
     # 400 images fix log(T) to about 8 %; the check passes 15 % and stops well above it
     assert 0.03 < np.std(found) < 0.15
+
+
+def test_copies_of_an_image_in_its_group_do_not_make_the_temperature_surer() -> None:
+    labels, shares = samples(40, 1.5)
+    with pytest.raises(DecisionError, match=r"40 images fix the temperature to (\d+) % only") as few:
+        fit_temperature(labels, shares)
+    groups = np.repeat(np.arange(40), 50)
+    many = np.repeat(labels, 50), np.repeat(shares, 50, axis=0)
+    fit_temperature(*many)
+    with pytest.raises(DecisionError) as grouped:
+        fit_temperature(*many, groups)
+    assert str(grouped.value).split("to ")[1].split(" %")[0] == str(few.value).split("to ")[1].split(" %")[0]
 
 
 def test_an_interval_over_groups_is_wider_where_groups_agree() -> None:

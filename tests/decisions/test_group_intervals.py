@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wasteddp.decisions.binomial import bootstrap_interval, bootstrap_intervals
+from wasteddp.decisions.binomial import bootstrap_interval, bootstrap_intervals, wilson_interval
 from wasteddp.decisions.group_intervals import SampleGroups, class_intervals, describe_groups, share_interval
-from wasteddp.inference.metrics import wilson_interval
 
 
 def drawn(seed: int, num_groups: int = 30, each: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,6 +71,16 @@ def test_a_class_without_images_has_no_interval() -> None:
     assert found.to_json()["recall"][3] is None
     assert found.to_json()["precision"][3] is None
     assert np.isnan(share_interval([], [])).all()
+
+
+def test_a_share_that_no_draw_changes_has_the_interval_of_its_number_of_groups() -> None:
+    groups = np.repeat([0, 1, 2], 50)
+    assert share_interval(np.ones(150), groups) == pytest.approx(wilson_interval(3, 3))
+    labels = np.r_[np.zeros(100, int), np.ones(50, int)]
+    predicted = np.r_[np.zeros(100, int), np.ones(40, int), np.zeros(10, int)]
+    found = class_intervals(labels, predicted, groups, num_classes=2)
+    assert found.recall[0] == pytest.approx(wilson_interval(2, 2))
+    assert np.isnan(found.recall[1]).all(), "all its images are of one group"
 
 
 def test_a_statistic_that_is_not_defined_in_some_draws_uses_the_others() -> None:

@@ -108,3 +108,30 @@ def test_the_risk_coverage_curve_is_that_of_a_loop() -> None:
         assert coverage[at] == (at + 1) / 200
         assert risk[at] == pytest.approx(sum(not right[i] for i in order[: at + 1]) / (at + 1))
     assert area == pytest.approx(np.mean([sum(not right[i] for i in order[:n]) / n for n in range(1, 201)]))
+
+
+def test_the_risk_coverage_curve_does_not_depend_on_the_order_of_ties() -> None:
+    confidence, right = np.ones(10), np.arange(10) < 8
+    _, risk, area = risk_coverage(confidence, right)
+    assert risk == pytest.approx(np.full(10, 0.2))
+    assert area == pytest.approx(risk_coverage(confidence, right[::-1])[2]) == pytest.approx(0.2)
+    assert risk_coverage([], [])[0].shape == (0,)
+
+
+def test_selection_on_the_split_of_the_thresholds_can_break_the_promise() -> None:
+    """docs/decisions.md says so: of checkpoints that are all above the limit, the best one on val passes too often."""
+    rng = np.random.default_rng(0)
+    broken = {1: 0, 40: 0}
+    for _ in range(100):
+        confidence, common = rng.random(600), rng.normal(size=600)
+        for checkpoints in broken:
+            noise = rng.normal(size=(checkpoints, 600))
+            wrong = np.sqrt(0.8) * common + np.sqrt(0.2) * noise > 1.2816  # the true error is 0.1 at each confidence
+            best = wrong[wrong.sum(axis=1).argmin()]
+            try:
+                choose_error_threshold(confidence, ~best, max_error=0.0999, level=0.9)
+            except DecisionError:
+                continue
+            broken[checkpoints] += 1
+    assert broken[1] <= 10 + 3 * np.sqrt(100 * 0.1 * 0.9)
+    assert broken[40] > broken[1] + 10

@@ -19,7 +19,7 @@ from wasteddp.decisions.decide import choose_policy
 from wasteddp.errors import DecisionError
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.runtimes.policy_file import load_policy, save_policy
-from wasteddp.inference.sorting import measure_policy
+from wasteddp.inference.sorting import _lines, decisions_record, measure_policy
 
 BINS = "name: Example city\nclasses: {glass: round bin, metal: flat bin, paper: flat bin}\ncosts: {person: 0.4}\n"
 
@@ -65,6 +65,9 @@ def test_evaluate_says_where_items_go_and_predict_decides_by_it(
     counts = {row["bin"]: round(row["items"] / 100) for row in record["per_thousand"]}
     found = [row["decision"] for row in rows]
     assert {name: found.count(name) for name in counts} == counts, "predict decides as evaluate did"
+    assert cli.main(["evaluate", str(run)]) == 0
+    assert f"removed: {policy} of the evaluation before; --bins FILE writes one" in capsys.readouterr().out
+    assert not policy.exists()
     for row, entry in zip(rows, entries, strict=True):
         of_bin = {"round bin": float(row["p_glass"]), "flat bin": float(row["p_metal"]) + float(row["p_paper"])}
         assert float(row["bin_probability"]) == pytest.approx(max(of_bin.values()), abs=1e-5)
@@ -79,6 +82,58 @@ def test_a_promise_that_few_images_cannot_keep_is_refused(run: Path, capsys: pyt
     with pytest.raises(SystemExit):
         cli.main(["evaluate", str(run), "--max-error", "0.02"])
     assert "no threshold on 12 images keeps the error at 0.02" in capsys.readouterr().err
+
+
+def test_thresholds_are_chosen_on_the_split_that_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["evaluate", str(run), "--split", "val", "--max-error", "0.99"]
+    assert cli.main([*given, "--choose-on", "test"]) == 0
+    assert "the promise of 99.0 %, chosen on test, held here" in " ".join(capsys.readouterr().out.split())
+    record = json.loads((run / "evaluations" / "val" / "decisions.json").read_text())
+    assert (record["chosen_on"], record["selected"], record["policy"]["error"]["num_samples"]) == ("test", False, 10)
+    card = run / "model" / "README.md"
+    assert "at most 99" in card.read_text()
+    for refused, said in (
+        ([*given, "--choose-on", "train"], "the model was trained on the images of train"),
+        ([*given[:4], "--choose-on", "test"], "--choose-on test was given without --bins and --max-error"),
+        ([*given[:-1], "0.001"], "no threshold on 12 images"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(refused)
+        assert said in capsys.readouterr().err
+    assert "at most 99" not in card.read_text(), "its decisions were removed with the evaluation"
+
+
+def test_names_are_printed_as_they_are(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bins = tmp_path / "bins.yaml"
+    bins.write_text('name: "[/x]"\nclasses: {glass: "[red]a", metal: "b\\e[2J", paper: "[/]"}\n')
+    assert cli.main(["evaluate", str(run), "--bins", str(bins)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b[2J" not in said
+    for name in ("[/x]", "[red]a", "[/]", "\\x1b[2J"):
+        assert name in said
+
+
+def test_a_promise_on_items_that_nobody_decides_alone_is_mentioned() -> None:
+    policy = choose_policy(BinRules("", CLASSES, CLASSES, (0, 1, 2)), [0] * 99, np.eye(3)[[0] * 99], max_error=0.1)
+    record = decisions_record(
+        policy,
+        [0],
+        np.array([[0.4, 0.3, 0.3]]),
+        model={},
+        split="test",
+        chosen_on="val",
+        groups=None,
+        chosen_groups=None,
+    )
+    assert "decided alone: none of the items; the promise of 10.0 %, chosen on val, says nothing here" in _lines(record)
+
+
+def test_a_class_called_person_needs_bins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = replace(CARD, classes=("glass", "metal", "person"), bins={})
+    save_bundle(tmp_path / "run" / "model", card, random_weights())
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tmp_path / "run"), "--shards", str(tmp_path), "--max-error", "0.5"])
+    assert "'person' is the name of a bin, or of a class without one" in capsys.readouterr().err
 
 
 def test_the_bins_file_is_read_before_the_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +173,40 @@ def test_a_policy_is_the_same_after_it_was_saved_and_only_for_its_model(tmp_path
             load_policy(path, CARD, tta="none")
 
 
+@pytest.mark.parametrize("number", ['"0.5"', "NaN", "-0.1", "1.5", "true", "null"])
+def test_a_threshold_that_is_no_share_is_refused(number: str, tmp_path: Path) -> None:
+    """With NaN, no item would be in doubt, and none a hazard."""
+    rules = BinRules("city", CLASSES, ("a", "b"), (0, 1, 1), hazards=(Hazard("paper", 0.9, 0.9),))
+    val = evaluation(0, 1000)
+    policy = choose_policy(rules, val.labels, val.probabilities_NK, max_error=0.05)
+    path = tmp_path / "policy.json"
+    save_policy(path, policy, CARD, tta="none", chosen_on="val")
+    for threshold in (policy.error.threshold, policy.hazards["paper"].threshold):  # type: ignore[union-attr]
+        text = path.read_text()
+        path.write_text(text.replace(f'"threshold": {threshold}', f'"threshold": {number}'))
+        with pytest.raises(DecisionError, match="is not a policy of wasteddp"):
+            load_policy(path, CARD, tta="none")
+        path.write_text(text)
+
+
+def test_an_item_of_another_hazard_in_the_same_bin_is_no_false_alarm() -> None:
+    rules = BinRules(
+        "", CLASSES, ("plain", "hazards"), (0, 1, 1), hazards=(Hazard("metal", 0.5, 0.5), Hazard("paper", 0.5, 0.5))
+    )
+    shares = np.array([[0.1, 0.8, 0.1], [0.1, 0.1, 0.8], [0.2, 0.7, 0.1], [0.9, 0.05, 0.05]])
+    policy = choose_policy(rules, [1, 2], shares[:2])
+    record = measure_policy(policy, [1, 2, 0, 0], np.r_[shares[:2], [[0.1, 0.85, 0.05]], shares[3:]], split="test")
+    assert [record["hazards"][name]["false_alarms"] for name in ("metal", "paper")] == [1, 0]
+    assert record["hazards"]["metal"]["share_of_false_alarms"] == 0.5
+    assert record["hazard_decisions"] == 3
+    other = replace(rules, bins=("plain", "hazards", "paper"), bin_of=(0, 1, 2))
+    both = measure_policy(
+        choose_policy(other, [1, 2], shares[:2]), [1], np.array([[0.0, 0.8, 0.8]]), split="test"
+    )  # may be either: a person, and found
+    assert both["to_a_person"] == {"hazard": 1, "cost": 0, "doubt": 0}
+    assert (both["hazard_decisions"], both["hazards"]["metal"]["recall"]) == (0, 1.0)
+
+
 @pytest.mark.parametrize("option", [["--bins", "bins.yaml"], ["--max-error", "0.05"]])
 def test_decisions_on_images_without_a_split_are_refused_and_not_ignored(
     option: list[str], run: Path, capsys: pytest.CaptureFixture[str]
@@ -130,5 +219,5 @@ def test_decisions_on_images_without_a_split_are_refused_and_not_ignored(
 def test_thresholds_that_are_chosen_and_measured_on_the_same_images_are_reported(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["evaluate", str(run), "--split", "val", "--bins", str(run.parent / "bins.yaml")]) == 0
+    assert cli.main(["evaluate", str(run), "--split", "val", "--max-error", "0.95"]) == 0
     assert "the thresholds were chosen on these images of val" in " ".join(capsys.readouterr().out.split())

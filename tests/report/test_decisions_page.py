@@ -55,8 +55,10 @@ def test_the_sentences_are_those_of_the_record(run: Path) -> None:
     low, high = record["error_alone_interval"]
     assert f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %). At most 5 % was promised, with 95 %" in page
     one = record["hazards"]["paper"]
-    assert f"Hazard paper: {100 * one['recall']:.1f} % of its {one['images']} images go into its bin" in page
-    assert f"{one['false_alarms']} false alarms" in page
+    ends = "{:.1f} to {:.1f}".format(*(100 * end for end in one["recall_interval"]))
+    found = f"{100 * one['recall']:.1f} % of its {one['images']} images (95 % interval {ends} %) go into its bin"
+    assert f"Hazard paper: {found}. At least 90 % was promised, with 90 % confidence: the promise held here." in page
+    assert f"false alarms: {one['false_alarms']} other items" in page
     assert f"Area under the curve {record['area_under_risk_coverage']:.4f}" in page
     assert "By bin, by mass" in page
     assert "The probabilities are not calibrated" in page
@@ -65,14 +67,21 @@ def test_the_sentences_are_those_of_the_record(run: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "ends", "verdict"),
     [
-        (0.049, [0.04, 0.06], "the promise held here"),
-        (0.051, [0.04, 0.06], "it was exceeded here; the interval includes the promise"),
-        (0.09, [0.08, 0.1], "the promise did not hold here, and chance does not explain it"),
+        (0.049, [0.04, 0.06], "the promise held here."),
+        (0.051, [0.04, 0.06], "the promise was not kept here, perhaps by chance."),
+        (0.09, [0.08, 0.1], "the promise was not kept here, and chance does not explain it; are these images"),
     ],
 )
 def test_a_promise_that_did_not_hold_is_named(error: float, ends: list[float], verdict: str, run: Path) -> None:
-    write_decisions(run, error_alone=error, error_alone_interval=ends)
-    assert verdict in page_of(run)
+    record = write_decisions(run, error_alone=error, error_alone_interval=ends)
+    page = page_of(run)
+    assert verdict in page
+    assert ("Choose the thresholds again on images like these." in page) == (error == 0.09)
+    record["hazards"]["paper"] |= {"recall": 0.8, "recall_interval": [0.7, 0.85 if error == 0.09 else 0.95]}
+    (run / "evaluations" / "test" / "decisions.json").write_text(json.dumps(record))
+    page = page_of(run)
+    assert ("Only 80.0 % of the hazard paper was found; the floor is 90 %" in page) == (error == 0.09)
+    assert page.index("Hazard paper: ") < page.index("Of those that it sorts alone"), "what burns comes first"
 
 
 def test_calibration_is_shown_without_decisions_and_with_them(run: Path) -> None:
@@ -87,7 +96,10 @@ def test_calibration_is_shown_without_decisions_and_with_them(run: Path) -> None
     assert page.count(shown) == 1
     assert page.count("expected calibration error") == 1
     assert "The intervals are over 12 groups (column site), by cluster bootstrap; fewer than 20 groups" in page
-    assert "These are of 12 groups, whose images resemble each other" in page
+    assert "No error and no recall is promised: the thresholds were chosen on images of 12 groups (column site)" in page
+    assert "was promised" not in page
+    assert "The aim was at most 5 %: it was reached here." in page
+    assert "aim, not a promise" in page
 
 
 def test_decisions_and_evaluations_before_a_calibration_or_of_another_model_are_marked(run: Path) -> None:
@@ -219,7 +231,7 @@ def test_thresholds_at_report_time_are_chosen_on_the_evaluation_split(
     assert cli.main(["evaluate", str(evaluated), "--split", "val"]) == 0
     assert cli.main(["report", str(evaluated), *bins, "--out", out]) == 0
     page = Path(out).read_text().replace("\u00a0", " ")
-    assert "at least 30 % was promised, with 60 % confidence" in page
+    assert "At least 30 % was promised, with 60 % confidence" in page
     assert page.count('<section class="decisions"') == 2
     assert page.count("The thresholds were chosen on these same images") == 1
     with pytest.raises(SystemExit):

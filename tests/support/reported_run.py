@@ -87,6 +87,7 @@ def write_decisions(run: Path, *, groups: int = 0, **change: Any) -> dict[str, A
         split="test",
         chosen_on="val",
         groups=None if numbers is None else SampleGroups("column site", numbers),
+        chosen_groups=None if numbers is None else SampleGroups("column site", numbers),
     )
     (run / "evaluations" / "test" / "decisions.json").write_text(json.dumps(record | change))
     return record

@@ -78,8 +78,12 @@ def test_each_image_is_evaluated_once_by_the_model_that_has_not_seen_it(
     assert [one["without_images"] for one in summary["folds"]] == [[], [], []]
     assert "has no images" not in printed
     summary["folds"][1]["without_images"] = ["rare ", "paper"]
-    cross_validation._print(Console(), summary, out)
-    assert "fold 1 has no images of 'rare ', paper: its macro figures" in capsys.readouterr().out
+    assert summary["groups"] is None
+    summary["groups"] = {"rule": "column site", "num_groups": 7}
+    cross_validation._print(Console(width=300), summary, out)
+    printed = capsys.readouterr().out
+    assert "of 7 groups (column site); the accuracy's interval is over images, so it is too narrow" in printed
+    assert "fold 1 has no images of 'rare ', paper: its macro figures" in printed
 
 
 def test_the_model_of_a_fold_is_evaluated_on_its_own_val_split(

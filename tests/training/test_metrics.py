@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.inference.metrics import (
     as_float,
     confusion_matrix,
     percent,
     summarise,
-    wilson_interval,
 )
 
 matrices = st.integers(1, 6).flatmap(lambda k: arrays(np.int64, (k, k), elements=st.integers(0, 20)))

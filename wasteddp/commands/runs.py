@@ -20,6 +20,7 @@ from wasteddp.commands.arguments import (
     to_path,
     words,
 )  # fmt: skip
+from wasteddp.errors import SettingsError
 from wasteddp.files import expand_home
 
 
@@ -55,6 +56,13 @@ def _add_evaluate(commands: Commands) -> None:
     decisions.add_argument(
         "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
     )
+    decisions.add_argument(
+        "--choose-on",
+        default="",
+        metavar="SPLIT",
+        help="split to choose the thresholds on (default: data.eval_split of the run; the best checkpoint was selected "
+        "on it, so the guarantee is better on another one)",
+    )
     add_compute(command)
     add_decoders(command)
     add_tta(command)
@@ -69,8 +77,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from wasteddp.inference.evaluate import evaluate_run
 
     unlike.refuse_without_images(arguments)
-    saved = evaluate_run(**{name: value for name, value in given.items() if name not in unlike.ONLY_OF_IMAGES})
     decides = arguments.bins is not None or arguments.max_error is not None
+    if arguments.choose_on and not decides:
+        raise SettingsError(
+            f"--choose-on {arguments.choose_on} was given without --bins and --max-error",
+            "it would have no effect: no threshold is chosen",
+            "give --bins FILE or --max-error E too, or leave it out",
+        )
+    saved = evaluate_run(**{name: value for name, value in given.items() if name not in unlike.ONLY_OF_IMAGES})
     if saved and decides and (arguments.run_folder / "metrics.jsonl").is_file():  # not of an average
         _write_report([arguments.run_folder])
 

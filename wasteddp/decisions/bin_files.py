@@ -35,6 +35,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+Number = Annotated[float, Field(strict=True)]  # `person: yes` is no cost of 1
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -49,7 +50,7 @@ class _Class(_Strict):
 class _File(_Strict):
     name: str = ""
     classes: dict[str, _Class] = Field(min_length=1)
-    costs: dict[str, float | dict[str, float]] = Field(default_factory=dict)
+    costs: dict[str, Number | dict[str, Number]] = Field(default_factory=dict)
 
 
 def load_bins(path: Path, classes: Sequence[str]) -> BinRules:
@@ -78,8 +79,19 @@ def load_bins(path: Path, classes: Sequence[str]) -> BinRules:
         raise _wrong(path, f"{_listed(unknown)}: the model has no such class; its classes are {joined(classes)}")
     if missing := [name for name in classes if name not in entries]:
         raise _wrong(path, f"the class {_listed(missing)} has no bin")
-    if PERSON in (one.bin for one in entries.values()):
-        raise _wrong(path, f"{PERSON!r} cannot be a bin's name: it stands for a person who decides")
+    spellings: dict[str, str] = {}
+    for entry in entries.values():
+        plain = " ".join(entry.bin.split()).casefold()
+        if plain == PERSON:
+            raise _wrong(path, f"{entry.bin!r} cannot be a bin's name: {PERSON} stands for a person who decides")
+        if not plain:
+            raise _wrong(path, f"{entry.bin!r} cannot be a bin's name: it is blank")
+        if (other := spellings.setdefault(plain, entry.bin)) != entry.bin:
+            raise _wrong(path, f"the bins {other!r} and {entry.bin!r} would be two: write one name in one way")
+    if idle := [n for n, one in entries.items() if not one.hazard and {"recall", "confidence"} & one.model_fields_set]:
+        raise _wrong(
+            path, f"{_listed(idle)} has a `recall` or `confidence` and no `hazard: true`, so no floor would hold"
+        )
     with_mass = [name for name in classes if entries[name].grams is not None]
     if with_mass and len(with_mass) < len(classes):
         raise _wrong(path, f"{_listed([n for n in classes if n not in with_mass])} has no `grams`, other classes have")
@@ -118,7 +130,7 @@ def _costs(
     everything = [*numbers.items(), *((f"{name}.{b}", c) for name, row in tables.items() for b, c in row.items())]
     for name, cost in everything:
         if not 0 <= cost < 1e12:
-            raise _wrong(path, f"costs.{name} is {cost:g}: a cost is a number from 0")
+            raise _wrong(path, f"costs.{name} is {cost:g}: a cost is a number from 0 to 1e12")
     costs_KB = np.full((len(classes), len(bins)), float(numbers.get("wrong", 1.0)))
     costs_KB[np.arange(len(classes)), bin_of] = 0.0
     for name, row in tables.items():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from math import exp, log, log1p
+from math import exp, log, log1p, nan, sqrt
 
 import numpy as np
 import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
 
+_Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 _STEPS = 50  # of a bisection: as exact as the sums
 _log_factorial: F64 = np.zeros(1)  # grows
 
@@ -38,6 +39,23 @@ def upper_bound(successes: int, trials: int, error: float) -> float:
 def lower_bound(successes: int, trials: int, error: float) -> float:
     """Return the one-sided lower bound of the share: it is too high with a probability of at most `error`."""
     return 1.0 - upper_bound(trials - successes, trials, error)
+
+
+def wilson_interval(num_correct: float, num_samples: float, *, z: float = _Z_95) -> tuple[float, float]:
+    """Return the score interval of a proportion, by default of 95 %; (NaN, NaN) without samples.
+
+    The interval is always inside 0..1. It is also valid for few samples and proportions near 1, where
+    p +- z sqrt(p (1 - p) / n) is too narrow: 10 of 10 gives 0.72 to 1, not 1 to 1.
+
+    Source: Wilson 1927, JASA 22:209; recommended over the usual one by Brown, Cai and DasGupta 2001, Stat. Sci. 16:101.
+    """
+    if num_samples == 0:
+        return nan, nan
+    share, n = num_correct / num_samples, num_samples
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # At 0 and n the bound is exactly 0 or 1; floating point would give -1e-17.
+    return (0.0 if num_correct == 0 else centre - half), (1.0 if num_correct == n else centre + half)
 
 
 def bootstrap_interval(

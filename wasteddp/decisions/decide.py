@@ -2,9 +2,9 @@
 
 Legend: N items, K classes, B bins; the number B stands for a person.
 
-The order of the rules: a hazard comes first and is never traded against cost; then the bin of least expected cost, or
-the most probable one if there are no costs; then a person, where that costs less or the confidence is below the
-threshold.
+The order of the rules: a hazard comes first and is never traded against cost. An item that may be hazards of several
+bins goes to a person: any one bin would miss the others. Then follows the bin of least expected cost, or the most
+probable one if there are no costs; then a person, where that costs less or the confidence is below the threshold.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.decisions.binomial import F64
-from wasteddp.decisions.bins import BinRules
+from wasteddp.decisions.bins import PERSON, BinRules
 from wasteddp.decisions.thresholds import (
     ErrorThreshold,
     RecallThreshold,
@@ -57,10 +57,18 @@ class Policy:
             in_doubt = ~by_cost & (confidence < self.error.threshold)
             reasons[in_doubt] = REASONS.index("doubt")
         assigned[reasons > 0] = person
-        if self.hazards:
-            flagged_N, bins_N = _flag_hazards(shares_NK, self.rules, self.hazards)
-            assigned[flagged_N], reasons[flagged_N] = bins_N[flagged_N], REASONS.index("hazard")
+        reached_NH = self.reach_hazards(shares_NK)
+        bins_H = np.array([self.rules.bin_of[self.rules.classes.index(name)] for name in self.hazards], np.int64)
+        first_N = np.where(reached_NH, bins_H, person).min(axis=1, initial=person)
+        last_N = np.where(reached_NH, bins_H, -1).max(axis=1, initial=-1)
+        flagged_N = reached_NH.any(axis=1)
+        assigned[flagged_N] = np.where(first_N == last_N, first_N, person)[flagged_N]
+        reasons[flagged_N] = REASONS.index("hazard")
         return Decisions(assigned, confidence, reasons)
+
+    def reach_hazards(self, probabilities_NK: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Return which hazards' thresholds each item reaches: bool [N, H], in the order of `hazards`."""
+        return _reach(np.asarray(probabilities_NK, np.float64), self.rules, self.hazards)
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as plain values; `from_json` is the inverse."""
@@ -84,6 +92,8 @@ class Policy:
         costs_KB = None if raw["costs"] is None else np.array(raw["costs"], np.float64)
         if len(of) != len(classes) or (costs_KB is not None and costs_KB.shape != (len(classes), len(bins))):
             raise ValueError("its tables do not have the size of its classes")
+        if PERSON in bins:
+            raise ValueError(f"a bin is called {PERSON!r}")
         rules = BinRules(
             name=str(raw["name"]),
             classes=classes,
@@ -95,7 +105,25 @@ class Policy:
         )
         error = ErrorThreshold(**raw["error"]) if raw["error"] else None
         hazards = {classes[classes.index(name)]: RecallThreshold(**one) for name, one in raw["hazards"].items()}
+        for threshold in (*((error,) if error else ()), *hazards.values()):
+            _check_numbers(threshold)
+        given = [*(() if costs_KB is None else costs_KB.ravel()), *(() if rules.person is None else (rules.person,))]
+        if not (np.isfinite(given).all() and (np.array(given) >= 0).all()):
+            raise ValueError("a cost is not a number from 0")
         return cls(rules, error, hazards)
+
+
+def _check_numbers(threshold: ErrorThreshold | RecallThreshold) -> None:
+    """Check that a threshold from a file is one: with NaN, no item would be in doubt, and none a hazard.
+
+    Raises:
+        TypeError, ValueError: a field is not a number, or not a share.
+    """
+    for name, value in asdict(threshold).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r}, not a number")
+        if not 0 <= value <= (float("inf") if name.startswith("num_") else 1.0 + 1e-6):
+            raise ValueError(f"{name} is {value}")
 
 
 def choose_policy(
@@ -128,9 +156,7 @@ def choose_policy(
     error = None
     if max_error is not None:
         assigned, confidence, by_cost = _best_bins(shares_NK, rules)
-        alone = ~by_cost
-        if hazards:
-            alone &= ~_flag_hazards(shares_NK, rules, hazards)[0]
+        alone = ~by_cost & ~_reach(shares_NK, rules, hazards).any(axis=1)
         is_right = np.asarray(rules.bin_of)[truth] == assigned
         error = choose_error_threshold(np.where(alone, confidence, -np.inf), is_right, max_error=max_error, level=level)
     return Policy(rules, error, hazards)
@@ -154,16 +180,8 @@ def _best_bins(shares_NK: F64, rules: BinRules) -> tuple[I64, F64, npt.NDArray[n
     return best, bins_NB[rows, best], by_cost
 
 
-def _flag_hazards(
-    shares_NK: F64, rules: BinRules, hazards: Mapping[str, RecallThreshold]
-) -> tuple[npt.NDArray[np.bool_], I64]:
-    """Return which items a hazard's threshold diverts [N], and the bins of those hazards [N].
-
-    Where several do, the one whose probability exceeds its threshold by the largest factor wins.
-    """
-    excess_NH = np.stack(
-        [shares_NK[:, rules.classes.index(name)] / max(one.threshold, 1e-300) for name, one in hazards.items()],
-        axis=1,
-    )
-    bins_H = np.array([rules.bin_of[rules.classes.index(name)] for name in hazards])
-    return np.asarray((excess_NH >= 1).any(axis=1)), bins_H[excess_NH.argmax(axis=1)]
+def _reach(shares_NK: F64, rules: BinRules, hazards: Mapping[str, RecallThreshold]) -> npt.NDArray[np.bool_]:
+    # A threshold may be 0, if the model gives images of the hazard the probability 0: all items reach it.
+    columns = np.array([rules.classes.index(name) for name in hazards], np.int64)
+    thresholds_H = np.array([one.threshold for one in hazards.values()], np.float64)
+    return np.asarray(shares_NK[:, columns] >= thresholds_H)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.binomial import F64, bootstrap_intervals
+from wasteddp.decisions.binomial import F64, bootstrap_intervals, wilson_interval
 
 FEW_GROUPS = 20  # with fewer, a cluster bootstrap is too narrow: Cameron, Gelbach and Miller 2008, REStat 90:414
 _MOST_DRAWN = 10_000_000  # samples in all resamplings
@@ -62,12 +62,22 @@ def share_interval(is_counted_N: npt.ArrayLike, groups_N: npt.ArrayLike) -> Ends
     low, high = bootstrap_intervals(
         lambda rows: np.array([counted_N[rows].mean()]), len(counted_N), groups=groups_N, draws=_draws(len(counted_N))
     )
-    return float(low[0]), float(high[0])
+    return _known(float(counted_N.mean()), len(np.unique(groups_N)), (float(low[0]), float(high[0])))
+
+
+def _known(share: float, num_groups: int, ends: Ends) -> Ends:
+    """Return the interval of a share. All draws of 0 or 1 are the same: then it is Wilson's of the number of groups.
+
+    NaN if only one group has what is counted.
+    """
+    if share in (0.0, 1.0):
+        return wilson_interval(share * num_groups, num_groups)
+    return ends if num_groups > 1 else (float("nan"), float("nan"))
 
 
 @dataclass(frozen=True, slots=True)
 class ClassIntervals:
-    """95 % intervals over groups. NaN where a class has no images, or is not predicted."""
+    """95 % intervals over groups. NaN where the images of a class, or those predicted as it, are of fewer than two."""
 
     accuracy: Ends
     recall: tuple[Ends, ...]  # [K]
@@ -101,7 +111,12 @@ def class_intervals(
             return np.concatenate([[right.mean()], hits / true, hits / found])
 
     low, high = bootstrap_intervals(statistics, len(truth), groups=groups_N, draws=_draws(len(truth)))
-    ends = list(zip(low.tolist(), high.tolist(), strict=True))
+    numbers_N = np.asarray(groups_N)
+    counted = [np.ones(len(truth), np.bool_), *(which == k for which in (truth, guess) for k in range(num_classes))]
+    ends = [
+        _known(float(is_right[rows].mean()) if rows.any() else float("nan"), len(np.unique(numbers_N[rows])), one)
+        for rows, one in zip(counted, zip(low.tolist(), high.tolist(), strict=True), strict=True)
+    ]
     return ClassIntervals(ends[0], tuple(ends[1 : num_classes + 1]), tuple(ends[num_classes + 1 :]))
 
 

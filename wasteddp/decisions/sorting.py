@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.binomial import F64, bootstrap_interval
+from wasteddp.decisions.binomial import F64, bootstrap_interval, wilson_interval
 from wasteddp.decisions.bins import PERSON, BinRules
 
 I64 = npt.NDArray[np.int64]
@@ -94,13 +94,6 @@ def _figures(
     weight = mass[truth]
     is_own, is_in = belongs[truth], where == number
 
-    def purity(rows: I64) -> float:
-        return _share(weight[rows] @ (is_own & is_in)[rows], weight[rows] @ is_in[rows])
-
-    def recovery(rows: I64) -> float:
-        return _share(weight[rows] @ (is_own & is_in)[rows], weight[rows] @ is_own[rows])
-
-    everything = np.arange(len(truth))
     inside_K = counts_KB[:, number] * mass
     foreign = [
         (rules.classes[k], _share(inside_K[k], inside_K.sum())) for k in np.flatnonzero(~belongs & (inside_K > 0))
@@ -109,9 +102,31 @@ def _figures(
         rules.bins[number],
         int(is_in.sum()),
         int(is_own.sum()),
-        (purity(everything), *bootstrap_interval(purity, len(truth), groups=groups)),
-        (recovery(everything), *bootstrap_interval(recovery, len(truth), groups=groups)),
+        _with_interval(weight * (is_own & is_in), weight * is_in, groups),
+        _with_interval(weight * (is_own & is_in), weight * is_own, groups),
         tuple(sorted(foreign, key=lambda one: -one[1])),
+    )
+
+
+def _with_interval(part_N: F64, whole_N: F64, groups: npt.ArrayLike | None) -> Interval:
+    """Return the share of the whole, and its interval: of counts, Wilson's; of masses and over groups, by resampling.
+
+    Resampling gives no interval for a share of 0 or 1, as all draws have it. Then it is Wilson's of the number of
+    groups, or of as many equal items as the masses are worth (Kish 1965, Survey Sampling: their effective number).
+    """
+    part, whole = float(part_N.sum()), float(whole_N.sum())
+    share = _share(part, whole)
+    there = whole_N[whole_N > 0]
+    if groups is not None:
+        number = float(len(np.unique(np.asarray(groups)[whole_N > 0])))
+    else:
+        number = whole**2 / float(there @ there) if len(there) else 0.0
+    if share in (0.0, 1.0) or not len(there) or (groups is None and there.min() == there.max()):
+        return share, *wilson_interval(share * number if number else 0.0, number)
+    if number < 2 and groups is not None:
+        return share, float("nan"), float("nan")
+    return share, *bootstrap_interval(
+        lambda rows: _share(part_N[rows].sum(), whole_N[rows].sum()), len(whole_N), groups=groups
     )
 
 

@@ -35,8 +35,9 @@ class ErrorThreshold:
 
 @dataclass(frozen=True, slots=True)
 class RecallThreshold:
-    """An item whose probability of the hazard is at least `threshold` is treated as the hazard. The recall is at least
-    `recall` with probability `confidence` over the choice of the samples that it was chosen on."""
+    """An item whose probability of the hazard is at least `threshold` goes into its bin, or to a person if it may be a
+    hazard of another bin too. The share of the hazard that does is at least `recall` with probability `confidence` over
+    the choice of the samples that it was chosen on."""
 
     threshold: float
     recall: float
@@ -120,11 +121,17 @@ def choose_recall_threshold(
 def risk_coverage(confidence: npt.ArrayLike, is_right: npt.ArrayLike) -> tuple[F64, F64, float]:
     """Return coverage [N], the error among the most confident samples [N], and the mean of that error (AURC).
 
-    Source: Geifman, Uziel and El-Yaniv 2019 (arXiv:1805.08206). Ties are in the order of the samples.
+    Samples that tie share their errors, so the curve does not depend on their order: a float32 softmax gives many of
+    them exactly 1.
+
+    Source: Geifman, Uziel and El-Yaniv 2019 (arXiv:1805.08206).
     """
     scores, right = np.asarray(confidence, np.float64), np.asarray(is_right, np.bool_)
     counts = np.arange(1, len(scores) + 1)
-    risk = np.cumsum(~right[np.argsort(-scores, kind="stable")]) / counts
+    order = np.argsort(-scores, kind="stable")
+    _, tie = np.unique(-scores[order], return_inverse=True)
+    errors = np.bincount(tie, ~right[order]) / np.bincount(tie)
+    risk = np.cumsum(errors[tie]) / counts
     return counts / max(1, len(scores)), risk, float(risk.mean()) if len(scores) else float("nan")
 
 

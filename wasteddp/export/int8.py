@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.binomial import bootstrap_interval
+from wasteddp.decisions.binomial import bootstrap_interval, wilson_interval
 from wasteddp.decisions.calibration import calibration_error
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import missing_extra
@@ -26,7 +26,6 @@ from wasteddp.export.parity import U8
 from wasteddp.export.runtimes import quiet, set_metadata
 from wasteddp.files import write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.metrics import wilson_interval
 from wasteddp.inference.runtimes.onnx import INPUT
 
 CALIBRATION_IMAGES = 256

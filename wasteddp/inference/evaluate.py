@@ -27,11 +27,12 @@ from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.remote.folder import is_url
 from wasteddp.decisions.bin_files import load_bins
-from wasteddp.decisions.bins import BinRules
+from wasteddp.decisions.bins import PERSON, BinRules
 from wasteddp.decisions.decide import choose_policy
 from wasteddp.decisions.group_intervals import SampleGroups, share_interval
-from wasteddp.errors import BundleError, SettingsError, ShardError, WastedError, joined, storage
+from wasteddp.errors import BundleError, DecisionError, SettingsError, ShardError, WastedError, joined, storage
 from wasteddp.files import read_regular
+from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
@@ -75,6 +76,7 @@ def evaluate_run(
     bins: Path | None = None,
     max_error: float | None = None,
     confidence: float = 0.95,
+    choose_on: str = "",
 ) -> bool:
     """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
 
@@ -86,41 +88,82 @@ def evaluate_run(
         workers: as the setting data.workers.
         near_duplicates: look for those of training images, where sharding did not.
         bins: file of bins, see `decisions.bin_files`; None: those of the shard set.
-        max_error: with it or with `bins`, thresholds are chosen on the run's evaluation split, and measured on `split`.
+        max_error: with it or with `bins`, thresholds are chosen on one split, and measured on `split`.
         confidence: with which `max_error` must hold.
+        choose_on: split to choose the thresholds on; "": the run's evaluation split.
+
+    Raises:
+        DecisionError: the file of bins is wrong, or there are too few images for a guarantee.
     """
     with join_ranks() as ranks:
         device = ranks.device(device)
         with start_workers(workers, device_type(device), cores=ranks.cores) as decoders:
             classifier = Classifier.load(run_folder, device=device, batch_size=batch_size, tta=tta)
             data, classes = data_of(run_folder, shards), classifier.card.classes
-            rules = load_bins(bins, classes) if bins else BinRules.of_map(classifier.card.bins, classes)
+            decides = bins is not None or max_error is not None
+            if decides and choose_on == data.train_split:
+                raise DecisionError(
+                    f"the model was trained on the images of {choose_on}",
+                    "it is surer of them than of new images, so the thresholds would promise nothing",
+                    f"choose them on another split, such as {data.eval_split}",
+                )
+            rules = (load_bins(bins, classes) if bins else _rules_of_set(classifier.card)) if decides else None
             with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
                 evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
-                chosen_on, chosen = data.eval_split, evaluation
-                decides = bins is not None or max_error is not None
-                if decides and split != chosen_on:
+                chosen_on, chosen = choose_on or data.eval_split, evaluation
+                chooses = rules is not None and (max_error is not None or bool(rules.hazards))
+                if chooses and split != chosen_on:
                     chosen = evaluate_split(classifier, shard_set, chosen_on, Console(quiet=True), decoders, ranks)
                 if not ranks.is_main:  # no collectives from here on
                     return False
                 near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
+                policy_path = run_folder / "evaluations" / split / "policy.json"
+                had_policy = policy_path.exists()
                 _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
-                if decides:
-                    policy = choose_policy(
-                        rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
-                    )
-                    folder, card = run_folder / "evaluations" / split, classifier.card
-                    report_policy(folder, policy, evaluation, card, console, tta=tta, chosen_on=chosen_on)
-                    if split == chosen_on:
+                try:
+                    if rules:
+                        policy = choose_policy(
+                            rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
+                        )
+                        folder, card = run_folder / "evaluations" / split, classifier.card
+                        report_policy(
+                            folder, policy, evaluation, card, console,
+                            tta=tta, chosen_on=chosen_on, chosen_groups=chosen.groups if chooses else None,
+                            selected=chosen_on == data.eval_split,
+                        )  # fmt: skip
+                        if chooses and split == chosen_on:
+                            console.print(
+                                f"warning: the thresholds were chosen on these images of {split}, so the figures here "
+                                "are too good: evaluate another split too",
+                                style="yellow", markup=False, highlight=False, soft_wrap=True,
+                            )  # fmt: skip
+                finally:
+                    if had_policy and not policy_path.exists():
                         console.print(
-                            f"warning: the thresholds were chosen on these images of {split}, so the figures here "
-                            "are too good: evaluate another split too",
+                            f"removed: {policy_path} of the evaluation before; --bins FILE writes one",
                             style="yellow", markup=False, highlight=False, soft_wrap=True,
                         )  # fmt: skip
-                line = write_model_card(run_folder, manifest=shard_set.manifest)
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                    # also without a policy: the one before is removed, and the card must not state it
+                    line = write_model_card(run_folder, manifest=shard_set.manifest)
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
     return True
+
+
+def _rules_of_set(card: BundleCard) -> BinRules:
+    """Return the bins of the model's shard set.
+
+    Raises:
+        DecisionError: one is called as a person who decides is.
+    """
+    rules = BinRules.of_map(card.bins, card.classes)
+    if PERSON in rules.bins:
+        raise DecisionError(
+            f"{PERSON!r} is the name of a bin, or of a class without one, in the model's shard set",
+            "it stands for a person who decides, so it would not be known where an item goes",
+            "give the bins under other names with --bins FILE; docs/decisions.md has the format",
+        )
+    return rules
 
 
 def _near(

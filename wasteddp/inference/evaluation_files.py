@@ -312,7 +312,7 @@ def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], co
     for column in ("precision", "recall", "F1", "images"):
         by_class.add_column(column, justify="right")
     for name, one in zip(classes, metrics.per_class, strict=True):
-        by_class.add_row(_plain(name), percent(one.precision), percent(one.recall), percent(one.f1), str(one.support))
+        by_class.add_row(plain(name), percent(one.precision), percent(one.recall), percent(one.f1), str(one.support))
     console.print(by_class)
 
     if len(classes) <= _LARGEST_PRINTED_MATRIX:
@@ -321,11 +321,11 @@ def print_metrics(console: Console, metrics: Metrics, classes: Sequence[str], co
         for number in range(1, len(classes) + 1):
             matrix.add_column(str(number), justify="right")
         for number, (name, row) in enumerate(zip(classes, confusion.tolist(), strict=True), start=1):
-            matrix.add_row(f"{number} {_plain(name)}", *(str(count) if count else "·" for count in row))
+            matrix.add_row(f"{number} {plain(name)}", *(str(count) if count else "·" for count in row))
         console.print(matrix)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Return a class name that neither rich nor a terminal interprets."""
     return visible(name).replace("[", "\\[")
 

@@ -9,16 +9,16 @@ JSON. It is unknown, neither 0 nor 1, and averages leave it out.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import isnan, nan, sqrt
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from wasteddp.decisions.binomial import wilson_interval
+
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
-
-_Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +88,6 @@ def summarise(confusion: npt.ArrayLike) -> Metrics:
         macro_recall=_ratio(sum(one.recall for one in occurring), len(occurring)),
         per_class=per_class,
     )
-
-
-def wilson_interval(num_correct: int, num_samples: int, *, z: float = _Z_95) -> tuple[float, float]:
-    """Return the score interval of a proportion, by default of 95 %; (NaN, NaN) without samples.
-
-    The interval is always inside 0..1. It is also valid for few samples and proportions near 1, where
-    p +- z sqrt(p (1 - p) / n) is too narrow: 10 of 10 gives 0.72 to 1, not 1 to 1.
-
-    Source: Wilson 1927, JASA 22:209; recommended over the usual one by Brown, Cai and DasGupta 2001, Stat. Sci. 16:101.
-    """
-    if num_samples == 0:
-        return nan, nan
-    share, n = num_correct / num_samples, num_samples
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # At 0 and n the bound is exactly 0 or 1; floating point would give -1e-17.
-    return (0.0 if num_correct == 0 else centre - half), (1.0 if num_correct == n else centre + half)
 
 
 def percent(share: float) -> str:

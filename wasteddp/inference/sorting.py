@@ -20,20 +20,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.console import Console
 from rich.table import Table
 
+from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.decisions.bins import PERSON
 from wasteddp.decisions.decide import REASONS, Policy
 from wasteddp.decisions.group_intervals import SampleGroups, share_interval
+from wasteddp.decisions.promises import in_words, is_promised, no_promise, outcome
 from wasteddp.decisions.sorting import measure_bins, per_thousand
 from wasteddp.decisions.thresholds import risk_coverage
+from wasteddp.errors import inert
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord
-from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord, plain
+from wasteddp.inference.metrics import percent
 from wasteddp.inference.reliability import Answers, Reliability
 from wasteddp.inference.runtimes.policy_file import made_for, save_policy
 
 RECORD_FORMAT = "wasteddp-decisions"
 RECORD_VERSION = 1
+_SHARES = ("purity", "recovery")
 _CURVE = 101  # points of the risk-coverage curve that are written
 
 
@@ -67,17 +71,19 @@ def measure_policy(
     coverage, error, area = risk_coverage(best.confidence, best.assigned == own)
     shown = np.unique(np.linspace(0, len(truth) - 1, min(_CURVE, len(truth))).astype(int))
     hazards = {}
-    for name, threshold in policy.hazards.items():
-        is_it = truth == rules.classes.index(name)
-        into = found.assigned == rules.bin_of[rules.classes.index(name)]
+    reached_NH = policy.reach_hazards(probabilities_NK)
+    for (name, threshold), reached in zip(policy.hazards.items(), reached_NH.T, strict=True):
+        number = rules.classes.index(name)
+        is_it, other = truth == number, own != rules.bin_of[number]
+        found_it = reached | (found.assigned == rules.bin_of[number])
         hazards[name] = {
             "floor": threshold.recall,
             "confidence": threshold.confidence,
             "images": int(is_it.sum()),
-            "recall": _share(into & is_it, is_it),
-            "recall_interval": _interval(into, is_it, groups_N),
-            "false_alarms": int((flagged & into & ~is_it).sum()),
-            "share_of_false_alarms": _share(flagged & into & ~is_it, ~is_it),
+            "recall": _share(found_it & is_it, is_it),
+            "recall_interval": _interval(found_it, is_it, groups_N),
+            "false_alarms": int((reached & other).sum()),  # a second hazard of the same bin is not one
+            "share_of_false_alarms": _share(reached & other, other),
         }
     return {
         "split": split,
@@ -90,9 +96,9 @@ def measure_policy(
         "to_a_person": {
             reason: int(((found.assigned == person) & (found.reasons == number)).sum())
             for number, reason in enumerate(REASONS)
-            if reason in ("cost", "doubt")
+            if reason
         },
-        "hazard_decisions": int(flagged.sum()),
+        "hazard_decisions": int((flagged & (found.assigned < person)).sum()),
         "area_under_risk_coverage": area,
         "risk_coverage": [[float(coverage[row]), float(error[row])] for row in shown],
         "reliability": Reliability.measure(answers).to_json(),
@@ -116,14 +122,26 @@ def decisions_record(
     split: str,
     chosen_on: str,
     groups: SampleGroups | None,
+    chosen_groups: SampleGroups | None,
+    selected: bool = True,
 ) -> dict[str, Any]:
-    """Return the content of decisions.json. `model`: what the probabilities depend on."""
+    """Return the content of decisions.json.
+
+    Args:
+        model: what the probabilities depend on.
+        groups: of these samples.
+        chosen_groups: of the samples that the thresholds were chosen on.
+        selected: the best checkpoint was selected on the split that the thresholds were chosen on.
+    """
+    dependent = chosen_groups is not None and chosen_groups.num_groups < len(chosen_groups.numbers_N)
     return {
         "format": RECORD_FORMAT,
         "format_version": RECORD_VERSION,
         "model": dict(model),
         "policy": policy.to_json(),
         "chosen_on": chosen_on,
+        "chosen_groups": chosen_groups.to_json() if chosen_groups and dependent else None,
+        "selected": selected,
         **measure_policy(policy, labels, probabilities_NK, split=split, groups=groups),
     }
 
@@ -137,8 +155,10 @@ def report_policy(
     *,
     tta: str,
     chosen_on: str,
+    chosen_groups: SampleGroups | None,
+    selected: bool,
 ) -> None:
-    """Write decisions.json and policy.json, and print the main figures."""
+    """Write decisions.json and policy.json, and print the main figures. See `decisions_record`."""
     record = decisions_record(
         policy,
         evaluation.labels,
@@ -147,13 +167,15 @@ def report_policy(
         split=evaluation.seen.split,
         chosen_on=chosen_on,
         groups=evaluation.groups,
+        chosen_groups=chosen_groups,
+        selected=selected,
     )
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     save_policy(folder / "policy.json", policy, card, tta=tta, chosen_on=chosen_on)
     write_atomically(folder / "decisions.json", text.encode("utf-8", "backslashreplace"))
-    console.print(_table(record["bins"], title=f"bins of {policy.rules.name or 'the shard set'}"))
+    console.print(_table(record["bins"], title=f"bins of {plain(policy.rules.name or 'the shard set')}"))
     for line in _lines(record):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(inert(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(bins: Sequence[Mapping[str, Any]], *, title: str) -> Table:
@@ -161,10 +183,17 @@ def _table(bins: Sequence[Mapping[str, Any]], *, title: str) -> Table:
     for column in ("bin", "items", "purity", "recovery", "contamination"):
         table.add_column(column, justify="left" if column in ("bin", "contamination") else "right")
     for one in bins:
-        foreign = ", ".join(f"{part['class']} {percent(part['share'])}" for part in one["contamination"][:3])
-        shares = ["-" if one[name][0] is None else percent(one[name][0]) for name in ("purity", "recovery")]
-        table.add_row(one["bin"], f"{one['items']:,}", *shares, foreign)
+        foreign = ", ".join(f"{plain(part['class'])} {percent(part['share'])}" for part in one["contamination"][:3])
+        table.add_row(plain(one["bin"]), f"{one['items']:,}", *(_cell(one[name]) for name in _SHARES), foreign)
     return table
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    """(0.9, 0.8, 0.95) -> 90.0 % (80.0 to 95.0)"""
+    value, low, high = values
+    if value is None:
+        return "-"
+    return percent(value) + ("" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f})")
 
 
 def _lines(record: Mapping[str, Any]) -> list[str]:
@@ -175,26 +204,35 @@ def _lines(record: Mapping[str, Any]) -> list[str]:
             for row in record["per_thousand"]
         )
     ]
+    promised = is_promised(record)
+    word = "promise" if promised else "aim"
     if record["promised_error"] is not None and record["error_alone"] is not None:
-        held = "held" if record["error_alone"] <= record["promised_error"] else "was not held"
-        ends = record["error_alone_interval"]
+        limit, ends = record["promised_error"], record["error_alone_interval"]
+        found = in_words(outcome(record["error_alone"], limit, ends, at_most=True), promised=promised)
         interval = f" ({percent(ends[0])} to {percent(ends[1])})" if ends else ""
         lines.append(
             f"decided alone: {percent(record['decided_alone'])} of the items, {percent(record['error_alone'])} of them "
-            f"wrong{interval}; the promise of {percent(record['promised_error'])}, chosen on {record['chosen_on']}, "
-            f"{held} here"
+            f"wrong{interval}; the {word} of {percent(limit)}, chosen on {record['chosen_on']}, {found}"
+        )
+    elif record["promised_error"] is not None:
+        lines.append(
+            f"decided alone: none of the items; the {word} of {percent(record['promised_error'])}, chosen on "
+            f"{record['chosen_on']}, says nothing here"
         )
     for name, one in record["hazards"].items():
-        recall = "no image of it here" if one["recall"] is None else f"recall {percent(one['recall'])}"
+        alarms = f"{one['false_alarms']} false alarm{'s' * (one['false_alarms'] != 1)}"
+        if one["recall"] is None:
+            lines.append(f"hazard {name}: no image of it here, floor {percent(one['floor'])}; {alarms}")
+            continue
+        ends = one["recall_interval"]
+        found = in_words(outcome(one["recall"], one["floor"], ends, at_most=False), promised=promised)
+        interval = f" ({percent(ends[0])} to {percent(ends[1])})" if ends else ""
         lines.append(
-            f"hazard {name}: {recall} of {one['images']} images, floor {percent(one['floor'])}; "
-            f"{one['false_alarms']} false alarms"
+            f"hazard {name}: recall {percent(one['recall'])}{interval} of {one['images']} images; the {word} of "
+            f"{percent(one['floor'])} {found}; {alarms}"
         )
-    if record["groups"] and (record["policy"]["error"] or record["hazards"]):
-        lines.append(
-            f"the promises are exact for images that are independent of each other; these are of "
-            f"{record['groups']['num_groups']:,} groups, so they may not hold"
-        )
+    if line := no_promise(record):
+        lines.append(line)
     return lines
 
 
@@ -281,6 +319,7 @@ class _ModelOf(_Model):
 
 
 class _People(_Model):
+    hazard: Count = 0
     cost: Count
     doubt: Count
 
@@ -299,6 +338,8 @@ class _Decisions(_Model):
     split: str
     items: Annotated[int, Field(ge=1, lt=2**53)]
     groups: _Groups | None
+    chosen_groups: _Groups | None = None
+    selected: bool = True
     decided_alone: Number
     error_alone: Number | None
     error_alone_interval: Ends | None

@@ -12,6 +12,7 @@ import numpy as np
 from wasteddp.decisions.bin_files import load_bins
 from wasteddp.decisions.decide import Policy, choose_policy
 from wasteddp.decisions.group_intervals import SampleGroups, describe_groups
+from wasteddp.decisions.promises import in_words, is_promised, no_promise, outcome
 from wasteddp.errors import RunError
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import percent
@@ -65,6 +66,7 @@ def decisions_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, An
         "calibrated_since": not is_other and one.card is not None and model["temperature"] != one.card.temperature,
         "optimistic": record["split"] == record["chosen_on"] and bool(record["policy"]["error"] or record["hazards"]),
         "sentences": [sentence.replace(" %", "\u00a0%") for sentence in sentences(record, one.card)],
+        "missed": [sentence.replace(" %", "\u00a0%") for sentence in missed(record)],
         "parts": parts,
         "bins": [_bin_row(row) for row in record["bins"]],
         "bins_by_mass": [_bin_row(row) for row in record["bins_by_mass"] or ()],
@@ -73,6 +75,8 @@ def decisions_context(one: RunRecord, record: Mapping[str, Any]) -> dict[str, An
             for row in record["per_thousand"]
         ],
         "promises": _promises(record),
+        "promised": is_promised(record),
+        "selected": record.get("selected", True) and bool(record["policy"]["error"] or record["hazards"]),
         "curve": _curve(record),
         "bars": reliability_bars(record["reliability"]),
         "threshold": record["policy"]["error"]["threshold"] if record["policy"]["error"] else None,
@@ -114,6 +118,29 @@ def sentences(record: Mapping[str, Any], card: BundleCard | None) -> list[str]:
     first = f"Of 1,000 items like these, the model sorts {alone:,} alone"
     first += f", sends {counts['hazard']:,} to the bin of a hazard" if counts["hazard"] else ""
     found = [f"{first} and passes {counts['person']:,} to a person."]
+    promised = is_promised(record)
+    to_a_person = (
+        " or, since they may be another hazard too, to a person" if record["to_a_person"].get("hazard") else ""
+    )
+    for name, one in record["hazards"].items():
+        price, limit = one["share_of_false_alarms"], _short(one["floor"])
+        if one["recall"] is None:
+            seen = "there is no image of it here"
+        else:
+            ends = one["recall_interval"]
+            interval = f" (95 % interval {_range(ends)})" if ends else ""
+            seen = f"{percent(one['recall'])} of its {one['images']:,} images{interval} go into its bin{to_a_person}"
+        if promised:
+            seen += f". At least {limit} was promised, with {_short(one['confidence'])} confidence"
+        else:
+            seen += f". The aim was at least {limit}"
+        if one["recall"] is not None:
+            kept = outcome(one["recall"], one["floor"], one["recall_interval"], at_most=False)
+            seen += f": {'the promise' if promised else 'it'} {in_words(kept, promised=promised)}"
+        found_items = f"{one['false_alarms']:,} other item{'s' * (one['false_alarms'] != 1)}"
+        share = f" ({percent(price)} of all other items)" if price is not None else ""
+        found_too = "is taken for it" if one["false_alarms"] == 1 else "are taken for it"
+        found.append(f"Hazard {name}: {seen}. The price is false alarms: {found_items}{share} {found_too}.")
     if record["error_alone"] is not None:
         ends = record["error_alone_interval"]
         interval = f" (95 % interval {_range(ends)})" if ends else ""
@@ -123,26 +150,30 @@ def sentences(record: Mapping[str, Any], card: BundleCard | None) -> list[str]:
         )
     if purity := _purity_sentence(record["bins"]):
         found.append(purity)
-    for name, one in record["hazards"].items():
-        seen = (
-            "there is no image of it here"
-            if one["recall"] is None
-            else f"{percent(one['recall'])} of its {one['images']:,} images go into its bin"
-        )
-        price = one["share_of_false_alarms"]
-        found.append(
-            f"Hazard {name}: {seen}; at least {_short(one['floor'])} was promised, with {_short(one['confidence'])} "
-            f"confidence. The price is {one['false_alarms']:,} false alarm{'s' * (one['false_alarms'] != 1)}"
-            + (f", {percent(price)} of all other items." if price is not None else ".")
-        )
     if sentence := calibration_sentence(card):
         found.append(sentence)
-    if record["groups"] and (record["policy"]["error"] or record["hazards"]):
-        found.append(
-            "The promises assume images that are independent of each other. These are of "
-            f"{record['groups']['num_groups']:,} groups, whose images resemble each other, so they may not hold."
-        )
+    if line := no_promise(record):
+        found.append(f"{line[:1].upper()}{line[1:]}.")
     found.append("Images of single items are not a sample of a plant's belt: purity here is not the purity of a bale.")
+    return found
+
+
+def missed(record: Mapping[str, Any]) -> list[str]:
+    """Return what was promised or aimed at and not kept here, in spite of chance; hazards first."""
+    error, found = record["policy"]["error"], list[str]()
+    for name, one in record["hazards"].items():
+        value, limit, ends = one["recall"], one["floor"], one["recall_interval"]
+        if value is not None and outcome(value, limit, ends, at_most=False) == "broken":
+            found.append(
+                f"Only {percent(value)} of the hazard {name} was found; the floor is {_short(limit)}. Do not rely on "
+                "these decisions for it."
+            )
+    value, ends = record["error_alone"], record["error_alone_interval"]
+    if error and value is not None and outcome(value, error["max_error"], ends, at_most=True) == "broken":
+        found.append(
+            f"{percent(value)} of what the model sorts alone goes into a wrong bin; the limit is "
+            f"{_short(error['max_error'])}. Choose the thresholds again on images like these."
+        )
     return found
 
 
@@ -176,9 +207,10 @@ def decide_again(one: RunRecord, bins: Path, *, max_error: float | None, level: 
             f"{bins} could not be applied",
             f"evaluate first: wasteddp evaluate {one.folder} --split {chosen_on if saved or chooses else 'test'}",
         )
-    policy = Policy(rules)
+    policy, chosen_groups = Policy(rules), None
     if chooses:
         there = saved[chosen_on][0]
+        chosen_groups = _groups(*saved[chosen_on])
         policy = choose_policy(rules, _labels(there), there.probabilities_NK, max_error=max_error, level=level)
     views = saved[chosen_on][1]["options"].get("tta", "none") if chooses else None
     decisions = {}
@@ -189,9 +221,6 @@ def decide_again(one: RunRecord, bins: Path, *, max_error: float | None, level: 
                 f"{split} was evaluated with --tta {tta}, {chosen_on} with {views}: its decisions are not shown"
             )
             continue
-        groups = None
-        if record.get("groups") and predictions.groups is not None:
-            groups = SampleGroups(record["groups"]["rule"], predictions.groups)
         decisions[split] = decisions_record(
             policy,
             _labels(predictions),
@@ -199,9 +228,16 @@ def decide_again(one: RunRecord, bins: Path, *, max_error: float | None, level: 
             model={"weights": card.hashes.weights, "temperature": card.temperature, "tta": tta},
             split=split,
             chosen_on=chosen_on,
-            groups=groups,
+            groups=_groups(predictions, record),
+            chosen_groups=chosen_groups,
         )
     return replace(one, decisions=decisions, notes=(*one.notes, *notes))
+
+
+def _groups(predictions: SavedPredictions, record: Mapping[str, Any]) -> SampleGroups | None:
+    if not record.get("groups") or predictions.groups is None:
+        return None
+    return SampleGroups(record["groups"]["rule"], predictions.groups)
 
 
 def _labels(predictions: SavedPredictions) -> Any:
@@ -229,16 +265,17 @@ def _verdict(record: Mapping[str, Any]) -> str:
     error = record["policy"]["error"]
     if not error:
         return "Nothing was promised: --max-error chooses a threshold with a guarantee."
-    promise = f"At most {_short(error['max_error'])} was promised, with {_short(error['confidence'])} confidence: "
-    if record["error_alone"] <= error["max_error"]:
-        return promise + "the promise held here."
-    ends = record["error_alone_interval"]
-    if ends and ends[0] > error["max_error"]:
-        return (
-            promise + "the promise did not hold here, and chance does not explain it; are these images of another "
-            f"origin than those of {record['chosen_on']}?"
-        )
-    return promise + "it was exceeded here; the interval includes the promise, so chance may be the reason."
+    promised, ends = is_promised(record), record["error_alone_interval"]
+    kept = outcome(record["error_alone"], error["max_error"], ends, at_most=True)
+    words = in_words(kept, promised=promised)
+    limit = _short(error["max_error"])
+    if promised:
+        text = f"At most {limit} was promised, with {_short(error['confidence'])} confidence: the promise {words}"
+    else:
+        text = f"The aim was at most {limit}: it {words}"
+    if kept == "broken":
+        return f"{text}; are these images of another origin than those of {record['chosen_on']}?"
+    return f"{text}."
 
 
 def _purity_sentence(bins: Sequence[Mapping[str, Any]]) -> str:

@@ -17,9 +17,10 @@ from PIL import Image
 from wasteddp.data.decoding.decode import UndecodableError, decode_rgb
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
+from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.decisions.group_intervals import describe_groups
 from wasteddp.errors import WastedError
-from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.inference.metrics import percent
 from wasteddp.report.run_record import RunRecord
 
 _MISTAKES_SHOWN = 12  # of each kind

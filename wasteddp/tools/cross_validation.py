@@ -25,7 +25,7 @@ from wasteddp import settings as settings_file
 from wasteddp.data.dataset import open_dataset
 from wasteddp.data.folds import NO_FOLD, num_folds
 from wasteddp.data.manifest import Manifest
-from wasteddp.errors import EXIT_FINISHED, RunError, SettingsError, joined, storage
+from wasteddp.errors import EXIT_FINISHED, RunError, SettingsError, inert, joined, storage
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.evaluation_files import print_metrics, read_record
 from wasteddp.inference.metrics import I64, percent, summarise
@@ -155,6 +155,7 @@ def sum_up(out: Path, manifest: Manifest) -> dict[str, Any]:
         "tool": f"wasteddp {__version__}",
         "manifest": manifest.sha256,
         "classes": list(manifest.classes),
+        "groups": {name: manifest.groups[name] for name in ("rule", "num_groups")} if manifest.groups else None,
         "folds": [
             {"fold": fold, "run": path.name, "num_samples": record["num_samples"], "without_images": _absent(record)}
             | {name: record[name] for name in _FIGURES}
@@ -179,7 +180,7 @@ def _find_runs(out: Path) -> dict[int, list[Path]]:
     for path in sorted(out.glob("*/settings.yaml")):
         try:
             with storage("reading the settings of a run", path):
-                fold = plain_yaml(read_regular(path).decode())["data"]["fold"]
+                fold = int(plain_yaml(read_regular(path).decode())["data"]["fold"])
         except (yaml.YAMLError, KeyError, TypeError, ValueError):
             continue
         runs.setdefault(fold, []).append(path.parent)
@@ -202,6 +203,12 @@ def _print(console: Console, summary: Mapping[str, Any], out: Path) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     confusion = np.array(summary["pooled"]["confusion"])
     print_metrics(console, summarise(confusion), summary["classes"], confusion, title="all folds together")
+    if groups := summary["groups"]:
+        line = (
+            f"the images are of {groups['num_groups']:,} groups ({groups['rule']}); the accuracy's interval is over "
+            "images, so it is too narrow; the standard deviation is over folds, which divide no group"
+        )
+        console.print(inert(line), markup=False, highlight=False, soft_wrap=True)
     console.print(
         "each model is the best of its run on the images of its fold, so these figures are a little too high",
         markup=False,

@@ -13,9 +13,11 @@ import numpy as np
 
 from wasteddp import __version__
 from wasteddp.data.manifest import Manifest
+from wasteddp.decisions.binomial import wilson_interval
 from wasteddp.decisions.group_intervals import describe_groups
+from wasteddp.decisions.promises import is_promised, no_promise
 from wasteddp.inference.bundle import CARD_NAME, BundleCard
-from wasteddp.inference.metrics import percent, wilson_interval
+from wasteddp.inference.metrics import percent
 from wasteddp.inference.model_card.markup import front_matter, literal, one_line, table
 
 _FEW_IMAGES = 30  # of a class in a split: the 95 % interval of its recall is up to 34 points wide with so many
@@ -220,12 +222,16 @@ def _decisions(measured: Measured) -> Iterator[str]:
             f"On {literal(split)} with the bins of {literal(policy['name'] or 'the shard set')}: "
             f"{percent(record['decided_alone'])} of {record['items']:,} images are decided alone."
         )
-        rows = []
+        rows, promised = [], is_promised(record)
+
+        def confidence(one: Mapping[str, Any], promised: bool = promised) -> str:
+            return f", confidence {percent(one['confidence'])}" if promised else ""
+
         if error := policy["error"]:
             rows.append(
                 [
                     "error of what is decided alone",
-                    f"at most {percent(error['max_error'])}, confidence {percent(error['confidence'])}",
+                    f"at most {percent(error['max_error'])}{confidence(error)}",
                     _share(record["error_alone"]) + _interval(record["error_alone_interval"]),
                     f"probability of the bin from {error['threshold']:.4f}, chosen on {literal(record['chosen_on'])}",
                 ]
@@ -234,7 +240,7 @@ def _decisions(measured: Measured) -> Iterator[str]:
             rows.append(
                 [
                     f"recall of the hazard {literal(name)}",
-                    f"at least {percent(one['floor'])}, confidence {percent(one['confidence'])}",
+                    f"at least {percent(one['floor'])}{confidence(one)}",
                     _share(one["recall"])
                     + _interval(one["recall_interval"])
                     + f"; {one['false_alarms']:,} false alarms",
@@ -243,7 +249,8 @@ def _decisions(measured: Measured) -> Iterator[str]:
                 ]
             )
         if rows:
-            yield table(["what", "promised", f"measured on {literal(split)}", "threshold"], rows)
+            head = "promised" if promised else "aim, not a promise"
+            yield table(["what", head, f"measured on {literal(split)}", "threshold"], rows)
         elif record["error_alone"] is not None:
             yield f"No error was promised; {_share(record['error_alone'])} of these are in a wrong bin."
         yield table(
@@ -259,6 +266,8 @@ def _decisions(measured: Measured) -> Iterator[str]:
                 for row in record["bins"]
             ),
         )
+        if line := no_promise(record):
+            yield f"{literal(line[:1].upper() + line[1:])}."
         if line := describe_groups(record["groups"]):
             yield f"{literal(line[:1].upper() + line[1:])}."
         if record["split"] == record["chosen_on"] and rows:
@@ -296,6 +305,16 @@ def _limits(card: BundleCard, measured: Measured) -> Iterator[str]:
             )
     if measured.decisions:
         lines.append("The guarantees assume images that are independent of each other, and the same --tta.")
+    selected = {
+        literal(record["chosen_on"])
+        for record in measured.decisions.values()
+        if record.get("selected", True) and (record["policy"]["error"] or record["hazards"])
+    }
+    if selected:
+        lines.append(
+            f"The thresholds were chosen on {', '.join(sorted(selected))}, on which the best checkpoint was selected "
+            "too, so the guarantees are somewhat too good; `wasteddp evaluate --choose-on SPLIT` takes another split."
+        )
     yield "\n".join(f"- {line}" for line in lines)
 
 
