@@ -193,7 +193,7 @@ def _out_of_range(temperature: float, number: int) -> DecisionError:
         f"on {number} images, the best temperature is below {temperature:.2g}: the model is right far more often than "
         "it is sure",
         "the temperature could be far from the right one, so the probabilities stay as the network gives them",
-        "train the model further, with less label smoothing or mixup",
+        "calibrate on more images, or train the model further, with less label smoothing or mixup",
     )
 
 
