@@ -10,6 +10,7 @@
     python -m launch.bench tracking      the cost of tracking per step; Linux
     python -m launch.bench network       two nodes with a slow link, and settings that help; Linux, as root
     python -m launch.bench predict       predict with calibration, unlikeness and decisions, and without them
+    python -m launch.bench serve         requests/s and latency of the server under load, and a plain loop
     python -m launch.bench unlike        measures of how unlike a model's training images others are, by AUROC
 
 The first line of the output names the hardware and the versions. Compare the ratios; the figures depend on the machine.
@@ -28,6 +29,7 @@ from launch.benchmarks import (
     network,
     predict,
     scaling,
+    serve,
     step,
     tracking,
     train,
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         predict,
         unlike,
         export,
+        serve,
     ):
         module.add(commands)
     return top
