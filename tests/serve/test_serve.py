@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from narrow import __file__ as NARROW
+from PIL import Image
 from small_run import BINS, CARD, CLASSES, random_weights, write_image
 
 from wasteddp.cli import main
@@ -62,9 +65,9 @@ Serve = Callable[..., Any]
 def serve(classifier: Classifier, bundle: Path) -> Serve:
     """Runs requests against a server in this process."""
 
-    def served(talk: Talk, *, limits: Limits | None = None, policy: Policy | None = None, token: str = "") -> Any:
+    def served(talk: Talk, *, limits: Limits | None = None, policy: Policy | None = None, **how: Any) -> Any:
         with closing(Batches(classifier, limits or Limits(), policy=policy)) as batches:
-            app = create_app(batches, read_card(bundle), limits or Limits(), Metrics(), token=token)
+            app = create_app(batches, read_card(bundle), limits or Limits(), Metrics(), **how)
 
             async def run() -> Any:
                 async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://it") as client:
@@ -84,7 +87,8 @@ def forms(images: list[bytes]) -> list[tuple[str, tuple[str, bytes]]]:
 def test_answers_are_those_of_predict_in_any_form(
     serve: Serve, bundle: Path, photos: list[Path], tmp_path: Path
 ) -> None:
-    main(["predict", str(bundle), *map(str, photos), "--json", str(tmp_path / "out.json")])
+    how = ["--device", "cpu", "--batch-size", "4"]  # as the server: other sizes may give other bits
+    main(["predict", str(bundle), *map(str, photos), "--json", str(tmp_path / "out.json"), *how])
     wanted = [
         {name: value for name, value in entry.items() if name != "path"}
         for entry in json.loads((tmp_path / "out.json").read_text())["predictions"]
@@ -229,14 +233,14 @@ def test_a_model_that_fails_is_500_and_the_next_request_is_answered(
 def test_a_token_is_needed_if_it_is_set(serve: Serve, photos: list[Path]) -> None:
     async def talk(client: httpx.AsyncClient) -> Any:
         found = []
-        for given in ("", "Bearer wrong", "Bearer sécret", "Bearer s3cret"):
+        for given in ("", "Bearer wrong", "Bearer sécret", "s3cret", "Basic s3cret", "Bearer s3cret", "bearer  s3cret"):
             headers = {"authorization": given.encode()}
             found.append((await client.post("/predict", content=photos[0].read_bytes(), headers=headers)).status_code)
             found.append((await client.get("/metrics", headers=headers)).status_code)
         return found, (await client.get("/healthz")).text, (await client.get("/")).text
 
     found, health, html = serve(talk, token="s3cret")
-    assert found == [401] * 6 + [200] * 2
+    assert found == [401] * 10 + [200] * 4
     assert health == "ok\n"
     assert '<form id="form"><label>Token' in html
 
@@ -250,6 +254,85 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypa
     (tmp_path / "token").write_text("\n")
     with pytest.raises(SettingsError, match="has no token"):
         read_token(tmp_path / "token")
+    for wrong in ("two\nlines", "sécret", "a b"):
+        (tmp_path / "token").write_text(wrong)
+        with pytest.raises(SettingsError, match="no request could have it"):
+            read_token(tmp_path / "token")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "Plant-PC"}, 200),  # of --allow-host
+        ({"host": "evil.example:8000"}, 403),  # a name that leads to 127.0.0.1
+        ({"host": "localhost:1", "origin": "http://localhost:1"}, 200),  # its own page, in a browser without sec-fetch
+        ({"host": "localhost:1", "origin": "http://localhost:2"}, 403),
+        ({"host": "localhost:1", "origin": "null"}, 403),
+        ({"host": "127.0.0.1", "origin": "https://proxy", "sec-fetch-site": "same-origin"}, 200),
+        ({"host": "127.0.0.1", "origin": "https://evil.example", "sec-fetch-site": "cross-site"}, 403),
+        ({"host": "127.0.0.1", "sec-fetch-site": "same-site"}, 403),
+    ],
+)
+def test_pages_of_other_sites_cannot_ask(
+    headers: dict[str, str], status: int, serve: Serve, photos: list[Path]
+) -> None:
+    async def talk(client: httpx.AsyncClient) -> Any:
+        found = await client.post("/predict", content=photos[0].read_bytes(), headers=headers)
+        return found.status_code, (await client.get("/metrics", headers=headers)).status_code
+
+    assert serve(talk, hosts=frozenset({"plant-pc"})) == (status, status)
+
+
+def test_a_form_of_many_parts_a_wrong_path_and_a_long_boundary_are_answered_in_one_line(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = b'--a\r\nContent-Disposition: form-data; name="i"{}\r\n\r\n\r\n'
+    image, field = part.replace(b"{}", b'; filename="i"'), part.replace(b"{}", b"")
+
+    async def talk(client: httpx.AsyncClient) -> Any:
+        form, long = ({"content-type": f"multipart/form-data; boundary={name}"} for name in ("a", "a" * 5000))
+        bodies = [image * 3, field * 100_000, field + image * 2]
+        return [
+            *[await client.post("/predict", content=body + b"--a--\r\n", headers=form) for body in bodies],
+            await client.post("/predict", content=b"x", headers=long),
+            await client.get("/predict"),
+            await client.post("/predict/", headers={"host": "evil.example"}),
+        ]
+
+    found = serve(talk, limits=Limits(images=2))
+    assert [one.status_code for one in found] == [413, 413, 422, 422, 405, 404]
+    assert all(set(one.json()) == {"error"} for one in found)
+    assert capsys.readouterr().err == ""
+
+
+def test_large_images_are_decoded_one_after_another_and_jpegs_together(
+    serve: Serve, classifier: Classifier, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, lock, now, most = classifier.view, threading.Lock(), 0, 0
+
+    def view(data: bytes) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return real(data)
+
+    monkeypatch.setattr(classifier, "view", view)
+    monkeypatch.setattr("wasteddp.serve.batches.num_usable_cores", lambda: 4)
+    jpeg = photos[0].read_bytes()
+    png = io.BytesIO()
+    Image.open(photos[0]).save(png, "PNG")
+    for data, together in ((png.getvalue(), 1), (jpeg, 4)):
+        most = 0
+        files = forms([data] * 4)
+        found = serve(lambda client, files=files: client.post("/predict", files=files), limits=Limits(pixels=48 * 40))
+        assert (found.status_code, most) == (200, together)
 
 
 def test_the_interface_is_described_and_the_page_loads_nothing_else(serve: Serve) -> None:

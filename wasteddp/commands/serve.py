@@ -27,6 +27,14 @@ def add(commands: Commands) -> None:
         "WASTEDDP_TOKEN; without, none is needed)",
     )
     command.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which requests without a token may call the server, for example that of a proxy; may be given "
+        "several times (default: on 127.0.0.1 only addresses and localhost, elsewhere any)",
+    )
+    command.add_argument(
         "--policy", type=to_path, metavar="FILE", help="policy.json of `evaluate --bins`: decide on a bin or a person"
     )
     limits = command.add_argument_group("limits")

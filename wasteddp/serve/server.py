@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
+import math
 import os
 import signal
 import socket
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -25,6 +28,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     token_file: Path | None = None,
+    allow_host: Iterable[str] = (),
     policy: Path | None = None,
     limits: Limits = Limits(),  # noqa: B008, frozen
     batch_size: int | None = None,
@@ -36,6 +40,8 @@ def serve(
     Args:
         port: 0: a free one, which is printed.
         token_file: with the token that requests must have; None: that of WASTEDDP_TOKEN, or none is needed.
+        allow_host: names by which requests without a token may call the server. If none is given, only addresses and
+            `localhost` can be used on a loopback address, and any name on others.
         model, policy, batch_size, device, tta: as `predict_files` takes them.
 
     Raises:
@@ -53,11 +59,23 @@ def serve(
     rules = load_policy(policy, classifier.card, tta=tta) if policy else classifier.policy
     metrics = Metrics()
     with listen(host, port) as listening, closing(Batches(classifier, limits, policy=rules)) as batches:
-        app = create_app(batches, classifier.card, limits, metrics, token=token)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+        is_local = _is_loopback(listening.getsockname()[0])
+        hosts = frozenset(map(str.lower, allow_host))
+        app = create_app(
+            batches, classifier.card, limits, metrics, token=token, hosts=hosts if is_local or hosts else None
+        )
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # warnings that any client can cause
+        config = uvicorn.Config(
+            app,
+            log_level="error",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=math.ceil(limits.request_s) + 1,  # a client may read nothing
+        )
+        server = uvicorn.Server(config)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises its signal again after it has ended
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        if not token and not _is_loopback(host):
+        if not token and not is_local:
             print_warning(f"{host} can be reached from other machines, and no token is set: see --token-file")
         address = f"[{host}]" if ":" in host else host
         print_line(f"serving {model} on http://{address}:{listening.getsockname()[1]}/ until Ctrl-C or SIGTERM")
@@ -69,7 +87,7 @@ def read_token(path: Path | None) -> str:
     """Return the token of a file, or of WASTEDDP_TOKEN; '' if neither is given.
 
     Raises:
-        SettingsError: it is empty.
+        SettingsError: it is empty, or a header cannot have it.
     """
     if path is None and TOKEN_VARIABLE not in os.environ:
         return ""
@@ -79,6 +97,12 @@ def read_token(path: Path | None) -> str:
             f"{path or TOKEN_VARIABLE} has no token",
             "everybody who reaches the server could use it",
             "write one, for example of: openssl rand -hex 32",
+        )
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise SettingsError(
+            f"the token in {path or TOKEN_VARIABLE} has spaces, several lines or characters that are not ASCII",
+            "no request could have it in a header",
+            "write another one, for example of: openssl rand -hex 32",
         )
     return token
 
@@ -99,8 +123,5 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
