@@ -1,4 +1,4 @@
-"""The HTTP interface: POST /predict, /healthz, /metrics, /openapi.json and a page at /. Nothing is written."""
+"""The HTTP interface: POST /predict, /healthz, /metrics, /openapi.json and a page at /. Only `kept` writes files."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.prediction_files import Failure, json_entry
 from wasteddp.serve.batches import Batches, BusyError, Limits
 from wasteddp.serve.bodies import BodyError, TooManyError, images_of
+from wasteddp.serve.kept import RESULTS, KeptPhotos
 from wasteddp.serve.metrics import CONTENT_TYPE, Metrics
 from wasteddp.serve.page import POLICY, page
 
@@ -94,6 +95,7 @@ def create_app(
     *,
     token: str = "",
     hosts: frozenset[str] | None = None,
+    keep: KeptPhotos | None = None,
 ) -> FastAPI:
     """Return the ASGI application.
 
@@ -101,6 +103,7 @@ def create_app(
         token: that `Authorization: Bearer TOKEN` must have for /predict and /metrics; "": none is needed.
         hosts: names by which requests without a token may call the server, besides its addresses and `localhost`;
             None: any.
+        keep: receives each photo with its answer; None: none is kept.
     """
     app = FastAPI(
         title="wasteddp",
@@ -111,7 +114,7 @@ def create_app(
         summary=f"{card.arch}, waste images",
     )
     reader = _Reader(limits)
-    html = page(needs_token=bool(token))
+    html = page(needs_token=bool(token), keeps=keep is not None)
 
     def check(request: Request) -> None:
         if not token:
@@ -138,9 +141,11 @@ def create_app(
         finally:
             reader.release(len(body))
         entries = list[dict[str, Any]]()
-        for (name, _), one in zip(images, found, strict=True):
+        for (name, data), one in zip(images, found, strict=True):
             if isinstance(one, BaseException) and not isinstance(one, UndecodableError):
                 raise one
+            if keep and not isinstance(one, BaseException):
+                keep.offer(data, one)
             metrics.count_image("unreadable" if isinstance(one, BaseException) else "answered")
             entry = json_entry(Failure(name, str(one)) if isinstance(one, BaseException) else one, card)
             entries.append({"name": entry.pop("path"), **entry})
@@ -182,7 +187,8 @@ def create_app(
             check(request)
         except _RefusedError as refused:
             return JSONResponse({"error": inert(refused.reason)}, refused.status, headers=_HEADERS.get(refused.status))
-        text = metrics.text(num_waiting=batches.num_taken, num_batches=batches.num_batches)
+        doubtful = {name: keep.counts[name] for name in RESULTS} if keep else None
+        text = metrics.text(num_waiting=batches.num_taken, num_batches=batches.num_batches, doubtful=doubtful)
         return Response(text, media_type=CONTENT_TYPE)
 
     @app.exception_handler(HTTPException)
