@@ -13,6 +13,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from wasteddp.export import runtimes, weights
 from wasteddp.export.export import export_model
 from wasteddp.inference.bundle import read_card
 from wasteddp.inference.classifier import Classifier
+from wasteddp.inference.runtimes.onnx import open_session
 
 
 def is_missing(*packages: str) -> bool:
@@ -267,6 +269,69 @@ def test_a_file_that_is_not_ours_or_damaged_is_refused(onnx_file: Path, tmp_path
             wasteddp.load(tmp_path / f"{name}.onnx")
     with pytest.raises(LaunchError, match="the device 'mps' cannot be used"):
         wasteddp.load(onnx_file, device="mps")
+    for file in onnx_file.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    damaged = bytearray(onnx_file.read_bytes())
+    damaged[len(damaged) // 2] ^= 64  # of a weight: onnxruntime does not notice
+    (tmp_path / "model.onnx").write_bytes(damaged)
+    with pytest.raises(BundleError, match=r"has the sha256 .* and model.onnx.parity.json says"):
+        wasteddp.load(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx.parity.json").write_text("[]")
+    with pytest.raises(BundleError, match=r"says nothing that can be read"):
+        wasteddp.load(tmp_path / "model.onnx")
+
+
+def _edited(content: dict[str, Any], **changes: Any) -> dict[str, str]:
+    """Return the metadata with another card, whose hash is right."""
+    card = json.loads(content["wasteddp.card"]) | changes
+    del card["sha256"]
+    card["sha256"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    return content | {"wasteddp.card": json.dumps(card)}
+
+
+@onnx
+def test_metadata_of_another_model_or_version_is_refused(
+    onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnx as format_
+
+    model = format_.load(str(onnx_file))
+    content = {entry.key: entry.value for entry in model.metadata_props}
+    size = json.loads(content["wasteddp.card"])["preprocessing"]
+    policy = json.loads(content["wasteddp.policy"])
+    hashes = json.loads(content["wasteddp.card"])["hashes"]
+
+    def load(metadata: dict[str, str]) -> wasteddp.Model:
+        runtimes.set_metadata(model, metadata)
+        format_.save(model, str(tmp_path / "model.onnx"))
+        return wasteddp.load(tmp_path / "model.onnx")
+
+    for metadata, message in (
+        (_edited(content, format_version=99), "has format version 99"),
+        (_edited(content, classes=["a", "b"]), "it has another model's card"),
+        (_edited(content, preprocessing=size | {"image_size_px": 16}), "16x16 px and 3 classes"),
+        (content | {"wasteddp.card": "[" * 100_000}, "is not a model's card"),
+        (content | {"wasteddp.policy": json.dumps(policy | {"classes": ["x", "y", "z"]})}, "other classes than"),
+        (content | {"wasteddp.policy": "{}"}, "policy in its metadata that cannot be read"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            load(metadata)
+    load(_edited(content, hashes=hashes | {"features": "f" * 64}))
+    assert "features-ffffffffffff.safetensors is missing" in capsys.readouterr().err
+
+
+@onnx
+def test_threads_of_each_level_or_nonsense_in_the_environment_is_no_error(
+    onnx_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, threads in (("2,1", 2), (" 3 ", 3), ("1", 1), ("-3", 7), ("all", 7), ("0", 7), ("", 7)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        monkeypatch.setattr("wasteddp.inference.runtimes.onnx.num_usable_cores", lambda: 7)
+        options = Mock()
+        monkeypatch.setattr("onnxruntime.SessionOptions", lambda options=options: options)
+        monkeypatch.setattr("onnxruntime.InferenceSession", Mock())
+        open_session(onnx_file)
+        assert options.intra_op_num_threads == threads
 
 
 @onnx

@@ -24,7 +24,7 @@ from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, take_toler
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError, inert, print_warning
 from wasteddp.files import open_regular
-from wasteddp.inference.prediction_files import Answer, Failure, Terminal, decisions_of
+from wasteddp.inference.prediction_files import Answer, Failure, Terminal, decisions_of, refuse_one_file
 from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.runtimes.loading import load_classifier
 from wasteddp.inference.runtimes.policy_file import load_policy
@@ -66,6 +66,7 @@ def watch_folder(
             "nothing would show which photos were answered before a restart",
             "add --csv FILE or --json FILE.jsonl",
         )
+    refuse_one_file(csv, json)
     if json is not None and json.suffix != ".jsonl":
         raise SourceError(
             f"--watch appends JSON lines, and {json} does not end in .jsonl",
