@@ -209,6 +209,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file, which another library has written, survive a power cut."""
+    with open_regular(path) as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> bool:
     """Make renames inside `folder` survive a power cut. Return False where the file system has no such call."""
     descriptor = os.open(folder, os.O_RDONLY)

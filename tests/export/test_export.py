@@ -6,10 +6,12 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,15 @@ import torch
 import torchvision
 from exported_run import NUM_VAL, photos, write_exported_run
 from PIL import Image
-from small_run import BINS, CLASSES
+from small_run import BINS, CARD, CLASSES, random_weights
 
 import wasteddp
 from wasteddp.cli import main
 from wasteddp.data.decoding.crop import evaluation_view
-from wasteddp.errors import BundleError, LaunchError
+from wasteddp.errors import BundleError, LaunchError, SettingsError, StorageError
 from wasteddp.export import runtimes, weights
 from wasteddp.export.export import export_model
-from wasteddp.inference.bundle import read_card
+from wasteddp.inference.bundle import read_card, replace_card, save_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.runtimes.onnx import open_session
 
@@ -151,7 +153,7 @@ def test_the_hub_folder_is_a_model_and_is_uploaded_with_the_token(
         def upload_folder(
             self, *, repo_id: str, folder_path: str, allow_patterns: list[str], commit_message: str
         ) -> None:
-            sent.append((repo_id, folder_path))
+            sent.append((repo_id, folder_path, sorted(allow_patterns)))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     out = tmp_path / "hub"
@@ -161,11 +163,16 @@ def test_the_hub_folder_is_a_model_and_is_uploaded_with_the_token(
         main(command)
     assert "HF_TOKEN is not set" in capsys.readouterr().err
     assert not out.exists()
+    out.mkdir()
+    (out / "notes.safetensors").write_text("mine")
+    (out / "model-of-mine.safetensors").write_text("mine")
     (run / "model" / "README.md").write_text("---\nlibrary_name: wasteddp\n---\nmeasured")
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert main(command) == 0
     (run / "model" / "README.md").unlink()
-    assert sent == ["secret", ("me/waste", True, True), ("me/waste", str(out))]
+    names = sorted(file.name for file in out.iterdir() if file.read_bytes() != b"mine")
+    assert sent == ["secret", ("me/waste", True, True), ("me/waste", str(out), names)]
+    assert (out / "notes.safetensors").read_text() == (out / "model-of-mine.safetensors").read_text() == "mine"
     assert (out / "README.md").read_text().endswith("measured")
     assert "secret" not in capsys.readouterr().out
     config = json.loads((out / "config.json").read_bytes())
@@ -179,7 +186,59 @@ def test_the_hub_folder_is_a_model_and_is_uploaded_with_the_token(
 
     monkeypatch.setattr(Api, "upload_folder", refuse)
     with pytest.raises(LaunchError, match=r"refused the upload to me/waste: 403 for \*\*\*"):
-        weights.upload(out, "me/waste")
+        weights.upload(out, "me/waste", read_card(out))
+
+
+def test_a_hub_folder_replaces_no_run_and_no_other_model(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_bundle(other / "model", CARD, random_weights(9))
+    (other / "settings.yaml").touch()
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    for out, message in ((other / "model", "holds another model, with the weights"), (other, "is the folder of a run")):
+        with pytest.raises(SettingsError, match=message):
+            export_model(run, to="hub", out=out)
+    assert before == {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+
+
+def test_a_record_never_stands_beside_other_files(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "link"
+    (tmp_path / "disk").mkdir()
+    out.symlink_to(tmp_path / "disk")
+    export_model(run, to="pytorch", out=out)
+    record = parity(out / "resnet18.pth.parity.json")
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
+    assert record["files"] == {name: one for name, one in hashes.items() if not name.endswith("parity.json")}
+    assert record["files"].keys() == {"resnet18.pth", "preprocessing.py"}
+    for number in range(1, 4):  # a kill before each file gets its name
+        export_model(run, to="pytorch", out=out)
+        left = number
+
+        def replace_or_end(self: Path, target: Path) -> Path:
+            nonlocal left
+            left -= target.parent == out
+            if not left:
+                raise KeyboardInterrupt
+            assert not (out / "resnet18.pth.parity.json").exists() or target.parent != out
+            os.replace(self, target)  # noqa: PTH105, the method is replaced
+            return target
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace_or_end)
+            with pytest.raises(KeyboardInterrupt):
+                export_model(run, to="pytorch", out=out)
+        assert sorted(path.name for path in out.iterdir()) == ["preprocessing.py", "resnet18.pth"]
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="a folder is needed"):
+        export_model(run, to="pytorch", out=tmp_path / "file")
+
+
+def test_missing_features_are_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    card = read_card(run / "model")
+    replace_card(tmp_path / "run" / "model", replace(card, hashes=replace(card.hashes, features="f" * 64)))
+    with pytest.raises(BundleError, match=r"features-ffffffffffff.safetensors cannot be used"):
+        export_model(tmp_path / "run", to="hub", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_folder_without_a_card_gets_a_plain_one(run: Path, tmp_path: Path) -> None:
