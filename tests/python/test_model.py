@@ -71,6 +71,8 @@ def test_all_kinds_of_inputs_of_the_same_pixels_have_the_same_answer(bundle: Pat
     turned = Image.fromarray(np.rot90(pixels, axes=(0, 1)).copy())  # 90 degrees counter-clockwise; 6: turn it back
     turned.getexif()[0x0112] = 6
     assert model.predict(turned) == [expected]
+    line = np.asarray(Image.new("RGB", (40, 1), "red"))
+    assert len(model.predict([line[::-1, ::-1], line[:1, :1][::-1, ::-1]])) == 2
     assert model.features(mixed).shape == (5, model.features(path).shape[1])
     assert model.features([]).shape[0] == 0
     assert (model.features(mixed) == model.features(path)).all()

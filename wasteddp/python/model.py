@@ -169,7 +169,7 @@ def _view(classifier: AnyClassifier, numbered: tuple[int, Any]) -> ImageHWC:
                     pixels = rgb_of(one)
                 return classifier.view_pixels(pixels)
             case np.ndarray() if one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3 and one.size:
-                return classifier.view_pixels(one)
+                return classifier.view_pixels(one if min(one.strides) >= 0 else one.copy())
     except (OSError, UndecodableError) as error:
         name = f" ({os.fspath(one)})" if isinstance(one, str | os.PathLike) else ""
         reason = error.strerror if isinstance(error, OSError) else error
