@@ -20,7 +20,7 @@ from wasteddp.data.decoding.crop import EvaluationView
 from wasteddp.data.decoding.workers import Workers
 from wasteddp.data.file_loader import Unreadable, file_views
 from wasteddp.errors import WastedError
-from wasteddp.files import appended_rows, write_atomically
+from wasteddp.files import appended_rows, write_atomically, written_whole
 from wasteddp.model import pretrained
 from wasteddp.training.tracking.journal import Journal
 
@@ -144,6 +144,12 @@ def test_what_is_appended_to_or_replaced(tmp_path: Path) -> None:
         pass
     with pytest.raises(OSError, match=r"not a file|No such device"):
         Journal(tmp_path / "pipe", print)
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/0")
+    for name, message in (("pipe", "not a file"), ("stdout", "not a file"), ("folder", "Is a directory")):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(WastedError, match=message), written_whole(tmp_path / name):
+            pytest.fail("it was written, and the result of hours would be lost at the end")
+    assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "foreign").write_bytes(b"of somebody else")
     (tmp_path / "file.tmp").symlink_to(tmp_path / "foreign")  # planted where others may write
     write_atomically(tmp_path / "file", b"new")

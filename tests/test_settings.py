@@ -57,6 +57,7 @@ def test_an_override_wins_over_the_file() -> None:
         ("train:\n  epochs: 3\n  epochs: 30", [], ["'epochs' is written twice, in lines 2 and 3"]),
         ("run: {seed: 1:30}", [], ["run.seed: found '1:30'"]),
         ("train.epochs: 3", [], ["unknown key 'train.epochs'", "write 'train' and, indented below it, 'epochs'"]),
+        ("run: {seed: 9223372036854775808}", [], ["run.seed: found 9223372036854775808"]),
         ("run: {seed: -1}", ["train.epoch=3"], ["the settings: run.seed: found -1", "--set train.epoch=3: unknown"]),
         ("", ["optimizer.lr=0.1 # tuned"], ["--set optimizer.lr=0.1 # tuned: optimizer.lr: found '0.1 # tuned'"]),
         ("", ["run.seed=1:30"], ["--set run.seed=1:30: run.seed: found '1:30'"]),

@@ -177,6 +177,7 @@ _STORAGE_REMEDIES = {
     errno.EPERM: "give yourself write permission there, or name another folder",
     errno.EROFS: "this file system is read-only: name another folder",
     errno.ENOENT: "check the path",
+    errno.EEXIST: "this path is a file, and a folder is needed: name another path",
     errno.ENOTDIR: "part of this path is a file, not a folder: name another folder",
     errno.ELOOP: "this path is a link, which is not followed here, or leads back to itself: remove it",
     errno.EISDIR: "this path is a folder, and a file is needed: name another path",

@@ -109,6 +109,7 @@ def written_whole(path: Path, *, errors: str | None = None, shared: bool = False
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp" if shared else f"{path.name}.tmp")
     with storage("writing", path):
+        _refuse_other_kinds(path)  # now: at the end, what was written would be lost
         temporary.unlink(missing_ok=True)  # left by a kill, or a link that another user has put there
         file: IO[Any] = (
             temporary.open("x", encoding="utf-8", errors=errors, newline="") if errors else temporary.open("xb")
@@ -124,6 +125,22 @@ def written_whole(path: Path, *, errors: str | None = None, shared: bool = False
         with suppress(OSError):  # closing writes what is left, which fails again on a full disk
             file.close()
         temporary.unlink(missing_ok=True)
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Refuse a folder, which cannot be replaced, and a pipe or a device such as /dev/null, which must not be.
+
+    Raises:
+        OSError: it is one of these, also through a link.
+    """
+    try:
+        found = path.stat().st_mode
+    except OSError:  # there is none yet, or a link that leads nowhere or to itself, which is replaced
+        return
+    if stat.S_ISDIR(found):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found) or (path.is_symlink() and str(path.readlink()).startswith("/proc/")):  # /dev/stdout
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
 
 
 @contextmanager
@@ -190,6 +207,12 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's content, in hex."""
     with storage("reading", path), open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file, which another library has written, survive a power cut."""
+    with open_regular(path) as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> bool:

@@ -65,6 +65,8 @@ def test_every_orientation_is_turned_as_pillow_turns_it(turn: int, kind: str) ->
     assert pixels.shape[:2] == size_px(data) == expected.shape[:2]
     assert np.abs(pixels - expected).mean() < 1
     assert is_plain_jpeg(data) == (turn == 1 and kind == "JPEG")
+    line = saved(Image.new("RGB", (40, 1)), kind, **{"tiffinfo" if kind == "TIFF" else "exif": exif})
+    assert min(decode_rgb(line).strides) > 0  # torch takes no others
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,16 +23,17 @@ import torch
 import torchvision
 from exported_run import NUM_VAL, photos, write_exported_run
 from PIL import Image
-from small_run import BINS, CLASSES
+from small_run import BINS, CARD, CLASSES, random_weights
 
 import wasteddp
 from wasteddp.cli import main
 from wasteddp.data.decoding.crop import evaluation_view
-from wasteddp.errors import BundleError, LaunchError
+from wasteddp.errors import BundleError, LaunchError, SettingsError, StorageError
 from wasteddp.export import runtimes, weights
 from wasteddp.export.export import export_model
-from wasteddp.inference.bundle import read_card
+from wasteddp.inference.bundle import read_card, replace_card, save_bundle
 from wasteddp.inference.classifier import Classifier
+from wasteddp.inference.runtimes.onnx import open_session
 
 
 def is_missing(*packages: str) -> bool:
@@ -149,7 +153,7 @@ def test_the_hub_folder_is_a_model_and_is_uploaded_with_the_token(
         def upload_folder(
             self, *, repo_id: str, folder_path: str, allow_patterns: list[str], commit_message: str
         ) -> None:
-            sent.append((repo_id, folder_path))
+            sent.append((repo_id, folder_path, sorted(allow_patterns)))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     out = tmp_path / "hub"
@@ -159,11 +163,16 @@ def test_the_hub_folder_is_a_model_and_is_uploaded_with_the_token(
         main(command)
     assert "HF_TOKEN is not set" in capsys.readouterr().err
     assert not out.exists()
+    out.mkdir()
+    (out / "notes.safetensors").write_text("mine")
+    (out / "model-of-mine.safetensors").write_text("mine")
     (run / "model" / "README.md").write_text("---\nlibrary_name: wasteddp\n---\nmeasured")
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert main(command) == 0
     (run / "model" / "README.md").unlink()
-    assert sent == ["secret", ("me/waste", True, True), ("me/waste", str(out))]
+    names = sorted(file.name for file in out.iterdir() if file.read_bytes() != b"mine")
+    assert sent == ["secret", ("me/waste", True, True), ("me/waste", str(out), names)]
+    assert (out / "notes.safetensors").read_text() == (out / "model-of-mine.safetensors").read_text() == "mine"
     assert (out / "README.md").read_text().endswith("measured")
     assert "secret" not in capsys.readouterr().out
     config = json.loads((out / "config.json").read_bytes())
@@ -177,7 +186,59 @@ def test_the_hub_folder_is_a_model_and_is_uploaded_with_the_token(
 
     monkeypatch.setattr(Api, "upload_folder", refuse)
     with pytest.raises(LaunchError, match=r"refused the upload to me/waste: 403 for \*\*\*"):
-        weights.upload(out, "me/waste")
+        weights.upload(out, "me/waste", read_card(out))
+
+
+def test_a_hub_folder_replaces_no_run_and_no_other_model(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_bundle(other / "model", CARD, random_weights(9))
+    (other / "settings.yaml").touch()
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    for out, message in ((other / "model", "holds another model, with the weights"), (other, "is the folder of a run")):
+        with pytest.raises(SettingsError, match=message):
+            export_model(run, to="hub", out=out)
+    assert before == {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+
+
+def test_a_record_never_stands_beside_other_files(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "link"
+    (tmp_path / "disk").mkdir()
+    out.symlink_to(tmp_path / "disk")
+    export_model(run, to="pytorch", out=out)
+    record = parity(out / "resnet18.pth.parity.json")
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
+    assert record["files"] == {name: one for name, one in hashes.items() if not name.endswith("parity.json")}
+    assert record["files"].keys() == {"resnet18.pth", "preprocessing.py"}
+    for number in range(1, 4):  # a kill before each file gets its name
+        export_model(run, to="pytorch", out=out)
+        left = number
+
+        def replace_or_end(self: Path, target: Path) -> Path:
+            nonlocal left
+            left -= target.parent == out
+            if not left:
+                raise KeyboardInterrupt
+            assert not (out / "resnet18.pth.parity.json").exists() or target.parent != out
+            os.replace(self, target)  # noqa: PTH105, the method is replaced
+            return target
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace_or_end)
+            with pytest.raises(KeyboardInterrupt):
+                export_model(run, to="pytorch", out=out)
+        assert sorted(path.name for path in out.iterdir()) == ["preprocessing.py", "resnet18.pth"]
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="a folder is needed"):
+        export_model(run, to="pytorch", out=tmp_path / "file")
+
+
+def test_missing_features_are_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    card = read_card(run / "model")
+    replace_card(tmp_path / "run" / "model", replace(card, hashes=replace(card.hashes, features="f" * 64)))
+    with pytest.raises(BundleError, match=r"features-ffffffffffff.safetensors cannot be used"):
+        export_model(tmp_path / "run", to="hub", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_folder_without_a_card_gets_a_plain_one(run: Path, tmp_path: Path) -> None:
@@ -267,6 +328,69 @@ def test_a_file_that_is_not_ours_or_damaged_is_refused(onnx_file: Path, tmp_path
             wasteddp.load(tmp_path / f"{name}.onnx")
     with pytest.raises(LaunchError, match="the device 'mps' cannot be used"):
         wasteddp.load(onnx_file, device="mps")
+    for file in onnx_file.parent.iterdir():
+        shutil.copy(file, tmp_path)
+    damaged = bytearray(onnx_file.read_bytes())
+    damaged[len(damaged) // 2] ^= 64  # of a weight: onnxruntime does not notice
+    (tmp_path / "model.onnx").write_bytes(damaged)
+    with pytest.raises(BundleError, match=r"has the sha256 .* and model.onnx.parity.json says"):
+        wasteddp.load(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx.parity.json").write_text("[]")
+    with pytest.raises(BundleError, match=r"says nothing that can be read"):
+        wasteddp.load(tmp_path / "model.onnx")
+
+
+def _edited(content: dict[str, Any], **changes: Any) -> dict[str, str]:
+    """Return the metadata with another card, whose hash is right."""
+    card = json.loads(content["wasteddp.card"]) | changes
+    del card["sha256"]
+    card["sha256"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    return content | {"wasteddp.card": json.dumps(card)}
+
+
+@onnx
+def test_metadata_of_another_model_or_version_is_refused(
+    onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnx as format_
+
+    model = format_.load(str(onnx_file))
+    content = {entry.key: entry.value for entry in model.metadata_props}
+    size = json.loads(content["wasteddp.card"])["preprocessing"]
+    policy = json.loads(content["wasteddp.policy"])
+    hashes = json.loads(content["wasteddp.card"])["hashes"]
+
+    def load(metadata: dict[str, str]) -> wasteddp.Model:
+        runtimes.set_metadata(model, metadata)
+        format_.save(model, str(tmp_path / "model.onnx"))
+        return wasteddp.load(tmp_path / "model.onnx")
+
+    for metadata, message in (
+        (_edited(content, format_version=99), "has format version 99"),
+        (_edited(content, classes=["a", "b"]), "it has another model's card"),
+        (_edited(content, preprocessing=size | {"image_size_px": 16}), "16x16 px and 3 classes"),
+        (content | {"wasteddp.card": "[" * 100_000}, "is not a model's card"),
+        (content | {"wasteddp.policy": json.dumps(policy | {"classes": ["x", "y", "z"]})}, "other classes than"),
+        (content | {"wasteddp.policy": "{}"}, "policy in its metadata that cannot be read"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            load(metadata)
+    load(_edited(content, hashes=hashes | {"features": "f" * 64}))
+    assert "features-ffffffffffff.safetensors is missing" in capsys.readouterr().err
+
+
+@onnx
+def test_threads_of_each_level_or_nonsense_in_the_environment_is_no_error(
+    onnx_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, threads in (("2,1", 2), (" 3 ", 3), ("1", 1), ("-3", 7), ("all", 7), ("0", 7), ("", 7)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        monkeypatch.setattr("wasteddp.inference.runtimes.onnx.num_usable_cores", lambda: 7)
+        options = Mock()
+        monkeypatch.setattr("onnxruntime.SessionOptions", lambda options=options: options)
+        monkeypatch.setattr("onnxruntime.InferenceSession", Mock())
+        open_session(onnx_file)
+        assert options.intra_op_num_threads == threads
 
 
 @onnx

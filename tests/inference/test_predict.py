@@ -363,6 +363,11 @@ def test_a_result_that_cannot_be_written_is_said(model: Path, photos: Path, caps
         main(["predict", str(model), str(photos), "--json", str(photos / "absent" / "out.json")])
     assert stopped.value.code == 2
     assert "writing: No such file or directory" in capsys.readouterr().err
+    for more in ([], ["--watch", str(photos)]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["predict", str(model), *(more or [str(photos)]), "--csv", "a.jsonl", "--json", "./a.jsonl"])
+        assert stopped.value.code == 2
+        assert "--csv and --json both name a.jsonl" in capsys.readouterr().err
 
 
 def test_names_that_are_not_utf8_or_would_steer_the_terminal_come_through(

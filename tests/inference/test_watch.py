@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.prediction_files import Terminal
 from wasteddp.inference.watching.answered_files import AnsweredCsv, AnsweredFile, AnsweredJsonLines
-from wasteddp.inference.watching.watch import TRIES, Stop, Watch
+from wasteddp.inference.watching.watch import CHANGES, TRIES, Stop, Watch
 
 KINDS: dict[str, type[AnsweredFile]] = {".csv": AnsweredCsv, ".jsonl": AnsweredJsonLines}
 POLICY = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.6, 0.05, 0.95, 0.04, 50, 40, 0))
@@ -238,6 +239,78 @@ def test_a_damaged_photo_is_tried_again_then_listed_and_answered_if_it_is_repair
     (photos / "1.jpg").write_bytes(whole)
     poll(watch, stop)
     assert [row["error"] for row in rows(tmp_path / "out.csv") if row["path"].endswith("1.jpg")][1:] == [""]
+
+
+def test_a_photo_that_could_not_be_read_is_answered_when_it_can_be(
+    photos: Path, tmp_path: Path, start: Start, stop: Stop, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from wasteddp.inference.watching import watch as module
+
+    def away(path: str) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    paths = tmp_path / "out.csv", tmp_path / "out.jsonl"
+    monkeypatch.setattr(module, "open_regular", away)
+    watch = start(*paths)
+    poll(watch, stop, 3 * TRIES)
+    assert [row["error"] for row in rows(paths[0])] == ["unreadable: Stale file handle"] * 3
+    watch.finish()
+    printed = capsys.readouterr().out
+    assert "0 classified, 3 unreadable" in printed
+    assert "wait" not in printed
+    monkeypatch.setattr(module, "open_regular", open_regular)
+    poll(watch, stop, 1)
+    for path in paths:
+        assert [row["error"] or "" for row in rows(path)] == ["unreadable: Stale file handle"] * 3 + [""] * 3
+    poll(start(*paths), stop)
+    assert [len(rows(path)) for path in paths] == [6, 6]
+
+
+def test_a_file_that_never_stays_the_same_is_reported(
+    photos: Path, tmp_path: Path, start: Start, stop: Stop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = start(tmp_path / "out.csv")
+    for number in range(CHANGES + 5):
+        os.utime(photos / "1.jpg", (number, number))
+        watch.poll(stop)
+    assert capsys.readouterr().err.count("1.jpg was another file at each of") == 1
+    assert sorted(answered(tmp_path / "out.csv")) == ["0.jpg", "2.jpg"]
+
+
+@pytest.mark.parametrize("how", ["unlink", "rename"])
+def test_rows_are_not_written_into_a_file_that_is_no_longer_there(
+    how: str, photos: Path, tmp_path: Path, start: Start, stop: Stop
+) -> None:
+    path = tmp_path / "out.csv"
+    watch = start(path)
+    poll(watch, stop)
+    if how == "unlink":
+        path.unlink()
+    else:  # an editor, or logrotate
+        path.rename(tmp_path / "old.csv")
+        path.write_text("")
+    write_image(photos / "3.jpg", 3)
+    with pytest.raises(SourceError, match="was removed, renamed or replaced"):
+        poll(watch, stop)
+
+
+def test_a_damaged_row_in_the_middle_is_refused_and_no_row_is_removed(
+    photos: Path, tmp_path: Path, start: Start, stop: Stop
+) -> None:
+    path, zeros = tmp_path / "out.csv", tmp_path / "out.jsonl"
+    poll(start(path, zeros), stop)
+    whole = path.read_bytes()
+    at = whole.index(b"/1.jpg")
+    for place in (at, at - 1):
+        path.write_bytes(damaged := whole[:place] + b'"' + whole[place + 1 :])
+        with pytest.raises(SourceError, match="something else than rows"):
+            start(path)
+        assert path.read_bytes() == damaged
+    before = zeros.read_bytes()
+    zeros.write_bytes(before + bytes(4000))  # a power cut
+    start(zeros)
+    assert zeros.read_bytes() == before
 
 
 def test_a_renamed_or_touched_photo_is_not_answered_again_and_a_copy_is(

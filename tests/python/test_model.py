@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +65,14 @@ def test_all_kinds_of_inputs_of_the_same_pixels_have_the_same_answer(bundle: Pat
     assert model.predict(mixed) == [expected] * 5
     assert model.predict(pixels) == model.predict(np.stack([pixels, pixels]))[:1] == [expected]
     assert model.predict(iter(())) == []
+    data = path.read_bytes()
+    assert model.predict(bytearray(data)) == model.predict([memoryview(data)]) == [expected]
+    assert model.predict(pixels[:, :, ::-1].copy()[:, :, ::-1]) == [expected]  # as a BGR array of OpenCV
     turned = Image.fromarray(np.rot90(pixels, axes=(0, 1)).copy())  # 90 degrees counter-clockwise; 6: turn it back
     turned.getexif()[0x0112] = 6
     assert model.predict(turned) == [expected]
+    line = np.asarray(Image.new("RGB", (40, 1), "red"))
+    assert len(model.predict([line[::-1, ::-1], line[:1, :1][::-1, ::-1]])) == 2
     assert model.features(mixed).shape == (5, model.features(path).shape[1])
     assert model.features([]).shape[0] == 0
     assert (model.features(mixed) == model.features(path)).all()
@@ -85,6 +92,41 @@ def test_all_kinds_of_inputs_of_the_same_pixels_have_the_same_answer(bundle: Pat
 def test_an_input_that_is_no_image_is_named(bundle: Path, photos: list[Path], bad: object, message: str) -> None:
     with pytest.raises(wasteddp.WastedError, match=message):
         wasteddp.load(bundle).predict([photos[0], bad])  # type: ignore[list-item]
+
+
+def test_something_else_than_inputs_is_named(bundle: Path, photos: list[Path]) -> None:
+    model = wasteddp.load(bundle)
+    for bad, what in ((None, "NoneType"), (5, "int"), (io.BytesIO(photos[0].read_bytes()), "BytesIO")):
+        with pytest.raises(wasteddp.WastedError, match=f"input 0 is not an image, but: {what}"):
+            model.predict(bad)  # type: ignore[arg-type]
+
+
+def test_threads_share_a_model(bundle: Path, photos: list[Path]) -> None:
+    model = wasteddp.load(bundle)
+    answers, features = model.predict(photos), model.features(photos)
+
+    def ask(number: int) -> bool:
+        at = number % len(photos)
+        return model.predict(photos[at]) == [answers[at]] and bool((model.features(photos[at]) == features[at]).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(40)))
+    large = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)).save(large, "JPEG")
+    once = model.predict(Image.open(large))
+    assert model.predict([Image.open(large)] * 40) == once * 40  # read by the first thread that uses it
+
+
+def test_a_fork_of_a_loaded_model_is_refused_instead_of_waiting_for_ever(
+    bundle: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wasteddp.load(bundle, device="cpu")
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    with pytest.raises(wasteddp.WastedError, match="load the model in each process"):
+        model.predict(photos[0])
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert len(model.predict(photos[0])) == 1
 
 
 def test_a_policy_decides(bundle: Path, photos: list[Path], tmp_path: Path) -> None:

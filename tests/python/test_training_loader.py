@@ -111,14 +111,32 @@ def test_a_state_of_another_order_and_settings_that_do_not_apply_are_refused(sma
     with wasteddp.TrainingLoader(str(small_shards), **kwargs) as loader:
         state = loader.state_dict()
         assert json.loads(json.dumps(state)) == state
-        for change in ({"seed": 1}, {"manifest": "0" * 64}, {"step": -1}, {"step": "3"}, {"batch_size": 5}):
+        for change in (
+            {"seed": 1}, {"manifest": "0" * 64}, {"step": -1}, {"step": "3"}, {"step": True}, {"step": 10**30},
+            {"batch_size": 5},
+        ):  # fmt: skip
             with pytest.raises(CheckpointError, match="another order"):
                 loader.load_state_dict({**state, **change})
+        with pytest.raises(CheckpointError, match="the state is a list"):
+            loader.load_state_dict([1])  # type: ignore[arg-type]
+        loader.load_state_dict({**state, "step": np.int64(1)})
+        assert loader.step == 1
+        loader.load_state_dict(state)
+        first, second = iter(loader), iter(loader)
+        places = [next(one).samples.tolist() for one in (first, second)]
+        assert places == [loader._plan.step_samples(0, step).tolist() for step in (0, 1)]
+        with pytest.raises(CheckpointError, match="an earlier `for`"):
+            next(first)
     with pytest.raises(SettingsError, match="mixup"):
         wasteddp.TrainingLoader(str(small_shards), **kwargs, augment={"mixup": 0.2})
     with pytest.raises(SettingsError, match="3 processes and 10 lanes"):
         wasteddp.TrainingLoader(str(small_shards), **kwargs, rank=0, world_size=3)
     with pytest.raises(SettingsError, match="only one of rank"):
         wasteddp.TrainingLoader(str(small_shards), **kwargs, rank=0)
+    for rank, world_size in ((5, 2), (-1, 2), (0, 0), ("0", "1")):  # the first one counted for ever
+        with pytest.raises(SettingsError, match="give integers, with rank from 0"):
+            wasteddp.TrainingLoader(str(small_shards), **kwargs, rank=rank, world_size=world_size)  # type: ignore
+    with pytest.raises(SettingsError, match="data has image_size, which is an argument"):
+        wasteddp.TrainingLoader(str(small_shards), batch_size=10, data={"image_size": 64})
     with pytest.raises(SettingsError, match="speed"):
         wasteddp.TrainingLoader(str(small_shards), **kwargs, data={"speed": 3})

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 import json
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
+import numpy as np
 import pytest
 from narrow import __file__ as NARROW
+from PIL import Image
 from small_run import BINS, CARD, CLASSES, random_weights, write_image
 
 from wasteddp.cli import main
 from wasteddp.decisions.bins import BinRules
 from wasteddp.decisions.decide import Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
-from wasteddp.errors import LaunchError, SettingsError
+from wasteddp.errors import LaunchError, SettingsError, StorageError
 from wasteddp.inference.bundle import read_card, save_bundle
 from wasteddp.inference.classifier import Classifier
+from wasteddp.inference.prediction_files import Answer
 from wasteddp.serve.app import create_app
 from wasteddp.serve.batches import Batches, Limits
+from wasteddp.serve.kept import KeptPhotos
 from wasteddp.serve.metrics import Metrics
 from wasteddp.serve.page import page
 from wasteddp.serve.server import listen, read_token
 
 POLICY = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.6, 0.05, 0.95, 0.04, 50, 40, 0))
+PERSONS = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.9999, 0.05, 0.95, 0.04, 50, 40, 0))
 NAME = "<b>é.jpg"
 
 
@@ -62,9 +72,9 @@ Serve = Callable[..., Any]
 def serve(classifier: Classifier, bundle: Path) -> Serve:
     """Runs requests against a server in this process."""
 
-    def served(talk: Talk, *, limits: Limits | None = None, policy: Policy | None = None, token: str = "") -> Any:
+    def served(talk: Talk, *, limits: Limits | None = None, policy: Policy | None = None, **how: Any) -> Any:
         with closing(Batches(classifier, limits or Limits(), policy=policy)) as batches:
-            app = create_app(batches, read_card(bundle), limits or Limits(), Metrics(), token=token)
+            app = create_app(batches, read_card(bundle), limits or Limits(), Metrics(), **how)
 
             async def run() -> Any:
                 async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://it") as client:
@@ -84,7 +94,8 @@ def forms(images: list[bytes]) -> list[tuple[str, tuple[str, bytes]]]:
 def test_answers_are_those_of_predict_in_any_form(
     serve: Serve, bundle: Path, photos: list[Path], tmp_path: Path
 ) -> None:
-    main(["predict", str(bundle), *map(str, photos), "--json", str(tmp_path / "out.json")])
+    how = ["--device", "cpu", "--batch-size", "4"]  # as the server: another size may give other bits
+    main(["predict", str(bundle), *map(str, photos), "--json", str(tmp_path / "out.json"), *how])
     wanted = [
         {name: value for name, value in entry.items() if name != "path"}
         for entry in json.loads((tmp_path / "out.json").read_text())["predictions"]
@@ -229,14 +240,14 @@ def test_a_model_that_fails_is_500_and_the_next_request_is_answered(
 def test_a_token_is_needed_if_it_is_set(serve: Serve, photos: list[Path]) -> None:
     async def talk(client: httpx.AsyncClient) -> Any:
         found = []
-        for given in ("", "Bearer wrong", "Bearer sécret", "Bearer s3cret"):
+        for given in ("", "Bearer wrong", "Bearer sécret", "s3cret", "Basic s3cret", "Bearer s3cret", "bearer  s3cret"):
             headers = {"authorization": given.encode()}
             found.append((await client.post("/predict", content=photos[0].read_bytes(), headers=headers)).status_code)
             found.append((await client.get("/metrics", headers=headers)).status_code)
         return found, (await client.get("/healthz")).text, (await client.get("/")).text
 
     found, health, html = serve(talk, token="s3cret")
-    assert found == [401] * 6 + [200] * 2
+    assert found == [401] * 10 + [200] * 4
     assert health == "ok\n"
     assert '<form id="form"><label>Token' in html
 
@@ -250,6 +261,85 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypa
     (tmp_path / "token").write_text("\n")
     with pytest.raises(SettingsError, match="has no token"):
         read_token(tmp_path / "token")
+    for wrong in ("two\nlines", "sécret", "a b"):
+        (tmp_path / "token").write_text(wrong)
+        with pytest.raises(SettingsError, match="no request could have it"):
+            read_token(tmp_path / "token")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "Plant-PC"}, 200),  # of --allow-host
+        ({"host": "evil.example:8000"}, 403),  # a name that leads to 127.0.0.1
+        ({"host": "localhost:1", "origin": "http://localhost:1"}, 200),  # its own page, in a browser without sec-fetch
+        ({"host": "localhost:1", "origin": "http://localhost:2"}, 403),
+        ({"host": "localhost:1", "origin": "null"}, 403),
+        ({"host": "127.0.0.1", "origin": "https://proxy", "sec-fetch-site": "same-origin"}, 200),
+        ({"host": "127.0.0.1", "origin": "https://evil.example", "sec-fetch-site": "cross-site"}, 403),
+        ({"host": "127.0.0.1", "sec-fetch-site": "same-site"}, 403),
+    ],
+)
+def test_pages_of_other_sites_cannot_ask(
+    headers: dict[str, str], status: int, serve: Serve, photos: list[Path]
+) -> None:
+    async def talk(client: httpx.AsyncClient) -> Any:
+        found = await client.post("/predict", content=photos[0].read_bytes(), headers=headers)
+        return found.status_code, (await client.get("/metrics", headers=headers)).status_code
+
+    assert serve(talk, hosts=frozenset({"plant-pc"})) == (status, status)
+
+
+def test_a_form_of_many_parts_a_wrong_path_and_a_long_boundary_are_answered_in_one_line(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = b'--a\r\nContent-Disposition: form-data; name="i"{}\r\n\r\n\r\n'
+    image, field = part.replace(b"{}", b'; filename="i"'), part.replace(b"{}", b"")
+
+    async def talk(client: httpx.AsyncClient) -> Any:
+        form, long = ({"content-type": f"multipart/form-data; boundary={name}"} for name in ("a", "a" * 5000))
+        bodies = [image * 3, field * 100_000, field + image * 2]
+        return [
+            *[await client.post("/predict", content=body + b"--a--\r\n", headers=form) for body in bodies],
+            await client.post("/predict", content=b"x", headers=long),
+            await client.get("/predict"),
+            await client.post("/predict/", headers={"host": "evil.example"}),
+        ]
+
+    found = serve(talk, limits=Limits(images=2))
+    assert [one.status_code for one in found] == [413, 413, 422, 422, 405, 404]
+    assert all(set(one.json()) == {"error"} for one in found)
+    assert capsys.readouterr().err == ""
+
+
+def test_large_images_are_decoded_one_after_another_and_jpegs_together(
+    serve: Serve, classifier: Classifier, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, lock, now, most = classifier.view, threading.Lock(), 0, 0
+
+    def view(data: bytes) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return real(data)
+
+    monkeypatch.setattr(classifier, "view", view)
+    monkeypatch.setattr("wasteddp.serve.batches.num_usable_cores", lambda: 4)
+    jpeg = photos[0].read_bytes()
+    png = io.BytesIO()
+    Image.open(photos[0]).save(png, "PNG")
+    for data, together in ((png.getvalue(), 1), (jpeg, 4)):
+        most = 0
+        files = forms([data] * 4)
+        found = serve(lambda client, files=files: client.post("/predict", files=files), limits=Limits(pixels=48 * 40))
+        assert (found.status_code, most) == (200, together)
 
 
 def test_the_interface_is_described_and_the_page_loads_nothing_else(serve: Serve) -> None:
@@ -264,9 +354,123 @@ def test_the_interface_is_described_and_the_page_loads_nothing_else(serve: Serve
     assert "class" in described["components"]["schemas"]["ImageAnswer"]["properties"]
     assert docs.status_code == 404
     assert root.headers["content-security-policy"].startswith("default-src 'none'; style-src 'sha256-")
-    assert root.text == page(needs_token=False)
+    assert root.text == page(needs_token=False, keeps=False)
     assert '<form id="form" hidden><label>Token' in root.text
-    assert not re.search(r"https?://|innerHTML|\{(css|js|token_hidden|unlike_from)\}", root.text)
+    assert not re.search(r"https?://|innerHTML|\{(css|js|token_hidden|unlike_from|kept)\}", root.text)
+
+
+# --- photos to label --------------------------------------------------------------------------------------------------
+
+
+Keep = Callable[..., KeptPhotos]
+
+
+@pytest.fixture
+def keep(bundle: Path, tmp_path: Path) -> Iterator[Keep]:
+    with ExitStack() as stack:
+
+        def started(**how: Any) -> KeptPhotos:
+            stack.close()
+            how = {"policy": None, "below": 0.0, "most_bytes": 10**6} | how
+            return stack.enter_context(closing(KeptPhotos(tmp_path / "kept", card=read_card(bundle), **how)))
+
+        yield started
+
+
+def kept_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "kept.jsonl").read_text().splitlines()]
+
+
+def test_doubtful_photos_are_kept_once_under_names_of_their_content(
+    serve: Serve, classifier: Classifier, photos: list[Path], tmp_path: Path, keep: Keep
+) -> None:
+    png = io.BytesIO()
+    Image.open(photos[4]).save(png, "PNG")
+    images = [*(path.read_bytes() for path in photos), png.getvalue()]
+    sure = classifier.probabilities([classifier.view(data) for data in images]).max(axis=1)
+    below = float(np.sort(sure)[-2])  # two photos are as sure as that or surer
+    doubtful = [data for data, one in zip(images, sure, strict=True) if one < below]
+    files = [("images", ("../../../etc/passwd.exe", data)) for data in [*images, b"none"]]
+
+    async def talk(client: httpx.AsyncClient) -> Any:
+        for _ in range(2):
+            found = await client.post("/predict", files=files)
+        while (
+            "kept" not in (text := (await client.get("/metrics")).text) or f'"repeated"}} {len(doubtful)}' not in text
+        ):
+            await asyncio.sleep(0.01)
+        return found, text, (await client.get("/")).text
+
+    kept = keep(below=below)
+    found, metrics, html = serve(talk, keep=kept)
+    assert f'wasteddp_doubtful_total{{result="kept"}} {len(doubtful)}' in metrics.splitlines()
+    assert "for labelling" in html
+    rows, answers = kept_rows(tmp_path / "kept"), [one for one in found.json()["answers"] if not one["error"]]
+    by_name = {row["path"]: row for row in rows}
+    assert len(by_name) == len(rows) == len(doubtful)
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"kept.jsonl", *by_name}
+    for data, answer in zip(images, answers, strict=True):
+        name = hashlib.sha256(data).hexdigest() + (".png" if data == png.getvalue() else ".jpg")
+        assert (name in by_name) == (data in doubtful)
+        if row := by_name.get(name):
+            assert (tmp_path / "kept" / name).read_bytes() == data
+            assert row == {**row, **{key: value for key, value in answer.items() if key != "name"}}
+            assert (row["bytes"], row["model"]) == (len(data), found.json()["model"])
+            assert abs((datetime.now(UTC) - datetime.fromisoformat(row["time"])).total_seconds()) < 60
+    assert str(kept).startswith(f"{len(doubtful)} doubtful photos kept in ")
+
+
+def test_a_photo_for_a_person_is_kept_and_nothing_is_written_unless_asked(
+    serve: Serve, photos: list[Path], tmp_path: Path, keep: Keep
+) -> None:
+    images = [path.read_bytes() for path in photos]
+    serve(lambda client: client.post("/predict", files=forms(images)), policy=POLICY)
+    assert not list(tmp_path.iterdir())
+    found = serve(
+        lambda client: client.post("/predict", files=forms(images)), policy=PERSONS, keep=keep(policy=PERSONS)
+    )
+    keep(below=0.1).close()  # ends the first
+    assert [row["decision"] for row in kept_rows(tmp_path / "kept")] == ["person"] * len(images)
+    assert {one["decision"] for one in found.json()["answers"]} == {"person"}
+    for how, what in (({}, "no policy asks"), ({"policy": Policy(POLICY.rules)}, "the policy never asks")):
+        with pytest.raises(SettingsError, match=what):
+            keep(**how)
+
+
+def test_a_full_folder_and_a_broken_disk_are_counted_and_do_not_end_it(
+    photos: list[Path], tmp_path: Path, keep: Keep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [path.read_bytes() for path in photos]
+    answer = Answer("", np.array([0.5, 0.3, 0.2], np.float32))
+
+    def offer(kept: KeptPhotos, *chosen: bytes) -> dict[str, int]:
+        for data in chosen:
+            kept.offer(data, answer)
+        kept.close()
+        return dict(kept.counts)
+
+    assert offer(keep(below=0.5), images[0]) == {}
+    assert offer(keep(below=0.6), images[0]) == {"kept": 1}
+    (tmp_path / "kept" / "kept.jsonl").write_text((tmp_path / "kept" / "kept.jsonl").read_text()[:-5])  # a kill
+    kept = keep(below=0.6)
+    assert "1 lines cannot be read" in capsys.readouterr().err
+    assert offer(kept, images[0]) == {"kept": 1}
+    size = sum(path.stat().st_size for path in (tmp_path / "kept").iterdir())
+    assert offer(keep(below=0.6, most_bytes=size + 100), *images) == {"repeated": 1, "full": 4}
+    assert capsys.readouterr().err.count("the limit is") == 1
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    next((tmp_path / "kept").glob("*.jpg")).unlink()  # labelled, and taken away
+    monkeypatch.setattr("wasteddp.serve.kept.write_atomically", fail := Mock(side_effect=StorageError("disk broken")))
+    assert offer(keep(below=0.6, most_bytes=size + 500), *images[:2]) == {"repeated": 1, "failed": 1}
+    assert capsys.readouterr().err.count("disk broken") == fail.call_count == 1
+    monkeypatch.setattr("wasteddp.serve.kept._PENDING_BYTES", 1)
+    first = keep(below=0.6)
+    with first._lock:  # the writer cannot end
+        first._pending_bytes = 1
+    first.offer(images[2], answer)
+    assert first.counts["busy"] == 1
+    with pytest.raises(SettingsError, match="another server keeps photos"):
+        KeptPhotos(tmp_path / "kept", policy=None, below=0.6, most_bytes=1, card=CARD)
 
 
 def test_an_address_in_use_is_named(serve: Serve) -> None:

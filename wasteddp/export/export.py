@@ -32,8 +32,8 @@ from wasteddp.export import int8 as quantisation
 from wasteddp.export import runtimes, weights
 from wasteddp.export.network import Exported
 from wasteddp.export.parity import MOST_NAMED, U8, Reference, Run, compare_answers, compare_pixels, read_reference
-from wasteddp.files import make_folder, sha256_of, write_atomically
-from wasteddp.inference.bundle import BundleCard, find_bundle, load_bundle, remove_old
+from wasteddp.files import make_folder, sha256_of, sync_file, sync_folder, write_atomically
+from wasteddp.inference.bundle import CARD_NAME, BundleCard, find_bundle, load_bundle, read_card, remove_old
 from wasteddp.inference.classifier import Classifier, network_of
 from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
 from wasteddp.inference.metrics import percent
@@ -96,7 +96,7 @@ def export_model(
 
     Raises:
         BundleError: there is no model, or the exported one differs from it; nothing is written.
-        SettingsError: options that do not go together, or no shard set is known.
+        SettingsError: options that do not go together, no shard set is known, or another model is in the folder.
         LaunchError: a package is missing, or the Hub refuses.
     """
     _refuse_options(to, int8, repo)
@@ -104,6 +104,8 @@ def export_model(
         weights.token()
     bundle = find_bundle(model)
     card, state_dict = load_bundle(bundle)
+    if to == "hub":
+        _refuse_other_bundle(out, card)
     network = network_of(card, state_dict, where=bundle)
     rules = load_policy(policy, card, tta="none") if policy else None
     source = _Source(bundle, card, state_dict, Exported(card, network), rules)
@@ -135,7 +137,7 @@ def export_model(
         print(line)
     print(f"written: {out / path.name}, and the check beside it: {name}")
     if repo:
-        print(f"uploaded: {weights.upload(out, repo)}")
+        print(f"uploaded: {weights.upload(out, repo, card)}")
     return out / path.name
 
 
@@ -147,22 +149,47 @@ def _refuse_options(to: str, int8: str | None, repo: str) -> None:
             )
 
 
+def _refuse_other_bundle(out: Path, card: BundleCard) -> None:
+    """Refuse the folder of a run or of another model, which would be replaced. A folder for the Hub may be.
+
+    Raises:
+        SettingsError: it is one.
+    """
+    if (out / "settings.yaml").exists() or (out / "checkpoints").exists():
+        what = "is the folder of a run, which would have another model from then on"
+    elif not (out / CARD_NAME).exists() or (out / "config.json").exists():
+        return
+    elif (found := read_card(out).hashes.weights) != card.hashes.weights:
+        what = f"holds another model, with the weights {found[:12]}, which would be removed"
+    else:
+        return
+    raise SettingsError(f"{out} {what}", "that model would be lost", "name another folder with --out")
+
+
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """Give a temporary folder, whose files are moved into `out` at the end; after an error, nothing is left."""
+    """Give a temporary folder, whose files are moved into `out` at the end; after an error, nothing is left.
+
+    It is inside `out`, which may be on another disk than its parent. While files are replaced, no record of a check is
+    there: after a kill, it could be that of others.
+    """
     with storage("writing the exported model", out):
-        existed = [folder for folder in (out.parent, *out.parent.parents) if folder.exists()]
-        make_folder(out.parent)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        existed = [folder for folder in (out, *out.parents) if folder.exists()]
+        make_folder(out)
+        folder = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
     try:
         yield folder
         with storage("writing the exported model", out):
-            make_folder(out)
-            for file in sorted(folder.iterdir(), key=lambda file: file.name.endswith("parity.json")):
+            *files, record = sorted(folder.iterdir(), key=lambda file: file.name.endswith("parity.json"))
+            (out / record.name).unlink(missing_ok=True)
+            for file in (*files, record):
+                sync_file(file)
+                sync_folder(out)
                 file.replace(out / file.name)
+            sync_folder(out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        for made in (out.parent, *out.parent.parents):
+        for made in (out, *out.parents):
             if made in existed or any(made.iterdir()):
                 break
             made.rmdir()
@@ -193,9 +220,7 @@ def _write(source: _Source, to: str, folder: Path, reference: Reference) -> Chec
         onnx, path = path, runtimes.write_openvino(path, folder / "model.xml", source.metadata)
         onnx.unlink()
         return _check(path, runtimes.run_openvino, source, reference)
-    if source.card.hashes.features:
-        features = source.bundle / source.card.file_names[-1]
-        shutil.copyfile(features, folder / features.name)
+    weights.copy_features(source.bundle, source.card, folder)
     return _check(path, runtimes.run_onnx, source, reference)
 
 
@@ -252,6 +277,7 @@ def _record(source: _Source, to: str, path: Path, reference: Reference, record: 
         "to": to,
         "file": path.name,
         "sha256": sha256_of(path),
+        "files": {file.name: sha256_of(file) for file in sorted(path.parent.iterdir())},
         "model": {"arch": source.card.arch, "weights": source.card.hashes.weights},
         "compared_on": {"manifest": reference.manifest, "split": reference.split, "images": len(reference.names)},
         **record,

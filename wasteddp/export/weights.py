@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,13 @@ from wasteddp.errors import BundleError, LaunchError, missing_extra
 from wasteddp.export import preprocessing
 from wasteddp.export.parity import Reference, compare_answers, compare_pixels
 from wasteddp.files import read_regular, write_atomically
-from wasteddp.inference.bundle import CARD_NAME, BundleCard, save_bundle
+from wasteddp.inference.bundle import BundleCard, save_bundle
+from wasteddp.inference.feature_files import read_features
 from wasteddp.model.networks import TIMM
 
 PREPROCESSING = "preprocessing.py"
 PIXEL_TOLERANCE = 1  # of 255: torchvision resizes uint8 in other steps on a processor without AVX2
-_UPLOADED = [CARD_NAME, "config.json", "README.md", PREPROCESSING, "parity.json", "*.safetensors"]
+_UPLOADED = ("config.json", "README.md", PREPROCESSING, "parity.json")  # and the files of the bundle
 _CONSTANT = re.compile(r"^(CLASSES|TEMPERATURE|IMAGE_SIZE|MEAN)\b[^=]*= [^#\n]*", re.MULTILINE)
 
 
@@ -76,8 +76,7 @@ def check_pytorch(card: BundleCard, path: Path, reference: Reference) -> tuple[d
 def write_hub(bundle: Path, card: BundleCard, weights: Mapping[str, torch.Tensor], folder: Path) -> Path:
     """Write the folder that huggingface_hub uploads. Return the path of the weights."""
     save_bundle(folder, card, weights)
-    if card.hashes.features:
-        shutil.copyfile(bundle / card.file_names[-1], folder / card.file_names[-1])
+    copy_features(bundle, card, folder)
     write_preprocessing(card, folder)
     numbers = {name: number for number, name in enumerate(card.classes)}
     config = {
@@ -100,6 +99,18 @@ def write_hub(bundle: Path, card: BundleCard, weights: Mapping[str, torch.Tensor
     own = bundle / "README.md"
     write_atomically(folder / "README.md", read_regular(own) if own.is_file() else _plain_card(card).encode())
     return folder / card.weights_name
+
+
+def copy_features(bundle: Path, card: BundleCard, folder: Path) -> None:
+    """Copy the features that the card names, if it names any.
+
+    Raises:
+        BundleError: the file is missing or damaged, or a training has replaced it.
+    """
+    if card.hashes.features:
+        path = bundle / card.file_names[-1]
+        read_features(path, card)
+        write_atomically(folder / path.name, read_regular(path))
 
 
 def check_hub(card: BundleCard, path: Path, reference: Reference) -> tuple[dict[str, Any], list[str]]:
@@ -128,8 +139,8 @@ def token() -> str:
     return found
 
 
-def upload(folder: Path, repo: str) -> str:
-    """Upload the folder to a repository, which is created as a private one if it does not exist. Return its URL.
+def upload(folder: Path, repo: str, card: BundleCard) -> str:
+    """Upload the model in the folder to a repository, a private one if it is new. Return its URL.
 
     Raises:
         LaunchError: there is no token, huggingface_hub is not installed, or the Hub refuses.
@@ -143,7 +154,10 @@ def upload(folder: Path, repo: str) -> str:
     try:
         url = str(api.create_repo(repo, private=True, exist_ok=True))
         api.upload_folder(
-            repo_id=repo, folder_path=str(folder), allow_patterns=_UPLOADED, commit_message="Upload a model"
+            repo_id=repo,
+            folder_path=str(folder),
+            allow_patterns=[*card.file_names, *_UPLOADED],
+            commit_message="Upload a model",
         )
     except Exception as error:  # huggingface_hub's, and those of its HTTP client
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(key, "***")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ FORMAT = "wasteddp-model"
 FORMAT_VERSION = 5
 CARD_NAME = "model.json"
 FOLDER_NAME = "model"  # inside a run's folder
+_OWN = re.compile(r"(model|features)-[0-9a-f]{12}\.safetensors(\..*)?")  # not what a user has put there
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +138,9 @@ def save_bundle(folder: str | Path, card: BundleCard, state_dict: Mapping[str, t
 def remove_old(folder: Path, card: BundleCard) -> None:
     """Remove the files that the card does not name, and the .tmp that a kill may have left."""
     with storage("removing the previous model", folder):
-        for pattern in ("model-*.safetensors*", "features-*.safetensors*"):
-            for old in folder.glob(pattern):
-                if old.name not in card.file_names:
-                    old.unlink()
+        for old in folder.iterdir():
+            if _OWN.fullmatch(old.name) and old.name not in card.file_names:
+                old.unlink()
 
 
 def replace_card(folder: Path, card: BundleCard) -> None:

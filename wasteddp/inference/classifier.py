@@ -11,6 +11,8 @@ across devices, numbers of threads and batch sizes. With test-time augmentation,
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -107,6 +109,7 @@ class Classifier(AnyClassifier):
         assert isinstance(head, torch.nn.Linear)
         head.register_forward_pre_hook(lambda _, inputs: self._features.append(inputs[0]))
         self._num_features = head.in_features
+        self._lock, self._process = threading.Lock(), os.getpid()  # a batch at a time: `_features` belongs to it
 
     @classmethod
     def load(
@@ -130,15 +133,21 @@ class Classifier(AnyClassifier):
         return pixel_view(pixels, image_size_px=size.image_size_px, resize_px=size.resize_px)
 
     def _one_batch(self, views: Sequence[ImageHWC]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        if os.getpid() != self._process and self.device.type == "cpu" and torch.get_num_threads() > 1:
+            raise LaunchError(
+                f"the model was loaded in process {self._process}, and this one, {os.getpid()}, was forked from it",
+                "it would wait for ever for torch's threads, which a fork does not copy",
+                "load the model in each process, start them with multiprocessing's spawn, or torch.set_num_threads(1)",
+            )
         images_BHWC = self._filled_up(views)
         # [B, H, W, C] -> [B, C, H, W] as a view: the bytes are unchanged and already in channels_last order
         images_BCHW = torch.from_numpy(images_BHWC).to(self.device).permute(0, 3, 1, 2)
         preprocessing = self.card.preprocessing
-        # no TF32, and the same kernel each time, on any GPU; no effect on a CPU
-        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         parts = []
-        self._features.clear()
-        with torch.inference_mode(), exact:
+        # no TF32, and the same kernel each time, on any GPU; no effect on a CPU. The flags are those of the process.
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with self._lock, exact, torch.inference_mode():
+            self._features.clear()
             for axes in VIEWS[self.tta]:
                 view_BCHW = images_BCHW.flip(axes) if axes else images_BCHW
                 logits_BK = self._model(normalise(view_BCHW, preprocessing.mean, preprocessing.std))

@@ -28,6 +28,7 @@ from wasteddp.inference.prediction_files import (
     csv_record,
     decisions_of,
     json_record,
+    refuse_one_file,
 )  # fmt: skip
 from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.runtimes.loading import is_onnx, load_classifier
@@ -62,8 +63,9 @@ def predict_files(
         workers: as the setting data.workers.
 
     Raises:
-        SourceError: a path matches nothing, or no image could be classified.
+        SourceError: a path matches nothing, no image could be classified, or both files are the same.
     """
+    refuse_one_file(csv, json)
     images = find_images(paths)
     with ExitStack() as stack:
         decoders = stack.enter_context(start_workers(workers, _device_type(model, device)))

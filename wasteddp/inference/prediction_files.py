@@ -19,7 +19,7 @@ import numpy.typing as npt
 from wasteddp.decisions.bins import PERSON
 from wasteddp.decisions.decide import REASONS, Policy
 from wasteddp.decisions.unlikeness import UNLIKE_FROM, TrainingFeatures
-from wasteddp.errors import inert, storage
+from wasteddp.errors import SourceError, inert, storage
 from wasteddp.files import CsvWriter, written_whole
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.feature_files import HOW_TO_ADD
@@ -67,6 +67,18 @@ def decisions_of(policy: Policy, probabilities_BK: npt.NDArray[np.float32]) -> l
         Decision(names[number], float(confidence), REASONS[reason])
         for number, confidence, reason in zip(found.assigned, found.confidence, found.reasons, strict=True)
     ]
+
+
+def refuse_one_file(csv: Path | None, json: Path | None) -> None:
+    """Refuse the same file for both outputs.
+
+    Raises:
+        SourceError: they are the same.
+    """
+    if csv is not None and json is not None and csv.resolve() == json.resolve():
+        raise SourceError(
+            f"--csv and --json both name {csv}", "one would overwrite the other", "give each a file of its own"
+        )
 
 
 class Record(Protocol):

@@ -6,6 +6,7 @@ Legend: N inputs, D features: the inputs of the network's last layer.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +29,10 @@ from wasteddp.inference.runtimes.loading import load_classifier
 from wasteddp.inference.runtimes.policy_file import load_policy
 from wasteddp.parallel import in_order, num_usable_cores
 
-Input: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
-_ONE = (str, bytes, os.PathLike, Image.Image)
+Input: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]"
+_ONE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+
+_LOCKS = [threading.Lock() for _ in range(64)]  # of PIL images, by their address
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Answer:
 
 
 class Model:
-    """A trained model, ready to answer. `wasteddp.load` creates it."""
+    """A trained model, ready to answer. `wasteddp.load` creates it. Threads may share it; they compute in turn."""
 
     def __init__(self, classifier: AnyClassifier, policy: Policy | None = None) -> None:
         self._classifier, self._policy = classifier, policy or classifier.policy
@@ -101,6 +104,9 @@ class Model:
 
     def _batches(self, inputs: Input | Iterable[Input]) -> Iterator[list[ImageHWC]]:
         is_one = isinstance(inputs, _ONE) or (isinstance(inputs, np.ndarray) and inputs.ndim < 4)
+        is_one = (
+            is_one or hasattr(inputs, "read") or not isinstance(inputs, Iterable)
+        )  # neither is an input: see `_view`
         several = cast(Iterable[Any], [inputs] if is_one else inputs)
         views = in_order(partial(_view, self._classifier), enumerate(several), workers=num_usable_cores())
         yield from self._classifier.batches(views)
@@ -154,14 +160,16 @@ def _view(classifier: AnyClassifier, numbered: tuple[int, Any]) -> ImageHWC:
     number, one = numbered
     try:
         match one:
-            case bytes():
-                return classifier.view(one)
+            case bytes() | bytearray() | memoryview():
+                return classifier.view(bytes(one))
             case str() | os.PathLike():
                 return classifier.view(read_regular(expand_home(os.fspath(one))))
             case Image.Image():
-                return classifier.view_pixels(rgb_of(one))
+                with _LOCKS[(id(one) >> 4) % len(_LOCKS)]:  # it may be given twice, and Pillow reads it when it is used
+                    pixels = rgb_of(one)
+                return classifier.view_pixels(pixels)
             case np.ndarray() if one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3 and one.size:
-                return classifier.view_pixels(one)
+                return classifier.view_pixels(one if min(one.strides) >= 0 else one.copy())
     except (OSError, UndecodableError) as error:
         name = f" ({os.fspath(one)})" if isinstance(one, str | os.PathLike) else ""
         reason = error.strerror if isinstance(error, OSError) else error
@@ -174,5 +182,6 @@ def _view(classifier: AnyClassifier, numbered: tuple[int, Any]) -> ImageHWC:
     raise SourceError(
         f"input {number} is not an image, but: {what}",
         "it would have no answer",
-        "give a path, the bytes of an image file, a PIL image, or a uint8 array of RGB pixels [H, W, 3]",
+        "give a path, the bytes of an image file (of an open one: file.read()), a PIL image, or a uint8 array of RGB "
+        "pixels [H, W, 3]",
     )

@@ -6,11 +6,13 @@ Legend: B images of this rank's part of a step, S the side.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 from wasteddp import environment, settings
@@ -22,6 +24,7 @@ from wasteddp.data.loader import training_loader, training_steps
 from wasteddp.data.train_plan import plan_training
 from wasteddp.errors import CheckpointError, SettingsError
 
+_MOST_STEPS = 2**48  # more than any run has, and times any batch size still an int64
 _NOT_HERE = ("mixup", "cutmix")  # of a micro-batch, with the loss
 
 
@@ -79,6 +82,12 @@ class TrainingLoader:
                 "the loader yields one label for each image",
                 f"leave {given[0]} out, and mix in your own loop",
             )
+        if twice := sorted({"shards", "image_size"} & set(data or {})):
+            raise SettingsError(
+                f"data has {twice[0]}, which is an argument of its own",
+                f"there would be two values of {twice[0]}",
+                f"give it as TrainingLoader(..., {twice[0]}=...)",
+            )
         section = {**(data or {}), "shards": str(shards), "image_size": image_size}
         found = settings.parse(
             json.dumps(
@@ -87,11 +96,13 @@ class TrainingLoader:
                     "augment": dict(augment or {}),
                     "train": {"batch_size": batch_size},
                     "run": {"seed": seed},
-                }
+                },
+                default=lambda value: value.item() if isinstance(value, np.generic) else os.fspath(value),
             )
         )
         self.rank, self.world_size = _ranks(rank, world_size)
-        self.step, self._image_size = 0, image_size
+        self.step, self._num_iterators = 0, 0
+        batch_size, image_size, seed = found.train.batch_size, found.data.image_size, found.run.seed  # as integers
         self._augment = Augment.from_settings(found.augment, seed)
         with ExitStack() as stack:
             dataset = stack.enter_context(open_dataset(found.data, rank=self.rank))
@@ -149,9 +160,16 @@ class TrainingLoader:
 
         A sample that cannot be read is replaced by the next one and listed in `Batch.damage`.
         """
-        first = self.step
+        self._num_iterators += 1
+        number, first = self._num_iterators, self.step
         steps = training_steps(self._plan, first, first + len(self), rank=self.rank, world_size=self.world_size)
         for batch in self._loader.batches(steps):
+            if number != self._num_iterators:
+                raise CheckpointError(
+                    "an earlier `for` over this loader went on after a newer one or after load_state_dict",
+                    "its batches would be counted at the place of others",
+                    "leave it, and begin a new `for`",
+                )
             self.step += 1
             yield batch
 
@@ -171,19 +189,26 @@ class TrainingLoader:
         Raises:
             CheckpointError: it is the position in another order.
         """
+        if not isinstance(state, Mapping):
+            raise CheckpointError(
+                f"the state is a {type(state).__name__}",
+                "it has no position",
+                "give what TrainingLoader.state_dict returned",
+            )
         step = state.get("step")
         others = [
             f"{name} {state.get(name)!r} instead of {value!r}"
             for name, value in self._identity.items()
             if state.get(name) != value
         ]
-        if others or not isinstance(step, int) or step < 0:
+        if others or isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < _MOST_STEPS:
             raise CheckpointError(
                 f"the state belongs to another order: {', '.join(others) or f'its step is {step!r}'}",
                 "the epoch would repeat some images and miss others",
                 "create the loader with the arguments that it had when the state was saved",
             )
-        self.step = step
+        self.step = int(step)
+        self._num_iterators += 1  # those before are no longer used
 
     def close(self) -> None:
         """Stop the workers and close the set."""
@@ -204,7 +229,14 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
             "only one of rank and world_size is given", "the ranks would not share the images", "give both, or neither"
         )
     if rank is not None and world_size is not None:
-        return rank, world_size
+        is_valid = all(isinstance(one, int | np.integer) for one in (rank, world_size)) and 0 <= rank < world_size
+        if not is_valid:
+            raise SettingsError(
+                f"rank is {rank!r} and world_size is {world_size!r}",
+                "the rank would have no images, or those of another",
+                "give integers, with rank from 0 to world_size - 1",
+            )
+        return int(rank), int(world_size)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return environment.launched("RANK", 0), environment.launched("WORLD_SIZE", 1)

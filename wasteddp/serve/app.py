@@ -1,15 +1,17 @@
-"""The HTTP interface: POST /predict, /healthz, /metrics, /openapi.json and a page at /. Nothing is written."""
+"""The HTTP interface: POST /predict, /healthz, /metrics, /openapi.json and a page at /. Only `kept` writes files."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import time
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from wasteddp import __version__
@@ -18,7 +20,8 @@ from wasteddp.errors import inert, print_warning
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.prediction_files import Failure, json_entry
 from wasteddp.serve.batches import Batches, BusyError, Limits
-from wasteddp.serve.bodies import BodyError, images_of
+from wasteddp.serve.bodies import BodyError, TooManyError, images_of
+from wasteddp.serve.kept import RESULTS, KeptPhotos
 from wasteddp.serve.metrics import CONTENT_TYPE, Metrics
 from wasteddp.serve.page import POLICY, page
 
@@ -72,8 +75,10 @@ _BODY = {
         },
     }
 }
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "The token is missing or wrong"},
+    403: {"model": Problem, "description": "A page of another site asks, or the server is called by another name"},
     413: {"model": Problem, "description": "Too many bytes or images in one request"},
     422: {"model": Problem, "description": "No image can be read, or all have too many pixels"},
     429: {"model": Problem, "description": "Too many images wait; try again later"},
@@ -82,41 +87,65 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(batches: Batches, card: BundleCard, limits: Limits, metrics: Metrics, *, token: str = "") -> FastAPI:
+def create_app(
+    batches: Batches,
+    card: BundleCard,
+    limits: Limits,
+    metrics: Metrics,
+    *,
+    token: str = "",
+    hosts: frozenset[str] | None = None,
+    keep: KeptPhotos | None = None,
+) -> FastAPI:
     """Return the ASGI application.
 
     Args:
         token: that `Authorization: Bearer TOKEN` must have for /predict and /metrics; "": none is needed.
+        hosts: names by which requests without a token may call the server, besides its addresses and `localhost`;
+            None: any.
+        keep: receives each photo with its answer; None: none is kept.
     """
     app = FastAPI(
-        title="wasteddp", version=__version__, docs_url=None, redoc_url=None, summary=f"{card.arch}, waste images"
+        title="wasteddp",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        summary=f"{card.arch}, waste images",
     )
     reader = _Reader(limits)
-    html = page(needs_token=bool(token))
+    html = page(needs_token=bool(token), keeps=keep is not None)
 
     def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+        if not token:
+            _refuse_other_sites(request, hosts)
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(given.strip().encode("latin-1"), token.encode())
+        if scheme.lower() != "bearer" or not is_right:
             raise _RefusedError(401, "the token is missing or wrong: send the header Authorization: Bearer TOKEN")
 
     async def answer(request: Request) -> dict[str, Any]:
         check(request)
         body = await reader.read(request)
         try:
-            images = images_of(request.headers.get("content-type", ""), body)
-            reader.refuse_many(len(images))
+            images = images_of(request.headers.get("content-type", ""), body, most=limits.images)
             futures = batches.take(images)
             found = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         except BodyError as error:
             raise _RefusedError(422, str(error)) from error
+        except TooManyError as error:
+            raise _RefusedError(413, f"the request has more than {limits.images} images, the limit") from error
         except BusyError as error:
             raise _RefusedError(429, f"{error}; try again later") from error
         finally:
             reader.release(len(body))
         entries = list[dict[str, Any]]()
-        for (name, _), one in zip(images, found, strict=True):
+        for (name, data), one in zip(images, found, strict=True):
             if isinstance(one, BaseException) and not isinstance(one, UndecodableError):
                 raise one
+            if keep and not isinstance(one, BaseException):
+                keep.offer(data, one)
             metrics.count_image("unreadable" if isinstance(one, BaseException) else "answered")
             entry = json_entry(Failure(name, str(one)) if isinstance(one, BaseException) else one, card)
             entries.append({"name": entry.pop("path"), **entry})
@@ -142,28 +171,67 @@ def create_app(batches: Batches, card: BundleCard, limits: Limits, metrics: Metr
             print_warning(f"a request failed: {error!r}")
             status, content = 500, {"error": "the model failed; the server has printed why"}
         metrics.count_request(status, time.monotonic() - begin)
-        return JSONResponse(content, status, headers={"retry-after": "1"} if status in (429, 503) else None)
+        return JSONResponse(content, status, headers=_HEADERS.get(status))
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
         """Return "ok" if the server takes requests."""
         return "ok\n"
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses={401: _PROBLEMS[401]})
+    @app.get(
+        "/metrics", response_class=PlainTextResponse, responses={status: _PROBLEMS[status] for status in (401, 403)}
+    )
     async def read_metrics(request: Request) -> Response:
         """Return Prometheus' text format."""
         try:
             check(request)
         except _RefusedError as refused:
-            return JSONResponse({"error": refused.reason}, refused.status)
-        text = metrics.text(num_waiting=batches.num_taken, num_batches=batches.num_batches)
+            return JSONResponse({"error": inert(refused.reason)}, refused.status, headers=_HEADERS.get(refused.status))
+        doubtful = {name: keep.counts[name] for name in RESULTS} if keep else None
+        text = metrics.text(num_waiting=batches.num_taken, num_batches=batches.num_batches, doubtful=doubtful)
         return Response(text, media_type=CONTENT_TYPE)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_path(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def root() -> HTMLResponse:
         return HTMLResponse(html, headers={"content-security-policy": POLICY, "x-content-type-options": "nosniff"})
 
     return app
+
+
+def _refuse_other_sites(request: Request, hosts: frozenset[str] | None) -> None:
+    """Refuse what a page of another site asks through the browser of somebody who reaches this server.
+
+    The browser names the page in Origin, or says that it is another site's in Sec-Fetch-Site. A page whose own name
+    leads to this server's address (DNS rebinding) is of the same origin, so the name in Host must be a known one. An
+    address cannot be such a name.
+
+    Raises:
+        _RefusedError: it is such a request.
+    """
+    host = request.headers.get("host", "").lower()
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    if hosts is not None and name not in ("localhost", *hosts) and not _is_address(name.strip("[]")):
+        raise _RefusedError(
+            403,
+            f"the server is called by the name {name[:100]!r}, which a page of another site may have; use its "
+            "address, or start it with --allow-host NAME or a token",
+        )
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    is_other = origin is not None and origin.lower().partition("://")[2] != host if site is None else "-site" in site
+    if is_other:
+        raise _RefusedError(403, "a page of another site asks; start the server with a token to allow programs there")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class _Reader:
@@ -194,7 +262,3 @@ class _Reader:
 
     def release(self, num_bytes: int) -> None:
         self._held -= num_bytes
-
-    def refuse_many(self, num_images: int) -> None:
-        if num_images > self._limits.images:
-            raise _RefusedError(413, f"the request has {num_images} images; the limit is {self._limits.images}")

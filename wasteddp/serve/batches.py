@@ -8,11 +8,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, header
+from wasteddp.data.decoding.formats import is_jpeg
 from wasteddp.decisions.decide import Policy
 from wasteddp.inference.prediction_files import Answer, decisions_of
 from wasteddp.inference.runtimes.classifier import AnyClassifier
@@ -26,7 +28,7 @@ class Limits:
     Attributes:
         request_bytes: of a request's body.
         held_bytes: of all bodies together.
-        pixels: of one image.
+        pixels: of one image, and of all that are decoded at the same time; a JPEG counts as a quarter of its own.
         images: that were taken and not answered, of all requests.
         request_s: from the start of a request to its answer.
         wait_s: that an image waits for others in its batch.
@@ -54,6 +56,8 @@ class Batches:
         self._classifier, self._limits, self._policy = classifier, limits, policy
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._turn, self._room = threading.Lock(), threading.Condition()  # to begin decoding; for its pixels
+        self._num_pixels = 0  # of the images that are being decoded
         self.num_taken, self.num_batches = 0, 0
         self._decoders = ThreadPoolExecutor(num_usable_cores(), "decode")
         self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
@@ -99,10 +103,25 @@ class Batches:
                 raise UndecodableError(
                     "too_large", f"{width}x{height} px; the limit of this server is {self._limits.pixels:,} pixels"
                 )
-            self._queue.put((name, self._classifier.view(data), future))
+            with self._decoding(height * width // 4 if is_jpeg(data) else height * width):
+                view = self._classifier.view(data)
+            self._queue.put((name, view, future))
         except Exception as error:  # of any kind: the request must have an answer
             with suppress(Exception):  # it was cancelled
                 future.set_exception(error)
+
+    @contextmanager
+    def _decoding(self, num_pixels: int) -> Iterator[None]:
+        """Wait for room. A PNG of 100 million pixels may have 300 kB, and takes 1.5 GB while it is decoded."""
+        with self._turn, self._room:  # in turn, or a large image would wait as long as small ones come
+            self._room.wait_for(lambda: not self._num_pixels or self._num_pixels + num_pixels <= self._limits.pixels)
+            self._num_pixels += num_pixels
+        try:
+            yield
+        finally:
+            with self._room:
+                self._num_pixels -= num_pixels
+                self._room.notify_all()
 
     def _compute(self) -> None:
         while batch := self._next_batch():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping
 from itertools import accumulate
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -36,12 +37,13 @@ class Metrics:
     def count_image(self, result: str) -> None:
         self._images[result] += 1
 
-    def text(self, *, num_waiting: int, num_batches: int) -> str:
+    def text(self, *, num_waiting: int, num_batches: int, doubtful: Mapping[str, int] | None = None) -> str:
         """Return all metrics.
 
         Args:
             num_waiting: images that were taken and not answered.
             num_batches: that were computed.
+            doubtful: photos by result; None: the server keeps none.
         """
         requests, images = sorted(self._requests.items()), ("answered", "unreadable")
         buckets = zip((*_BOUNDS_S, "+Inf"), accumulate(self._in_bucket), strict=True)
@@ -59,6 +61,9 @@ class Metrics:
             f"wasteddp_request_seconds_sum {self._sum_s:.6f}",
             f"wasteddp_request_seconds_count {self.num_requests}",
         ]
+        if doubtful is not None:
+            lines += _about("doubtful_total", "counter", "Doubtful photos by result of keeping them.")
+            lines += [f'wasteddp_doubtful_total{{result="{name}"}} {count}' for name, count in doubtful.items()]
         return "\n".join(lines) + "\n"
 
 

@@ -23,12 +23,14 @@ POLICY = (
 )
 
 
-def page(*, needs_token: bool) -> str:
+def page(*, needs_token: bool, keeps: bool) -> str:
     """Return the page.
 
     Args:
         needs_token: it has a field for the token, which the page keeps until it is closed.
+        keeps: the server keeps doubtful photos.
     """
+    kept = "which keeps those that it is not sure of, for labelling" if keeps else "which keeps none"
     hidden = "" if needs_token else " hidden"
     html = (files(__package__) / "try.html").read_text("utf-8")
-    return html.replace("{css}", _CSS).replace("{js}", _JS).replace("{token_hidden}", hidden)
+    return html.replace("{css}", _CSS).replace("{js}", _JS).replace("{token_hidden}", hidden).replace("{kept}", kept)

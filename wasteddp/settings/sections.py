@@ -15,6 +15,7 @@ from wasteddp.files import expand_home
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # an int64
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -49,7 +50,7 @@ class _Section(BaseModel):
 class Run(_Section):
     out: Location = "runs/resnet50"
     """Folder of the run: settings, log, metrics, checkpoints and the model."""
-    seed: Count = 0
+    seed: Seed = 0
     """Order, augmentation and initial weights depend on it."""
     threads: Count = 0
     """CPU threads of each process; 0: the cores that it may use, divided by the number of processes on the machine."""

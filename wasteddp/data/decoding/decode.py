@@ -305,7 +305,8 @@ def _turn(pixels: ImageHWC, turn: int) -> ImageHWC:
         pixels = pixels.transpose(1, 0, 2)  # 5: mirrored along the main diagonal
     vertical = turn in (3, 4, 7, 8)
     horizontal = turn in (2, 3, 6, 7)
-    return np.ascontiguousarray(pixels[:: -1 if vertical else 1, :: -1 if horizontal else 1])
+    # numpy calls a side of 1 px contiguous whatever its stride, and torch takes no negative ones: always a copy
+    return pixels[:: -1 if vertical else 1, :: -1 if horizontal else 1].copy()
 
 
 def _undecodable(error: Exception, data: bytes) -> UndecodableError:

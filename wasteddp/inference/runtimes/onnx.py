@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ import numpy.typing as npt
 from wasteddp.data.decoding.centre import CentreView, cut_centre, resize
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.decisions.decide import Policy
-from wasteddp.errors import BundleError, LaunchError, missing_extra
+from wasteddp.errors import BundleError, LaunchError, missing_extra, print_warning
+from wasteddp.files import read_regular, sha256_of
 from wasteddp.inference.bundle import BundleCard, parse_card
 from wasteddp.inference.feature_files import read_features
 from wasteddp.inference.runtimes.classifier import AnyClassifier, Outputs
@@ -35,6 +37,7 @@ BATCH_SIZE = 8  # as `inference.classifier` on a CPU
 CARD_KEY, POLICY_KEY = "wasteddp.card", "wasteddp.policy"
 INPUT, OUTPUTS = "images", ("probabilities", "logits", "features")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_THREADS = re.compile(r"\s*0*([1-9]\d{0,3})\s*(,|$)")  # OMP_NUM_THREADS: a number for each level; others are ignored
 _NHWC = {3: 2, 2: 1}  # axes of [B, C, H, W] in [B, H, W, C]
 
 
@@ -48,7 +51,7 @@ class OnnxClassifier(AnyClassifier):
         tta: a name in `VIEWS`.
 
     Raises:
-        BundleError: the file is damaged, or was not written by `wasteddp export`.
+        BundleError: the file is damaged, was not written by `wasteddp export`, or is not the one that was checked.
         LaunchError: onnxruntime is not installed, or the device cannot be used.
     """
 
@@ -56,6 +59,7 @@ class OnnxClassifier(AnyClassifier):
         self, path: str | Path, *, device: str = "auto", batch_size: int | None = None, tta: str = "none"
     ) -> None:
         path = Path(path)
+        _refuse_unchecked(path)
         self._session = open_session(path, device)
         metadata = self._session.get_modelmeta().custom_metadata_map
         if CARD_KEY not in metadata:
@@ -65,10 +69,13 @@ class OnnxClassifier(AnyClassifier):
                 "write it with: wasteddp export MODEL --to onnx --out FOLDER",
             )
         self.card, self.tta, self.batch_size = parse_card(metadata[CARD_KEY], path), tta, batch_size or BATCH_SIZE
-        self.policy = _policy(metadata, path) if tta == "none" else None
-        self._num_features = self._session.get_outputs()[-1].shape[-1]
-        features = path.parent / self.card.file_names[-1]
-        self.training = read_features(features, self.card) if self.card.hashes.features and features.exists() else None
+        self._num_features = _refuse_other_network(self._session, self.card, path)
+        self.policy = _policy(metadata, self.card, path) if tta == "none" else None
+        self.training, features = None, path.parent / self.card.file_names[-1]
+        if self.card.hashes.features and features.exists():
+            self.training = read_features(features, self.card)
+        elif self.card.hashes.features:
+            print_warning(f"{features} is missing: how unlike the training images a photo is, is not known")
 
     @property
     def how_to_view(self) -> CentreView:
@@ -116,7 +123,8 @@ def open_session(path: Path, device: str = "auto") -> Any:
             "leave --device out; onnxruntime-gpu has cuda",
         )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or num_usable_cores()
+    asked = _THREADS.match(os.environ.get("OMP_NUM_THREADS", ""))
+    options.intra_op_num_threads = int(asked[1]) if asked else num_usable_cores()
     options.log_severity_level = 3
     if not path.is_file():
         raise BundleError(f"there is no file {path}", "there is no model to load", "check the path")
@@ -155,12 +163,61 @@ def _thresholds(policy: Policy | None) -> dict[str, float]:
     return {**doubt, **{f"hazard {name}": one.threshold for name, one in policy.hazards.items()}}
 
 
-def _policy(metadata: dict[str, str], path: Path) -> Policy | None:
+def _refuse_unchecked(path: Path) -> None:
+    """Refuse a file that is not the one in the record of its check, PATH.parity.json, if that is there.
+
+    Raises:
+        BundleError: it has other bytes, or the record cannot be read.
+    """
+    record = path.with_name(f"{path.name}.parity.json")
+    if not (record.exists() and path.is_file()):
+        return
+    try:
+        wanted = json.loads(read_regular(record))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        wanted = f"nothing that can be read ({type(error).__name__})"
+    if (found := sha256_of(path)) != wanted:
+        raise BundleError(
+            f"{path} has the sha256 {found}, and {record.name} says {wanted}",
+            "it would not answer as the model that was checked",
+            "copy both files again, or write them again with: wasteddp export MODEL --to onnx --out FOLDER",
+        )
+
+
+def _refuse_other_network(session: Any, card: BundleCard, path: Path) -> int:
+    """Return the number of features, D.
+
+    Raises:
+        BundleError: inputs and outputs are not those that the card describes.
+    """
+    side, num_classes = card.preprocessing.image_size_px, len(card.classes)
+    inputs = [(one.name, one.type, list(one.shape)[1:]) for one in session.get_inputs()]
+    outputs = {one.name: one.shape[-1] if one.shape else None for one in session.get_outputs()}
+    widths = [outputs.get(name) for name in OUTPUTS]
+    if (
+        inputs != [(INPUT, "tensor(uint8)", [side, side, 3])]
+        or widths[:2] != [num_classes] * 2
+        or (not isinstance(widths[2], int))
+    ):
+        raise BundleError(
+            f"the network in {path} has the inputs {inputs} and the outputs {outputs}; its card says {INPUT} of "
+            f"{side}x{side} px and {num_classes} classes",
+            "it has another model's card",
+            "write it again with: wasteddp export MODEL --to onnx --out FOLDER",
+        )
+    return widths[2]
+
+
+def _policy(metadata: dict[str, str], card: BundleCard, path: Path) -> Policy | None:
     if POLICY_KEY not in metadata:
         return None
     try:
-        return Policy.from_json(json.loads(metadata[POLICY_KEY]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        policy = Policy.from_json(json.loads(metadata[POLICY_KEY]))
+        policy.decide(np.full((1, len(policy.rules.classes)), 0.0))  # its thresholds are numbers, or a TypeError
+        if policy.rules.classes != card.classes:
+            raise ValueError("it has other classes than the model")
+        return policy
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise BundleError(
             f"{path} has a policy in its metadata that cannot be read: {error}",
             "items would go into wrong bins, or nowhere",

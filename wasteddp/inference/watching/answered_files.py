@@ -65,7 +65,7 @@ class AnsweredFile(ABC):
 
     def __init__(self, path: Path, card: BundleCard, *, decides: bool) -> None:
         self._path, self._card, self._decides = path, card, decides
-        self._stamps = set[tuple[str, int, int]]()
+        self._stamps, self._unread = set[tuple[str, int, int]](), set[tuple[str, int, int]]()
         self._by_sha256: dict[str, list[Photo]] = {}
         self._waiting = list[tuple[Photo, bytes]]()
         with storage("opening the predictions", path):
@@ -85,8 +85,12 @@ class AnsweredFile(ABC):
         return sum(map(len, self._by_sha256.values()))
 
     def has_stamp(self, photo: Photo) -> bool:
-        """Return whether there is a row of this path, size and time."""
+        """Return whether there is a row of this path, size and time, whose content was read."""
         return photo.stamp in self._stamps
+
+    def has_row(self, photo: Photo) -> bool:
+        """Return whether there is a row of this path, size and time; also one that says why it could not be read."""
+        return photo.stamp in self._stamps or photo.stamp in self._unread
 
     def has_content(self, photo: Photo) -> bool:
         """Return whether there is a row of this content: at this path, or at one from which it was renamed.
@@ -108,9 +112,19 @@ class AnsweredFile(ABC):
         self._waiting.append((photo, text.encode(errors="backslashreplace")))
 
     def save(self) -> None:
-        """Write the added rows. They are on the disk after this."""
+        """Write the added rows. They are on the disk after this.
+
+        Raises:
+            SourceError: the file was removed or replaced. StorageError: it cannot be written.
+        """
         if not self._waiting:
             return
+        if not self._is_at_its_path():
+            raise SourceError(
+                f"{self._path} was removed, renamed or replaced while rows were appended to it",
+                "they would not be found there, and the next start would answer these photos again",
+                "put it back and start again; stop this command before changing the file, and copy it to read it",
+            )
         with storage("writing the predictions", self._path):
             self._file.write(b"".join(row for _, row in self._waiting))
             self._file.flush()
@@ -147,8 +161,14 @@ class AnsweredFile(ABC):
                 return found
         return None
 
+    def _is_at_its_path(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))  # noqa: PTH116, as above
+        except OSError:
+            return False
+
     def _remember(self, photo: Photo) -> None:
-        self._stamps.add(photo.stamp)
+        (self._stamps if photo.sha256 else self._unread).add(photo.stamp)
         self._by_sha256.setdefault(photo.sha256, []).append(photo)
 
     def _lock_and_read(self) -> None:
@@ -206,6 +226,8 @@ class AnsweredCsv(AnsweredFile):
             cells = next(csv.reader(io.StringIO(record.decode(), newline=""), strict=True))
             yield dict(zip(self._columns(), cells, strict=True)), len(record)
             record = b""
+        if any(line.startswith((b"/", b'"/')) for line in record.splitlines()[1:]):  # a path: of the next row
+            raise ValueError("a quote that does not end, and rows follow it")
 
 
 class AnsweredJsonLines(AnsweredFile):
@@ -219,6 +241,8 @@ class AnsweredJsonLines(AnsweredFile):
 
     def _rows(self) -> Iterator[tuple[dict[str, Any], int]]:
         for line in self._file:
+            if not line.strip(b"\0"):  # the end of a file after a power cut
+                return
             if not line.startswith(_JSON_BEGIN[: len(line)]):
                 raise ValueError("a line is not a row")
             if not line.endswith(b"\n"):

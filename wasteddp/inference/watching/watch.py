@@ -2,7 +2,8 @@
 
 The folder is listed again and again, which works on network file systems too. A photo is read after its size and time
 have stayed the same between two listings. One that cannot be decoded may be half written: it is tried again at the next
-listings, and is then recorded as unreadable. If its size or time changes after that, it is a new photo.
+listings, and is then recorded as unreadable. If its size or time changes after that, it is a new photo. One whose bytes
+could not be read at all gets a row too, and is answered when they can: a file server may have been away.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, take_toler
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError, inert, print_warning
 from wasteddp.files import open_regular
-from wasteddp.inference.prediction_files import Answer, Failure, Terminal, decisions_of
+from wasteddp.inference.prediction_files import Answer, Failure, Terminal, decisions_of, refuse_one_file
 from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.runtimes.loading import load_classifier
 from wasteddp.inference.runtimes.policy_file import load_policy
@@ -34,6 +35,7 @@ from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import is_image
 
 TRIES = 5  # of a photo that cannot be read, one for each listing
+CHANGES = 30  # of a photo, in as many listings, until a warning
 EVERY_S = 2.0
 
 
@@ -66,6 +68,7 @@ def watch_folder(
             "nothing would show which photos were answered before a restart",
             "add --csv FILE or --json FILE.jsonl",
         )
+    refuse_one_file(csv, json)
     if json is not None and json.suffix != ".jsonl":
         raise SourceError(
             f"--watch appends JSON lines, and {json} does not end in .jsonl",
@@ -143,6 +146,7 @@ class Watch:
         self._terminal, self._policy = terminal, policy
         self._waiting: dict[str, Photo] = {}  # of the last listing, not answered
         self._tries: dict[str, tuple[Photo, int]] = {}
+        self._changes: dict[str, int] = {}  # how many listings in a row found another size or time
         self._unlisted: frozenset[str] = frozenset()  # folders that the last listing could not read
         self._notes: list[str] = []  # on what the last listing ignored
         self._num_renamed, self._num_gone = 0, 0
@@ -157,8 +161,9 @@ class Watch:
         if self._unlisted:
             self._waiting = before | self._waiting
         else:
-            self._report_gone(before.keys() - self._waiting.keys())
+            self._report_gone({path for path in before.keys() - self._waiting.keys() if self._is_new(before[path])})
         settled = [photo for path, photo in self._waiting.items() if before.get(path) == photo]
+        self._report_changing(before)
         for batch in self._classifier.batches(settled):
             if stop.is_set:
                 return
@@ -170,7 +175,7 @@ class Watch:
         for count, text in (
             (self._num_renamed, "were answered before, under another name or time"),
             (self._num_gone, "disappeared before they were read"),
-            (len(self._waiting), "wait, and are answered after the next start"),
+            (sum(map(self._is_new, self._waiting.values())), "wait, and are answered after the next start"),
         ):
             if count:
                 print(f"{count:,} photo(s) {text}")
@@ -194,6 +199,19 @@ class Watch:
                 print(inert(line), file=sys.stderr)
             self._notes = notes
         return photos
+
+    def _is_new(self, photo: Photo) -> bool:
+        return not all(file.has_row(photo) for file in self._files)
+
+    def _report_changing(self, before: dict[str, Photo]) -> None:
+        changed = [path for path, photo in self._waiting.items() if before.get(path, photo) != photo]
+        self._changes = {path: self._changes.get(path, 0) + 1 for path in changed}
+        for path in changed:
+            if self._changes[path] == CHANGES:
+                print_warning(
+                    f"{path} was another file at each of {CHANGES} listings, and is answered once it stays the same "
+                    "for two: let the camera write each photo under a name of its own"
+                )
 
     def _report_gone(self, gone: set[str]) -> None:
         for path in sorted(gone):
@@ -245,6 +263,8 @@ class Watch:
 
     def _try_later(self, one: _Read) -> None:
         path = one.photo.path
+        if not self._is_new(one.photo):
+            return
         last, number = self._tries.get(path, (one.photo, 0))
         number = number + 1 if last == one.photo else 1
         self._tries[path] = one.photo, number
@@ -255,7 +275,7 @@ class Watch:
         for file in self._files:
             if file.has_content(photo):
                 file.move(photo)
-            elif not file.has_stamp(photo):
+            elif not (file.has_stamp(photo) if photo.sha256 else file.has_row(photo)):
                 file.add(photo, prediction)
         self._terminal.add(prediction)
         self._forget(photo)
