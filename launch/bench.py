@@ -10,6 +10,7 @@
     python -m launch.bench tracking      the cost of tracking per step; Linux
     python -m launch.bench network       two nodes with a slow link, and settings that help; Linux, as root
     python -m launch.bench predict       predict with calibration, unlikeness and decisions, and without them
+    python -m launch.bench export        exported files and PyTorch: images/s and latency
     python -m launch.bench serve         requests/s and latency of the server under load, and a plain loop
     python -m launch.bench unlike        measures of how unlike a model's training images others are, by AUROC
 

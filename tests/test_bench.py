@@ -15,6 +15,7 @@ from launch import bench
 from launch.benchmarks import export as bench_export
 from launch.benchmarks import predict as bench_predict
 from launch.benchmarks import scaling as bench_scaling
+from launch.benchmarks import serve as bench_serve
 from launch.benchmarks import step as bench_step
 from launch.benchmarks import train as bench_train
 from launch.benchmarks.datasets import drawn_set, unpack
@@ -72,9 +73,36 @@ def test_each_of_the_others_trains_from_a_folder(side: str, settings: Settings, 
 
 def test_each_benchmark_that_the_help_names_can_be_called() -> None:
     named = re.findall(r"python -m launch\.bench (\w+)", str(bench.__doc__))
-    assert len(named) == 11
+    assert len(named) == 13
     for name in named:
         assert callable(bench.parser().parse_args([name, *(["RUN", "FOLDER"] if name == "unlike" else [])]).run)
+
+
+def test_the_server_under_load_and_the_loop_are_summed_up() -> None:
+    turns = [bench_serve.Turn(seconds, [0.1] * 98 + [0.9] * 2, num_bad=5) for seconds in (1.9, 1.0, 3.8)]
+    text = bench_serve.summary("title", turns, [100.0, 100.0, 50.0], [800.0, 805.0, 806.0])
+    assert text.startswith("title, 15 of them bad")
+    assert text.endswith("| 100.0 | 50.0 | 0.50 | 0.50 to 0.95 | 100 ms | 900 ms | 800 to 806 MB |")
+
+
+@pytest.mark.slow
+def test_no_request_of_the_server_under_load_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    line = [
+        "serve",
+        "--arch",
+        "mobilenet_v3_small",
+        "--size",
+        "32",
+        "--requests",
+        "60",
+        "--turns",
+        "2",
+        "--clients",
+        "4",
+    ]
+    arguments = bench.parser().parse_args(line)
+    arguments.run(arguments)
+    assert "60 requests, 4 of them bad; all answered as they should be" in capsys.readouterr().out
 
 
 def test_a_set_without_the_split_is_refused(tmp_path: Path) -> None:
