@@ -11,21 +11,14 @@ import torch
 from wasteddp import parallel, settings
 from wasteddp.errors import LaunchError
 from wasteddp.training.distributed import startup
-from wasteddp.training.distributed.precision import (
-    NOTHING_KEPT,
-    Kept,
-    Precision,
-    choose,
-    measure,
-    refuse_impossible,
-)
+from wasteddp.training.distributed.precision import NOTHING_KEPT, choose, refuse_impossible
 from wasteddp.training.distributed.runtime import has_gpu
 
 
 @pytest.mark.parametrize(
     ("asked", "has_bf16", "precision", "reason"),
     [
-        ("auto", True, "bf16", "this CPU, with AVX512-BF16 or AMX, supports it; not measured"),
+        ("auto", True, "bf16", "this CPU, with AVX512-BF16 or AMX, supports it"),
         ("auto", False, "fp32", "this CPU, without AVX512-BF16 and AMX, does not support bf16"),
         (
             "bf16",
@@ -43,30 +36,6 @@ def test_precision_on_a_cpu_comes_with_its_reason(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_bf16)
     chosen = choose(asked, has_gpu=False, kept=NOTHING_KEPT, measure=lambda _: {})
     assert (chosen.name, chosen.reason) == (precision, reason)
-
-
-def test_a_cpu_computes_in_bf16_only_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(kept: str = "", has_bf16: bool = True, *, fp32: float = 30.0, may_measure: bool = True) -> Precision:
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_bf16)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
-        speeds = {"bf16": 30.0, "fp32": fp32}
-        return choose("auto", has_gpu=False, kept=Kept(kept), measure=lambda _: speeds, may_measure=may_measure)
-
-    assert chosen(fp32=61).name == chosen(fp32=29).name == "fp32"  # fp32 is the more exact one
-    assert chosen(fp32=28).reason == "measured on this CPU: bf16 30 images/s, fp32 28"
-    assert chosen(fp32=28).name == chosen(fp32=61, may_measure=False).name == "bf16"
-    assert chosen("bf16", fp32=61) == Precision("bf16", "as in the checkpoint")  # a resumed run stays what it is
-    assert chosen("fp32", fp32=1) == Precision("fp32", "as in the checkpoint")
-    assert chosen("bf16", has_bf16=False).name == "fp32"
-
-
-def test_a_measurement_leaves_the_random_numbers_and_takes_few_images() -> None:
-    state = torch.random.get_rng_state()
-    model = settings.parse("model: {arch: resnet18, weights: none}").model
-    found = measure(model, torch.device("cpu"), ("bf16", "fp32"), image_size=32, max_micro_batch=0)
-    assert set(found) == {"bf16", "fp32"}
-    assert min(found.values()) > 0
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_fp16_is_refused_where_the_launch_says_cpu_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

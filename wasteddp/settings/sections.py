@@ -393,8 +393,8 @@ class Settings(_Section):
     """All settings of a run. Sections may be left out; unknown keys are refused."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: on a GPU fp16 if it is measured to be at least 5 % faster than bf16, else bf16; on a CPU with AVX512-BF16
-    or AMX bf16 if it is measured to be at least 5 % faster than fp32, else fp32. A resumed run keeps its precision."""
+    """auto: on a GPU fp16 if it is measured to be at least 5 % faster than bf16, else bf16; on a CPU bf16 where the
+    hardware computes it, else fp32. A resumed run keeps its precision."""
     run: Run = Run()
     data: Data = Data()
     augment: Augment = Augment()

@@ -162,16 +162,15 @@ def check_load(running: float, cores: int) -> Finding:
 
 def check_precision(asked: str) -> Finding:
     has_gpu = torch.cuda.is_available()
-    measured = "whichever is measured to be faster at the start of a run"
     if has_gpu and asked == "auto":
-        return Finding("precision", "green", f"auto: bf16 or fp16, {measured}")
+        return Finding(
+            "precision", "green", "auto: bf16 or fp16, whichever is measured to be faster at the start of a run"
+        )
     try:
         precision.refuse_impossible(asked, has_gpu=has_gpu)
     except LaunchError as error:
         return Finding("precision", "red", error.found, error.remedy)
     chosen = precision.choose(asked, has_gpu=has_gpu, kept=precision.NOTHING_KEPT, measure=lambda _: {})
-    if asked == "auto" and chosen.name == "bf16":
-        return Finding("precision", "green", f"auto: bf16 or fp32, {measured}")
     if "emulates" in chosen.reason:
         return Finding(
             "precision", "yellow", f"{chosen.name}: {chosen.reason}", "set precision to auto or fp32: it is faster"

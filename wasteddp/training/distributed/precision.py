@@ -1,9 +1,8 @@
-"""Chooses the precision of a run: as set, as in the checkpoint it resumes from, or the fastest one.
+"""Chooses the precision of a run: as set, as in the checkpoint it resumes from, or the faster one on the GPU.
 
 bf16 and fp16 are equally fast in a GPU's matrix units, but not in the operations around them: on one H200, without
-compilation, fp16 was 28 % faster, because torch uses cuDNN's BatchNorm for fp16 and not for bf16. On a CPU with AMX, a
-ResNet50 trains 2.4 times as fast in bf16 as in fp32, and a MobileNetV3-Small half as fast (docs/notes.md). Therefore
-`auto` measures.
+compilation, fp16 was 28 % faster, because torch uses cuDNN's BatchNorm for fp16 and not for bf16 (docs/notes.md).
+Therefore `auto` measures.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from wasteddp.errors import LaunchError
 from wasteddp.model import networks
 from wasteddp.settings import Model
 
-_LEAST_GAIN = 1.05  # of fp16 over bf16, which needs no loss scale and has the range of fp32; of bf16 over fp32
-_MOST_IMAGES = {"cuda": 64, "cpu": 4}  # on a CPU, a ResNet50 at 224 px then takes 6 s on one thread
-_WARM_UP, _ROUNDS, _STEPS = {"cuda": 3, "cpu": 1}, {"cuda": 5, "cpu": 3}, {"cuda": 3, "cpu": 1}
+_LEAST_GAIN = 1.05  # of fp16 over bf16, which needs no loss scale and has the range of fp32
+_MOST_IMAGES, _WARM_UP, _ROUNDS, _STEPS = 64, 3, 5, 3
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,12 +58,12 @@ def choose(
     """Choose the precision for "auto", "fp32", "bf16" or "fp16".
 
     Args:
-        measure: see `measure`; called only if its result is needed.
+        measure: see `measure`; called only on a GPU, and only if its result is needed.
         may_measure: False if two runs must make the same choice.
-        is_speed_asked: on a GPU, measure images/s even if the choice does not depend on it.
+        is_speed_asked: measure images/s even if the choice does not depend on it.
     """
     if not has_gpu:
-        return _on_a_cpu(asked, kept.precision, measure if may_measure else lambda _: {})
+        return _on_a_cpu(asked)
     card, has_bf16 = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
     if asked != "auto":
         emulated = "" if asked != "bf16" or has_bf16 else f"; {card} emulates bf16, which is slower than fp16"
@@ -92,17 +90,11 @@ def _the_faster(card: str, images_per_s: dict[str, float]) -> Precision:
     return Precision(name, reason, images_per_s)
 
 
-def _on_a_cpu(asked: str, kept: str = "", measure: Measure = lambda _: {}) -> Precision:
+def _on_a_cpu(asked: str) -> Precision:
     supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     device = "this CPU, with AVX512-BF16 or AMX," if supported else "this CPU, without AVX512-BF16 and AMX,"
-    if asked == "auto" and (kept == "fp32" or (kept == "bf16" and supported)):
-        return Precision(kept, "as in the checkpoint")
     if asked == "auto" and supported:
-        found = measure(("bf16", "fp32"))
-        if not found:
-            return Precision("bf16", f"{device} supports it; not measured")
-        name = "bf16" if found["bf16"] >= _LEAST_GAIN * found["fp32"] else "fp32"
-        return Precision(name, f"measured on this CPU: bf16 {found['bf16']:,.3g} images/s, fp32 {found['fp32']:,.3g}")
+        return Precision("bf16", f"{device} supports it")
     if asked == "auto":
         return Precision("fp32", f"{device} does not support bf16")
     if asked == "bf16" and not supported:
@@ -142,8 +134,7 @@ def measure(
     Returns:
         Images/s by precision; empty if not even one image fits into the memory.
     """
-    most = _MOST_IMAGES.get(device.type, 4)
-    num_images = min(max_micro_batch or most, most)
+    num_images = min(max_micro_batch or _MOST_IMAGES, _MOST_IMAGES)
     found: dict[str, float] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         while num_images and not found:
@@ -168,12 +159,10 @@ def _images_per_s(
     images_BCHW = torch.rand(num_images, 3, size, size, device=device).contiguous(memory_format=layout)
     labels_B = torch.zeros(num_images, dtype=torch.int64, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in precisions}
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    warm_up, rounds, steps = _WARM_UP[kind], _ROUNDS[kind], _STEPS[kind]
-    for number in range(rounds + 1):
+    for number in range(_ROUNDS + 1):
         for name in precisions:
             began = time.perf_counter()
-            for _ in range(steps if number else warm_up):
+            for _ in range(_STEPS if number else _WARM_UP):
                 with torch.autocast(device.type, _DTYPES[name], enabled=name != "fp32"):
                     loss = functional.cross_entropy(network(images_BCHW).float(), labels_B)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -181,4 +170,4 @@ def _images_per_s(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds[name].append(time.perf_counter() - began)
-    return {name: steps * num_images / statistics.median(taken[1:]) for name, taken in seconds.items()}
+    return {name: _STEPS * num_images / statistics.median(taken[1:]) for name, taken in seconds.items()}
