@@ -68,27 +68,17 @@ def _time(run: Callable[[Any], Any], images: Any, seconds: float) -> float:
 def _sides(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[Any], Any]], int, str]:
     import torch
 
+    from launch.benchmarks.untrained import untrained
     from wasteddp.errors import LaunchError
     from wasteddp.export import int8, runtimes
     from wasteddp.export.network import Exported
-    from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained
     from wasteddp.inference.classifier import load_network
     from wasteddp.inference.runtimes.onnx import metadata_of
-    from wasteddp.model.networks import build
 
     if arguments.model:
         card, network = load_network(arguments.model)
     else:
-        size = arguments.image_size
-        card = BundleCard(
-            arguments.arch,
-            tuple("abcdef"),
-            Preprocessing(size, size * 8 // 7, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            Trained(0, 0, "accuracy", 0.0),
-            Hashes("", "", ""),
-            "benchmark",
-        )
-        network = build(card.arch, len(card.classes)).eval().requires_grad_(False)
+        card, network = untrained(arguments.arch, "abcdef", arguments.image_size)
     side_px = card.preprocessing.image_size_px
     module, metadata = Exported(card, network), metadata_of(card, None)
     files = {

@@ -24,18 +24,16 @@ import numpy as np
 import torch
 
 from launch.benchmarks.datasets import drawn_set, unpack
-from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
+from launch.benchmarks.untrained import untrained
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.manifest import Manifest
 from wasteddp.decisions.bins import BinRules
 from wasteddp.decisions.decide import Policy
 from wasteddp.decisions.thresholds import ErrorThreshold, RecallThreshold
 from wasteddp.decisions.unlikeness import TrainingFeatures
-from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.predict import find_images, predict
 from wasteddp.inference.prediction_files import Terminal, csv_record
-from wasteddp.model.networks import build
 
 _FEATURES_OF = 1500  # training images, as in a real bundle
 
@@ -80,18 +78,9 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def both_sides(classes: tuple[str, ...], arch: str, size_px: int, *, device: str) -> tuple[Side, Side]:
     """Return the classifier without any of it, and the one with all of it, with the same weights."""
-    torch.manual_seed(0)
-    model = build(arch, len(classes))
+    card, model = untrained(arch, classes, size_px)
     head = model.get_submodule("fc")
     assert isinstance(head, torch.nn.Linear)  # of torchvision's ResNets
-    card = BundleCard(
-        arch=arch,
-        classes=classes,
-        preprocessing=Preprocessing(size_px, round(size_px * 256 / 224), MEAN_RGB, STD_RGB),
-        trained=Trained(step=0, epoch=0, metric="accuracy", value=0.0),
-        hashes=Hashes(manifest="", settings="", code=""),
-        tool="",
-    )
     rng = np.random.default_rng(0)
     features = rng.standard_normal((_FEATURES_OF, head.in_features))
     training = TrainingFeatures.fit(features, np.arange(_FEATURES_OF) % len(classes), features[:500])

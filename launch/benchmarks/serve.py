@@ -28,14 +28,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from launch.benchmarks.datasets import drawn_set, unpack
-from wasteddp.data.decoding.crop import MEAN_RGB, STD_RGB
+from launch.benchmarks.untrained import untrained
 from wasteddp.data.manifest import Manifest
-from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained, save_bundle
+from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import Classifier
-from wasteddp.model.networks import build
 
 ROOT = Path(__file__).parents[2]
 _BAD_EVERY = 20
@@ -69,7 +67,9 @@ def measure(arguments: argparse.Namespace) -> None:
         shards = drawn_set(folder, num_images=_NUM_IMAGES, size_px=2 * arguments.size)
         unpack(shards, folder / "photos", split="train")
         photos = [path.read_bytes() for path in sorted(folder.glob("photos/*/*"))[:_NUM_IMAGES]]
-        write_bundle(folder / "model", Manifest.load(shards).classes, arguments.arch, arguments.size)
+        card, network = untrained(arguments.arch, Manifest.load(shards).classes, arguments.size)
+        (folder / "model").mkdir()
+        save_bundle(folder / "model", card, network.state_dict())
         classifier = Classifier.load(folder / "model")
         loop(classifier, photos)  # to warm up
         turns, loops, sizes_mb = [], [], []
@@ -81,20 +81,6 @@ def measure(arguments: argparse.Namespace) -> None:
                 sizes_mb.append(_size_mb(process.pid))
     title = f"{arguments.arch}, {arguments.size} px, {arguments.clients} clients, {each * arguments.turns:,} requests"
     print(summary(title, turns, loops, sizes_mb))
-
-
-def write_bundle(folder: Path, classes: tuple[str, ...], arch: str, size_px: int) -> None:
-    torch.manual_seed(0)
-    card = BundleCard(
-        arch=arch,
-        classes=classes,
-        preprocessing=Preprocessing(size_px, round(size_px * 256 / 224), MEAN_RGB, STD_RGB),
-        trained=Trained(step=0, epoch=0, metric="accuracy", value=0.0),
-        hashes=Hashes(manifest="", settings="", code=""),
-        tool="",
-    )
-    folder.mkdir()
-    save_bundle(folder, card, build(arch, len(classes)).state_dict())
 
 
 def loop(classifier: Classifier, photos: list[bytes]) -> tuple[list[list[float]], float]:

@@ -114,7 +114,8 @@ def test_an_average_is_a_model_of_its_own_that_is_evaluated_like_a_run(
     said = capsys.readouterr().out
     assert "mean of the checkpoints of steps 2, 3, 4" in said
     assert "of 16 training images, centre views of 40 px" in said
-    assert re.search(r"not calibrated: .* images.*, then: wasteddp calibrate .*/average\n", said)
+    reason = "(too few|calibrate on more images)"  # there are 13
+    assert re.search(rf"not calibrated: .*{reason}.*, then: wasteddp calibrate .*/average\n", said)
     assert load_bundle(copied)[0] == before, "the run's own model stays"
 
     folder = copied / "average"

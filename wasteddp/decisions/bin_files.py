@@ -35,7 +35,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-Number = Annotated[float, Field(strict=True)]  # `person: yes` is no cost of 1
+Number = Annotated[float, Field(strict=True)]  # `person: yes` is not a cost of 1
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 

@@ -187,13 +187,13 @@ def _out_of_range(temperature: float, number: int) -> DecisionError:
         return DecisionError(
             f"on {number} images, the model's confidence has nothing to do with being right",
             "no temperature makes it honest, so the probabilities stay as the network gives them",
-            "train the model further, and check that the images have the classes of the model",
+            "calibrate on more images; else train the model further, and check that the images have its classes",
         )
     return DecisionError(
         f"on {number} images, the best temperature is below {temperature:.2g}: the model is right far more often than "
         "it is sure",
         "the temperature could be far from the right one, so the probabilities stay as the network gives them",
-        "calibrate on more images, or train the model further, with less label smoothing or mixup",
+        "calibrate on more images; else train the model further, with less label smoothing or mixup",
     )
 
 

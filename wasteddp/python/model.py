@@ -104,9 +104,7 @@ class Model:
 
     def _batches(self, inputs: Input | Iterable[Input]) -> Iterator[list[ImageHWC]]:
         is_one = isinstance(inputs, _ONE) or (isinstance(inputs, np.ndarray) and inputs.ndim < 4)
-        is_one = (
-            is_one or hasattr(inputs, "read") or not isinstance(inputs, Iterable)
-        )  # neither is an input: see `_view`
+        is_one |= hasattr(inputs, "read") or not isinstance(inputs, Iterable)  # `_view` refuses these
         several = cast(Iterable[Any], [inputs] if is_one else inputs)
         views = in_order(partial(_view, self._classifier), enumerate(several), workers=num_usable_cores())
         yield from self._classifier.batches(views)
