@@ -55,9 +55,7 @@ def test_a_signal_saves_once_and_the_same_command_ends_the_run(small_shards: Pat
     assert process.returncode == 75, output
     _, *after = re.split(r"^stopped by SIGINT at step \d+ and saved; .*\n(?=report: )", output, flags=re.MULTILINE)
     assert len(after) == 1, output  # once, and then the report
-    rest = after[0].strip().splitlines()[1:]
-    # A rank whose store has ended with rank 0 may follow with torch's warning of it, and its stack.
-    assert not rest or re.match(r"(\[rank\d\]:)?\[W.* TCPStore\.cpp:", rest[0]), output
+    assert len(after[0].strip().splitlines()) == 1, output  # no stack of a rank that lost the store of rank 0
     step = rows(tmp_path / "run")[-1]["step"]
     process = start([*arguments, "--set", f"train.stop_at_step={step + 3}"])
     output, _ = process.communicate(timeout=120)

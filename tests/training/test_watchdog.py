@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from trainings import config_of
 from wasteddp import train
 from wasteddp.data.loader import Loader
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, ShardError
+from wasteddp.training.watchdog import watchdog
 from wasteddp.training.watchdog.heartbeat import Beat, Failure, HeartbeatStore, LostStoreError
 from wasteddp.training.watchdog.watchdog import Watchdog
 
 
-def test_the_first_failure_told_is_the_one_that_stands() -> None:
+def test_the_first_failure_stands() -> None:
     store = HashStore()
     ours, theirs = HeartbeatStore(store, 2), HeartbeatStore(store, 2)
     assert ours.failure() is None
@@ -34,9 +36,27 @@ def test_beats_are_read_back_and_missing_ones_do_not_wait() -> None:
     assert store.beats() == [None, beat, None]
 
 
-def test_a_board_that_is_not_there_is_lost() -> None:
+def test_a_store_without_a_server_is_lost() -> None:
     with pytest.raises(LostStoreError):
         HeartbeatStore.of_launcher("127.0.0.1", 1, 2, patience_s=0.1)
+
+
+def test_the_process_of_the_store_ends_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, store = Watchdog(0, 3), HeartbeatStore(HashStore(), 3)
+    watch._store, left = store, []
+
+    def leave() -> None:
+        for rank in (2, 1):
+            left.append(rank)
+            store.post(rank, Beat(9, 9, 9, "", 0.0, left=True))
+
+    threading.Timer(0.1, leave).start()
+    monkeypatch.setattr(watchdog, "_LEAVING_S", 60.0)
+    watch._wait_until_the_others_left()
+    assert left == [2, 1]
+    monkeypatch.setattr(watchdog, "_LEAVING_S", 0.05)
+    store.post(1, Beat(9, 9, 9, "", 0.0))
+    watch._wait_until_the_others_left()  # a rank that was killed is not waited for longer
 
 
 def test_marks_are_the_same_whatever_the_rank_and_slow_at_first() -> None:
@@ -76,7 +96,7 @@ def test_a_bug_ends_with_70_and_its_traceback(capsys: pytest.CaptureFixture[str]
     assert "in test_a_bug_ends_with_70" in said
 
 
-def test_only_rank_0_speaks_where_there_is_no_board(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_0_reports_without_a_store(capsys: pytest.CaptureFixture[str]) -> None:
     assert Watchdog(1, 2).failed(ShardError("no tar")) == EXIT_USER_ERROR
     assert capsys.readouterr().err == ""
 

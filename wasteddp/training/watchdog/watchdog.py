@@ -39,6 +39,7 @@ _CONNECTING_S = 3.0
 _STOPPED_S = 10.0  # that a process waits for the store after a stop signal
 _LAUNCHER_S = 60.0  # that it waits for the launcher's store, which exists before the launcher starts any process
 _LOST_BEATS = 3
+_LEAVING_S = 2.0  # that the process of the store waits at its end for the others
 _PRINT_S = 3.0  # limit for printing: nobody may read the output
 _DISK_S = 3.0  # for the run's disk to write a line
 
@@ -234,6 +235,17 @@ class Watchdog:
                 hard_exit.leave_with_stacks(self._exit_code, self._run, self._rank)
         with suppress(LostStoreError):
             self._post(0.0, left=self._exit_code is None)
+            if self._exit_code is None and self._rank == 0 and not _is_launchers_store():
+                self._wait_until_the_others_left()
+
+    def _wait_until_the_others_left(self) -> None:
+        """Keep the store, which ends with this process: torch prints a stack in a process that then writes to it."""
+        until = time.monotonic() + _LEAVING_S
+        for rank in range(1, self._world_size if self._store else 0):
+            while self._store and not ((beat := self._store.beat(rank)) and beat.left):
+                if time.monotonic() > until:
+                    return
+                time.sleep(_BEAT_S / 50)
 
     def _connect(self, host: str, port: int) -> HeartbeatStore | None:
         """Connect to the store, which rank 0 may create late. Returns None after a time limit; each rank then watches
@@ -243,13 +255,13 @@ class Watchdog:
         the launcher has ended, that wait is in vain and this process ends.
         """
         patience_s = SLOW_FACTOR * self._settings.run.timeout_s
-        began, launchers = time.monotonic(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        began = time.monotonic()
         while not self._closed.wait(_BEAT_S / 10):
             if answers(host, port):
                 with suppress(LostStoreError):
                     return HeartbeatStore.of_launcher(host, port, self._world_size, patience_s=_LAUNCHER_S)
             waited_s = time.monotonic() - began
-            gone = waited_s > (_STOPPED_S if STOP else _LAUNCHER_S if launchers else patience_s)
+            gone = waited_s > (_STOPPED_S if STOP else _LAUNCHER_S if _is_launchers_store() else patience_s)
             if gone and self._mark.number == 0 and self._exit_code is None:
                 where = f"{host}:{port} for {waited_s:.0f} s"
                 self._report(Failure(self._rank, failures.describe_lost_launcher(where, STOP.signal_name), EXIT_FAILED))
@@ -290,3 +302,8 @@ class Watchdog:
             self._report(failure)
         if self._exit_code is None:
             self._exit_code, self._leave_in_s = failure.exit_code, -1.0
+
+
+def _is_launchers_store() -> bool:
+    """Whether the launcher has the store, not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
