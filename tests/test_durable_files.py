@@ -15,7 +15,7 @@ from wasteddp.commands import runs
 from wasteddp.files import CsvWriter, appended_rows, read_rows, written_whole
 
 
-def test_rows_are_added_behind_a_line_that_a_kill_cut(tmp_path: Path) -> None:
+def test_rows_are_added_after_a_line_that_a_kill_cut(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     assert list(read_rows(path)) == []
     for _ in range(2):

@@ -19,7 +19,7 @@ from wasteddp.files import expand_home, read_text, sync_folder, write_atomically
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_utf_8_and_what_a_byte_order_mark_says_is_read(tmp_path: Path, encoding: str) -> None:
+def test_utf_8_and_the_encodings_of_a_byte_order_mark_are_read(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "a.txt").write_text("grün\n瓶\n", encoding=encoding)
     assert read_text(tmp_path / "a.txt", "reading") == "grün\n瓶\n"
 

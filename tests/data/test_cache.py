@@ -157,7 +157,7 @@ def _full() -> str:
     raise OSError(28, os.strerror(28))
 
 
-def test_bytes_of_another_hash_are_kept_apart_and_fetched_anew_by_the_next_process(
+def test_bytes_of_another_hash_are_kept_apart_and_fetched_again_by_the_next_process(
     cache: ShardCache, store: Store
 ) -> None:
     wrong = Item("0" * 64, SIZE, "http://a/a.tar")
@@ -171,7 +171,7 @@ def test_bytes_of_another_hash_are_kept_apart_and_fetched_anew_by_the_next_proce
     assert not other.holds(wrong.sha256)
 
 
-def test_a_file_that_somebody_cut_is_fetched_anew(cache: ShardCache, store: Store) -> None:
+def test_a_file_that_somebody_cut_is_fetched_again(cache: ShardCache, store: Store) -> None:
     os.close(hold(cache, store, "a"))
     os.truncate(cache.folder / item_of("a").sha256, 10)
     descriptor = hold(cache, store, "a")

@@ -78,7 +78,7 @@ def test_the_central_square_is_in_the_centre_and_on_the_blocks_of_a_reduced_jpeg
         assert factor == 1 or side // factor >= 2 * 64
 
 
-def test_training_view_is_the_box_that_it_was_told() -> None:
+def test_a_training_view_is_the_requested_box() -> None:
     image = photo(512, 384)
     draws = np.array([0.3, 0.6, 0.2, 0.8])
     top, left, height, width = crop_box(384, 512, scale=(0.2, 0.8), ratio=(0.75, 1.33), uniform=draws)

@@ -211,7 +211,7 @@ def test_a_store_that_is_gone_is_an_error_of_its_own(data: Callable[..., Data], 
         ("train-000001.idx", "cut", r"train-000001.idx cannot be read .*\(attempt 2 of 2\): ClientPayloadError"),
     ],
 )
-def test_a_set_that_cannot_be_opened_says_why(
+def test_a_set_that_cannot_be_opened_names_the_reason(
     server: FaultyServer, data: Callable[..., Data], name: str, fault: str, message: str
 ) -> None:
     server.faults = lambda asked, number: fault if asked == name else None

@@ -122,7 +122,7 @@ def test_a_range_that_came_is_not_fetched_again(tmp_path: Path, waits: list[floa
 
 
 @pytest.mark.parametrize(("status", "error"), [("404", DamagedShardError), ("403", RemoteError), ("401", RemoteError)])
-def test_what_the_store_says_for_certain_is_not_asked_again(
+def test_a_definite_answer_of_the_store_is_not_requested_again(
     folder: RemoteFolder, server: FaultyServer, waits: list[float], status: str, error: type[Exception]
 ) -> None:
     server.faults = lambda name, number: status

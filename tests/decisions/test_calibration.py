@@ -40,7 +40,7 @@ def test_probabilities_at_another_temperature_are_a_softmax_of_scaled_logits() -
     np.testing.assert_allclose(scaled(np.array([[1.0, 0.0]]), 2.0).sum(), 1.0)
 
 
-def test_calibration_makes_an_overconfident_model_honest_and_says_how_much() -> None:
+def test_calibration_makes_an_overconfident_model_honest_and_reports_how_much() -> None:
     labels, shares = samples(2000, 3.0)
     found = calibrate(labels, shares, split="val")
     assert found.ece_after[0] < found.ece_before[0] / 3

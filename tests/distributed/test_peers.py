@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_ours_sees_each_sample_once_and_the_others_do_what_the_table_says() -> None:
+def test_ours_sees_each_sample_once_and_the_others_do_what_the_table_reports() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch.peers"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200
     )

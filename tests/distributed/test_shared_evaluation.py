@@ -40,7 +40,7 @@ def test_two_processes_find_what_one_finds(run: Path) -> None:
     ]
 
 
-def test_a_damaged_sample_is_said_once_and_ends_both(run: Path, tmp_path: Path) -> None:
+def test_a_damaged_sample_is_reported_once_and_ends_both(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run.parent, tmp_path / "all", ignore=shutil.ignore_patterns("evaluations"))
     manifest = Manifest.load(tmp_path / "all" / "shards")
     with SplitReader(manifest, "test") as reader:

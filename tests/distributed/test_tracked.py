@@ -94,7 +94,7 @@ def test_figures_of_each_rank_are_gathered(story: Story) -> None:
         assert 0 < row["train/step_ms_p50"] <= row["train/step_ms_p95"]
 
 
-def test_the_run_says_what_it_is(story: Story) -> None:
+def test_the_run_describes_itself(story: Story) -> None:
     run, kept = story.served, run_id.load(story.run)
     assert (run.id, run.state, run.group, run.job_type) == (kept.id, "finished", "seeds", "train")
     assert sorted(run.tags) == ["cpu", "small"]

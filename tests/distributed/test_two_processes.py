@@ -67,7 +67,7 @@ def test_one_process_goes_on_where_two_were(two: Path, small_shards: Path, tmp_p
     assert rows(tmp_path / "run")[-1]["train/loss"] == pytest.approx(rows(two)[-1]["train/loss"], rel=1e-3)
 
 
-def test_a_mistake_is_said_once_and_ends_every_rank(small_shards: Path, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once_and_ends_every_rank(small_shards: Path, tmp_path: Path) -> None:
     done = run_ranks([*config_of(tmp_path, small_shards), "--set", "train.batch_size=13"], 2)
     assert done.returncode == 2
     assert done.stderr.count("error: train.batch_size is 13 and there are 2 processes") == 1
@@ -94,7 +94,7 @@ def test_two_processes_read_a_url_through_one_cache(two: Path, small_shards: Pat
     assert set(server.fetches(".tar").values()) == set(server.fetches(".idx").values()) == {1}
 
 
-def test_what_one_rank_cannot_read_is_said_once_and_ends_every_rank(small_shards: Path, tmp_path: Path) -> None:
+def test_what_one_rank_cannot_read_is_reported_once_and_ends_every_rank(small_shards: Path, tmp_path: Path) -> None:
     with serving(small_shards) as server:
         arguments = remote_config(
             tmp_path, server.url, "data.block=10", "data.lanes=2", "data.prefetch=1", "data.ahead_steps=1"

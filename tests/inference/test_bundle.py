@@ -58,7 +58,7 @@ def test_a_card_of_the_first_format_is_read_and_is_of_no_average(tmp_path: Path)
 
 
 @pytest.mark.parametrize("averaged", [Averaged(ema_decay=0.999), Averaged(steps=(10, 20))], ids=str)
-def test_a_card_says_of_what_the_weights_are_a_mean(tmp_path: Path, averaged: Averaged) -> None:
+def test_a_card_names_the_checkpoints_of_averaged_weights(tmp_path: Path, averaged: Averaged) -> None:
     save_bundle(tmp_path, replace(CARD, averaged=averaged), SMALL)
     assert load_bundle(tmp_path)[0].averaged == averaged
 
@@ -148,7 +148,7 @@ def test_a_model_that_is_replaced_between_the_two_reads_is_loaded_whole(
     assert same(load_bundle(tmp_path)[1], newer)
 
 
-def test_places_without_a_model_are_told_apart(tmp_path: Path) -> None:
+def test_places_without_a_model_are_distinguished(tmp_path: Path) -> None:
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -235,7 +235,7 @@ def test_weights_without_a_head_are_refused(tmp_path: Path) -> None:
         load_bundle(tmp_path)
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(WastedError, match=r"writing the model: Not a directory"):
         save_bundle(tmp_path / "run" / "model", CARD, SMALL)

@@ -83,7 +83,7 @@ def overwrite_image(shards: Path, content: bytes, *, fix_index: bool) -> str:
     return str(shard["tar"])
 
 
-def test_an_evaluation_says_what_the_model_says_of_each_image_alone(
+def test_an_evaluation_equals_the_prediction_of_each_image_alone(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = evaluate(finished)

@@ -45,7 +45,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_intervals_are_over_groups_and_the_output_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_intervals_are_over_groups_and_the_output_reports_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", str(run), "--bins", str(run.parent / "bins.yaml")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "the intervals are over 6 groups (pattern (?P<site>(train|val|test)-site\\d+)), by cluster bootstrap" in said

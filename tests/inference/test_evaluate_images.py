@@ -200,7 +200,7 @@ def test_images_get_what_the_same_images_get_from_shards(run: Path, original: Pa
         assert record["classes_without_images"] == []
 
 
-def test_a_photograph_is_turned_as_its_exif_says(run: Path, tmp_path: Path) -> None:
+def test_a_photograph_is_turned_by_its_exif_orientation(run: Path, tmp_path: Path) -> None:
     source = write_image(tmp_path / "glass.png", 3)
     with Image.open(source) as image:
         upright, turned = tmp_path / "site/glass/a.png", tmp_path / "site/glass/b.png"

@@ -358,7 +358,9 @@ def test_a_file_that_was_begun_is_gone_after_an_error_and_the_old_one_is_whole(t
     assert path.read_text() == "old"
 
 
-def test_a_result_that_cannot_be_written_is_said(model: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_that_cannot_be_written_is_reported(
+    model: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["predict", str(model), str(photos), "--json", str(photos / "absent" / "out.json")])
     assert stopped.value.code == 2

@@ -42,7 +42,7 @@ def evaluation(seed: int, count: int) -> Any:
     return SimpleNamespace(labels=labels, probabilities_NK=shares, seen=SimpleNamespace(split="test"))
 
 
-def test_evaluate_says_where_items_go_and_predict_decides_by_it(
+def test_evaluate_names_where_items_go_and_predict_decides_by_it(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert cli.main(["evaluate", str(run), "--bins", str(run.parent / "bins.yaml")]) == 0

@@ -55,7 +55,7 @@ def test_frozen_stages_keep_weights_and_statistics(upto: str, frozen_share: floa
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_blocks_start_as_the_identity_unless_told_otherwise(arch: str) -> None:
+def test_blocks_start_as_the_identity_by_default(arch: str) -> None:
     for zero_init in (True, False):
         model = networks.build(arch, 3, zero_init=zero_init)
         last = model.layer1[0].bn3 if arch == "resnet50" else model.layer1[0].bn2

@@ -97,7 +97,7 @@ def test_draws_are_of_the_sample_and_the_epoch_not_of_its_place() -> None:
     assert not torch.equal(drawn([5, 8, 1, 9], epoch=4), whole)
 
 
-def test_each_block_is_skipped_as_often_as_the_linear_rule_says_and_the_mean_stays() -> None:
+def test_each_block_is_skipped_as_often_as_the_linear_rule_and_the_mean_stays() -> None:
     _, depth = network(0.4)
     depth.draw(np.arange(20_000), 0, CPU)
     factors_LB = torch.stack(depth._factors_LB111)[:, :, 0, 0, 0]

@@ -221,7 +221,7 @@ def test_of_many_classes_the_extremes_are_named() -> None:
     assert said.count(" of ") == 12 + 1
 
 
-def test_the_plan_says_how_many_draws_each_class_has(small_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_reports_how_many_draws_each_class_has(small_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--set", "train.batch_size=12", "--set", "data.balance=1"]
     assert cli.main(["plan", str(small_shards), *more, "--nodes", "1,2"]) == 0
     said = capsys.readouterr().out
@@ -274,7 +274,7 @@ def balanced(tmp_path_factory: pytest.TempPathFactory, small_shards: Path) -> Pa
     return folder / "run"
 
 
-def test_a_training_proves_its_balanced_epochs_and_says_what_they_are(balanced: Path) -> None:
+def test_a_training_proves_its_balanced_epochs_and_names_what_they_are(balanced: Path) -> None:
     proved = [row for row in rows(balanced) if "coverage/ok" in row]
     assert [(row["step"], row["coverage/samples"], row["coverage/ok"]) for row in proved] == [(4, 48, 1), (8, 48, 1)]
     log = (balanced / "log.txt").read_text()

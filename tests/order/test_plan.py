@@ -53,7 +53,7 @@ def divisors(number: int) -> list[int]:
     epoch=st.integers(0, 5),
     seed=st.integers(0, 2**32),
 )
-def test_an_epoch_sees_each_sample_once_but_those_it_says_it_leaves_out(
+def test_an_epoch_sees_each_sample_once_but_those_that_it_names_as_left_out(
     shards: list[int], lanes: int, per_lane: int, block: int, window: int, epoch: int, seed: int
 ) -> None:
     if sum(shards) < lanes * per_lane:
@@ -232,7 +232,7 @@ def test_micro_batch_is_the_largest_allowed_divisor(
     assert micro_batch(global_batch=global_batch, world_size=world_size, max_micro_batch=largest) == expected
 
 
-def test_a_batch_that_the_processes_do_not_divide_says_which_numbers_would_do() -> None:
+def test_a_batch_that_the_processes_do_not_divide_names_which_numbers_would_do() -> None:
     with pytest.raises(SettingsError) as caught:
         micro_batch(global_batch=64, world_size=3, max_micro_batch=64)
     assert "train.batch_size is 64 and there are 3 processes" in str(caught.value)

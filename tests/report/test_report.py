@@ -58,7 +58,7 @@ def test_the_curves_are_the_rows(finished: Path) -> None:
             assert line["values"] == pytest.approx([row[metric] for row in there], rel=1e-5)
 
 
-def test_the_time_is_told_by_the_rows(finished: Path) -> None:
+def test_the_time_is_read_from_the_rows(finished: Path) -> None:
     page = page_of(finished)
     for what, value in (
         ("longest wait for a checkpoint", "12.5 ms"),
@@ -101,7 +101,7 @@ def test_what_the_page_is_made_of_stays_on_the_page(finished: Path) -> None:
     assert "default-src 'none'" in page
 
 
-def test_lineage_settings_starts_and_state_are_told(finished: Path) -> None:
+def test_lineage_settings_starts_and_state_are_reported(finished: Path) -> None:
     page = page_of(finished)
     card = json.loads((finished / "model" / "model.json").read_text())
     for digest in card["hashes"].values():
@@ -231,7 +231,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "one chart can show at most 8" in capsys.readouterr().err
 
 
-def test_a_report_that_fails_or_takes_too_long_is_said_and_not_raised(run: Path, tmp_path: Path) -> None:
+def test_a_report_that_fails_or_takes_too_long_is_reported_and_not_raised(run: Path, tmp_path: Path) -> None:
     (run / "report.html").unlink(missing_ok=True)
     (run / "report.html").mkdir()
     assert "report: not written, " in background.write_within(60, run)
@@ -280,7 +280,7 @@ def test_ticks_of_a_logarithmic_axis_are_few_and_inside(exponent: float, decades
     assert all(low * 0.999 <= one <= high * 1.001 for one in found)
 
 
-def test_an_evaluation_with_test_time_augmentation_says_so(tmp_path: Path) -> None:
+def test_an_evaluation_with_test_time_augmentation_reports_it(tmp_path: Path) -> None:
     run = write_reported_run(tmp_path)
     for options, said in (((), False), (("--tta", "flip"), True)):
         assert main(["evaluate", str(run), *options]) == 0

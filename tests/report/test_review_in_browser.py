@@ -191,7 +191,7 @@ def test_decisions_are_kept_for_the_same_set_only(browser: Any, tmp_path: Path) 
     context.close()
 
 
-def test_a_browser_that_keeps_nothing_says_so(browser: Any, tmp_path: Path) -> None:
+def test_a_browser_that_keeps_nothing_reports_it(browser: Any, tmp_path: Path) -> None:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.add_init_script("Object.defineProperty(window, 'localStorage', { get() { throw new Error('denied'); } })")
     page = opened(context, write_page(tmp_path))

@@ -153,7 +153,7 @@ def test_tars_of_somebody_else_are_not_replaced(image_folder: Folder, tmp_path: 
     assert contents(out) == {"train-000000.tar": b"theirs"}
 
 
-def test_a_source_that_is_not_there_leaves_no_folder_behind(tmp_path: Path) -> None:
+def test_a_missing_source_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="there is no"):
         make_shards(Job(tmp_path / "nowhere", tmp_path / "out"), workers=2)
     assert not (tmp_path / "out").exists()

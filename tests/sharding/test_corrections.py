@@ -26,7 +26,7 @@ def labels_of(folder: Path) -> dict[str, str]:
     }
 
 
-def test_labels_are_corrected_images_dropped_and_the_manifest_says_so(
+def test_labels_are_corrected_images_dropped_and_the_manifest_reports_it(
     image_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, file = image_folder(), tmp_path / "corrections.csv"

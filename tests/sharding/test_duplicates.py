@@ -48,7 +48,7 @@ def test_of_equal_images_in_several_splits_the_one_in_test_is_kept() -> None:
     assert leave_out_copies(images[:2], [b"x"] * 2, keep_conflicts=False)[0] == [1]
 
 
-def test_equal_images_of_two_classes_are_all_left_out_unless_told_otherwise() -> None:
+def test_equal_images_of_two_classes_are_all_left_out_by_default() -> None:
     images = [image("a/1", "a"), image("a/2", "a"), image("b/1", "b")]
     kept, left_out = leave_out_copies(images, [b"x"] * 3, keep_conflicts=False)
     assert kept == []

@@ -103,7 +103,7 @@ def test_a_server_that_refuses_is_asked_again_only_where_it_may_help(
     assert server.asked["a.zip"] == attempts
 
 
-def test_without_a_network_the_error_says_how_to_use_a_copy(tmp_path: Path) -> None:
+def test_without_a_network_the_error_describes_the_use_of_a_copy(tmp_path: Path) -> None:
     wanted = Download(url="http://127.0.0.1:1/a.zip", file="a.zip", git_blob=BLOB)
     with pytest.raises(RecipeError, match=r"ClientConnectorError(.|\n)*--from FILE-or-FOLDER"):
         fetch(wanted, tmp_path, allow_http_loopback=True, wait=lambda seconds: None)
@@ -127,7 +127,7 @@ def test_without_a_network_the_error_says_how_to_use_a_copy(tmp_path: Path) -> N
         ("name: a\ntitle: b\nsynthetic: false\nclasses: [x]\nbins: {y: z}", "bins are given for unknown classes: y"),
     ],
 )
-def test_a_wrong_recipe_says_which_key(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_recipe_names_which_key(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         recipes.load_recipe(tmp_path / "a.yaml")
@@ -162,7 +162,7 @@ def test_the_recipes_of_the_repository_are_whole() -> None:
         assert set(recipe.split.lists.values()) <= {entry.file for entry in recipe.download}
 
 
-def test_a_drawn_set_is_made_once_and_says_that_it_is_synthetic(
+def test_a_drawn_set_is_made_once_and_reports_that_it_is_synthetic(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = (SHARDS / "sample.yaml").read_text().replace("images_per_class: 120", "images_per_class: 12")
@@ -215,7 +215,7 @@ def test_drawings_depend_on_seed_kind_and_number_alone(tmp_path: Path) -> None:
         main(["draw", str(tmp_path / "new"), "--size", "4"])
 
 
-def test_the_mean_colour_of_a_drawing_hardly_tells_its_kind() -> None:
+def test_the_mean_colour_of_a_drawing_hardly_shows_its_kind() -> None:
     def mean_colour(kind: str, number: int) -> list[float]:
         image = Image.open(io.BytesIO(synthetic.draw_image(kind, number, size_px=32, seed=0)))
         return [float(channel) for channel in np.asarray(image, float).mean(axis=(0, 1))]

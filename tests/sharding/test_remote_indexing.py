@@ -129,7 +129,7 @@ def test_what_may_pass_is_tried_again_and_what_is_missing_is_named(
             indexed(server, tmp_path, tars="none.tar")
 
 
-def test_a_store_that_lists_no_tars_says_what_to_give(tars: Path, tmp_path: Path) -> None:
+def test_a_store_that_lists_no_tars_names_what_to_give(tars: Path, tmp_path: Path) -> None:
     with serving(tars, route=lists_nothing) as server:
         with pytest.raises(ShardError, match=r"/set cannot be read .*404 Not Found\n(.|\n)*name the tars: --tars"):
             indexed(server, tmp_path)
@@ -140,7 +140,7 @@ def test_a_store_that_lists_no_tars_says_what_to_give(tars: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_takes_a_url_and_says_what_to_copy(
+def test_the_command_takes_a_url_and_names_what_to_copy(
     tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")

@@ -178,7 +178,7 @@ def test_photographs_without_class_folders_are_counted(tmp_path: Path, may_lack:
         check_classes({"glass"}, (), "here")
 
 
-def test_the_summary_says_what_to_do_about_copies_and_missing_classes() -> None:
+def test_the_summary_names_what_to_do_about_copies_and_missing_classes() -> None:
     left_out = (
         LeftOut("a.jpg", "conflicting_label", "same bytes as b.jpg (metal)"),
         LeftOut("c.jpg", "duplicate", "same bytes as d.jpg, which is kept"),

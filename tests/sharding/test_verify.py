@@ -59,7 +59,7 @@ def test_a_damaged_header_and_a_damaged_label_are_named(shard_set: Manifest) -> 
     assert damage[2].endswith("its header or label")
 
 
-def test_padding_missing_tars_cut_tars_and_indexes_are_told_apart(shard_set: Manifest) -> None:
+def test_padding_missing_tars_cut_tars_and_indexes_are_distinguished(shard_set: Manifest) -> None:
     train, val = shard_set.splits["train"].shards, shard_set.splits["val"].shards
     overwrite(shard_set.folder / train[0].tar, train[0].num_bytes - 10, b"x")
     (shard_set.folder / train[1].tar).unlink()

@@ -51,7 +51,7 @@ def guarded(test: str, *lines: tuple[str, str, str, str]) -> Iterable[Line]:
 
 
 def world(case: str, *lines: tuple[str, str, str, str]) -> Iterable[Line]:
-    return guarded(f"test_templates.py::test_the_world_is_what_slurm_says[{case}]", *lines)
+    return guarded(f"test_templates.py::test_the_world_size_is_that_of_slurm[{case}]", *lines)
 
 
 def template(test: str, *lines: tuple[str, str, str, str]) -> Iterable[Line]:

@@ -119,7 +119,7 @@ def after(words: list[str], option: str) -> str:
         (3, "1", "nodes.yaml", "3"),
     ],
 )
-def test_the_world_is_what_slurm_says(
+def test_the_world_size_is_that_of_slurm(
     template: Template, tmp_path: Path, nodes: int, gpus: str, config: str, ranks: str
 ) -> None:
     environment = {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
@@ -280,7 +280,7 @@ def test_a_mistake_in_the_settings_launches_nothing(template: Template, tmp_path
     assert not (tmp_path / "accelerate").exists()
 
 
-def test_a_job_that_was_not_submitted_from_the_checkout_says_so(template: Template, tmp_path: Path) -> None:
+def test_a_job_that_was_not_submitted_from_the_checkout_reports_it(template: Template, tmp_path: Path) -> None:
     done = template("--config", CONFIG, cwd=tmp_path)
     assert done.returncode == 2
     assert "slurm/common.sh: No such file" in done.stderr

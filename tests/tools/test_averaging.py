@@ -170,7 +170,9 @@ def test_its_statistics_are_of_the_first_training_images_as_an_evaluation_sees_t
     assert torch.allclose(state["bn1.running_mean"], torch.cat(convolved).mean((0, 2, 3)), atol=1e-4)
 
 
-def test_a_run_that_keeps_one_checkpoint_is_told_what_to_set(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_keeps_one_checkpoint_gets_the_setting_to_change(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for step in (1, 2, 3):
         shutil.rmtree(copied / "checkpoints" / f"step-{step:08d}")
     said = refused(capsys, str(copied))

@@ -145,7 +145,7 @@ def test_disk_and_the_time_that_a_signal_leaves(tmp_path: Path, monkeypatch: pyt
     assert run_checks.check_save(tmp_path / "file" / "run", 1, leaves_s=1).colour == "red"
 
 
-def test_a_set_behind_a_url_is_read_as_a_run_reads_it(small_shards: Path, tmp_path: Path) -> None:
+def test_a_set_at_a_url_is_read_as_a_run_reads_it(small_shards: Path, tmp_path: Path) -> None:
     with serving(small_shards) as server:
         settings = parse(f"data: {{shards: {server.url}, cache: {tmp_path / 'cache'}}}\ntrain: {{batch_size: 8}}")
         finding, opened = run_checks.check_shards(settings, 0)
@@ -200,7 +200,7 @@ def test_the_folder_of_another_run_is_red(small_shards: Path, monkeypatch: pytes
     assert (finished.colour, "nothing would be trained" in finished.found) == ("yellow", True)
 
 
-def test_the_dashboard_s_mode_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dashboard_s_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert run_checks.check_wandb("disabled").found == "disabled, as set"
     assert run_checks.check_wandb("offline").found == "offline: as set"

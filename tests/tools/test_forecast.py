@@ -9,7 +9,7 @@ import pytest
 from wasteddp import cli
 
 
-def test_it_says_steps_shuffle_and_what_nodes_fetch(small_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_steps_shuffle_and_what_nodes_fetch(small_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(small_shards), "--set", "train.batch_size=12", "--nodes", "1,2,5"]) == 0
     said = capsys.readouterr().out
     assert "50 train samples in " in said

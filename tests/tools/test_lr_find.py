@@ -61,7 +61,7 @@ def test_a_tenth_of_the_rate_at_the_lowest_loss_is_suggested() -> None:
     assert found.why == "a tenth of 0.1, where the loss is lowest; above it, the loss rises"
 
 
-def test_a_fall_that_is_lost_in_the_scatter_of_the_steps_is_said_to_be() -> None:
+def test_a_fall_within_the_scatter_of_the_steps_is_reported_as_such() -> None:
     rates, smooth = curve()
     for scatter, is_clear in ((0.4, True), (0.6, False)):
         losses = [loss + scatter * (-1) ** step for step, loss in enumerate(smooth)]
@@ -69,7 +69,7 @@ def test_a_fall_that_is_lost_in_the_scatter_of_the_steps_is_said_to_be() -> None
         assert (said not in judged(rates, losses, smooth, "").why) is is_clear
 
 
-def test_a_loss_that_falls_to_the_end_or_never_says_what_to_do() -> None:
+def test_a_loss_that_falls_to_the_end_or_never_names_what_to_do() -> None:
     rates, losses = curve(last=0.01)
     found = judged(rates, losses, losses, "")
     assert found.suggested == found.steepest_at == pytest.approx(1e-3, rel=0.1)

@@ -78,7 +78,9 @@ def test_other_statistics_at_the_end_are_noticed(tmp_path: Path) -> None:
         verify_resume.refuse(proof, tmp_path)
 
 
-def test_the_receipt_says_whether_sums_have_a_fixed_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_receipt_records_whether_sums_have_a_fixed_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     proof = proof_of(tmp_path, weights="other")
     assert not proof.deterministic
     with pytest.raises(CheckpointError, match=r"--set run\.deterministic=true"):

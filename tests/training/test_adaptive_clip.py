@@ -71,7 +71,7 @@ class _HalfPrecision:
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.05])
-def test_clipping_comes_behind_the_loss_scale_and_tells_the_norm_before_it(limit: float) -> None:
+def test_clipping_comes_after_the_loss_scale_and_returns_the_norm_before_it(limit: float) -> None:
     model, expected = network(0.02), network(0.02)
     norm = nn.utils.get_total_norm([p.grad for p in expected.parameters() if p.grad is not None])
     optimizers.clip_(expected, 0.1)

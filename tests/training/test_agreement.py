@@ -96,7 +96,7 @@ def test_ranks_that_stop_have_begun_as_many_sums_each() -> None:
 
 
 @pytest.mark.parametrize(("world_size", "stops"), [(1, [False, True, True, True]), (2, [False, False, True, True])])
-def test_a_signal_is_heard_at_the_next_step_or_with_several_ranks_at_the_one_after_it(
+def test_a_signal_is_handled_at_the_next_step_or_with_several_ranks_at_the_one_after_it(
     world_size: int, stops: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_told = False

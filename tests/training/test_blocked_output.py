@@ -16,7 +16,7 @@ from trainings import PROGRAM, config_of
 
 @pytest.mark.processes
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="the size of a pipe can only be set on Linux")
-def test_a_training_whose_output_is_not_read_ends_and_says_so_in_its_log(small_shards: Path, tmp_path: Path) -> None:
+def test_a_training_whose_output_is_not_read_ends_and_reports_it_in_its_log(small_shards: Path, tmp_path: Path) -> None:
     out, into = os.pipe()
     fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 4096)
     arguments = [*config_of(tmp_path, small_shards), "--set", "train.epochs=500", "--set", "run.timeout_s=5"]

@@ -31,7 +31,7 @@ def test_another_run_is_refused_with_what_differs_and_how_to_accept_it() -> None
     assert "--accept-changes seed,batch_size" in said
 
 
-def test_what_was_accepted_is_said() -> None:
+def test_what_was_accepted_is_reported() -> None:
     lines = accepted_changes(LINEAGE, replace(LINEAGE, seed=3), ["seed"], where="x")
     assert lines == [f"accepted: seed was 0 and is 3; {ACCEPTABLE['seed']}"]
 
@@ -61,7 +61,7 @@ def test_an_unknown_name_is_refused() -> None:
         accepted_changes(LINEAGE, LINEAGE, ["sed"], where="x")
 
 
-def test_settings_that_may_change_are_said() -> None:
+def test_settings_that_may_change_are_reported() -> None:
     then = settings.parse("optimizer: {lr: 0.1}\nrun: {out: a}\naugment: {crop_scale: [0.1, 1.0]}")
     now = settings.parse("optimizer: {lr: 0.2}\nrun: {out: b}\naugment: {crop_scale: [0.2, 1.0]}")
     assert changed_settings(then.to_yaml(), now) == [

@@ -30,7 +30,7 @@ def test_the_figures_of_a_row_fit_into_80_columns() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_terminal_shows_step_time_left_and_figures_and_scrolls_what_is_said(width: int) -> None:
+def test_a_terminal_shows_step_time_left_and_figures_and_scrolls_the_messages(width: int) -> None:
     screen = io.StringIO()
     display = Display(Console(file=screen, force_terminal=True, width=width), total_steps=770, done=0)
     display.advance(385, "epoch 7.0")

@@ -121,7 +121,7 @@ def test_the_proof_goes_on_in_the_middle_of_an_epoch(at_step_6: tuple[list[str],
     assert [(row["step"], row["coverage/ok"]) for row in rows(run) if "coverage/ok" in row] == [(4, 1), (8, 1)]
 
 
-def test_a_checkpoint_of_a_version_that_did_not_count_goes_on_and_says_so(
+def test_a_checkpoint_of_a_version_that_did_not_count_goes_on_and_reports_it(
     at_step_6: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, run = at_step_6

@@ -56,7 +56,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_as_before")
-def test_torch_cublas_cudnn_and_nccl_are_told() -> None:
+def test_torch_cublas_cudnn_and_nccl_are_reported() -> None:
     torch.backends.cudnn.benchmark = True
     determinism.demand(compiles=False)
     assert torch.are_deterministic_algorithms_enabled()
@@ -79,7 +79,7 @@ def test_a_workspace_that_torch_would_refuse_is_replaced(
 
 
 @pytest.mark.usefixtures("_as_before")
-def test_the_compiler_is_told_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_is_reported_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(inductor, "deterministic", False)
@@ -90,7 +90,7 @@ def test_the_compiler_is_told_where_it_is_used(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("_as_before")
-def test_an_operation_that_torch_refuses_says_what_to_set() -> None:
+def test_an_operation_that_torch_refuses_names_what_to_set() -> None:
     determinism.demand(compiles=False)
     with pytest.raises(RuntimeError) as raised:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))

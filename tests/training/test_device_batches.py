@@ -53,7 +53,7 @@ def test_a_cpu_gets_the_batches_themselves(count: int) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_fails_comes_in_its_own_place_behind_all_that_was_begun(count: int, fails: bool) -> None:
+def test_a_failure_comes_in_its_own_place_after_all_that_was_begun(count: int, fails: bool) -> None:
     begun: list[int] = []
 
     def items() -> Iterator[int]:
@@ -69,7 +69,7 @@ def test_what_fails_comes_in_its_own_place_behind_all_that_was_begun(count: int,
     assert taken == list(range(count))
 
 
-def test_an_item_that_cannot_be_begun_comes_behind_those_that_were() -> None:
+def test_an_item_that_cannot_be_begun_comes_after_those_that_were() -> None:
     ahead = one_ahead(iter([4, 2, 0]), lambda item: 8 // item)
     assert [next(ahead), next(ahead)] == [2, 4]
     with pytest.raises(ZeroDivisionError):

@@ -45,7 +45,7 @@ def test_the_others_wait_for_the_loop_that_came_least_far() -> None:
     assert said.index("rank 1:") < said.index("rank 0:")
 
 
-def test_ranks_at_the_same_place_are_not_told_apart() -> None:
+def test_ranks_at_the_same_place_are_named_together() -> None:
     assert describe_blocking_ranks([beat(1, 9), beat(1, 9)], [beat(4, 9), beat(4, 9)]).startswith("all 2 ranks hang")
     assert describe_blocking_ranks([beat(1, 9), beat(1, 8)], [beat(4, 9), beat(4, 8)], only_silent=True) == ""
     assert describe_blocking_ranks([], []) == ""
@@ -59,7 +59,7 @@ def test_of_a_thousand_ranks_a_few_are_named() -> None:
     assert len(said.splitlines()) < 20
 
 
-def test_out_of_gpu_memory_says_what_to_set() -> None:
+def test_out_of_gpu_memory_names_what_to_set() -> None:
     settings = parse("train: {max_micro_batch: 96}\nevaluate: {batch_size: 256}")
     raised = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     error = explain(raised, settings, "computing")
@@ -87,7 +87,7 @@ def test_a_broken_collective_is_laid_to_a_peer_and_a_bug_is_not() -> None:
     assert not comes_from_a_peer(ConnectionResetError("reset by peer"))
 
 
-def test_a_bug_is_told_with_its_place_and_notes() -> None:
+def test_a_bug_is_reported_with_its_place_and_notes() -> None:
     error = MemoryError("no room")
     error.add_note("in the loader's thread decode_3, at train-000000.tar, sample 2 at byte 512")
     said = failure_message(error, "rank 1, step 3, waiting for data")
@@ -100,7 +100,7 @@ def test_a_bug_is_told_with_its_place_and_notes() -> None:
     assert failure_message(mistake, "rank 0, step 4, computing").endswith("at: rank 3, step 4, waiting for data")
 
 
-def test_a_rank_alone_says_where_it_stands_still() -> None:
+def test_a_rank_alone_names_where_it_stands_still() -> None:
     said = describe_standstill(
         0, beat(9, 9, "evaluating", detail="decode_0 has been at val-000000.tar, sample 1 for 12 s")
     )

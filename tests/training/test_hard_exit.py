@@ -102,7 +102,7 @@ def test_a_log_that_cannot_even_be_opened_does_not_hold_the_watchdog(tmp_path: P
 
 
 @pytest.mark.parametrize("error", [None, ValueError("a bug"), KeyboardInterrupt()])
-def test_behind_the_block_nothing_is_left_to_be_done(error: BaseException | None, run: Path) -> None:
+def test_after_the_block_nothing_is_left_to_be_done(error: BaseException | None, run: Path) -> None:
     said: list[str] = []
     if error is None:
         with write_at_the_end(run, said.append, is_main=True):

@@ -190,7 +190,7 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
     assert all(is_known(name) for name in manager.metrics)
 
 
-def test_two_keepers_of_one_run_are_refused(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_writers_of_one_run_are_refused(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wasteddp.training.checkpoint.manager.LOCK_WAIT_S", 0.2)
     with manager_of(tmp_path, runtime, network()), pytest.raises(CheckpointError, match="is being written by process"):
         manager_of(tmp_path, runtime, network())

@@ -68,7 +68,7 @@ def test_the_commands_of_the_closing_words_can_be_copied_whatever_the_path(split
     assert commands[0].endswith(f"--split {splits[-1]}")
 
 
-def test_a_stopped_run_says_that_the_same_command_goes_on() -> None:
+def test_a_stopped_run_names_the_command_that_goes_on() -> None:
     said = closing(
         "runs/a", Progress(LINEAGE, step=7), 75, "SIGTERM", metric="accuracy", eval_split="val", splits=("train", "val")
     )

@@ -178,7 +178,7 @@ def test_an_attempt_takes_all_images_forwards_and_backwards(monkeypatch: pytest.
     assert went == [("forward", 4), ("backward", 4)]
 
 
-def test_memory_that_ends_later_says_which_number_to_lower() -> None:
+def test_memory_that_ends_later_names_which_number_to_lower() -> None:
     error = explain(torch.OutOfMemoryError("CUDA out of memory. Tried"), AUTO, "computing")
     assert isinstance(error, DeviceMemoryError)
     assert "with the micro-batch that was chosen when this run started: CUDA out of memory" in error.found

@@ -42,7 +42,7 @@ def test_the_faster_one_is_taken_if_it_is_worth_a_loss_scale(card: pytest.Monkey
     assert chosen.images_per_s["bf16"] == 4574
 
 
-def test_what_cannot_be_measured_is_bf16_and_says_so(card: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_is_bf16_and_reports_it(card: pytest.MonkeyPatch) -> None:
     chosen = choose("auto", {})
     assert chosen.name == "bf16"
     assert "too little free memory" in chosen.reason
@@ -121,7 +121,7 @@ def checkpoint(run: Path, step: int, content: str) -> Path:
         ({}, Kept("bf16")),
     ],
 )
-def test_the_newest_checkpoint_says_what_a_run_keeps(tmp_path: Path, found: dict[str, Any], kept: Kept) -> None:
+def test_the_newest_checkpoint_names_what_a_run_keeps(tmp_path: Path, found: dict[str, Any], kept: Kept) -> None:
     checkpoint(tmp_path, 3, json.dumps({"precision": "fp32"}))
     newest = checkpoint(tmp_path, 10, json.dumps(found))
     assert kept_choices(tmp_path, "auto") == kept

@@ -34,7 +34,7 @@ def test_each_moment_of_the_steps_is_counted_once_and_by_what_comes_first(
     assert exclusive_shares({**found, "Python": []}) == pytest.approx(expected)
 
 
-def test_talk_and_reading_behind_computing_cost_nothing() -> None:
+def test_communication_and_reading_during_computing_cost_nothing() -> None:
     shares = exclusive_shares(
         {"steps": [(0, 100)], "device": [(10, 90)], "communication": [(50, 95)], "data": [(0, 20)], "Python": []}
     )
@@ -134,7 +134,7 @@ def test_a_slow_loader_is_found_out_and_the_trace_is_left(
     assert "bound by data" in (run / "report.html").read_text()
 
 
-def test_a_run_that_ends_before_says_so(small_shards: Path, tmp_path: Path) -> None:
+def test_a_run_that_ends_before_reports_it(small_shards: Path, tmp_path: Path) -> None:
     arguments = [*config_of(tmp_path, small_shards), "--set", "train.epochs=1", "--set", "profile.steps=50"]
     assert train.main(arguments) == 0
     assert not (tmp_path / "run" / "profile").exists()

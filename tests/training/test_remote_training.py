@@ -322,7 +322,7 @@ def test_tars_of_other_tools_train_over_http_once_they_are_indexed(maker: str, t
     assert rows(tmp_path / "run")[-1]["val/samples"] == 6
 
 
-def test_verify_names_what_is_damaged_behind_a_url(
+def test_verify_names_what_is_damaged_at_a_url(
     small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = Path(shutil.copytree(small_shards, tmp_path / "shards"))

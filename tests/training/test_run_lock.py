@@ -48,7 +48,7 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     RunLock(tmp_path, print, wait_s=0).release()
 
 
-def test_a_disk_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_locks_is_reported_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(file: int, how: int) -> None:
         raise OSError(95, "Operation not supported")
 

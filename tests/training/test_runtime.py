@@ -38,7 +38,7 @@ def test_precision_on_a_cpu_comes_with_its_reason(
     assert (chosen.name, chosen.reason) == (precision, reason)
 
 
-def test_fp16_is_refused_where_the_launch_says_cpu_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_is_refused_where_the_launch_names_the_cpu_of_a_gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert has_gpu()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -8,7 +8,7 @@ from wasteddp.errors import LaunchError, SettingsError
 from wasteddp.training.watchdog.slurm import MISTAKE_MARK, Notice, mistake_marked, refuse_other_world
 
 
-def test_something_to_mend_leaves_a_mark_and_a_crash_does_not(tmp_path: Path) -> None:
+def test_something_to_fix_leaves_a_mark_and_a_crash_does_not(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), mistake_marked(tmp_path):
         raise RuntimeError("CUDA error: uncorrectable ECC error")
     assert not list(tmp_path.iterdir())
@@ -44,7 +44,7 @@ def row(step_s: float, evaluation_s: float = 0.0) -> dict[str, float]:
     return {"train/step_ms": 1000 * step_s} | ({"val/seconds": evaluation_s} if evaluation_s else {})
 
 
-def test_a_save_that_fits_before_the_limit_is_said_once() -> None:
+def test_a_save_that_fits_before_the_limit_is_reported_once() -> None:
     notice = Notice.of({"WASTEDDP_WARNING_S": "300"})
     assert notice.comment(row(1, 4)) == ""  # no save was measured yet
     notice.save_s = 20
@@ -77,7 +77,7 @@ def test_a_save_is_asked_for_once_and_measured_once() -> None:
     assert not notice.is_measuring
 
 
-def test_without_a_batch_system_nothing_is_said_or_asked_for() -> None:
+def test_without_a_batch_system_nothing_is_printed_or_requested() -> None:
     notice = Notice.of({})
     notice.save_s = 1000
     assert notice.comment(row(1000)) == ""

@@ -127,7 +127,7 @@ def test_a_state_that_has_changed_its_shape_gets_other_memory_only_if_it_is_larg
 
 
 @pytest.mark.parametrize("free_mb", [0, 50])
-def test_where_memory_is_lacking_the_loop_waits_and_that_is_said_once(free_mb: int) -> None:
+def test_where_memory_is_lacking_the_loop_waits_and_that_is_reported_once(free_mb: int) -> None:
     device, said = Device(free_mb), list[str]()
     copy = StateCopy(said.append, device)
     for value in (1, 2):

@@ -61,7 +61,7 @@ def test_switched_on_in_the_middle_of_a_run_it_has_the_rows_from_before(tmp_path
 
 
 @pytest.mark.usefixtures("_installed")
-def test_what_fails_in_it_is_said_once_and_ends_nothing(tmp_path: Path) -> None:
+def test_what_fails_in_it_is_reported_once_and_ends_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     mirror = mirror_of(tmp_path, said)
     mirror.log({"step": 1, "time_s": 1.8e9, "train/loss": "no number"})

@@ -17,7 +17,7 @@ from wasteddp.training.tracking.tracker import ConsoleTracker
 from wasteddp.training.tracking.wandb_sync import BEST, MEDIA
 
 
-def test_rows_behind_the_checkpoint_are_rolled_back_and_a_cut_line_with_them(tmp_path: Path) -> None:
+def test_rows_after_the_checkpoint_are_rolled_back_and_a_cut_line_with_them(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "lr": 1}\n{"step": 2, "lr": 2}\n{"step": 3, "lr": 3}\n{"step": 4, "l')
     assert roll_back(path, 2) == [{"step": 1, "lr": 1}, {"step": 2, "lr": 2}]

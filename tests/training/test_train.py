@@ -106,7 +106,9 @@ def test_kill_9_in_the_middle_of_an_epoch_costs_nothing(undisturbed: Path, small
     assert (tmp_path / "run" / "model" / "model.json").exists()
 
 
-def test_a_signal_saves_and_says_how_to_go_on(undisturbed: Path, small_shards: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_message_has_the_way_to_go_on(
+    undisturbed: Path, small_shards: Path, tmp_path: Path
+) -> None:
     arguments = [*config_of(tmp_path, small_shards), "--set", "checkpoint.every_steps=0"]
     [process] = start_ranks(["--report", *arguments], stdout=subprocess.PIPE, text=True)
     with process:
@@ -143,7 +145,7 @@ def test_a_check_after_a_killed_check_still_checks(
     assert not (tmp_path / "run.check").exists()
 
 
-def test_a_check_leaves_nothing_behind(small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_removes_its_files(small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*config_of(tmp_path, small_shards), "--check"]) == 0
     assert "checked: one step, one evaluation and one checkpoint succeeded" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -78,7 +78,7 @@ def test_marks_are_the_same_whatever_the_rank_and_slow_at_first() -> None:
     assert first._step == 8  # it waits for the batch of step 8, after 5, 6 and 7
 
 
-def test_a_failure_is_said_once_and_the_user_s_mistakes_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_reported_once_and_errors_of_the_user_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     watch = Watchdog()
     assert watch.failed(ShardError("no tar", "nothing to read", "copy it")) == EXIT_USER_ERROR
     assert watch.failed(ValueError("while closing")) == EXIT_USER_ERROR

@@ -24,12 +24,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [2, 4, 5]
 
 
-def test_every_so_many_steps_one_is_kept_for_good(tmp_path: Path) -> None:
+def test_every_so_many_steps_one_is_kept_permanently(tmp_path: Path) -> None:
     save(tmp_path, *range(5, 60, 5), keep_last=1, keep_every=20)
     assert steps_in(tmp_path) == [20, 40, 55]
 
 
-def test_those_kept_are_the_first_behind_each_mark_however_irregular() -> None:
+def test_those_kept_are_the_first_after_each_mark_however_irregular() -> None:
     steps = [3, 9, 11, 12, 19, 31, 32, 40, 55]
     assert kept_steps(steps, keep_last=1, keep_every=10, best_step=0) == {0, 11, 31, 40, 55}
     for done in range(1, len(steps)):  # pruning after each save keeps the same checkpoints as pruning once at the end
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_was_to_be_replaced_is_put_back(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def test_a_step_may_be_saved_once_more(tmp_path: Path) -> None:
+def test_a_step_may_be_saved_again(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     save(tmp_path, 2, states={"model": {"w": torch.ones(1)}, "optimizer": {}})
     assert steps_in(tmp_path) == [1, 2]
