@@ -11,7 +11,8 @@ Legend: N images, M training images, D features, K classes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data import dataset
+from wasteddp.data.decoding.decode import UndecodableError
 from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.inference.bundle import load_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.evaluate import data_of
 from wasteddp.inference.predict import find_images
+from wasteddp.model.networks import head_of
 
 F64 = npt.NDArray[np.float64]
 Distance = Callable[[F64], F64]  # features [N, D] -> [N], larger for images that are less like the training images
@@ -110,6 +113,18 @@ def _features(classifier: Classifier, images: Iterable[bytes]) -> F64:
     return np.concatenate(parts).astype(np.float64)
 
 
+def _readable(classifier: Classifier, folder: str) -> Iterator[bytes]:
+    """Yield the images of a folder. Those that cannot be decoded are named and left out."""
+    for path in find_images([folder]):
+        data = Path(path).read_bytes()
+        try:
+            classifier.view(data)
+        except UndecodableError as error:
+            print(f"left out: {path}: {error}", file=sys.stderr)
+        else:
+            yield data
+
+
 def _of_split(classifier: Classifier, reader: SplitReader) -> tuple[F64, npt.NDArray[Any]]:
     samples = np.unique(np.linspace(0, reader.num_samples - 1, MOST_IMAGES).astype(int))
     return _features(classifier, (reader.read(int(sample)) for sample in samples)), reader.labels[samples]
@@ -132,12 +147,10 @@ def compare(arguments: argparse.Namespace) -> None:
             train, labels = _of_split(classifier, reader)
         with shards.reader(data.eval_split) as reader:
             val, _ = _of_split(classifier, reader)
-    others = {
-        Path(folder).name: _features(classifier, (Path(path).read_bytes() for path in find_images([folder])))
-        for folder in arguments.folders
-    }
-    state = load_bundle(run)[1]
-    weight, bias = (state[f"fc.{name}"].numpy().astype(np.float64) for name in ("weight", "bias"))
+    others = {Path(folder).name: _features(classifier, _readable(classifier, folder)) for folder in arguments.folders}
+    card, state = load_bundle(run)
+    head = head_of(card.arch)
+    weight, bias = (state[f"{head}.{name}"].numpy().astype(np.float64) for name in ("weight", "bias"))
     print("| measure |", " | ".join(f"{name} ({len(x)})" for name, x in others.items()), "| mean |")
     print("| --- |", " --- |" * (len(others) + 1))
     for name, distance in measures(train, labels, val, weight, bias).items():
