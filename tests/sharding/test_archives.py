@@ -357,3 +357,11 @@ def test_tables_that_are_wrong_say_where(tmp_path: Path, text: str, message: str
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(SourceError, match=message):
         read_table(tmp_path / "labels.csv")
+
+
+def test_a_zip_with_a_nameless_member_is_damaged(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "photos.zip", ["a/1.jpg"])
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"")
+    with pytest.raises(SourceError, match="it has a member without a name"):
+        open_source(path, work_folder=tmp_path)

@@ -166,6 +166,10 @@ def test_lists_without_numbers_and_names_with_spaces_are_read(tmp_path: Path) ->
     assert [line.label_number for line in listed] == [None, 7]
 
 
+def test_a_number_of_5000_digits_is_part_of_a_name(tmp_path: Path) -> None:
+    assert [line.label_number for line in lists(tmp_path, train="a/1.jpg " + "7" * 5000)] == [None]
+
+
 def test_lists_of_other_programs_are_read(tmp_path: Path) -> None:
     listed = lists(tmp_path, train="a\\1.jpg\t1\nb/1.jpg,2\n./b/2.jpg; 2\nc d,e.jpg\n")
     result, not_listed, missing = splits.apply_lists(layout("a/1.jpg", "b/1.jpg", "b/2.jpg", "b/c d,e.jpg"), listed)

@@ -215,6 +215,13 @@ def test_a_checkpoint_in_a_folder_of_another_step_is_skipped(tmp_path: Path) -> 
     assert "its name says step 999, and it holds step 5" in lines[0]
 
 
+def test_a_folder_whose_name_is_no_step_is_not_a_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    for name in ("step-²", "step-", "step-5.old", f"step-{10**40}"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in reader.listed(tmp_path)] == ["step-00000005"]
+
+
 def test_a_run_is_taken_for_its_newest_intact_checkpoint(tmp_path: Path) -> None:
     for step in (5, 7):
         save(tmp_path / "old" / "checkpoints", step)

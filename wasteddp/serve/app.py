@@ -243,7 +243,7 @@ class _Reader:
     async def read(self, request: Request) -> bytes:
         """Return the body; `release` must follow. It is held until then."""
         most = self._limits.request_bytes
-        length = request.headers.get("content-length", "")
+        length = request.headers.get("content-length", "")[:18]
         if length.isdecimal() and int(length) > most:
             raise _RefusedError(413, f"the request has {int(length):,} bytes; the limit is {most:,}")
         body = bytearray()

@@ -44,7 +44,7 @@ class Part:
         Raises:
             SourceError: the text has another form, or the number is out of range.
         """
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise SourceError(
                 f"--part is {text!r}",

@@ -24,7 +24,7 @@ from wasteddp.errors import SourceError, visible
 from wasteddp.files import expand_home, read_text
 from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, Layout, SourceImage
 
-_LABELLED_LINE = re.compile(r"(.*[^\s,;])[\s,;]+(\d+)")  # glass/a.jpg 3
+_LABELLED_LINE = re.compile(r"(.*[^\s,;])[\s,;]+(\d{1,9})")  # glass/a.jpg 3
 DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
 RULES = ("stratified", "hash")
 

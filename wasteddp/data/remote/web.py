@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from aiohttp import ClientResponse, ClientTimeout, TraceConfig
@@ -53,7 +54,7 @@ def _size_of_file(response: ClientResponse) -> int | None:
     """Return the size of the whole file if the response states it. The body may be a part."""
     if response.status == 206:
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        return int(total) if total.isdigit() else None
+        return int(total) if re.fullmatch(r"[0-9]{1,18}", total) else None
     return None if "Content-Encoding" in response.headers else response.content_length
 
 

@@ -61,7 +61,7 @@ class OnnxClassifier(AnyClassifier):
         path = Path(path)
         _refuse_unchecked(path)
         self._session = open_session(path, device)
-        metadata = self._session.get_modelmeta().custom_metadata_map
+        metadata = _metadata(self._session, path)
         if CARD_KEY not in metadata:
             raise BundleError(
                 f"{path} has no {CARD_KEY} in its metadata",
@@ -206,6 +206,17 @@ def _refuse_other_network(session: Any, card: BundleCard, path: Path) -> int:
             "write it again with: wasteddp export MODEL --to onnx --out FOLDER",
         )
     return widths[2]
+
+
+def _metadata(session: Any, path: Path) -> dict[str, str]:
+    try:
+        return dict(session.get_modelmeta().custom_metadata_map)
+    except UnicodeDecodeError as error:
+        raise BundleError(
+            f"{path} has metadata that is not text: {error}",
+            "neither the classes nor the preprocessing would be known",
+            "copy the file again, or write it again with: wasteddp export MODEL --to onnx --out FOLDER",
+        ) from error
 
 
 def _policy(metadata: dict[str, str], card: BundleCard, path: Path) -> Policy | None:

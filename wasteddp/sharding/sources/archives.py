@@ -127,6 +127,8 @@ class ZipSource:
         folders: set[str] = set()
         for member in _bounded(path, self._zip.infolist()):
             name = plain_name(_decoded(path, member, encoding))
+            if not member.filename:
+                raise _broken_archive(path, ValueError("it has a member without a name"))
             if is_ignored(name, ignore):
                 ignored.add(name)
             elif member.flag_bits & 1:
@@ -135,7 +137,7 @@ class ZipSource:
                     "its images cannot be read",
                     "unpack it with its password and give the folder",
                 )
-            elif member.is_dir():
+            elif member.filename.endswith("/"):
                 folders.add(name)
             else:
                 self._names[name] = member

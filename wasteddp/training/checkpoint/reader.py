@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ PROGRESS = "progress.json"
 SETTINGS = "settings.yaml"
 FOLDER = "checkpoints"  # in run.out
 STATE_SUFFIX = ".safetensors"
+_STEP = re.compile(r"step-([0-9]{1,18})")  # the name of a checkpoint
 
 State = dict[str, torch.Tensor]
 States = Mapping[str, Mapping[str, torch.Tensor]]  # by name, before the copy
@@ -66,7 +68,7 @@ def step_of(path: Path) -> int:
 
 def listed(folder: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, without verifying them."""
-    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
 
 
 def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Checkpoint | None:
@@ -132,7 +134,7 @@ def kept_choices(run: Path, resume: str) -> Kept:
 
 def _step_in(path: Path) -> int:
     """Return the step in the name of a checkpoint; 0 for any other name."""
-    return int(step) if (step := path.name.removeprefix("step-")).isdigit() else 0
+    return int(match[1]) if (match := _STEP.fullmatch(path.name)) else 0
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
