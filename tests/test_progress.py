@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+from math import inf, nan
 
 import pytest
 
-from wasteddp.parallel import progress
+from wasteddp.parallel import duration, progress
 
 
 class Terminal(io.StringIO):
@@ -39,3 +40,10 @@ def test_the_bar_is_removed_before_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_terminal_that_cannot_remove_a_line_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown_before_an_error(monkeypatch, "dumb") == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.5, "0.5 s"), (3725, "62 min"), (7500, "2 h 5 min"), (nan, "unknown"), (inf, "unknown")]
+)
+def test_a_duration_is_readable(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -8,6 +8,7 @@ image between processes.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -83,7 +84,9 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, worke
 
 
 def duration(seconds: float) -> str:
-    """Return a readable duration: 3725 -> "62 min", 7500 -> "2 h 5 min"."""
+    """Return a readable duration: 3725 -> "62 min", 7500 -> "2 h 5 min"; "unknown" if it is not finite."""
+    if not math.isfinite(seconds):
+        return "unknown"
     if seconds < 120:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
