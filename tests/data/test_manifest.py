@@ -74,6 +74,11 @@ def test_a_missing_or_empty_split_is_refused_with_the_names_of_the_others(manife
         (lambda raw: raw.update(classes=["a", 1]), "are not a list of names"),
         (lambda raw: raw.update(classes=["a", ""]), "are not a list of names"),
         (lambda raw: raw.update(classes=["a", "m\udce9tal"]), "surrogates not allowed"),
+        (lambda raw: raw["splits"]["train"]["shards"][0].update(num_bytes="10240"), "'10240' is not a count"),
+        (lambda raw: raw["splits"]["train"].update(samples_per_class=[4, -1]), "-1 is not a count"),
+        (lambda raw: raw["left_out"][0].update(reason=7), "reason is 7, not a text"),
+        (lambda raw: raw.update(recipe=[]), r"recipe is \[\]"),
+        (lambda raw: raw.update(bins={"glass": 1}), "are not all names"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(

@@ -13,10 +13,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,9 @@ REASONS = (
     "unknown_range",  # more than 8 bits, and the values of black and white are not stated
     "dropped",  # a file of corrections drops it
 )
+
+
+Record = TypeVar("Record", Shard, LeftOut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +254,8 @@ class Manifest:
         "".join(classes).encode()  # a ValueError if one is not UTF-8
         splits = {}
         for name, part in raw["splits"].items():
-            split = Split(name, tuple(Shard(**shard) for shard in part["shards"]), tuple(part["samples_per_class"]))
+            shards = tuple(_typed(Shard(**shard)) for shard in part["shards"])
+            split = Split(name, shards, tuple(_counted(number) for number in part["samples_per_class"]))
             if not split.num_samples == part["num_samples"] == sum(split.samples_per_class):
                 raise ValueError(f"the sample counts of split {name!r} do not add up")
             if len(split.samples_per_class) != len(classes):
@@ -266,21 +270,43 @@ class Manifest:
         groups = raw.get("groups", {})
         if groups and not (is_inside(groups["file"]) and _SHA256.fullmatch(groups["sha256"])):
             raise ValueError(f"{groups!r:.200} is not a record of groups")
+        for key, kind in (("name", str), ("tool", str), ("bins", dict), ("near_duplicates", dict), ("recipe", dict)):
+            if not isinstance(raw[key], kind):
+                raise TypeError(f"{key} is {raw[key]!r:.100}")
+        if not all(isinstance(bin_name, str) for bin_name in raw["bins"].values()):
+            raise TypeError(f"the bins {raw['bins']!r:.200} are not all names")
         return cls(
             folder=folder,
             name=raw["name"],
             classes=tuple(classes),
             splits=splits,
             bins=raw["bins"],
-            left_out=tuple(LeftOut(**left) for left in raw["left_out"]),
+            left_out=tuple(_typed(LeftOut(**left)) for left in raw["left_out"]),
             near_duplicates=raw["near_duplicates"],
             groups=groups,
-            num_tolerated=raw.get("num_tolerated", 0),
+            num_tolerated=_counted(raw.get("num_tolerated", 0)),
             recipe=raw["recipe"],
             tool=raw["tool"],
             sha256=hashlib.sha256(text).hexdigest(),
             url=url,
         )
+
+
+def _typed(record: Record) -> Record:
+    """Return a record of texts and counts, after a check of their types."""
+    for one in fields(record):
+        value = getattr(record, one.name)
+        if one.type == "int":
+            _counted(value)
+        elif not isinstance(value, str):
+            raise TypeError(f"{one.name} is {value!r:.100}, not a text")
+    return record
+
+
+def _counted(number: object) -> int:
+    if type(number) is not int or number < 0:
+        raise TypeError(f"{number!r:.100} is not a count")
+    return number
 
 
 def shared_shards(manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
