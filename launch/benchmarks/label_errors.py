@@ -24,8 +24,8 @@ import numpy as np
 
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
-from wasteddp.decisions.binomial import wilson_interval
-from wasteddp.decisions.label_errors import find_label_errors
+from wasteddp.decisions.intervals import wilson_interval
+from wasteddp.decisions.labelling import find_label_errors
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.saved_predictions import read_predictions
 from wasteddp.sharding.build import Job, Options, make_shards

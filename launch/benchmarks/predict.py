@@ -27,8 +27,7 @@ from launch.benchmarks.datasets import drawn_set, unpack
 from launch.benchmarks.untrained import untrained
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.manifest import Manifest
-from wasteddp.decisions.bins import BinRules
-from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold, RecallThreshold
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.inference.classifier import Classifier, device_type

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from wasteddp.decisions.bin_files import load_bins
-from wasteddp.decisions.bins import BinRules, Hazard
-from wasteddp.decisions.decide import REASONS, Policy, choose_policy
+from wasteddp.decisions.decide import REASONS, BinRules, Hazard, Policy, choose_policy
 from wasteddp.decisions.sorting import contents, measure_bins, per_thousand
 from wasteddp.decisions.thresholds import ErrorThreshold, RecallThreshold
 from wasteddp.errors import DecisionError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wasteddp.decisions.binomial import bootstrap_interval
 from wasteddp.decisions.calibration import Calibration, calibrate, calibration_error, fit_temperature, scaled
+from wasteddp.decisions.intervals import bootstrap_interval
 from wasteddp.errors import DecisionError
 from wasteddp.inference.reliability import Answers, Reliability
 

@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from wasteddp.decisions.binomial import lower_bound, tail, upper_bound
+from wasteddp.decisions.intervals import lower_bound, tail, upper_bound
 from wasteddp.decisions.thresholds import choose_error_threshold, choose_recall_threshold, risk_coverage
 from wasteddp.errors import DecisionError
 

@@ -10,8 +10,7 @@ import torch
 from pictures import jpeg
 from small_run import BINS, CARD, CLASSES, random_weights
 
-from wasteddp.decisions.bins import BinRules
-from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.runtimes.policy_file import save_policy

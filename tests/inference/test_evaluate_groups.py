@@ -13,8 +13,7 @@ from reported_run import metric_rows, write_metrics
 from small_run import BINS, CARD, CLASSES, random_weights, write_image
 
 from wasteddp import cli
-from wasteddp.decisions.binomial import bootstrap_interval
-from wasteddp.decisions.group_intervals import class_intervals
+from wasteddp.decisions.intervals import bootstrap_interval, class_intervals
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.report.page import write_report
 from wasteddp.sharding.build import Job, Options, make_shards

@@ -14,8 +14,7 @@ import pytest
 from small_run import CARD, CLASSES, random_weights, write_images, write_shards
 
 from wasteddp import cli
-from wasteddp.decisions.bins import BinRules, Hazard
-from wasteddp.decisions.decide import choose_policy
+from wasteddp.decisions.decide import BinRules, Hazard, choose_policy
 from wasteddp.errors import DecisionError
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.runtimes.policy_file import load_policy, save_policy

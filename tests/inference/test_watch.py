@@ -22,8 +22,7 @@ from narrow import __file__ as NARROW
 from small_run import BINS, CARD, CLASSES, random_weights, write_image
 
 from wasteddp.cli import main
-from wasteddp.decisions.bins import BinRules
-from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
 from wasteddp.errors import SourceError
 from wasteddp.files import open_regular

@@ -18,8 +18,7 @@ from small_run import BINS, CARD, CLASSES, random_weights, write_image
 
 import wasteddp
 from wasteddp.cli import main
-from wasteddp.decisions.bins import BinRules
-from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
 from wasteddp.inference.bundle import read_card, save_bundle
 from wasteddp.inference.runtimes.policy_file import save_policy

@@ -27,8 +27,7 @@ from PIL import Image
 from small_run import BINS, CARD, CLASSES, random_weights, write_image
 
 from wasteddp.cli import main
-from wasteddp.decisions.bins import BinRules
-from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
 from wasteddp.errors import LaunchError, SettingsError, StorageError
 from wasteddp.inference.bundle import read_card, save_bundle

@@ -14,9 +14,8 @@ import numpy as np
 from small_run import write_run
 
 from wasteddp.cli import main
-from wasteddp.decisions.bins import BinRules, Hazard
-from wasteddp.decisions.decide import choose_policy
-from wasteddp.decisions.group_intervals import SampleGroups
+from wasteddp.decisions.decide import BinRules, Hazard, choose_policy
+from wasteddp.decisions.intervals import SampleGroups
 from wasteddp.inference.bundle import read_card
 from wasteddp.inference.sorting import decisions_record
 

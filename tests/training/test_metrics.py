@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from wasteddp.decisions.binomial import wilson_interval
+from wasteddp.decisions.intervals import wilson_interval
 from wasteddp.inference.metrics import (
     as_float,
     confusion_matrix,

@@ -24,8 +24,8 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from wasteddp.decisions.binomial import F64
-from wasteddp.decisions.bins import PERSON, BinRules, Hazard
+from wasteddp.decisions.decide import PERSON, BinRules, Hazard
+from wasteddp.decisions.intervals import F64
 from wasteddp.errors import DecisionError, joined
 from wasteddp.files import read_text
 from wasteddp.settings import plain_yaml

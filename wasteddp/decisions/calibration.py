@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.binomial import F64, bootstrap_interval
+from wasteddp.decisions.intervals import F64, bootstrap_interval
 from wasteddp.errors import DecisionError
 
 NUM_BINS = 10  # of confidence, as in inference.reliability

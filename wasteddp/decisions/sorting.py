@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.binomial import F64, bootstrap_interval, wilson_interval
-from wasteddp.decisions.bins import PERSON, BinRules
+from wasteddp.decisions.decide import PERSON, BinRules
+from wasteddp.decisions.intervals import F64, bootstrap_interval, wilson_interval
 
 I64 = npt.NDArray[np.int64]
 Interval = tuple[float, float, float]  # value, and its 95 % interval

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.binomial import bootstrap_interval, wilson_interval
 from wasteddp.decisions.calibration import calibration_error
 from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.intervals import bootstrap_interval, wilson_interval
 from wasteddp.errors import missing_extra
 from wasteddp.export.parity import U8
 from wasteddp.export.runtimes import quiet, set_metadata

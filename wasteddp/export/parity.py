@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data.dataset import ShardSet
-from wasteddp.decisions.bins import BinRules
-from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.inference.classifier import Classifier
 
 BATCH_SIZES = (1, 7, 8)

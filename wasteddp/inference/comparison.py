@@ -20,8 +20,7 @@ from rich.table import Table
 from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
-from wasteddp.decisions.binomial import wilson_interval
-from wasteddp.decisions.group_intervals import class_intervals, describe_groups, share_interval
+from wasteddp.decisions.intervals import class_intervals, describe_groups, share_interval, wilson_interval
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
 from wasteddp.errors import inert, storage
 from wasteddp.inference.evaluation_files import Evaluation, read_record

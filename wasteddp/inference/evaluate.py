@@ -27,9 +27,8 @@ from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.remote.folder import is_url
 from wasteddp.decisions.bin_files import load_bins
-from wasteddp.decisions.bins import PERSON, BinRules
-from wasteddp.decisions.decide import choose_policy
-from wasteddp.decisions.group_intervals import SampleGroups, share_interval
+from wasteddp.decisions.decide import PERSON, BinRules, choose_policy
+from wasteddp.decisions.intervals import SampleGroups, share_interval
 from wasteddp.errors import BundleError, DecisionError, SettingsError, ShardError, WastedError, joined, storage
 from wasteddp.files import read_regular
 from wasteddp.inference.bundle import BundleCard

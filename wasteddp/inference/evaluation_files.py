@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wasteddp import __version__
-from wasteddp.decisions.group_intervals import SampleGroups
+from wasteddp.decisions.intervals import SampleGroups
 from wasteddp.errors import joined, storage, visible
 from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.binomial import wilson_interval
+from wasteddp.decisions.intervals import wilson_interval
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]

@@ -16,8 +16,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.bins import PERSON
-from wasteddp.decisions.decide import REASONS, Policy
+from wasteddp.decisions.decide import PERSON, REASONS, Policy
 from wasteddp.decisions.unlikeness import UNLIKE_FROM, TrainingFeatures
 from wasteddp.errors import SourceError, inert, storage
 from wasteddp.files import CsvWriter, written_whole

@@ -20,13 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.console import Console
 from rich.table import Table
 
-from wasteddp.decisions.binomial import wilson_interval
-from wasteddp.decisions.bins import PERSON
-from wasteddp.decisions.decide import REASONS, Policy
-from wasteddp.decisions.group_intervals import SampleGroups, share_interval
-from wasteddp.decisions.promises import in_words, is_promised, no_promise, outcome
+from wasteddp.decisions.decide import PERSON, REASONS, Policy
+from wasteddp.decisions.intervals import SampleGroups, share_interval, wilson_interval
 from wasteddp.decisions.sorting import measure_bins, per_thousand
-from wasteddp.decisions.thresholds import risk_coverage
+from wasteddp.decisions.thresholds import in_words, is_promised, no_promise, outcome, risk_coverage
 from wasteddp.errors import inert
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard

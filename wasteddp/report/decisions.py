@@ -11,8 +11,8 @@ import numpy as np
 
 from wasteddp.decisions.bin_files import load_bins
 from wasteddp.decisions.decide import Policy, choose_policy
-from wasteddp.decisions.group_intervals import SampleGroups, describe_groups
-from wasteddp.decisions.promises import in_words, is_promised, no_promise, outcome
+from wasteddp.decisions.intervals import SampleGroups, describe_groups
+from wasteddp.decisions.thresholds import in_words, is_promised, no_promise, outcome
 from wasteddp.errors import RunError
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import percent

@@ -17,8 +17,7 @@ from PIL import Image
 from wasteddp.data.decoding.decode import UndecodableError, decode_rgb
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
-from wasteddp.decisions.binomial import wilson_interval
-from wasteddp.decisions.group_intervals import describe_groups
+from wasteddp.decisions.intervals import describe_groups, wilson_interval
 from wasteddp.errors import WastedError
 from wasteddp.inference.metrics import percent
 from wasteddp.report.run_record import RunRecord

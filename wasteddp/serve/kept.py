@@ -21,8 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from wasteddp.data.decoding.formats import is_jpeg, open_image
-from wasteddp.decisions.bins import PERSON
-from wasteddp.decisions.decide import Policy
+from wasteddp.decisions.decide import PERSON, Policy
 from wasteddp.errors import SettingsError, StorageError, print_warning, storage
 from wasteddp.files import make_folder, open_descriptor, read_rows, try_lock_or_warn, write_atomically
 from wasteddp.inference.bundle import BundleCard

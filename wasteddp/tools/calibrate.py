@@ -10,7 +10,7 @@ from rich.console import Console
 from wasteddp.data import dataset
 from wasteddp.data.decoding.workers import start_workers
 from wasteddp.decisions.calibration import Calibration, calibrate
-from wasteddp.decisions.group_intervals import describe_groups
+from wasteddp.decisions.intervals import describe_groups
 from wasteddp.errors import DecisionError, inert
 from wasteddp.files import hold_run
 from wasteddp.inference.bundle import find_bundle, load_bundle, read_card, refuse_other_weights, replace_card

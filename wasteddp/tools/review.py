@@ -23,8 +23,7 @@ from wasteddp.data import dataset
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.decode import UndecodableError
 from wasteddp.data.decoding.workers import Workers, start_workers
-from wasteddp.decisions.label_errors import find_label_errors
-from wasteddp.decisions.labelling_order import F64, labelling_order
+from wasteddp.decisions.labelling import F64, find_label_errors, labelling_order
 from wasteddp.errors import RunError, WastedError, inert
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import find_bundle, read_card

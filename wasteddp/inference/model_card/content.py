@@ -13,9 +13,8 @@ import numpy as np
 
 from wasteddp import __version__
 from wasteddp.data.manifest import Manifest
-from wasteddp.decisions.binomial import wilson_interval
-from wasteddp.decisions.group_intervals import describe_groups
-from wasteddp.decisions.promises import is_promised, no_promise
+from wasteddp.decisions.intervals import describe_groups, wilson_interval
+from wasteddp.decisions.thresholds import is_promised, no_promise
 from wasteddp.inference.bundle import CARD_NAME, BundleCard
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.model_card.markup import front_matter, literal, one_line, table

@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wasteddp.decisions.binomial import bootstrap_interval, bootstrap_intervals, wilson_interval
-from wasteddp.decisions.group_intervals import SampleGroups, class_intervals, describe_groups, share_interval
+from wasteddp.decisions.intervals import (
+    SampleGroups,
+    bootstrap_interval,
+    bootstrap_intervals,
+    class_intervals,
+    describe_groups,
+    share_interval,
+    wilson_interval,
+)
 
 
 def drawn(seed: int, num_groups: int = 30, each: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
