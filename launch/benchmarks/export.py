@@ -71,7 +71,7 @@ def _sides(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
     from launch.benchmarks.untrained import untrained
     from wasteddp.errors import LaunchError
     from wasteddp.export import int8, runtimes
-    from wasteddp.export.network import Exported
+    from wasteddp.export.runtimes import Exported
     from wasteddp.inference.classifier import load_network
     from wasteddp.inference.runtimes.onnx import metadata_of
 

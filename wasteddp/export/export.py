@@ -30,8 +30,8 @@ from wasteddp.decisions.decide import Policy
 from wasteddp.errors import BundleError, SettingsError, storage
 from wasteddp.export import int8 as quantisation
 from wasteddp.export import runtimes, weights
-from wasteddp.export.network import Exported
 from wasteddp.export.parity import MOST_NAMED, U8, Reference, Run, compare_answers, compare_pixels, read_reference
+from wasteddp.export.runtimes import Exported
 from wasteddp.files import make_folder, sha256_of, sync_file, sync_folder, write_atomically
 from wasteddp.inference.bundle import CARD_NAME, BundleCard, find_bundle, load_bundle, read_card, remove_old
 from wasteddp.inference.classifier import Classifier, network_of
