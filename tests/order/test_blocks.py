@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wasteddp.order.blocks import BlockOrder, Cuts, block_order
+from wasteddp.order.plan import BlockOrder, Cuts, block_order
 
 
 def order_of(shard_samples: list[int], block: int, epoch: int = 0) -> BlockOrder:

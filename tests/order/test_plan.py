@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from wasteddp.data.loader import training_steps
 from wasteddp.errors import SettingsError
-from wasteddp.order import blocks
 from wasteddp.order import plan as plans
 from wasteddp.order.keyed_random import permute
 from wasteddp.order.plan import PADDING, EvaluationPlan, TrainPlan, micro_batch
@@ -171,7 +170,7 @@ def test_a_seek_evaluates_only_what_it_returns(block: int, monkeypatch: pytest.M
         return permute(position, *rest)
 
     monkeypatch.setattr(plans, "permute", counted)
-    monkeypatch.setattr(blocks, "permute", counted)
+    monkeypatch.setattr(plans, "permute", counted)
     plan = TrainPlan(10**9, 4096 * 64, 0, 4096 * 64, block, shard_samples=(10**7,) * 100)
     assert len(plan.step_samples(50, 2000, rank=1234, world_size=4096)) == 64
     assert sum(evaluated) <= 64 + 1  # the samples and, in block mode, the order's starting point
