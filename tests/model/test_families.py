@@ -26,7 +26,7 @@ from wasteddp.errors import SettingsError, WeightsError
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import Classifier, load_network
 from wasteddp.model import networks, pretrained
-from wasteddp.model.batch_statistics import running_statistics
+from wasteddp.model.networks import running_statistics
 from wasteddp.model.stages import STAGES, Stages, stage_starts
 from wasteddp.model.stochastic_depth import StochasticDepth, branch_ends
 from wasteddp.training import build_model

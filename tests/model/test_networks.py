@@ -16,7 +16,7 @@ from torch import nn
 
 from wasteddp import settings
 from wasteddp.errors import SettingsError, WeightsError
-from wasteddp.model import batch_statistics, networks, pretrained
+from wasteddp.model import networks, pretrained
 from wasteddp.model.stages import Stages
 
 EVIDENCE = Path("/none")  # the file that `Evil` creates where it is unpickled
@@ -195,4 +195,4 @@ class _Cached:
 def test_statistics_that_ranks_reconcile_are_all_of_batchnorm() -> None:
     model = networks.build("resnet18", 3)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(batch_statistics.running_statistics(model)) == 2 * len(norms)
+    assert len(networks.running_statistics(model)) == 2 * len(norms)

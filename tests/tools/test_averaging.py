@@ -27,8 +27,7 @@ from wasteddp.decisions.calibration import calibrate, scaled
 from wasteddp.errors import CheckpointError
 from wasteddp.files import RunLock
 from wasteddp.inference.bundle import Averaged, load_bundle
-from wasteddp.model.batch_statistics import estimate_statistics
-from wasteddp.model.networks import build
+from wasteddp.model.networks import build, estimate_statistics
 from wasteddp.tools import average
 from wasteddp.tools.average import mean_of_newest
 

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from wasteddp import settings
 from wasteddp.errors import SettingsError
-from wasteddp.model import batch_statistics
+from wasteddp.model import networks
 from wasteddp.model.stages import Stages
 from wasteddp.model.stochastic_depth import StochasticDepth
 from wasteddp.training.build_model import place
@@ -74,7 +74,7 @@ def test_batchnorm_over_the_ranks_keeps_weights_and_names_and_is_made_for_severa
     assert all(parameters[name] is parameter for name, parameter in several.named_parameters())
     assert isinstance(several.layer1[0].bn2, nn.SyncBatchNorm)
     assert isinstance(several.bn1, nn.SyncBatchNorm)
-    assert len(batch_statistics.running_statistics(several)) == len(batch_statistics.running_statistics(alone))
+    assert len(networks.running_statistics(several)) == len(networks.running_statistics(alone))
     alone = place(alone, parsed, device=CPU, world_size=1, compiles=False)
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in alone.modules())
 

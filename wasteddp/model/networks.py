@@ -5,13 +5,14 @@
 
 The head is the last layer, one linear layer. Dropout and the libraries' own stochastic depth are switched off: their
 random numbers depend on the place of an image in its batch, so a run would depend on its number of ranks. The setting
-model.stochastic_depth has the same effect and depends on the sample only.
+model.stochastic_depth has the same effect and depends on the sample only. The running statistics of a network's
+BatchNorms are here too.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
@@ -19,6 +20,7 @@ from types import ModuleType
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import MaxVit, VisionTransformer
 from torchvision.ops import StochasticDepth
 
@@ -131,15 +133,37 @@ def refuse_sizes(model: nn.Module, arch: str, sizes_px: Iterable[int]) -> None:
     model.train(trains)
 
 
-def _fixed_size(model: nn.Module) -> str:
-    side = getattr(model, "image_size", None) or (224 if isinstance(model, MaxVit) else 0)
-    card = getattr(model, "pretrained_cfg", None) or {}
-    return f", such as {side or card['input_size'][-1]}" if side or "input_size" in card else ""
-
-
 def is_resnet(arch: str) -> bool:
     """Return whether it is a ResNet, ResNeXt or wide ResNet of torchvision."""
     return arch.startswith(("resnet", "resnext", "wide_resnet")) and arch in architectures()
+
+
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """Return BatchNorm's running means and variances, which each rank computes from its own micro-batches."""
+    return [buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: Iterable[torch.Tensor], names: Collection[str]) -> None:
+    """Recompute BatchNorm's running statistics as the mean of the batches' statistics.
+
+    It is for weights that no training step produced, such as a mean of several. Source: Izmailov et al. 2018,
+    "Averaging Weights Leads to Wider Optima and Better Generalization", section 3.2.
+
+    Args:
+        model: set to eval mode.
+        batches: normalised images [B, 3, S, S], all of one size B: each batch has the same weight.
+        names: names of the BatchNorms to recompute; the others are unchanged.
+    """
+    model.eval()
+    norms = [module for name, module in model.named_modules() if name in names and isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch: the cumulative mean
+        norm.train()
+    for images_BCHW in batches:
+        model(images_BCHW)
+    model.eval()
 
 
 def _from_torchvision(arch: str, num_classes: int) -> nn.Module:
@@ -212,3 +236,9 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _fixed_size(model: nn.Module) -> str:
+    side = getattr(model, "image_size", None) or (224 if isinstance(model, MaxVit) else 0)
+    card = getattr(model, "pretrained_cfg", None) or {}
+    return f", such as {side or card['input_size'][-1]}" if side or "input_size" in card else ""

@@ -40,8 +40,7 @@ from wasteddp.inference.evaluate import check_classes, evaluate_split
 from wasteddp.inference.evaluation_files import Evaluation, save_evaluation
 from wasteddp.inference.metrics import Metrics, percent
 from wasteddp.inference.model_card.file import write_model_card
-from wasteddp.model.batch_statistics import estimate_statistics
-from wasteddp.model.networks import build
+from wasteddp.model.networks import build, estimate_statistics
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
 from wasteddp.tools.calibrate import describe

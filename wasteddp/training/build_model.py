@@ -13,8 +13,7 @@ from torch import nn
 from wasteddp.errors import SettingsError, WeightsError
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
 from wasteddp.model import ema, networks, pretrained
-from wasteddp.model.batch_statistics import running_statistics
-from wasteddp.model.networks import TIMM
+from wasteddp.model.networks import TIMM, running_statistics
 from wasteddp.model.stages import Stages, refuse_stages
 from wasteddp.model.stochastic_depth import branch_ends
 from wasteddp.settings import Model, Settings

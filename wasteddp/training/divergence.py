@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from wasteddp.errors import DivergedError, storage
-from wasteddp.model.batch_statistics import running_statistics
+from wasteddp.model.networks import running_statistics
 from wasteddp.settings import Settings, Train
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.reader import FOLDER, listed, step_of

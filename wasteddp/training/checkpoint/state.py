@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wasteddp.errors import CheckpointError
-from wasteddp.model.batch_statistics import running_statistics
+from wasteddp.model.networks import running_statistics
 from wasteddp.training.checkpoint.reader import Checkpoint
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers
