@@ -35,7 +35,6 @@ LAYERS = [
     "training.schedule",
     "training.watchdog",
     "training.distributed",
-    "training.device_batches",
     "training.dataloaders",
     "training.checkpoint.compatibility",
     "training.checkpoint.progress",

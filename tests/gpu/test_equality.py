@@ -19,8 +19,8 @@ from test_operations import every_operation, pictures
 
 from wasteddp.data.augmentation.augment import Augment
 from wasteddp.data.augmentation.operations import apply
+from wasteddp.data.batch import copied_ahead
 from wasteddp.model.ema import Ema
-from wasteddp.training.device_batches import copied_ahead
 
 pytestmark = ON_A_GPU
 

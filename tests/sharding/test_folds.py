@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_build import read_samples
 from test_groups import splits_of_groups, write_sites
 
-from wasteddp.data.folds import choose_fold, num_folds
+from wasteddp.data.dataset import choose_fold, num_folds
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import SettingsError, ShardError, SourceError

@@ -17,12 +17,12 @@ import torch
 from trainings import config_of, rows
 
 from wasteddp import train
-from wasteddp.data.batch import Batch
+from wasteddp.data import batch as module
+from wasteddp.data.batch import Batch, copied_ahead, one_ahead
 from wasteddp.data.decoding.crop import TrainingView
 from wasteddp.data.loader import Loader
 from wasteddp.errors import DamagedSampleError
-from wasteddp.training import dataloaders, device_batches
-from wasteddp.training.device_batches import copied_ahead, one_ahead
+from wasteddp.training import dataloaders
 
 
 class Event(str):
@@ -89,7 +89,7 @@ def test_what_the_device_decodes_is_begun_by_a_thread_and_given_out_in_its_place
 
     waited: list[str] = []
     stream = SimpleNamespace(wait_event=waited.append)
-    monkeypatch.setattr(device_batches, "_copied", copied)
+    monkeypatch.setattr(module, "_copied", copied)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     tensor = SimpleNamespace(record_stream=lambda stream: None)

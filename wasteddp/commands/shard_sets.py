@@ -212,7 +212,7 @@ def _add_plan(commands: Commands) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from wasteddp import settings as settings_file
-    from wasteddp.data.folds import choose_fold
+    from wasteddp.data.dataset import choose_fold
     from wasteddp.data.manifest import Manifest
     from wasteddp.data.train_plan import preview
 

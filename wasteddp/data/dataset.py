@@ -1,16 +1,21 @@
-"""A shard set, open for reading: in a local folder, or at a URL with a cache on this machine."""
+"""A shard set, open for reading: in a local folder, or at a URL with a cache on this machine; all of it, or one fold.
+
+For cross-validation, `wasteddp shard --folds K` writes the splits fold-0 ... fold-K-1. A fold is chosen by name alone:
+`train` is the shards of all other folds, one after another, and `val` those of the fold. The order of the samples is a
+function of the numbers of samples of the shards, as for any other split.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from wasteddp.data.folds import choose_fold
 from wasteddp.data.groups import Groups, read_groups
-from wasteddp.data.manifest import MANIFEST_NAME, Manifest
+from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Split
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.remote.cache import ShardCache
 from wasteddp.data.remote.folder import Patience, RemoteFolder, Stopped, is_url, never
@@ -20,6 +25,8 @@ from wasteddp.errors import DamagedShardError, SettingsError, ShardError, storag
 from wasteddp.settings import Data
 
 Needs = Mapping[str, int]  # sha256 of shards and their sizes, bytes
+NO_FOLD = -1
+_PREFIX = "fold-"
 
 
 class ShardSet:
@@ -152,6 +159,37 @@ def cache_folder(setting: str) -> Path:
     return Path(resolved).expanduser()
 
 
+def num_folds(manifest: Manifest) -> int:
+    """Return the number of folds of a set; 0 if it has none."""
+    return sum(name.startswith(_PREFIX) for name in manifest.splits)
+
+
+def choose_fold(manifest: Manifest, fold: int) -> Manifest:
+    """Return the manifest with the splits `train` and `val` of a fold; `NO_FOLD`: unchanged.
+
+    Raises:
+        SettingsError: the set has no such fold.
+    """
+    total = num_folds(manifest)
+    if fold == NO_FOLD:
+        return manifest
+    if fold >= total:
+        raise SettingsError(
+            f"data.fold is {fold}, and {manifest.where} has {f'the folds 0 to {total - 1}' if total else 'no folds'}",
+            "it is not known which images to train on",
+            f"set data.fold to one of them, from 0 to {total - 1}"
+            if total
+            else "set data.fold to -1, or make a set with folds: wasteddp shard SOURCE --out FOLDER --folds 5",
+        )
+    folds = [manifest.splits[f"{_PREFIX}{number}"] for number in range(total)]
+    splits = {
+        "train": _joined("train", [split for number, split in enumerate(folds) if number != fold]),
+        "val": _joined("val", [folds[fold]]),
+        **{name: split for name, split in manifest.splits.items() if not name.startswith(_PREFIX)},
+    }
+    return replace(manifest, splits=splits)
+
+
 def _manifest(folder: RemoteFolder, cache: Path, stopped: Stopped) -> Manifest:
     try:
         return Manifest.parse(folder.read(MANIFEST_NAME, stopped=stopped), cache, url=folder.url)
@@ -166,3 +204,8 @@ def _manifest(folder: RemoteFolder, cache: Path, stopped: Stopped) -> Manifest:
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9 + 0.0005:.3f}"  # rounded up
+
+
+def _joined(name: str, splits: Sequence[Split]) -> Split:
+    counts = zip(*(split.samples_per_class for split in splits), strict=True)
+    return Split(name, tuple(shard for split in splits for shard in split.shards), tuple(map(sum, counts)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from wasteddp.data.folds import num_folds
+from wasteddp.data.dataset import num_folds
 from wasteddp.data.manifest import LeftOut, Manifest
 from wasteddp.errors import inert, joined, visible
 

@@ -18,10 +18,9 @@ from rich.console import Console
 
 from wasteddp import settings as settings_file
 from wasteddp.data import dataset
-from wasteddp.data.dataset import ShardSet
+from wasteddp.data.dataset import NO_FOLD, ShardSet
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.data.decoding.workers import Workers, start_workers
-from wasteddp.data.folds import NO_FOLD
 from wasteddp.data.loader import AnyLoader, evaluation_loader, evaluation_steps
 from wasteddp.data.manifest import Manifest, Split
 from wasteddp.data.reader import SplitReader

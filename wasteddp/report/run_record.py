@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from wasteddp.data.folds import NO_FOLD, choose_fold
+from wasteddp.data.dataset import NO_FOLD, choose_fold
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.remote.folder import is_url
 from wasteddp.errors import RunError, WastedError

@@ -22,8 +22,7 @@ from rich.table import Table
 
 from wasteddp import __version__
 from wasteddp import settings as settings_file
-from wasteddp.data.dataset import open_dataset
-from wasteddp.data.folds import NO_FOLD, num_folds
+from wasteddp.data.dataset import NO_FOLD, num_folds, open_dataset
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import EXIT_FINISHED, RunError, SettingsError, inert, joined, storage
 from wasteddp.files import read_regular, write_atomically

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from wasteddp import environment
-from wasteddp.data.batch import Batch
+from wasteddp.data.batch import Batch, copied_ahead
 from wasteddp.data.dataset import Needs, open_dataset
 from wasteddp.data.decoding.workers import DecodeServer, default_workers
 from wasteddp.data.loader import AnyLoader, evaluation_loader, training_loader, training_steps
@@ -26,7 +26,6 @@ from wasteddp.order.keyed_random import I64
 from wasteddp.order.plan import EvaluationPlan, TrainPlan
 from wasteddp.order.plan_quality import Labels
 from wasteddp.settings import Data, Settings
-from wasteddp.training.device_batches import copied_ahead
 from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
 from wasteddp.training.watchdog.signals import STOP

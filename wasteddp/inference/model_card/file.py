@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from wasteddp.data.folds import NO_FOLD, choose_fold
+from wasteddp.data.dataset import NO_FOLD, choose_fold
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.remote.folder import is_url
 from wasteddp.errors import WastedError, storage
