@@ -1,11 +1,17 @@
-"""The HTTP interface: POST /predict, /healthz, /metrics, /openapi.json and a page at /. Only `kept` writes files."""
+"""The HTTP interface: POST /predict, /healthz, /metrics, /openapi.json and a page at /. Only `kept` writes files.
+
+The page takes photos that are dropped, pasted or taken. It is in the style of the report, and shows text as text.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import hmac
 import ipaddress
 import time
+from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,14 +22,16 @@ from starlette.requests import ClientDisconnect
 
 from wasteddp import __version__
 from wasteddp.data.decoding.decode import UndecodableError
+from wasteddp.decisions.unlikeness import UNLIKE_FROM
 from wasteddp.errors import inert, print_warning
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.prediction_files import Failure, json_entry
 from wasteddp.serve.batches import Batches, BusyError, Limits
-from wasteddp.serve.bodies import BodyError, TooManyError, images_of
 from wasteddp.serve.kept import RESULTS, KeptPhotos
-from wasteddp.serve.metrics import CONTENT_TYPE, Metrics
-from wasteddp.serve.page import POLICY, page
+from wasteddp.serve.requests import CONTENT_TYPE, BodyError, Metrics, TooManyError, images_of
+
+_CSS = (files("wasteddp.report") / "page.css").read_text("utf-8") + (files(__package__) / "try.css").read_text("utf-8")
+_JS = (files(__package__) / "try.js").read_text("utf-8").replace("{unlike_from}", f"{UNLIKE_FROM:g}")
 
 
 class ImageAnswer(BaseModel):
@@ -197,9 +205,35 @@ def create_app(
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def root() -> HTMLResponse:
-        return HTMLResponse(html, headers={"content-security-policy": POLICY, "x-content-type-options": "nosniff"})
+        return HTMLResponse(
+            html, headers={"content-security-policy": _PAGE_POLICY, "x-content-type-options": "nosniff"}
+        )
 
     return app
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+# Nothing else runs or is loaded; the photos' previews are blobs of the page itself.
+_PAGE_POLICY = (
+    f"default-src 'none'; style-src {_hash(_CSS)}; script-src {_hash(_JS)}; img-src blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def page(*, needs_token: bool, keeps: bool) -> str:
+    """Return the page.
+
+    Args:
+        needs_token: it has a field for the token, which the page keeps until it is closed.
+        keeps: the server keeps doubtful photos.
+    """
+    kept = "which keeps those that it is not sure of, for labelling" if keeps else "which keeps none"
+    hidden = "" if needs_token else " hidden"
+    html = (files(__package__) / "try.html").read_text("utf-8")
+    return html.replace("{css}", _CSS).replace("{js}", _JS).replace("{token_hidden}", hidden).replace("{kept}", kept)
 
 
 def _refuse_other_sites(request: Request, hosts: frozenset[str] | None) -> None:

@@ -18,7 +18,6 @@ from wasteddp.inference.runtimes.loading import load_classifier
 from wasteddp.inference.runtimes.policy_file import load_policy
 from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.kept import KeptPhotos
-from wasteddp.serve.metrics import Metrics
 
 TOKEN_VARIABLE = "WASTEDDP_TOKEN"
 
@@ -59,6 +58,7 @@ def serve(
         import uvicorn
 
         from wasteddp.serve.app import create_app
+        from wasteddp.serve.requests import Metrics
     except ImportError as error:
         raise missing_extra("serve", "wasteddp serve") from error
     if keep_below and keep_doubtful is None:
