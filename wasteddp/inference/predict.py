@@ -33,8 +33,7 @@ from wasteddp.inference.prediction_files import (
 from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.runtimes.loading import is_onnx, load_classifier
 from wasteddp.inference.runtimes.policy_file import load_policy
-from wasteddp.sharding.sources.advice import ARCHIVES
-from wasteddp.sharding.sources.files import Names, Walked, walk
+from wasteddp.sharding.sources.files import ARCHIVES, Names, Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 
 _KINDS = dict.fromkeys(ARCHIVES, "an archive") | dict.fromkeys((".csv", ".tsv"), "a table")

@@ -1,7 +1,7 @@
 """Files of a source on a disk: a folder or a list of paths. Also what all sources have in common.
 
 The same rules hold for each source and for `wasteddp predict`: which names are ignored, which links are followed, and
-that only regular files are read.
+that only regular files are read. `advise` names what a source may be that is not a folder of class folders.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ import fnmatch
 import heapq
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from wasteddp.errors import storage
+from wasteddp.errors import storage, visible
 from wasteddp.files import read_regular
 
 # Hidden files, and the folders of macOS, Synology, QNAP and Windows that hold thumbnails and deleted files.
 IGNORED = (".*", "__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information")
-_MAX_SHOWN = 5
 MISSING = "missing"  # stamp of a file that does not exist
-
 Listed = list[os.DirEntry[str]]
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+_MAX_SHOWN = 5
+_BOXES = frozenset({"labels", "annotations"})  # folders of YOLO, COCO and Pascal VOC
+_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,38 @@ def is_ignored(path: str, more: Sequence[str] = ()) -> bool:
     return any(part not in ("", ".", "..") and matches(part) is not None for part in path.split("/"))
 
 
+def advise(source: Source, where: str | Path) -> str:
+    """Return what to do with a source in which class folders were looked for in vain, as the end of a message.
+
+    Empty if the names do not say what the source may be.
+    """
+    names = [file.path for file in source.files]
+    folders = {part.lower() for name in names for part in name.split("/")[:-1]}
+    suffixes = {name: PurePosixPath(name).suffix.lower() for name in names}
+    tables = [name for name, suffix in suffixes.items() if suffix == ".csv"]
+    archives = [name for name, suffix in suffixes.items() if suffix in ARCHIVES]
+    if archives and any(PurePosixPath(name).name == "manifest.json" for name in names):
+        return ". If it is a shard set already, train on it: data.shards"
+    if _BOXES & folders:
+        return (
+            ". If it is a set for detection (YOLO, COCO), its labels are boxes, not classes of images: cut the boxes "
+            "out into a folder for each class, or give a CSV path,label with one class for each image"
+        )
+    if tables:
+        is_folder = Path(where).is_dir()
+        path, unpack = (
+            (f"{where}/{tables[0]}", "") if is_folder else (f"FOLDER/{tables[0]}", "unpack the archive, and ")
+        )
+        return (
+            f". If {_shown(tables)} names the classes: with the columns path,label[,split], and paths relative to its "
+            f"folder, it is a source: {unpack}wasteddp shard {shlex.quote(path)} --out SET"
+        )
+    if archives:
+        index = "; if these are tars of webdataset: wasteddp index FOLDER" if ".tar" in suffixes.values() else ""
+        return f". Unpack {_shown(archives)} first{index}"
+    return ""
+
+
 @lru_cache
 def _pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(fnmatch.translate, patterns)))
@@ -202,3 +237,8 @@ def _stat(file: Path, path: str) -> File:
     if not stat.S_ISREG(status.st_mode):
         return File(path, 0, "not a file")
     return File(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(map(visible, names[:_NAMES_SHOWN])) + more

@@ -24,8 +24,7 @@ import yaml
 
 from wasteddp.errors import SourceError, inert, joined, visible
 from wasteddp.files import expand_home, read_text
-from wasteddp.sharding.sources.advice import advise
-from wasteddp.sharding.sources.files import MISSING, File, Names, PathsSource, Source
+from wasteddp.sharding.sources.files import MISSING, File, Names, PathsSource, Source, advise
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
