@@ -15,7 +15,7 @@ from wasteddp.decisions.calibration import Calibration, calibrate, scaled
 from wasteddp.inference.bundle import read_card, save_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
-from wasteddp.tools import calibrate as calibrating
+from wasteddp.tools import model_additions as calibrating
 from wasteddp.training import evaluate
 from wasteddp.training.checkpoint import best_model
 

@@ -21,8 +21,7 @@ from wasteddp import cli
 from wasteddp.data.manifest import Manifest
 from wasteddp.settings import load, parse
 from wasteddp.tools import machine_checks, run_checks
-from wasteddp.tools.finding import Finding, print_table, worst
-from wasteddp.tools.machine_checks import Device
+from wasteddp.tools.machine_checks import Device, Finding, print_table, worst
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.compatibility import Lineage
 from wasteddp.training.checkpoint.progress import Progress

@@ -23,6 +23,6 @@ def add(commands: Commands) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from wasteddp.tools.calibrate import run
+    from wasteddp.tools.model_additions import add_calibration
 
-    run(**keywords(arguments))
+    add_calibration(**keywords(arguments))

@@ -24,9 +24,9 @@ def add(commands: Commands) -> None:
 
 
 def _features(arguments: argparse.Namespace) -> None:
-    from wasteddp.tools.features import run
+    from wasteddp.tools.model_additions import add_features
 
-    run(**keywords(arguments))
+    add_features(**keywords(arguments))
 
 
 def add_images(command: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ from wasteddp.files import expand_home
 
 if TYPE_CHECKING:
     from wasteddp.settings import Settings
-    from wasteddp.tools.finding import Finding
+    from wasteddp.tools.machine_checks import Finding
     from wasteddp.training.distributed.runtime import Runtime
     from wasteddp.training.watchdog.watchdog import Watchdog
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """All ranks: run the checks. Rank 0 prints them. Return the exit code."""
     from wasteddp import settings as settings_file
-    from wasteddp.tools import finding
+    from wasteddp.tools import machine_checks
     from wasteddp.training.watchdog.watchdog import Watchdog
 
     config, overrides = arguments.config, arguments.set
@@ -65,16 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
         watch.close()
     if environment.launched("RANK", 0) == 0:
         if arguments.json:
-            print(finding.to_json(findings))
+            print(machine_checks.findings_to_json(findings))
         else:
-            finding.print_table(findings)
-    return finding.EXIT_CODES[finding.worst(findings)]
+            machine_checks.print_table(findings)
+    return machine_checks.EXIT_CODES[machine_checks.worst(findings)]
 
 
 def examine(settings: Settings, watch: Watchdog, leaves_s: float) -> list[Finding]:
     """All ranks: run every check, in the order in which a run would meet the problems."""
     from wasteddp.tools import machine_checks
-    from wasteddp.tools.finding import Finding
+    from wasteddp.tools.machine_checks import Finding
     from wasteddp.training.distributed import startup
 
     load = machine_checks.check_load(*machine_checks.load_of_machine())  # before the checks add to it
@@ -143,7 +143,7 @@ def _examine_run(settings: Settings, runtime: Runtime, leaves_s: float) -> list[
 
 def _worst_of_ranks(runtime: Runtime, finding: Finding) -> Finding:
     """All ranks: return the worst of their findings, with its rank if they differ."""
-    from wasteddp.tools.finding import worst
+    from wasteddp.tools.machine_checks import worst
 
     findings: list[Finding] = runtime.gather(finding)
     colour = worst(findings)

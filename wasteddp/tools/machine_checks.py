@@ -1,10 +1,11 @@
 """Checks of a machine before a run: versions, devices, precision, shared memory, clocks, all-reduce.
 
-Each check returns a finding, and does not raise for the problem that it looks for.
+Each check returns a finding, a colour, a sentence and what to do, and does not raise for the problem that it looks for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -14,19 +15,25 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal, TextIO
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from wasteddp.errors import LaunchError
+from wasteddp.errors import LaunchError, inert
 from wasteddp.parallel import usable_cores
-from wasteddp.tools.finding import Finding
 from wasteddp.training.distributed import precision
 from wasteddp.training.distributed.runtime import Runtime
 
+Colour = Literal["green", "yellow", "red"]
+
+EXIT_CODES: dict[Colour, int] = {"green": 0, "yellow": 1, "red": 2}
 _CONSTRAINTS = Path(__file__).resolve().parents[2] / "launch" / "constraints.txt"
 _DEVELOPMENT = ("hypothesis", "mypy", "pytest", "ruff")
 _LEAST_SHM_BYTES = 1 << 30
@@ -35,6 +42,46 @@ _SLOW_ALL_REDUCE_S = 0.5  # on GPUs: probably the wrong network
 _MOST_LOAD = 0.5  # running processes for each core, before the run adds its own
 _ROUNDS = 5
 _MOST_SKEW_S, _WRONG_SKEW_S = 1.0, 60.0
+_VERDICTS: dict[Colour, str] = {
+    "green": "ready to start",
+    "yellow": "the run can start; read the yellow rows first",
+    "red": "do not start: fix the red rows first, or the run would fail or be useless",
+}
+_WIDTH = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    check: str
+    colour: Colour
+    found: str
+    do: str = ""
+
+
+def worst(findings: Sequence[Finding]) -> Colour:
+    return max((finding.colour for finding in findings), key=lambda colour: EXIT_CODES[colour], default="green")
+
+
+def print_table(findings: Sequence[Finding], file: TextIO | None = None) -> None:
+    """Print the findings as a table, and the verdict. Each colour is also a word, for logs and colour-blind readers."""
+    console = Console(file=file)
+    if not console.is_terminal:
+        console = Console(file=file, width=_WIDTH)
+    table = Table(show_lines=True)
+    for title in ("", "check", "found", "what to do"):
+        table.add_column(title, overflow="fold")
+    for finding in findings:
+        colour = finding.colour
+        texts = (escape(inert(text)) for text in (finding.check, finding.found, finding.do))
+        table.add_row(f"[{colour}]{colour}", *texts)
+    console.print(table)
+    colour = worst(findings)
+    console.print(f"[{colour}]{colour}[/]: {_VERDICTS[colour]}")
+
+
+def findings_to_json(findings: Sequence[Finding]) -> str:
+    colour = worst(findings)
+    return json.dumps({"verdict": colour, "findings": [asdict(finding) for finding in findings]}, indent=1)
 
 
 def versions_tested(constraints: Path = _CONSTRAINTS) -> dict[str, str]:

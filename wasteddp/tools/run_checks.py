@@ -20,7 +20,7 @@ from wasteddp.files import sync_folder, try_lock
 from wasteddp.inference.bundle import find_bundle, load_bundle
 from wasteddp.model import networks
 from wasteddp.settings import Settings
-from wasteddp.tools.finding import Finding
+from wasteddp.tools.machine_checks import Finding
 from wasteddp.training.build_model import make_initial
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings, refuse_finished
