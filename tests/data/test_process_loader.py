@@ -18,9 +18,9 @@ import torch
 from killing_view import KillingView
 
 from wasteddp.data.batch import Batch
-from wasteddp.data.decoding import shared_memory
+from wasteddp.data.decoding import worker as module
 from wasteddp.data.decoding.crop import TrainingView
-from wasteddp.data.decoding.shared_memory import SharedMemory
+from wasteddp.data.decoding.worker import SharedMemory
 from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.data.loader import AnyLoader, Loader, evaluation_loader, evaluation_steps, training_loader, training_steps
 from wasteddp.data.manifest import Manifest
@@ -323,7 +323,7 @@ def test_without_memfd_a_file_without_a_name_takes_its_place(
     for _ in range(3):
         kinds.append(SharedMemory(4096).kind)
         require_equal(run(small_shards, server), run(small_shards, None))
-        monkeypatch.setitem(shared_memory._KINDS, kinds[-1], refuse)
+        monkeypatch.setitem(module._KINDS, kinds[-1], refuse)
     assert kinds == ["memfd", "/dev/shm", "a temporary file"]
     with pytest.raises(SettingsError, match=r"4,096 bytes(.|\n)*memfd: Operation not(.|\n)*TMPDIR(.|\n)*threads"):
         SharedMemory(4096)
@@ -332,7 +332,7 @@ def test_without_memfd_a_file_without_a_name_takes_its_place(
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root, to mount a small /dev/shm")
 def test_a_small_dev_shm_is_passed_over_and_never_a_bus_error() -> None:
     code = (
-        "import os; from wasteddp.data.decoding import shared_memory as s\n"
+        "import os; from wasteddp.data.decoding import worker as s\n"
         "s._KINDS.pop('memfd')\n"
         "memory = s.SharedMemory(4 << 20); memory.view(0, 4 << 20)[:] = 1; print(memory.kind)\n"
         "print(s.SharedMemory(1 << 19).kind)"

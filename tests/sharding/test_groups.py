@@ -11,7 +11,7 @@ from pictures import jpeg
 from test_build import contents, read_samples
 
 from wasteddp.cli import main
-from wasteddp.data.groups import GROUPS_NAME, read_groups
+from wasteddp.data.dataset import GROUPS_NAME, read_groups
 from wasteddp.data.manifest import Manifest
 from wasteddp.errors import ShardError, SourceError
 from wasteddp.sharding import groups

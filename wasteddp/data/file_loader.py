@@ -26,8 +26,7 @@ import numpy.typing as npt
 
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, take_tolerated
 from wasteddp.data.decoding.pool import DecodePool, Task
-from wasteddp.data.decoding.shared_memory import SharedMemory
-from wasteddp.data.decoding.worker import ROW_DTYPE, TOLERATED, UNDECODABLE, WHOLE, Rows
+from wasteddp.data.decoding.worker import ROW_DTYPE, TOLERATED, UNDECODABLE, WHOLE, Rows, SharedMemory
 from wasteddp.data.decoding.workers import DecodeServer, Workers
 from wasteddp.errors import print_warning
 from wasteddp.files import most_files

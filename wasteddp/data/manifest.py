@@ -106,7 +106,7 @@ class Manifest:
     bins: Mapping[str, str] = field(default_factory=dict)  # class -> waste bin for it; may be empty
     left_out: tuple[LeftOut, ...] = ()
     near_duplicates: Mapping[str, Any] = field(default_factory=dict)
-    groups: Mapping[str, Any] = field(default_factory=dict)  # the file of `data.groups`; empty: there are none
+    groups: Mapping[str, Any] = field(default_factory=dict)  # the file of `data.dataset`; empty: there are none
     num_tolerated: int = 0  # JPEGs with faults that cost no pixel
     recipe: Mapping[str, Any] = field(default_factory=dict)  # source, licence, citation and options of its creation
     tool: str = ""

@@ -25,8 +25,7 @@ from wasteddp.data.batch import MAX_REPLACEMENTS, Batch, Damage, refuse_damaged
 from wasteddp.data.decoding.crop import View
 from wasteddp.data.decoding.decode import Encoded
 from wasteddp.data.decoding.pool import DecodePool, Task, most_shards
-from wasteddp.data.decoding.shared_memory import SharedMemory
-from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows
+from wasteddp.data.decoding.worker import ROW_DTYPE, UNREAD, Failure, Rows, SharedMemory
 from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import DamagedSampleError, print_warning

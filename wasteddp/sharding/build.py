@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from wasteddp import __version__
-from wasteddp.data.groups import GROUPS_NAME, save_groups
+from wasteddp.data.dataset import GROUPS_NAME, save_groups
 from wasteddp.data.manifest import BEGUN_NAME, MANIFEST_NAME, WORK_NAME, Manifest, Split
 from wasteddp.errors import ShardError, SourceError, storage
 from wasteddp.files import make_folder, read_regular, sync_folder, try_lock_or_announce, write_atomically

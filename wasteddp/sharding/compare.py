@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from wasteddp.data.dataset import Groups, read_groups
 from wasteddp.data.decoding.decode import UndecodableError, check_image
-from wasteddp.data.groups import Groups, read_groups
 from wasteddp.data.manifest import Index, Manifest, Shard, pad_size, read_index
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import ShardError, storage

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from wasteddp.data.groups import Groups
+from wasteddp.data.dataset import Groups
 from wasteddp.data.manifest import Split
 from wasteddp.errors import SourceError
 from wasteddp.sharding.folds import I64

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wasteddp.data.groups import Groups, read_groups
+from wasteddp.data.dataset import Groups, read_groups
 from wasteddp.data.manifest import (
     INDEX_DTYPE,
     MANIFEST_NAME,

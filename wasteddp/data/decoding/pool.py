@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from wasteddp.data.decoding.shared_memory import SharedMemory
-from wasteddp.data.decoding.worker import AT_WORK_DTYPE, UNKNOWN, Answer, Failure, Rows
+from wasteddp.data.decoding.worker import AT_WORK_DTYPE, UNKNOWN, Answer, Failure, Rows, SharedMemory
 from wasteddp.data.decoding.workers import DecodeServer
 from wasteddp.errors import WorkerError
 from wasteddp.files import most_files

@@ -1,4 +1,4 @@
-"""The decoding processes: a server that forks workers, and the workers.
+"""The decoding processes: a server that forks workers, the workers, and the memory that they write to.
 
 The server is a new interpreter that imports the decoders once and then forks a worker on each request. A worker starts
 in milliseconds and shares the server's memory. Neither has loaded CUDA, threads or the training program. `pool` is the
@@ -7,6 +7,11 @@ other end of their sockets.
 The server exits when its parent closes the socket or ends, and the kernel kills the workers with the server
 (PR_SET_PDEATHSIG). A worker also exits when its own socket closes. Signals are blocked in all of them, since the parent
 handles Ctrl-C and SIGTERM. The processes share no locks, so a process may be killed at any instruction.
+
+The shared memory has no name, so nothing remains after the processes end. A memfd does not use /dev/shm, which
+containers limit to 64 MB, but counts as memory of the container. If the kernel or a seccomp profile refuses it, an
+unlinked file in /dev/shm or in the folder for temporary files is used instead. All pages are reserved at the start,
+since writing to a page that is not available would be a bus error.
 """
 
 from __future__ import annotations
@@ -19,8 +24,10 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from hashlib import sha256
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -29,21 +36,21 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data.decoding.decode import UndecodableError, take_tolerated
-from wasteddp.data.decoding.shared_memory import map_shared
+from wasteddp.errors import SettingsError
 
 if TYPE_CHECKING:
     from wasteddp.data.decoding.crop import View
 
+# One row of a task. `draws` begins with the random numbers of the view, at most four.
+Rows = npt.NDArray[np.void]
+Failure = tuple[int, str, str]  # row of the batch, UNREAD, UNDECODABLE or TOLERATED, message
+Left = tuple[int, bytes | int, tuple[int, int, int, int]]  # row; a JPEG, or its length if the row holds it; box
+Answer = tuple[list[Failure], list[Left]]
+
 # A request to the server is a byte, with a descriptor for START. The answer is a number: a worker's pid or exit code.
 START, REAP = b"s", b"r"
 NUMBER = struct.Struct("q")
-_PARENT_CHECK_S = 1.0
-_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
-
 UNKNOWN = 1 << 40  # the exit code of a worker that another server started
-
-# One row of a task. `draws` begins with the random numbers of the view, at most four.
-Rows = npt.NDArray[np.void]
 ROW_DTYPE = np.dtype(
     [
         ("row", "i4"),
@@ -57,14 +64,11 @@ ROW_DTYPE = np.dtype(
 )
 # A worker's current row of its task (-1: none), sample and start time (monotonic, s), in memory that its parent reads.
 AT_WORK_DTYPE = np.dtype([("row", "i8"), ("sample", "i8"), ("since_s", "f8")])
-
 WHOLE = -1  # the length of a row that is a whole file, whose sha256 is not known
-
 UNREAD, UNDECODABLE = "unread", "undecodable"
 TOLERATED = "tolerated"  # of a whole file: decoded, in spite of faults that cost no pixel
-Failure = tuple[int, str, str]  # row of the batch, UNREAD, UNDECODABLE or TOLERATED, message
-Left = tuple[int, bytes | int, tuple[int, int, int, int]]  # row; a JPEG, or its length if the row holds it; box
-Answer = tuple[list[Failure], list[Left]]
+_PARENT_CHECK_S = 1.0
+_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 
 
 def serve(descriptor: int) -> None:
@@ -138,6 +142,55 @@ def work(parent: Connection) -> None:
                 parent.send(answer)
 
 
+class SharedMemory:
+    """A mapping of `num_bytes`, and the descriptor with which other processes map the same memory."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.descriptor, self.kind = _reserve(num_bytes)
+        self._map = mmap.mmap(self.descriptor, num_bytes)
+        self._registered_at = 0
+
+    def view(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return a part of the memory, uint8 [num_bytes]. The mapping exists as long as one of its views does."""
+        return np.frombuffer(self._map, np.uint8, num_bytes, offset)
+
+    def register_with_cuda(self) -> bool:
+        """Page-lock the memory, so that a GPU copies from it directly; return whether the driver allowed it."""
+        address = self.view(0, self.num_bytes).ctypes.data
+        # Source: CUDA Runtime API, cudaHostRegister; flags 0 is cudaHostRegisterDefault
+        if int(_cudart().cudaHostRegister(address, self.num_bytes, 0)) != 0:
+            return False
+        self._registered_at = address
+        return True
+
+    def close(self) -> None:
+        """Close the descriptor. The pages are freed after the last view is deleted."""
+        if self._registered_at:
+            import torch
+
+            torch.cuda.synchronize()  # a copy from the memory may be in progress
+            _cudart().cudaHostUnregister(self._registered_at)
+            self._registered_at = 0
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _cudart() -> Any:
+    import torch  # imported here, since the rest of the module does not need it
+
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def map_shared(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """Map the memory of a descriptor from another process, and close the descriptor."""
+    try:
+        return mmap.mmap(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
 def _fill(
     images: npt.NDArray[np.uint8], side: int, view: View, rows: Rows, shards: dict[int, int], at_work: Any
 ) -> Answer:
@@ -205,6 +258,46 @@ def _die_with(server: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != server:  # it has already died
             os._exit(0)
+
+
+def _reserve(num_bytes: int) -> tuple[int, str]:
+    """Reserve memory of the first kind that is available; return (descriptor, kind)."""
+    refused = []
+    for kind, make in _KINDS.items():
+        descriptor = -1
+        try:
+            descriptor = make()
+            os.ftruncate(descriptor, num_bytes)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(descriptor, 0, num_bytes)
+            return descriptor, kind
+        except (OSError, AttributeError) as error:
+            refused.append(f"{kind}: {getattr(error, 'strerror', None) or 'this system does not have it'}")
+            if descriptor >= 0:
+                os.close(descriptor)
+    raise SettingsError(
+        f"{num_bytes:,} bytes of shared memory for the decoding processes are not available ({'; '.join(refused)})",
+        "the processes would have no memory for their images",
+        f"free that much memory or disk space, set TMPDIR to a folder that has it ({tempfile.gettempdir()} was tried), "
+        "set data.prefetch or train.batch_size lower, or decode in threads: data.workers='4 threads', for a command "
+        "--workers '4 threads'",
+    )
+
+
+def _open_memfd() -> int:
+    return os.memfd_create("wasteddp")
+
+
+def _open_unlinked(folder: str | None) -> int:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.dup(file.fileno())
+
+
+_KINDS: dict[str, Callable[[], int]] = {
+    "memfd": _open_memfd,
+    "/dev/shm": lambda: _open_unlinked("/dev/shm"),
+    "a temporary file": lambda: _open_unlinked(None),
+}
 
 
 if __name__ == "__main__":
