@@ -109,7 +109,7 @@ def test_no_folder_is_too_full_to_find_anything_in() -> None:
         "serve.server",
         "data.decoding.centre",
         "inference.predict",
-        "inference.watching.watch",
+        "inference.watch",
         "inference.runtimes.onnx",
         "python.model",
     ],

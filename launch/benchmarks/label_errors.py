@@ -27,7 +27,7 @@ from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.intervals import wilson_interval
 from wasteddp.decisions.labelling import find_label_errors
 from wasteddp.inference.metrics import percent
-from wasteddp.inference.saved_predictions import read_predictions
+from wasteddp.inference.prediction_files import read_predictions
 from wasteddp.sharding.build import Job, Options, make_shards
 
 

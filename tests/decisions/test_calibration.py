@@ -8,7 +8,7 @@ import pytest
 from wasteddp.decisions.calibration import Calibration, calibrate, calibration_error, fit_temperature, scaled
 from wasteddp.decisions.intervals import bootstrap_interval
 from wasteddp.errors import DecisionError
-from wasteddp.inference.reliability import Answers, Reliability
+from wasteddp.inference.metrics import Answers, Reliability
 
 
 def samples(count: int, temperature: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wasteddp.inference.reliability import BINS, MISTAKES_LISTED, Answers, Mistakes, Reliability
+from wasteddp.inference.metrics import CONFIDENCE_BINS, MISTAKES_LISTED, Answers, Mistakes, Reliability
 
 
 def answers_of(num: int, seed: int, classes: int = 3) -> Answers:
@@ -38,8 +38,12 @@ def test_reliability_is_that_of_a_plain_loop(num: int, seed: int) -> None:
     answers = answers_of(num, seed)
     found = Reliability.measure(answers)
     gap = 0.0
-    for number in range(BINS):
-        inside = [i for i in range(num) if min(int(float(answers.confidence[i]) * BINS), BINS - 1) == number]
+    for number in range(CONFIDENCE_BINS):
+        inside = [
+            i
+            for i in range(num)
+            if min(int(float(answers.confidence[i]) * CONFIDENCE_BINS), CONFIDENCE_BINS - 1) == number
+        ]
         right = sum(int(answers.predicted[i] == answers.labels[i]) for i in inside)
         assert (found.counts[number], found.correct[number]) == (len(inside), right)
         gap += abs(right - sum(float(answers.confidence[i]) for i in inside))

@@ -26,11 +26,11 @@ from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
 from wasteddp.errors import SourceError
 from wasteddp.files import open_regular
+from wasteddp.inference.answered_files import AnsweredCsv, AnsweredFile, AnsweredJsonLines
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.prediction_files import Terminal
-from wasteddp.inference.watching.answered_files import AnsweredCsv, AnsweredFile, AnsweredJsonLines
-from wasteddp.inference.watching.watch import CHANGES, TRIES, Stop, Watch
+from wasteddp.inference.watch import CHANGES, TRIES, Stop, Watch
 
 KINDS: dict[str, type[AnsweredFile]] = {".csv": AnsweredCsv, ".jsonl": AnsweredJsonLines}
 POLICY = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.6, 0.05, 0.95, 0.04, 50, 40, 0))
@@ -195,7 +195,7 @@ def test_a_file_that_grows_is_read_when_it_is_whole(photos: Path, tmp_path: Path
 def test_a_file_that_changes_while_it_is_read_is_read_again(
     photos: Path, tmp_path: Path, start: Start, stop: Stop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wasteddp.inference.watching import watch as module
+    from wasteddp.inference import watch as module
 
     real = open_regular
 
@@ -244,7 +244,7 @@ def test_a_photo_that_could_not_be_read_is_answered_when_it_can_be(
     photos: Path, tmp_path: Path, start: Start, stop: Stop, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from wasteddp.inference.watching import watch as module
+    from wasteddp.inference import watch as module
 
     def away(path: str) -> Any:
         raise OSError(errno.ESTALE, "Stale file handle")

@@ -14,7 +14,7 @@ from wasteddp import cli
 from wasteddp.decisions.calibration import Calibration, calibrate, scaled
 from wasteddp.inference.bundle import read_card, save_bundle
 from wasteddp.inference.classifier import Classifier
-from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
+from wasteddp.inference.metrics import Answers, Mistakes, Reliability, Seen
 from wasteddp.tools import model_additions as calibrating
 from wasteddp.training import evaluate
 from wasteddp.training.checkpoint import best_model

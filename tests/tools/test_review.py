@@ -20,7 +20,7 @@ from wasteddp.cli import main
 from wasteddp.errors import RunError
 from wasteddp.files import CsvWriter
 from wasteddp.inference.bundle import save_bundle
-from wasteddp.inference.saved_predictions import read_predictions
+from wasteddp.inference.prediction_files import read_predictions
 from wasteddp.report.review_page import Part, Picture, render_review
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.sources.layout import read_table

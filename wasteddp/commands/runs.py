@@ -164,7 +164,7 @@ def _predict(command: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         return
     if given.pop("paths") or given.pop("workers"):
         command.error("--watch takes no PATH and no --workers")
-    from wasteddp.inference.watching.watch import EVERY_S, watch_folder
+    from wasteddp.inference.watch import EVERY_S, watch_folder
 
     watch_folder(folder=folder, every_s=every_s or EVERY_S, **given)
 

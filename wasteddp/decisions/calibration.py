@@ -18,7 +18,7 @@ import numpy.typing as npt
 from wasteddp.decisions.intervals import F64, bootstrap_interval
 from wasteddp.errors import DecisionError
 
-NUM_BINS = 10  # of confidence, as in inference.reliability
+NUM_BINS = 10  # of confidence, as in inference.metrics
 MAX_STANDARD_ERROR = 0.15  # of log(temperature): 15 % of the temperature
 _LOG_RANGE = 4.0  # temperatures of 1/55 to 55
 _TINY = 1e-30  # a float32 softmax gives 0 below it

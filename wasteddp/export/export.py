@@ -37,8 +37,8 @@ from wasteddp.inference.bundle import CARD_NAME, BundleCard, find_bundle, load_b
 from wasteddp.inference.classifier import Classifier, network_of
 from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
 from wasteddp.inference.metrics import percent
+from wasteddp.inference.runtimes.classifier import load_policy
 from wasteddp.inference.runtimes.onnx import OnnxClassifier, metadata_of
-from wasteddp.inference.runtimes.policy_file import load_policy
 from wasteddp.inference.training_features import choose_samples
 from wasteddp.settings import Data
 

@@ -34,10 +34,9 @@ from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
-from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.inference.metrics import Answers, Mistakes, Reliability, Seen, confusion_matrix, summarise
 from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.inference.ranks import Ranks, join_ranks
-from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.sorting import report_policy
 from wasteddp.order.plan import PADDING, EvaluationPlan

@@ -33,9 +33,8 @@ from wasteddp.inference.comparison import Accuracy, compare, difference, near_by
 from wasteddp.inference.evaluate import data_of
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.feature_files import HOW_TO_ADD
-from wasteddp.inference.metrics import confusion_matrix, summarise
+from wasteddp.inference.metrics import Answers, Mistakes, Reliability, Seen, confusion_matrix, summarise
 from wasteddp.inference.model_card.file import write_model_card
-from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
 from wasteddp.parallel import in_order, num_usable_cores, progress
 from wasteddp.settings import Data
 from wasteddp.sharding import recipe

@@ -36,8 +36,7 @@ from wasteddp.decisions.intervals import SampleGroups
 from wasteddp.errors import joined, storage, visible
 from wasteddp.files import CsvWriter, make_folder, read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.metrics import F32, I64, Metrics, percent
-from wasteddp.inference.reliability import Mistake, Seen
+from wasteddp.inference.metrics import F32, I64, Metrics, Mistake, Seen, percent
 
 FORMAT = "wasteddp-evaluation"
 FORMAT_VERSION = 1

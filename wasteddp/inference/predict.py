@@ -30,9 +30,7 @@ from wasteddp.inference.prediction_files import (
     json_record,
     refuse_one_file,
 )  # fmt: skip
-from wasteddp.inference.runtimes.classifier import AnyClassifier
-from wasteddp.inference.runtimes.loading import is_onnx, load_classifier
-from wasteddp.inference.runtimes.policy_file import load_policy
+from wasteddp.inference.runtimes.classifier import AnyClassifier, is_onnx, load_classifier, load_policy
 from wasteddp.sharding.sources.files import ARCHIVES, Names, Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 

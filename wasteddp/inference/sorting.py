@@ -28,9 +28,8 @@ from wasteddp.errors import inert
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord, plain
-from wasteddp.inference.metrics import percent
-from wasteddp.inference.reliability import Answers, Reliability
-from wasteddp.inference.runtimes.policy_file import made_for, save_policy
+from wasteddp.inference.metrics import Answers, Reliability, percent
+from wasteddp.inference.runtimes.classifier import made_for, save_policy
 
 RECORD_FORMAT = "wasteddp-decisions"
 RECORD_VERSION = 1

@@ -24,9 +24,7 @@ from wasteddp.errors import SourceError
 from wasteddp.files import expand_home, read_regular
 from wasteddp.inference.metrics import as_float
 from wasteddp.inference.prediction_files import decisions_of
-from wasteddp.inference.runtimes.classifier import AnyClassifier
-from wasteddp.inference.runtimes.loading import load_classifier
-from wasteddp.inference.runtimes.policy_file import load_policy
+from wasteddp.inference.runtimes.classifier import AnyClassifier, load_classifier, load_policy
 from wasteddp.parallel import in_order, num_usable_cores
 
 Input: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]"

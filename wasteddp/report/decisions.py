@@ -16,7 +16,7 @@ from wasteddp.decisions.thresholds import in_words, is_promised, no_promise, out
 from wasteddp.errors import RunError
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import percent
-from wasteddp.inference.saved_predictions import SavedPredictions, read_predictions
+from wasteddp.inference.prediction_files import SavedPredictions, read_predictions
 from wasteddp.inference.sorting import decisions_record
 from wasteddp.report.charts import Mark, scale_marks, scaled_path
 from wasteddp.report.evaluations import Share, reliability_bars

@@ -32,8 +32,7 @@ from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
 from wasteddp.inference.evaluation_files import read_record
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.predict import find_images, predict
-from wasteddp.inference.prediction_files import Failure
-from wasteddp.inference.saved_predictions import SavedPredictions, read_predictions
+from wasteddp.inference.prediction_files import Failure, SavedPredictions, read_predictions
 from wasteddp.parallel import num_usable_cores
 from wasteddp.report.evaluations import data_url
 from wasteddp.report.review_page import QUALITY, SIDE_PX, Part, Picture, render_review

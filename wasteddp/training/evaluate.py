@@ -16,8 +16,7 @@ from wasteddp.data.augmentation.operations import to_device
 from wasteddp.data.decoding.crop import normalise
 from wasteddp.data.loader import evaluation_steps
 from wasteddp.errors import ShardError, StoppedError, WastedError
-from wasteddp.inference.metrics import F32, I64, summarise
-from wasteddp.inference.reliability import Answers, Mistakes, Reliability, Seen
+from wasteddp.inference.metrics import F32, I64, Answers, Mistakes, Reliability, Seen, summarise
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.settings import Model
 from wasteddp.training.dataloaders import Inputs

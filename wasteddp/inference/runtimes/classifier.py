@@ -1,14 +1,19 @@
-"""What the classifiers of all runtimes have in common: batches of one shape, answers, unlikeness. No torch.
+"""What the classifiers of all runtimes have in common, how one is loaded, and the policy made for it. No torch.
+
+A classifier gives batches of one shape, answers and unlikeness. It is loaded by the kind of its path: a run's or a
+bundle's folder, or an ONNX file. policy.json has the bins and thresholds that `wasteddp evaluate --bins` chose for it.
 
 Legend: B images, S side of the view, K classes, D features: the inputs of the network's last layer.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +21,8 @@ import numpy.typing as npt
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.decisions.decide import Policy
 from wasteddp.decisions.unlikeness import TrainingFeatures
-from wasteddp.errors import BundleError
+from wasteddp.errors import BundleError, DecisionError
+from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import BundleCard
 
 if TYPE_CHECKING:
@@ -24,6 +30,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+_POLICY_FORMAT = "wasteddp-policy"
+_POLICY_VERSION = 1
 
 
 class AnyClassifier(ABC):
@@ -121,3 +130,71 @@ class AnyClassifier(ABC):
         images_BHWC = np.zeros((self.batch_size, side, side, 3), np.uint8)
         images_BHWC[: len(views)] = views
         return images_BHWC
+
+
+def is_onnx(path: str | Path) -> bool:
+    return Path(path).suffix == ".onnx" and not Path(path).is_dir()
+
+
+def load_classifier(
+    path: str | Path, *, device: str = "auto", batch_size: int | None = None, tta: str = "none"
+) -> AnyClassifier:
+    """Load a model. torch is imported only for a folder.
+
+    Raises:
+        BundleError, LaunchError: see `Classifier.load` and `OnnxClassifier`.
+    """
+    if is_onnx(path):
+        from wasteddp.inference.runtimes.onnx import OnnxClassifier
+
+        return OnnxClassifier(path, device=device, batch_size=batch_size, tta=tta)
+    from wasteddp.inference.classifier import Classifier
+
+    return Classifier.load(path, device=device, batch_size=batch_size, tta=tta)
+
+
+def save_policy(path: Path, policy: Policy, card: BundleCard, *, tta: str, chosen_on: str) -> None:
+    """Write the bins and thresholds, with what they belong to: the weights, the temperature and the views."""
+    content = {
+        "format": _POLICY_FORMAT,
+        "format_version": _POLICY_VERSION,
+        "model": made_for(card, tta),
+        "chosen_on": chosen_on,
+        **policy.to_json(),
+    }
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def load_policy(path: Path, card: BundleCard, *, tta: str) -> Policy:
+    """Read a policy of this model with these views.
+
+    Raises:
+        DecisionError: the file is not a policy, or another model's.
+    """
+    try:
+        raw = json.loads(read_regular(path))
+        if raw["format"] != _POLICY_FORMAT or raw["format_version"] != _POLICY_VERSION:
+            raise ValueError("its format is another one")
+        written_for, policy = dict(raw["model"]), Policy.from_json(raw)
+        policy.decide(np.full((1, len(policy.rules.classes)), 0.0))  # its thresholds are numbers, or a TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as failure:
+        raise DecisionError(
+            f"{path} is not a policy of wasteddp: {failure}",
+            "items would go into wrong bins, or nowhere",
+            "write it with: wasteddp evaluate RUN --bins FILE",
+        ) from failure
+    now = made_for(card, tta)
+    if written_for != now or policy.rules.classes != card.classes:
+        others = {name: value for name, value in now.items() if written_for.get(name) != value}
+        differs = [f"{name} {written_for.get(name)!r} instead of {value!r}" for name, value in others.items()]
+        raise DecisionError(
+            f"{path} was made for another model: {', '.join(differs) or 'other classes'}",
+            "its thresholds promise nothing for these probabilities",
+            "write it again with: wasteddp evaluate RUN --bins FILE, and the same --tta as here",
+        )
+    return policy
+
+
+def made_for(card: BundleCard, tta: str) -> dict[str, Any]:
+    """Return all that changes the probabilities which the thresholds were chosen on."""
+    return {"weights": card.hashes.weights, "temperature": card.temperature, "tta": tta}

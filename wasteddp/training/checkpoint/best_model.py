@@ -26,8 +26,8 @@ from wasteddp.inference.bundle import (
     save_bundle,
 )
 from wasteddp.inference.evaluation_files import save_seen
+from wasteddp.inference.metrics import Seen
 from wasteddp.inference.model_card.file import write_model_card
-from wasteddp.inference.reliability import Seen
 from wasteddp.settings import Settings
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.dataloaders import Inputs

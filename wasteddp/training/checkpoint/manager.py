@@ -17,7 +17,7 @@ from torch import nn
 from wasteddp import environment
 from wasteddp.errors import CheckpointError, StorageError
 from wasteddp.files import LOCK_WAIT_S, RunLock
-from wasteddp.inference.reliability import Seen
+from wasteddp.inference.metrics import Seen
 from wasteddp.model import ema
 from wasteddp.settings import Settings
 from wasteddp.training import messages

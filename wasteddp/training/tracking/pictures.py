@@ -24,7 +24,7 @@ from wasteddp.data import gpu_decoding
 from wasteddp.data.augmentation.augment import Augment
 from wasteddp.data.decoding.decode import ImageHWC, encode_jpeg
 from wasteddp.files import read_regular
-from wasteddp.inference.reliability import Seen
+from wasteddp.inference.metrics import Seen
 from wasteddp.training.dataloaders import Inputs
 
 _FILE = "gallery.json"

@@ -33,7 +33,7 @@ from wasteddp.training.tracking.run_id import RunIdentity
 if TYPE_CHECKING:
     from wasteddp.data.augmentation.augment import Augment
     from wasteddp.data.manifest import Manifest
-    from wasteddp.inference.reliability import Seen
+    from wasteddp.inference.metrics import Seen
     from wasteddp.training.checkpoint import progress
     from wasteddp.training.dataloaders import Inputs
 

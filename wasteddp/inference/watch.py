@@ -25,11 +25,9 @@ from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, take_toler
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError, inert, print_warning
 from wasteddp.files import open_regular
+from wasteddp.inference.answered_files import AnsweredCsv, AnsweredFile, AnsweredJsonLines, Photo
 from wasteddp.inference.prediction_files import Answer, Failure, Terminal, decisions_of, refuse_one_file
-from wasteddp.inference.runtimes.classifier import AnyClassifier
-from wasteddp.inference.runtimes.loading import load_classifier
-from wasteddp.inference.runtimes.policy_file import load_policy
-from wasteddp.inference.watching.answered_files import AnsweredCsv, AnsweredFile, AnsweredJsonLines, Photo
+from wasteddp.inference.runtimes.classifier import AnyClassifier, load_classifier, load_policy
 from wasteddp.parallel import in_order, num_usable_cores
 from wasteddp.sharding.sources.files import Walked, walk
 from wasteddp.sharding.sources.layout import is_image
