@@ -70,7 +70,7 @@ def _sides(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
 
     from launch.benchmarks.untrained import untrained
     from wasteddp.errors import LaunchError
-    from wasteddp.export import int8, runtimes
+    from wasteddp.export import runtimes
     from wasteddp.export.runtimes import Exported
     from wasteddp.inference.classifier import load_network
     from wasteddp.inference.runtimes.onnx import metadata_of
@@ -90,7 +90,7 @@ def _sides(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
         path = runtimes.write_onnx(module, side_px, folder / "model.onnx", metadata)
         files["ONNX"] = runtimes.run_onnx(path)
         views = iter(torch.randint(0, 256, (8, side_px, side_px, 3), dtype=torch.uint8).numpy())
-        files["ONNX int8"] = runtimes.run_onnx(int8.quantise(path, folder / "model.int8.onnx", views, metadata))
+        files["ONNX int8"] = runtimes.run_onnx(runtimes.quantise(path, folder / "model.int8.onnx", views, metadata))
         files["OpenVINO"] = runtimes.run_openvino(runtimes.write_openvino(path, folder / "model.xml", metadata))
     except LaunchError as error:
         print(f"left out: {error.found}; {error.remedy}")

@@ -28,7 +28,6 @@ from wasteddp.data.decoding.centre import CentreView
 from wasteddp.data.decoding.workers import start_workers
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import BundleError, SettingsError, storage
-from wasteddp.export import int8 as quantisation
 from wasteddp.export import runtimes, weights
 from wasteddp.export.parity import MOST_NAMED, U8, Reference, Run, compare_answers, compare_pixels, read_reference
 from wasteddp.export.runtimes import Exported
@@ -250,12 +249,12 @@ def _write_int8(
     console: Console,
 ) -> Checked:
     """Quantise the ONNX file at `path`, which is removed, and measure the change on the evaluation split."""
-    card = quantisation.card_of_int8(source.card)
+    card = runtimes.card_of_int8(source.card)
     with shard_set.reader(data.train_split) as train:
         shards_N, _ = train.records(np.arange(train.num_samples))
-        samples = choose_samples(train.labels, shards_N, quantisation.CALIBRATION_IMAGES)
+        samples = choose_samples(train.labels, shards_N, runtimes.CALIBRATION_IMAGES)
         views = (classifier.view(train.read(sample)) for sample in samples.tolist())
-        target = quantisation.quantise(path, path.with_name("model.int8.onnx"), views, metadata_of(card, None))
+        target = runtimes.quantise(path, path.with_name("model.int8.onnx"), views, metadata_of(card, None))
     for file in (path, path.parent / source.card.file_names[-1]):
         if file.name not in (target.name, "model.json"):
             file.unlink(missing_ok=True)
@@ -263,9 +262,7 @@ def _write_int8(
     with start_workers(0, "cpu") as decoders:
         before = evaluate_split(classifier, shard_set, data.eval_split, console, decoders)
         after = evaluate_split(OnnxClassifier(target), shard_set, data.eval_split, Console(quiet=True), decoders)
-    change = quantisation.measure_change(
-        before.labels, before.probabilities_NK, after.probabilities_NK, reference.policy
-    )
+    change = runtimes.measure_change(before.labels, before.probabilities_NK, after.probabilities_NK, reference.policy)
     record = {"calibrated_on": {"split": data.train_split, "images": len(samples)}, "measured_on": data.eval_split}
     return target, {"int8": {**record, "answers": answers, **change}}, wrong
 
