@@ -18,8 +18,8 @@ from wasteddp.data.remote import folder as remote
 from wasteddp.errors import RecipeError
 from wasteddp.sharding import recipe as recipes
 from wasteddp.sharding.build import Options
+from wasteddp.sharding.recipe import Download, fetch
 from wasteddp.sharding.sources import synthetic
-from wasteddp.sharding.sources.download import Download, fetch
 
 SHARDS = Path(__file__).parents[2] / "shards"
 CONTENT = bytes(range(256)) * 40
