@@ -29,7 +29,7 @@ PACKAGE = ROOT / "wasteddp"
 # They read files of the package or of the kernel.
 _EXEMPT = {
     "environment.py", "parallel.py", "lock_files.py", "data/decoding/formats.py", "report/page.py",
-    "report/review_page.py", "serve/app.py", "tools/machine_checks.py", "tools/verify_resume.py",
+    "serve/app.py", "tools/machine_checks.py", "tools/verify_resume.py",
     "training/distributed/startup.py",
 }  # fmt: skip
 

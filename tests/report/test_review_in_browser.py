@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from wasteddp.report.review_page import Part, Picture, render_review
+from wasteddp.report.page import Part, Picture, render_review
 from wasteddp.sharding.corrections import read_corrections
 
 pytestmark = pytest.mark.processes

@@ -21,7 +21,7 @@ from wasteddp.errors import RunError
 from wasteddp.files import CsvWriter
 from wasteddp.inference.bundle import save_bundle
 from wasteddp.inference.prediction_files import read_predictions
-from wasteddp.report.review_page import Part, Picture, render_review
+from wasteddp.report.page import Part, Picture, render_review
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.sources.layout import read_table
 from wasteddp.tools.review import fit, review_run

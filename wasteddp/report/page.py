@@ -1,15 +1,21 @@
-"""`wasteddp report`: write one or several runs to a single HTML file that needs no server and no network.
+"""The HTML pages of `wasteddp report` and `wasteddp review`: each is one file that needs no server and no network.
 
-The content security policy of the page forbids every request. The page is complete without its script, which only shows
-values under the pointer.
+The content security policy of the pages forbids every request. The report, of one or several runs, is complete without
+its script, which only shows values under the pointer.
+
+On the page of `wasteddp review` a person confirms, corrects or drops the labels of pictures. Decisions are kept in the
+browser's localStorage, under a name that belongs to the shard set: a page that is written again continues. Saving
+downloads a CSV with the columns path,label,class,action for `wasteddp shard --corrections`, or, of images that had no
+label, one with path,label, which `wasteddp shard` reads as a source.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import string
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,9 +33,14 @@ from wasteddp.report.evaluations import evaluation_context
 from wasteddp.report.run_record import RunRecord, read_run
 from wasteddp.training.tracking.journal import METRICS
 
-_HERE = Path(__file__).parent
-_MOST_LINES = 8  # as many colours as can be distinguished
+PICTURE_SIDE_PX = 256
+PICTURE_QUALITY = 75  # about 8 KB a picture at this side
 
+_HERE = Path(__file__).parent
+_COMMAND_KEYS = "jkdusa"
+# Keys of the first classes; other classes are chosen by their buttons.
+_CLASS_KEYS = "1234567890" + "".join(letter for letter in string.ascii_lowercase if letter not in _COMMAND_KEYS)
+_MOST_LINES = 8  # as many colours as can be distinguished
 # A * matches a class or a rank, as in METRICS.
 _FORMS = (
     Form("Loss", ("train/loss", "val/loss"), "nats"),
@@ -89,20 +100,83 @@ def write_report(
 
 def render(runs: Sequence[RunRecord]) -> str:
     """Return the page's HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    return environment.get_template("page.html").render(
+    return _template("page.html").render(
         title=" · ".join(one.name for one in runs),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=_hash(script),
         tool=f"wasteddp {__version__}",
         comparison=_comparison(runs) if len(runs) > 1 else None,
         runs=[_run_context(one) for one in runs],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image on the page."""
+
+    path: str  # in the source, as a CSV has it
+    label: str  # empty: it has none
+    suggested: str  # class that it probably has; empty: unknown
+    top: tuple[tuple[str, float], ...] = ()  # the most probable classes and their probabilities
+    url: str = ""  # `data:` URL; empty: the image cannot be shown
+    split: str = ""
+    file: str = ""  # of an image that is not in the shard set
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A section of the page: cards of one picture, or of two that are compared."""
+
+    name: str  # for links
+    title: str
+    about: str
+    cards: Sequence[tuple[Picture, ...]]
+    num_found: int  # with the cards that are not here
+    empty: str  # text if nothing was found
+    note: str = ""
+
+
+def render_review(
+    title: str, lead: str, warnings: Sequence[str], parts: Sequence[Part], classes: Sequence[str], *, store: str
+) -> str:
+    """Return the page's HTML.
+
+    Args:
+        store: identifies the shard set; the decisions in the browser are kept under it.
+    """
+    script, style, more_style = (
+        (_HERE / name).read_text(encoding="utf-8") for name in ("review_page.js", "page.css", "review_page.css")
+    )
+    keys = _CLASS_KEYS[: len(classes)]
+    return _template("review_page.html").render(
+        title=title,
+        lead=lead,
+        warnings=warnings,
+        parts=parts,
+        classes=list(zip(classes, [*keys, *[""] * (len(classes) - len(keys))], strict=True)),
+        store=store,
+        style=style + more_style,
+        script=script,
+        script_hash=_hash(script),
+        tool=f"wasteddp {__version__}",
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name)
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _run_context(one: RunRecord) -> dict[str, Any]:

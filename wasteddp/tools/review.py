@@ -35,7 +35,7 @@ from wasteddp.inference.predict import find_images, predict
 from wasteddp.inference.prediction_files import Failure, SavedPredictions, read_predictions
 from wasteddp.parallel import num_usable_cores
 from wasteddp.report.evaluations import data_url
-from wasteddp.report.review_page import QUALITY, SIDE_PX, Part, Picture, render_review
+from wasteddp.report.page import PICTURE_QUALITY, PICTURE_SIDE_PX, Part, Picture, render_review
 from wasteddp.tools.review_images import SetImage, SetImages, written
 
 _HELD_OUT = ("val", "test")
@@ -334,7 +334,7 @@ def _illustrate(parts: Sequence[Part], images: SetImages, warn: Warn) -> list[Pa
         image = None if one.file else images.find(one.path)
         try:
             data = images.read(image) if image else read_regular(Path(one.file))
-            return replace(one, url=data_url(data, side_px=SIDE_PX, quality=QUALITY))
+            return replace(one, url=data_url(data, side_px=PICTURE_SIDE_PX, quality=PICTURE_QUALITY))
         except (WastedError, UndecodableError, OSError) as error:
             failures.append(f"{one.path}: {str(error).splitlines()[0]}")
             return one
