@@ -30,7 +30,8 @@ LAYERS = [
     "model",
     "decisions",
     "inference",
-    "python",
+    "trained_model",
+    "training_loader",
     "training.distributed.determinism",
     "training.schedule",
     "training.watchdog",
@@ -111,7 +112,7 @@ def test_no_folder_is_too_full_to_find_anything_in() -> None:
         "inference.predict",
         "inference.watch",
         "inference.runtimes.onnx",
-        "python.model",
+        "trained_model",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:

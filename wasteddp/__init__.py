@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wasteddp.data.batch import Batch
     from wasteddp.errors import WastedError
-    from wasteddp.python.model import Answer, Input, Model, load
-    from wasteddp.python.training_loader import TrainingLoader
+    from wasteddp.trained_model import Answer, Input, Model, load
+    from wasteddp.training_loader import TrainingLoader
 
 __version__ = "0.1.0"
 __all__ = ["Answer", "Batch", "Input", "Model", "TrainingLoader", "WastedError", "__version__", "load"]
 
 _HOMES = {
-    "Answer": "wasteddp.python.model",
+    "Answer": "wasteddp.trained_model",
     "Batch": "wasteddp.data.batch",
-    "Input": "wasteddp.python.model",
-    "Model": "wasteddp.python.model",
-    "TrainingLoader": "wasteddp.python.training_loader",
+    "Input": "wasteddp.trained_model",
+    "Model": "wasteddp.trained_model",
+    "TrainingLoader": "wasteddp.training_loader",
     "WastedError": "wasteddp.errors",
-    "load": "wasteddp.python.model",
+    "load": "wasteddp.trained_model",
 }
 
 

@@ -23,7 +23,7 @@ from wasteddp.decisions.thresholds import ErrorThreshold
 from wasteddp.inference.bundle import read_card, save_bundle
 from wasteddp.inference.runtimes.classifier import save_policy
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
