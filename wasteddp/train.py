@@ -33,10 +33,10 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from wasteddp.training.distributed import launcher
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 
 if __name__ == "__main__":
-    signals.install()  # before the import of torch, which takes seconds: a signal would kill the process
+    exits.install_handlers()  # before the import of torch, which takes seconds: a signal would kill the process
     launcher.parser(__doc__).parse_args()  # as well: a wrong argument is reported at once
 
 import contextlib
@@ -50,7 +50,7 @@ from wasteddp.training import build_model, dataloaders, divergence, run_folder, 
 from wasteddp.training.checkpoint.reader import kept_choices
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.watchdog import hard_exit, slurm
+from wasteddp.training.watchdog import exits, slurm
 from wasteddp.training.watchdog.watchdog import Watchdog
 
 
@@ -132,4 +132,4 @@ def train(
 
 
 if __name__ == "__main__":
-    hard_exit.leave(main())
+    exits.leave(main())

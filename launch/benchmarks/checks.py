@@ -32,7 +32,7 @@ from wasteddp.training.divergence import Guard
 from wasteddp.training.meter import Meter
 from wasteddp.training.optimization import optimizers
 from wasteddp.training.tracking.journal import Journal
-from wasteddp.training.watchdog.heartbeat import Beat, HeartbeatStore
+from wasteddp.training.watchdog.failures import Beat, HeartbeatStore
 
 _CLASSES = 6
 _BEATS_PER_S = 1.0

@@ -17,7 +17,7 @@ from pathlib import Path
 from wasteddp import train
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from wasteddp.training.distributed.launcher import free_port, rank_environment
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 
 from . import inside
 from .events import Event
@@ -114,7 +114,7 @@ def _be_rank(
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(rank_environment(rank, processes, port))
-        signals.install({})
+        exits.install_handlers({})
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
         inside.prepare(event, run, rank)
         code = train.main(arguments)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 
 if __name__ == "__main__":
-    signals.install()  # as in train.py, before torch is imported
+    exits.install_handlers()  # as in train.py, before torch is imported
 
 from tests.chaos import inside
 from wasteddp import train
-from wasteddp.training.watchdog.hard_exit import leave
+from wasteddp.training.watchdog.exits import leave
 
 if __name__ == "__main__":
     inside.prepare(None, Path(), 0)

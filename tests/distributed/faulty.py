@@ -23,8 +23,8 @@ from wasteddp.data.loader import Loader
 from wasteddp.errors import DamagedSampleError
 from wasteddp.train import main
 from wasteddp.training.meter import Meter
-from wasteddp.training.watchdog import signals
-from wasteddp.training.watchdog.hard_exit import leave
+from wasteddp.training.watchdog import exits
+from wasteddp.training.watchdog.exits import leave
 
 
 def at_second_step(fault: str) -> None:
@@ -68,7 +68,7 @@ def poison() -> None:
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1] / "support"))
     importlib.import_module("narrow").install()
-    signals.install()  # as train.py does when it is run as a program
+    exits.install_handlers()  # as train.py does when it is run as a program
     name = sys.argv.pop(1)
     if os.environ["RANK"] == "1":
         if name == "poison":

@@ -14,7 +14,7 @@ import sys
 import torch
 from wasteddp import settings
 from wasteddp.training.distributed import startup
-from wasteddp.training.watchdog.hard_exit import leave
+from wasteddp.training.watchdog.exits import leave
 
 overrides = ["precision=fp32", "run.threads=1", "train.batch_size=6", *sys.argv[1:]]
 runtime = startup.start_runtime(settings.parse("", overrides))

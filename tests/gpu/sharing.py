@@ -9,11 +9,11 @@ from accelerate import PartialState
 
 from wasteddp.train import main
 from wasteddp.training.distributed import startup
-from wasteddp.training.watchdog import signals
-from wasteddp.training.watchdog.hard_exit import leave
+from wasteddp.training.watchdog import exits
+from wasteddp.training.watchdog.exits import leave
 
 if __name__ == "__main__":
-    signals.install()  # as train.py does when it is the program
+    exits.install_handlers()  # as train.py does when it is the program
     os.environ["LOCAL_RANK"] = "0"  # Accelerate takes the device from it, and DDP its number
     assert startup.PartialState is PartialState  # joins the ranks; it is replaced here
     startup.PartialState = partial(PartialState, backend="gloo")  # type: ignore[assignment,misc]

@@ -67,9 +67,9 @@ if __name__ == "__main__":
         del sys.argv[1:3]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
-        from wasteddp.training.watchdog import signals
+        from wasteddp.training.watchdog import exits
 
-        signals.install()  # as the program does: a signal may come while torch is imported
+        exits.install_handlers()  # as the program does: a signal may come while torch is imported
         install()
         if "--slow" in sys.argv:
             sys.argv.remove("--slow")

@@ -14,7 +14,7 @@ from wasteddp.data.batch import Batch, Damage
 from wasteddp.errors import ShardError
 from wasteddp.training import coverage_proof
 from wasteddp.training.agreement import agreed
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 
 SEED = 7
 
@@ -100,7 +100,7 @@ def test_a_signal_is_handled_at_the_next_step_or_with_several_ranks_at_the_one_a
     world_size: int, stops: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_told = False
-    monkeypatch.setattr(signals, "STOP", type("Stop", (), {"__bool__": lambda _: is_told})())
+    monkeypatch.setattr(exits, "STOP", type("Stop", (), {"__bool__": lambda _: is_told})())
     results = []
     for _, agree in agreed(map(batch, range(4)), World(world_size), seed=SEED, asks=bool):  # type: ignore[arg-type]
         results.append(agree().stops)

@@ -33,7 +33,7 @@ def test_a_training_whose_output_is_not_read_ends_and_reports_it_in_its_log(smal
 
 def test_a_second_interrupt_ends_a_process_whose_output_is_full() -> None:
     code = (
-        "import os, time; from wasteddp.training.watchdog import signals; signals.install(); "
+        "import os, time; from wasteddp.training.watchdog import exits; exits.install_handlers(); "
         "os.write(1, b'ready\\n'); os.set_blocking(2, False)\n"
         "try:\n    while True: os.write(2, b'x' * 512)\nexcept BlockingIOError: os.set_blocking(2, True)\n"
         "os.write(1, b'full\\n'); time.sleep(100)"

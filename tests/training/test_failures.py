@@ -11,13 +11,13 @@ import torch
 from wasteddp.errors import DamagedSampleError, DeviceMemoryError, SettingsError, StorageError
 from wasteddp.settings import Settings, parse
 from wasteddp.training.watchdog.failures import (
+    Beat,
     comes_from_a_peer,
     describe_blocking_ranks,
     describe_standstill,
     explain,
     failure_message,
 )
-from wasteddp.training.watchdog.heartbeat import Beat
 
 
 def beat(count: int, marks: int, place: str = "computing", *, left: bool = False, detail: str = "") -> Beat:

@@ -13,18 +13,18 @@ from reported_run import metric_rows, write_metrics
 
 from wasteddp.errors import EXIT_FAILED
 from wasteddp.report.background import write_at_the_end
-from wasteddp.training.watchdog import hard_exit
+from wasteddp.training.watchdog import exits
 
 # the loop hangs in the block, as in a collective; the watchdog's thread ends the process
 HANGING = """
 import sys, threading, time
 from pathlib import Path
 from wasteddp.report.background import write_at_the_end
-from wasteddp.training.watchdog import hard_exit
+from wasteddp.training.watchdog import exits
 run, is_main = Path(sys.argv[1]), sys.argv[2] == "0"
-hard_exit._LIMIT_S = float(sys.argv[3])
+exits._LIMIT_S = float(sys.argv[3])
 with write_at_the_end(run, print, is_main=is_main):
-    threading.Timer(0.1, hard_exit.leave_with_stacks, (70, run, int(sys.argv[2]))).start(); time.sleep(600)
+    threading.Timer(0.1, exits.leave_with_stacks, (70, run, int(sys.argv[2]))).start(); time.sleep(600)
 """
 
 # the disk of the run hangs too: opening its log blocks
@@ -43,12 +43,12 @@ time.sleep(600)
 JOINING = """
 import os, sys, time
 from wasteddp.settings import Settings
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 from wasteddp.training.watchdog import watchdog
 from wasteddp.training.distributed.launcher import free_port
 watchdog._STOPPED_S, watchdog._LAUNCHER_S = 0.3, 1.0
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "2"}
-signals.STOP.signal_name, os.environ["TORCHELASTIC_USE_AGENT_STORE"], joined = sys.argv[2:]
+exits.STOP.signal_name, os.environ["TORCHELASTIC_USE_AGENT_STORE"], joined = sys.argv[2:]
 watch, run = watchdog.Watchdog.from_environment(), Settings().run.model_copy(update={"out": sys.argv[1]})
 watch.start(Settings().model_copy(update={"run": run}))
 if joined:
@@ -106,11 +106,11 @@ def test_after_the_block_nothing_is_left_to_be_done(error: BaseException | None,
     said: list[str] = []
     if error is None:
         with write_at_the_end(run, said.append, is_main=True):
-            assert len(hard_exit._acts) == 1
+            assert len(exits._acts) == 1
     else:
         with pytest.raises(type(error)), write_at_the_end(run, said.append, is_main=True):
             raise error
-    assert not hard_exit._acts
+    assert not exits._acts
     assert bool(said) == (not isinstance(error, KeyboardInterrupt)), "a bug has its report; what is no error has none"
 
 
@@ -139,7 +139,7 @@ def test_a_process_whose_launcher_is_gone_before_the_others_were_met_leaves(
 def test_an_end_waits_for_exit_handlers_and_for_no_thread(code: int, said: str) -> None:
     program = f"""
 import atexit, threading, time
-from wasteddp.training.watchdog.hard_exit import leave
+from wasteddp.training.watchdog.exits import leave
 atexit.register(print, "closed")
 threading.Thread(target=time.sleep, args=(600,)).start()
 leave({code})

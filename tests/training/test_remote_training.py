@@ -27,7 +27,7 @@ from wasteddp.settings import load
 from wasteddp.sharding.index import index_folder
 from wasteddp.training import dataloaders, run_folder
 from wasteddp.training.distributed.launcher import Processes
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def test_a_signal_ends_the_wait_for_a_store_and_the_run_saves_and_goes_on_later(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(signals, "STOP", stop := signals.StopRequest())
+    monkeypatch.setattr(exits, "STOP", stop := exits.StopRequest())
     monkeypatch.setattr(dataloaders, "STOP", stop)
     ahead = 1 if held_by == "the reader" else 32
     settings = ("checkpoint.every_steps=0", "data.prefetch=1", f"data.ahead_steps={ahead}")
@@ -206,8 +206,8 @@ def test_a_signal_ends_the_wait_for_a_store_and_the_run_saves_and_goes_on_later(
 def test_a_signal_ends_the_wait_for_a_manifest(
     is_check: bool, small_shards: Path, local: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop = signals.StopRequest()
-    for module in (signals, dataloaders, run_folder):
+    stop = exits.StopRequest()
+    for module in (exits, dataloaders, run_folder):
         monkeypatch.setattr(module, "STOP", stop)
     settings = ("data.read_timeout_s=60", "data.read_attempts=1")
     with serving(small_shards) as server:

@@ -13,18 +13,18 @@ import pytest
 
 ASKED = """
 import sys, time
-from wasteddp.training.watchdog import signals
-signals.install()
+from wasteddp.training.watchdog import exits
+exits.install_handlers()
 print("ready", flush=True)
-while not signals.STOP: time.sleep(0.01)
-print(signals.STOP.signal_name, flush=True)
+while not exits.STOP: time.sleep(0.01)
+print(exits.STOP.signal_name, flush=True)
 """
 
 # pbkdf2 computes for minutes in C without the GIL and without handling signals, as a blocked collective
 STUCK = """
 import hashlib
-from wasteddp.training.watchdog import signals
-signals.install()
+from wasteddp.training.watchdog import exits
+exits.install_handlers()
 print("ready", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """

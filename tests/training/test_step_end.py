@@ -14,13 +14,13 @@ from wasteddp import train
 from wasteddp.errors import ShardError
 from wasteddp.training import dataloaders, evaluate
 from wasteddp.training.tracking.tracker import RunTracker
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 
 
 @pytest.fixture
-def stop(monkeypatch: pytest.MonkeyPatch) -> signals.StopRequest:
-    stop = signals.StopRequest()
-    for module in (signals, dataloaders, evaluate):
+def stop(monkeypatch: pytest.MonkeyPatch) -> exits.StopRequest:
+    stop = exits.StopRequest()
+    for module in (exits, dataloaders, evaluate):
         monkeypatch.setattr(module, "STOP", stop)
     return stop
 
@@ -75,7 +75,7 @@ def test_a_signal_ends_an_evaluation_and_the_step_is_measured_when_the_run_goes_
     small_shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    stop: signals.StopRequest,
+    stop: exits.StopRequest,
 ) -> None:
     arguments, run = arguments_of(tmp_path, small_shards), tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -102,7 +102,7 @@ def test_a_kill_between_the_row_and_the_checkpoint_doubles_no_row(
     small_shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    stop: signals.StopRequest,
+    stop: exits.StopRequest,
 ) -> None:
     arguments = arguments_of(tmp_path, small_shards)
     with monkeypatch.context() as patch:
@@ -118,7 +118,7 @@ def test_a_kill_between_the_row_and_the_checkpoint_doubles_no_row(
 
 
 def test_an_evaluation_that_fails_loses_nothing_of_the_training(
-    undisturbed: Path, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signals.StopRequest
+    undisturbed: Path, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: exits.StopRequest
 ) -> None:
     def fail() -> None:
         raise ShardError("the shard is gone")
@@ -136,7 +136,7 @@ def test_a_check_that_a_signal_ended_does_not_say_that_it_checked(
     small_shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    stop: signals.StopRequest,
+    stop: exits.StopRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     interrupted_in(monkeypatch, 1, lambda: setattr(stop, "signal_name", "SIGTERM"))

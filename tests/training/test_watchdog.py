@@ -15,7 +15,7 @@ from wasteddp import train
 from wasteddp.data.loader import Loader
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, ShardError
 from wasteddp.training.watchdog import watchdog
-from wasteddp.training.watchdog.heartbeat import Beat, Failure, HeartbeatStore, LostStoreError
+from wasteddp.training.watchdog.failures import Beat, Failure, HeartbeatStore, LostStoreError
 from wasteddp.training.watchdog.watchdog import Watchdog
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from wasteddp.training.watchdog import hard_exit, signals
+from wasteddp.training.watchdog import exits
 
 _LIMIT_S = 60.0
 # A scheduler kills half a minute after its signal, and a launcher half a minute after one of its processes has ended.
@@ -31,17 +31,17 @@ def write_at_the_end(run: Path, say: Callable[[str], None], *, is_main: bool) ->
     def instead() -> None:
         message = write_within(_LIMIT_IN_HASTE_S, run)
         print(message, flush=True)
-        hard_exit.append_to_log(run, message)  # `say` may be the function that hangs
+        exits.append_to_log(run, message)  # `say` may be the function that hangs
 
     try:
-        with hard_exit.at_a_hard_exit(instead) if is_main else nullcontext():
+        with exits.at_a_hard_exit(instead) if is_main else nullcontext():
             yield
     except Exception:
         if is_main:
             say(write_within(_LIMIT_IN_HASTE_S, run))
         raise
     if is_main:
-        say(write_within(_LIMIT_IN_HASTE_S if signals.STOP else _LIMIT_S, run))
+        say(write_within(_LIMIT_IN_HASTE_S if exits.STOP else _LIMIT_S, run))
 
 
 def write_within(limit_s: float, run: Path) -> str:

@@ -175,6 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from wasteddp.training.watchdog.hard_exit import leave
+    from wasteddp.training.watchdog.exits import leave
 
     leave(main())

@@ -16,7 +16,7 @@ from functools import partial
 from wasteddp.data.batch import Batch
 from wasteddp.training import coverage_proof
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def agreed(
     """
 
     def begin(batch: Batch, *, may_ask: bool) -> tuple[bool, Callable[[], list[int]]]:
-        ends, has_asked = bool(signals.STOP) or batch.failure is not None, may_ask and asks()
+        ends, has_asked = bool(exits.STOP) or batch.failure is not None, may_ask and asks()
         counts = ends, has_asked, len(batch.damage), *coverage_proof.count(batch, seed)
         return has_asked, runtime.begin_totals(*counts)  # all ranks
 

@@ -28,7 +28,7 @@ from wasteddp.order.plan_quality import Labels
 from wasteddp.settings import Data, Settings
 from wasteddp.training.distributed.runtime import Runtime, has_gpu
 from wasteddp.training.schedule import side_px
-from wasteddp.training.watchdog.signals import STOP
+from wasteddp.training.watchdog.exits import STOP
 
 _MOST_NAMED = 3
 _MOMENTS = 64  # sampled evenly over the run, to estimate the cache that it needs

@@ -21,7 +21,7 @@ from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.settings import Model
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.watchdog.signals import STOP
+from wasteddp.training.watchdog.exits import STOP
 
 _MOST_PROBABILITIES = 4_000_000  # of a split, which each rank receives in 16 MB to calibrate the best model
 

@@ -12,7 +12,7 @@ from wasteddp.inference.feature_files import save_features
 from wasteddp.inference.training_features import summarise_training
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.watchdog.signals import STOP
+from wasteddp.training.watchdog.exits import STOP
 
 
 def add_features(run: Path, runtime: Runtime, data: Inputs, say: Callable[[str], None]) -> None:

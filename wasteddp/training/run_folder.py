@@ -21,7 +21,7 @@ from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.tracking import run_id
 from wasteddp.training.tracking.tracker import ConsoleTracker, NoTracker, Tracker, run_tracker
 from wasteddp.training.watchdog import slurm
-from wasteddp.training.watchdog.signals import STOP
+from wasteddp.training.watchdog.exits import STOP
 
 _RESUMABLE_MARK = "RESUMABLE"
 

@@ -45,7 +45,7 @@ from wasteddp.training.optimization.optimizers import ScheduledOptimizer
 from wasteddp.training.schedule import Due, Intervals, has_new_size
 from wasteddp.training.tracking.profiler import Profiler
 from wasteddp.training.tracking.tracker import Tracker, TrackerScope
-from wasteddp.training.watchdog import signals
+from wasteddp.training.watchdog import exits
 
 
 def begin(
@@ -259,7 +259,7 @@ class Session:
             self.settings.run.out,
             progress,
             exit_code,
-            signals.STOP.signal_name,
+            exits.STOP.signal_name,
             metric=self.settings.evaluate.metric,
             eval_split=self.settings.data.eval_split,
             splits=self.data.manifest.splits,

@@ -35,7 +35,7 @@ from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_chec
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.watchdog.hard_exit import append_to_log
+from wasteddp.training.watchdog.exits import append_to_log
 from wasteddp.training.watchdog.slurm import Notice
 
 SAVE_REQUEST = "SAVE_NOW"  # `touch RUN/SAVE_NOW`; removed once a checkpoint is on disk

@@ -3,7 +3,7 @@
 `launch` ends with the program's own exit code. What differs from `accelerate launch` and `torchrun`: exit code 75 stays
 75, the program's message is the last one, and a signal reaches each process once. Each process gets a session of its
 own, so that a terminal's Ctrl-C comes from here alone; where this process is killed, the kernel sends them SIGTERM
-(`watchdog.signals`). `Processes` starts them without a launcher, for `verify-resume` and tests.
+(`watchdog.exits`). `Processes` starts them without a launcher, for `verify-resume` and tests.
 """
 
 from __future__ import annotations

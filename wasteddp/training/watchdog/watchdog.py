@@ -25,9 +25,9 @@ from typing import TypeVar
 from wasteddp import environment
 from wasteddp.errors import EXIT_FAILED, EXIT_USER_ERROR, WastedError
 from wasteddp.settings import Settings
-from wasteddp.training.watchdog import failures, hard_exit
-from wasteddp.training.watchdog.heartbeat import Beat, Failure, HeartbeatStore, LostStoreError, answers
-from wasteddp.training.watchdog.signals import STOP
+from wasteddp.training.watchdog import exits, failures
+from wasteddp.training.watchdog.exits import STOP
+from wasteddp.training.watchdog.failures import Beat, Failure, HeartbeatStore, LostStoreError, answers
 
 # The start, the first step and saves may take this many times run.timeout_s: downloads, compilation, slow disks.
 SLOW_FACTOR = 6
@@ -155,7 +155,7 @@ class Watchdog:
         code = EXIT_USER_ERROR if isinstance(known, WastedError) else EXIT_FAILED
         where = self.whereabouts if self._world_size > 1 else ""
         if self._report(Failure(self._rank, failures.failure_message(known, where), code)) and code == EXIT_FAILED:
-            hard_exit.within(_PRINT_S, lambda: traceback.print_exception(error))
+            exits.within(_PRINT_S, lambda: traceback.print_exception(error))
         return code
 
     def _cause_elsewhere(self) -> Failure | None:
@@ -194,7 +194,7 @@ class Watchdog:
             first = True
         self._log(failure.message)  # before the terminal, which may never take a line: a full pipe, Ctrl-S
         if first:
-            hard_exit.within(_PRINT_S, lambda: print(f"error: {failure.message}", file=sys.stderr, flush=True))
+            exits.within(_PRINT_S, lambda: print(f"error: {failure.message}", file=sys.stderr, flush=True))
         return first
 
     # --- the thread -------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class Watchdog:
                 self._stop_all(quiet_s)
             self._leave_in_s -= passed_s
             if self._exit_code is not None and self._leave_in_s < 0:
-                hard_exit.leave_with_stacks(self._exit_code, self._run, self._rank)
+                exits.leave_with_stacks(self._exit_code, self._run, self._rank)
         with suppress(LostStoreError):
             self._post(0.0, left=self._exit_code is None)
             if self._exit_code is None and self._rank == 0 and not _is_launchers_store():
@@ -265,14 +265,14 @@ class Watchdog:
             if gone and self._mark.number == 0 and self._exit_code is None:
                 where = f"{host}:{port} for {waited_s:.0f} s"
                 self._report(Failure(self._rank, failures.describe_lost_launcher(where, STOP.signal_name), EXIT_FAILED))
-                hard_exit.leave_with_stacks(EXIT_FAILED, self._run, self._rank)
+                exits.leave_with_stacks(EXIT_FAILED, self._run, self._rank)
             if waited_s > patience_s:
                 break
         return None
 
     def _log(self, message: str) -> None:
         if self._rank == 0:
-            hard_exit.within(_DISK_S, lambda: hard_exit.append_to_log(self._run, f"error: {message}"))
+            exits.within(_DISK_S, lambda: exits.append_to_log(self._run, f"error: {message}"))
 
     @property
     def _run(self) -> Path:
