@@ -37,7 +37,6 @@ LAYERS = [
     "training.watchdog",
     "training.distributed",
     "training.dataloaders",
-    "training.checkpoint.compatibility",
     "training.checkpoint.progress",
     "training.optimization",
     "training.checkpoint.reader",

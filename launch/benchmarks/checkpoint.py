@@ -43,9 +43,8 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     import torch
 
     from wasteddp.training import build_model
-    from wasteddp.training.checkpoint.compatibility import Lineage
     from wasteddp.training.checkpoint.manager import CheckpointManager
-    from wasteddp.training.checkpoint.progress import Progress
+    from wasteddp.training.checkpoint.progress import Lineage, Progress
     from wasteddp.training.dataloaders import Inputs
     from wasteddp.training.distributed import startup
     from wasteddp.training.optimization import optimizers

@@ -24,8 +24,7 @@ from wasteddp import settings as settings_file
 from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
 from wasteddp.training import build_model, coverage_proof
-from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.progress import Lineage, Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard

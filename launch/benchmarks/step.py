@@ -130,8 +130,7 @@ def seconds_per_step(step: Step, *, steps: int, warm: int) -> float:
 def _wasteddp(settings: Settings, stack: ExitStack) -> Step:
     from wasteddp.training import dataloaders
     from wasteddp.training.build_model import build
-    from wasteddp.training.checkpoint.compatibility import Lineage
-    from wasteddp.training.checkpoint.progress import Progress
+    from wasteddp.training.checkpoint.progress import Lineage, Progress
     from wasteddp.training.divergence import Guard
     from wasteddp.training.meter import Meter
 

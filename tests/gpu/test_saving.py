@@ -16,7 +16,7 @@ from test_state_copy import change, states
 from wasteddp.model import networks
 from wasteddp.training.checkpoint import reader as checkpoints
 from wasteddp.training.checkpoint.progress import Progress
-from wasteddp.training.checkpoint.state_copy import Gpu, StateCopy
+from wasteddp.training.checkpoint.state import Gpu, StateCopy
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 
 pytestmark = ON_A_GPU

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.progress import Lineage, Progress
 from wasteddp.training.checkpoint.reader import States, listed, step_of
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 

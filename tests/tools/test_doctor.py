@@ -23,8 +23,7 @@ from wasteddp.settings import load, parse
 from wasteddp.tools import machine_checks, run_checks
 from wasteddp.tools.machine_checks import Device, Finding, print_table, worst
 from wasteddp.training.checkpoint import reader
-from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.progress import Lineage, Progress
 from wasteddp.training.tracking import wandb_client
 
 pytestmark = pytest.mark.usefixtures("full_width")  # these tests check the size of a checkpoint

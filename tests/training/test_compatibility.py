@@ -10,7 +10,7 @@ from kept import LINEAGE
 
 from wasteddp import settings
 from wasteddp.errors import CheckpointError
-from wasteddp.training.checkpoint.compatibility import ACCEPTABLE, REFUSED, Lineage, accepted_changes, changed_settings
+from wasteddp.training.checkpoint.progress import ACCEPTABLE, REFUSED, Lineage, accepted_changes, changed_settings
 
 
 def test_every_field_has_its_consequence() -> None:

@@ -17,8 +17,7 @@ from wasteddp import train
 from wasteddp.data.augmentation.augment import Augment
 from wasteddp.errors import DivergedError
 from wasteddp.settings import parse
-from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.progress import Lineage, Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.divergence import Guard, RollbackRequest
 from wasteddp.training.optimization import optimizers

@@ -12,7 +12,7 @@ from wasteddp.errors import StorageError
 from wasteddp.training.checkpoint import reader as checkpoints
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.reader import States
-from wasteddp.training.checkpoint.state_copy import Gpu, StateCopy
+from wasteddp.training.checkpoint.state import Gpu, StateCopy
 from wasteddp.training.checkpoint.writer import CheckpointWriter
 
 MB = 1_000_000

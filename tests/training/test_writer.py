@@ -15,7 +15,7 @@ from torch import nn
 from wasteddp.errors import StorageError
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.progress import Progress
-from wasteddp.training.checkpoint.state_copy import HostCopy
+from wasteddp.training.checkpoint.state import HostCopy
 from wasteddp.training.checkpoint.writer import CheckpointWriter, inner_name, kept_steps, recover, refuse_full_disk
 
 

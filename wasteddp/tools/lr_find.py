@@ -35,8 +35,7 @@ from wasteddp.parallel import progress as progress_bar
 from wasteddp.settings import Settings
 from wasteddp.training import dataloaders, messages, micro_batch
 from wasteddp.training.build_model import build
-from wasteddp.training.checkpoint.compatibility import Lineage
-from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.progress import Lineage, Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.optimization import optimizers

@@ -23,7 +23,7 @@ from wasteddp.settings import Settings
 from wasteddp.tools.machine_checks import Finding
 from wasteddp.training.build_model import make_initial
 from wasteddp.training.checkpoint import reader
-from wasteddp.training.checkpoint.compatibility import Lineage, accepted_changes, changed_settings, refuse_finished
+from wasteddp.training.checkpoint.progress import Lineage, accepted_changes, changed_settings, refuse_finished
 from wasteddp.training.dataloaders import refuse_shared, refuse_untrainable
 from wasteddp.training.tracking import wandb_client
 

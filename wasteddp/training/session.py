@@ -31,9 +31,8 @@ from wasteddp.training import coverage_proof, messages, micro_batch, run_folder
 from wasteddp.training.agreement import Agreement, agreed
 from wasteddp.training.build_model import Built
 from wasteddp.training.checkpoint.best_model import describe_calibration, describe_model_card
-from wasteddp.training.checkpoint.compatibility import Lineage, measure_of
 from wasteddp.training.checkpoint.manager import CheckpointManager
-from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.progress import Lineage, Progress, measure_of
 from wasteddp.training.coverage_proof import StepHashes
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime

@@ -23,13 +23,7 @@ from wasteddp.settings import Settings
 from wasteddp.training import messages
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.best_model import card_of, save_best
-from wasteddp.training.checkpoint.compatibility import (
-    Lineage,
-    accepted_changes,
-    changed_settings,
-    refuse_finished,
-)
-from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.progress import Lineage, Progress, accepted_changes, changed_settings, refuse_finished
 from wasteddp.training.checkpoint.reader import Checkpoint, States
 from wasteddp.training.checkpoint.state import RunState, Stateful, room_for_checkpoint, room_for_run
 from wasteddp.training.checkpoint.writer import CheckpointWriter, recover, refuse_full_disk
@@ -143,7 +137,7 @@ class CheckpointManager:
             raise
 
     def refuse_changes_of_a_finished_run(self, changes: Sequence[str], *, step: int) -> None:
-        """All ranks: see `compatibility.refuse_finished`."""
+        """All ranks: see `progress.refuse_finished`."""
         try:
             refuse_finished(changes, run=self._settings.run.out, step=step)
         except CheckpointError:

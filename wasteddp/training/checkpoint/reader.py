@@ -34,8 +34,7 @@ from safetensors.torch import load
 from wasteddp.errors import CheckpointError
 from wasteddp.files import read_regular
 from wasteddp.settings import Data, Evaluate
-from wasteddp.training.checkpoint.compatibility import Lineage, measure_of
-from wasteddp.training.checkpoint.progress import Progress
+from wasteddp.training.checkpoint.progress import Lineage, Progress, measure_of
 from wasteddp.training.distributed.precision import NOTHING_KEPT, Kept
 
 FORMAT = "wasteddp-checkpoint"

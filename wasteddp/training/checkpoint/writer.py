@@ -33,7 +33,7 @@ from wasteddp.training.checkpoint.reader import (
     listed,
     step_of,
 )
-from wasteddp.training.checkpoint.state_copy import Fetch, StateCopy
+from wasteddp.training.checkpoint.state import Fetch, StateCopy
 
 
 class CheckpointWriter:
