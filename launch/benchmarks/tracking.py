@@ -33,8 +33,8 @@ from wasteddp.training import messages
 from wasteddp.training.distributed import startup
 from wasteddp.training.meter import Meter
 from wasteddp.training.tracking.pictures import Gallery, Picture
-from wasteddp.training.tracking.run_id import RunIdentity
 from wasteddp.training.tracking.tracker import RunTracker
+from wasteddp.training.tracking.wandb_client import RunIdentity
 
 _LONGEST_SLEEP_S = 0.5  # a limit for slow machines, so that the benchmark ends in time
 _CLASSES = ("glass", "paper", "cardboard", "plastic", "metal", "trash")

@@ -13,7 +13,7 @@ import pytest
 from trainings import CPU2, ROOT, config_of, kill_all, launch_command, rows
 from wandb_server import KEY, ServedRun, WandbServer
 
-from wasteddp.training.tracking import run_id
+from wasteddp.training.tracking import wandb_client
 
 pytestmark = pytest.mark.slow
 PLANTED = "Zq8-planted-secret-71"
@@ -95,7 +95,7 @@ def test_figures_of_each_rank_are_gathered(story: Story) -> None:
 
 
 def test_the_run_describes_itself(story: Story) -> None:
-    run, kept = story.served, run_id.load(story.run)
+    run, kept = story.served, wandb_client.load_identity(story.run)
     assert (run.id, run.state, run.group, run.job_type) == (kept.id, "finished", "seeds", "train")
     assert sorted(run.tags) == ["cpu", "small"]
     config = {name: entry["value"] for name, entry in run.config.items() if name != "_wandb"}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp.settings import Track
-from wasteddp.training.tracking.run_id import RunIdentity
 from wasteddp.training.tracking.tracker import RunTracker
+from wasteddp.training.tracking.wandb_client import RunIdentity
 
 LABEL = RunIdentity(
     id="run1", name="tracked", project="tests", entity="", group="seeds", job_type="train", tags=("small", "cpu"),

@@ -18,7 +18,7 @@ from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.reader import Checkpoint
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.tracking import run_id
+from wasteddp.training.tracking import wandb_client
 from wasteddp.training.tracking.tracker import ConsoleTracker, NoTracker, Tracker, run_tracker
 from wasteddp.training.watchdog import slurm
 from wasteddp.training.watchdog.exits import STOP
@@ -74,7 +74,7 @@ def _remove_unfinished(out: Path) -> None:
 def is_closed(out: Path) -> bool:
     """Whether the run in this folder has finished and written its records: the exit code is written last."""
     try:
-        return run_id.load(out).exit_code == EXIT_FINISHED
+        return wandb_client.load_identity(out).exit_code == EXIT_FINISHED
     except TrackingError:
         return False
 

@@ -17,9 +17,9 @@ from typing import IO, Any
 
 from wasteddp.errors import SettingsError
 from wasteddp.settings import Track
-from wasteddp.training.tracking.run_id import RunIdentity
 from wasteddp.training.tracking.wandb_client import (
     Mode,
+    RunIdentity,
     asked_mode,
     choose,
     keep_inside,

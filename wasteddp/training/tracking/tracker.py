@@ -24,11 +24,11 @@ from wasteddp.errors import StorageError, inert, print_line, storage
 from wasteddp.files import make_folder
 from wasteddp.redaction import redacted
 from wasteddp.settings import Settings, Track
-from wasteddp.training.tracking import pictures, run_id
+from wasteddp.training.tracking import pictures, wandb_client
 from wasteddp.training.tracking.journal import Journal, is_known, roll_back
 from wasteddp.training.tracking.mirrors import TensorBoardMirror, WandbMirror
 from wasteddp.training.tracking.pictures import Gallery
-from wasteddp.training.tracking.run_id import RunIdentity
+from wasteddp.training.tracking.wandb_client import RunIdentity
 
 if TYPE_CHECKING:
     from wasteddp.data.augmentation.augment import Augment
@@ -203,7 +203,9 @@ def run_tracker(
     Args:
         own: whether the run resumes from a checkpoint of its own folder.
     """
-    identity = run_id.identify(settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size)
+    identity = wandb_client.identify(
+        settings, manifest, own=own, checkpoint_id=progress.tracker_id, world_size=world_size
+    )
     folder = Path(settings.run.out)
     known = progress.step - (progress.unmeasured is not None)  # the row of an unmeasured step is written again
     is_missing = own and known > 0 and not (folder / METRICS_FILE).exists()

@@ -1,4 +1,8 @@
-"""Opens a W&B run without a prompt and with time limits.
+"""The identity of a run on W&B, and the client that opens the run there, without a prompt and with time limits.
+
+The identity is in `runs/<name>/tracking.json`: the run's id, name, project, settings and data set. This is everything
+that W&B receives except rows, images and artifacts, so that `wasteddp sync` needs only the run's folder. Each
+checkpoint has the id too. The file keeps it for a run that is killed before its first checkpoint.
 
 Pitfalls, each seen with wandb 0.31: without a key it prompts on a terminal and raises elsewhere; without a network it
 waits for a minute and a half; it stages tables and artifacts outside the run's folder; a kill loses the last 15 s.
@@ -6,24 +10,106 @@ waits for a minute and a half; it stages tables and artifacts outside the run's 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import secrets
 import socket
 import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from wasteddp.errors import storage
-from wasteddp.files import try_lock_or_warn
-from wasteddp.redaction import redacted
-from wasteddp.training.tracking.run_id import RunIdentity
+from wasteddp import environment
+from wasteddp.data.manifest import Manifest
+from wasteddp.errors import TrackingError, storage
+from wasteddp.files import read_regular, try_lock_or_warn, write_atomically
+from wasteddp.redaction import redacted, redacted_tree
+from wasteddp.settings import Settings
 
+_IDENTITY_FILE = "tracking.json"
 _ANSWER_TIMEOUT_S = 3.0
 _INIT_TIMEOUT_S = 20
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """The identity of a run on W&B."""
+
+    id: str
+    name: str
+    project: str
+    entity: str
+    group: str
+    job_type: str
+    tags: tuple[str, ...]
+    config: Mapping[str, Any]  # settings, hashes, versions
+    dataset: Mapping[str, Any]  # the shard set: its name and uri, the manifest's sha256, samples of each split
+    exit_code: int | None = None  # None: the run is running or was killed
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / _IDENTITY_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+
+def load_identity(folder: Path) -> RunIdentity:
+    """Return the identity in a run's folder.
+
+    Raises:
+        TrackingError: the file is missing or damaged.
+    """
+    try:
+        raw = json.loads(read_regular(folder / _IDENTITY_FILE))
+        return RunIdentity(**{**raw, "tags": tuple(raw["tags"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TrackingError(
+            f"{folder / _IDENTITY_FILE} cannot be read: {error}",
+            "without it the W&B run of this training is unknown",
+            "name the folder of a run; a training writes this file when it starts",
+        ) from error
+
+
+def identify(settings: Settings, manifest: Manifest, *, own: bool, checkpoint_id: str, world_size: int) -> RunIdentity:
+    """Return the identity of a training that starts.
+
+    A run keeps its id as long as it is the same training. After a kill the id comes from the checkpoint or, before the
+    first checkpoint, from the folder. A start at step 0 in the same folder with other settings is another training.
+
+    Args:
+        own: whether the run resumes from a checkpoint of its own folder.
+        checkpoint_id: the id in that checkpoint, or ''.
+    """
+    folder = Path(settings.run.out)
+    config = _config(settings, manifest, world_size)
+    known = ""
+    try:
+        stored = load_identity(folder)
+        if own or _lineage(stored.config) == _lineage(config):
+            known = stored.id
+    except TrackingError:
+        known = checkpoint_id if own else ""
+    splits = {name: split.num_samples for name, split in manifest.splits.items()}
+    uri = str(manifest.folder)
+    return RunIdentity(
+        id=known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
+        name=folder.name,
+        project=settings.track.project,
+        entity=settings.track.entity,
+        group=settings.track.group,
+        job_type=settings.track.job_type,
+        tags=settings.track.tags,
+        config=config,
+        dataset={
+            "name": manifest.name,
+            "uri": uri if "://" in uri else Path(uri).resolve().as_uri(),
+            "manifest": manifest.sha256,
+            "classes": list(manifest.classes),
+            "samples": splits,
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +220,26 @@ def stop_service() -> None:
         connection._proc._process.kill()
         connection._proc._process.wait()  # reap the killed process
         connection._cleanup()  # the handler that would wait at exit
+
+
+def _lineage(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two starts of the same training have in common: the data and all settings except `track`."""
+    kept = {name: config.get(name) for name in Settings.model_fields if name != "track"}
+    return kept | {"manifest": config.get("hashes", {}).get("manifest")}
+
+
+def _config(settings: Settings, manifest: Manifest, world_size: int) -> dict[str, Any]:
+    facts = environment.describe()
+    config: dict[str, Any] = redacted_tree(settings.model_dump(mode="json"))
+    return config | {
+        "commit": facts["commit"],
+        "hashes": {
+            "manifest": manifest.sha256,
+            "settings": hashlib.sha256(settings.to_yaml().encode()).hexdigest(),  # as in the model's card
+        },
+        "processes": world_size,
+        "environment": {name: facts[name] for name in ("wasteddp", "python", "platform", "processor", "packages")},
+    }
 
 
 def _has_key() -> bool:

@@ -19,10 +19,10 @@ from wasteddp.errors import EXIT_RESUMABLE, TrackingError
 from wasteddp.files import read_rows
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, find_bundle, read_card
 from wasteddp.training.tracking import pictures as gallery
-from wasteddp.training.tracking import run_id
-from wasteddp.training.tracking.run_id import RunIdentity
+from wasteddp.training.tracking import wandb_client
 from wasteddp.training.tracking.wandb_client import (
     Mode,
+    RunIdentity,
     choose,
     keep_inside,
     open_run,
@@ -175,7 +175,7 @@ def sync(folder: Path, *, timeout_s: float, model: bool = True) -> Synced:
     Raises:
         TrackingError: there is no key, W&B does not answer, the training itself is sending, or the time limit is over.
     """
-    identity = run_id.load(folder)
+    identity = wandb_client.load_identity(folder)
     keep_inside(folder)
     mode = choose("online")
     if not mode.is_online:
@@ -198,7 +198,7 @@ def sync(folder: Path, *, timeout_s: float, model: bool = True) -> Synced:
             raise _failed(folder, reason_of(error)) from error
 
 
-def _deliver(folder: Path, identity: run_id.RunIdentity, mode: Mode, timeout_s: float, model: bool) -> Synced:
+def _deliver(folder: Path, identity: wandb_client.RunIdentity, mode: Mode, timeout_s: float, model: bool) -> Synced:
     run = open_run(folder, identity, mode, finish_s=timeout_s, strict=True)
     delivery = Delivery(run, folder, identity, run.starting_step)
     num_rows = 0
