@@ -42,12 +42,11 @@ def compare_stall(settings: Settings, rounds: int) -> None:
     """
     import torch
 
-    from wasteddp.training import build_model
+    from wasteddp.training import build_model, optimizers
     from wasteddp.training.checkpoint.manager import CheckpointManager
     from wasteddp.training.checkpoint.progress import Lineage, Progress
     from wasteddp.training.dataloaders import Inputs
     from wasteddp.training.distributed import startup
-    from wasteddp.training.optimization import optimizers
 
     runtime = startup.start_runtime(settings)
     model, _ = build_model.make_network(settings, runtime, tuple("abcdef"))

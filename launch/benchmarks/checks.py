@@ -23,13 +23,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # document
 from wasteddp import settings as settings_file
 from wasteddp.data.batch import Batch
 from wasteddp.settings import Settings
-from wasteddp.training import build_model, coverage_proof
+from wasteddp.training import build_model, coverage_proof, optimizers
 from wasteddp.training.checkpoint.progress import Lineage, Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard
 from wasteddp.training.meter import Meter
-from wasteddp.training.optimization import optimizers
 from wasteddp.training.tracking.journal import Journal
 from wasteddp.training.watchdog.failures import Beat, HeartbeatStore
 

@@ -38,8 +38,8 @@ from wasteddp import settings as settings_file
 from wasteddp.model import networks
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
+from wasteddp.training import optimizers
 from wasteddp.training.distributed import precision, startup
-from wasteddp.training.optimization import optimizers
 
 OURS, BARE, DETERMINISTIC, TIMM = "wasteddp", "bare loop", "deterministic", "timm"
 

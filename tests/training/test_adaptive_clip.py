@@ -12,7 +12,7 @@ from torch import nn
 from wasteddp import settings
 from wasteddp.model import networks
 from wasteddp.model.stages import Stages
-from wasteddp.training.optimization import optimizers
+from wasteddp.training import optimizers
 
 
 def network(scale: float) -> nn.Module:

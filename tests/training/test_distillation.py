@@ -21,10 +21,9 @@ from wasteddp.data.batch import Batch
 from wasteddp.errors import BundleError, SettingsError
 from wasteddp.inference.bundle import load_bundle, save_bundle
 from wasteddp.model import networks
+from wasteddp.training import losses
 from wasteddp.training.distributed import startup
-from wasteddp.training.objective import Objective
-from wasteddp.training.optimization import losses
-from wasteddp.training.optimization.losses import Distilled, NoTeacher, Taught, Teacher
+from wasteddp.training.losses import Distilled, NoTeacher, Objective, Taught, Teacher
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def softmax(row: list[float], temperature: float) -> list[float]:
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("text", ["", "loss: focal, label_smoothing: 0.1", "logit_adjustment: 1"])
 def test_the_loss_is_its_formula_and_its_slope_that_of_finite_differences(text: str, temperature: float) -> None:
-    own = losses.build(
+    own = losses.build_loss(
         settings_file.parse(f"train: {{{text}}}").train, [5, 3, 2], share_of_classes=[0.5, 0.3, 0.2]
     ).double()
     loss, labels = Distilled(own, 0.3, temperature), torch.tensor([0, 1, 2, 2])

@@ -17,10 +17,10 @@ from wasteddp import train
 from wasteddp.data.augmentation.augment import Augment
 from wasteddp.errors import DivergedError
 from wasteddp.settings import parse
+from wasteddp.training import optimizers
 from wasteddp.training.checkpoint.progress import Lineage, Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.divergence import Guard, RollbackRequest
-from wasteddp.training.optimization import optimizers
 
 LINEAGE = Lineage("0", ("a", "b"), "resnet18", 0, 4, 4, 1, 0, "train", 32, "sgd")
 Poison = tuple[int, int, float]

@@ -12,8 +12,8 @@ from gpu_waits import Reads
 from torch import nn
 
 from wasteddp import settings
-from wasteddp.training.optimization import optimizers as optim
-from wasteddp.training.optimization.lars_lamb import LAMB, LARS
+from wasteddp.training import optimizers as optim
+from wasteddp.training.lars_lamb import LAMB, LARS
 
 Arrays = dict[str, Any]  # float64 arrays by parameter name
 DECAY = 0.2

@@ -11,7 +11,7 @@ from torch import nn
 
 from wasteddp import settings
 from wasteddp.errors import SettingsError
-from wasteddp.training.optimization import losses
+from wasteddp.training import losses
 
 COUNTS = [70, 20, 10]
 SHARES = [0.7, 0.2, 0.1]
@@ -28,7 +28,7 @@ def soft_targets() -> torch.Tensor:
 
 
 def built(text: str) -> nn.Module:
-    return losses.build(settings.parse(f"train: {{{text}}}").train, COUNTS, share_of_classes=SHARES)
+    return losses.build_loss(settings.parse(f"train: {{{text}}}").train, COUNTS, share_of_classes=SHARES)
 
 
 def reference(text: str, logits_BK: torch.Tensor, targets: torch.Tensor) -> float:
@@ -109,7 +109,7 @@ def test_adjusted_logits_bring_out_the_likelihoods_whatever_the_shares_are() -> 
     weights = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
     share = float((labels == 0).double().mean())
     train = settings.parse("train: {logit_adjustment: 1}").train
-    loss = losses.build(train, [1, 1], share_of_classes=[share, 1 - share])
+    loss = losses.build_loss(train, [1, 1], share_of_classes=[share, 1 - share])
     inputs = torch.stack([feature, torch.ones_like(feature)], dim=1)
     optimizer = torch.optim.LBFGS([weights], max_iter=200)
 

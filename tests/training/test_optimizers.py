@@ -9,8 +9,8 @@ from torch import nn
 from wasteddp import settings
 from wasteddp.model import networks
 from wasteddp.model.stages import Stages
+from wasteddp.training import optimizers
 from wasteddp.training.checkpoint.state import room_for_checkpoint
-from wasteddp.training.optimization import optimizers
 
 NAMES = ["sgd", "adam", "adamw", "lars", "lamb"]
 

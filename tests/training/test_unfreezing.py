@@ -15,10 +15,10 @@ from trainings import config_of, final_weights, rows
 from wasteddp import settings, train
 from wasteddp.model import networks
 from wasteddp.model.stages import Stages
+from wasteddp.training import optimizers
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.divergence import Guard
-from wasteddp.training.optimization import optimizers
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,11 @@ from wasteddp.errors import LaunchError, SettingsError, storage
 from wasteddp.files import make_folder, write_atomically
 from wasteddp.parallel import progress as progress_bar
 from wasteddp.settings import Settings
-from wasteddp.training import dataloaders, messages, micro_batch
+from wasteddp.training import dataloaders, messages, micro_batch, optimizers
 from wasteddp.training.build_model import build
 from wasteddp.training.checkpoint.progress import Lineage, Progress
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.optimization import optimizers
 
 _EXPLODED = 4.0  # times the best smoothed loss
 _LAG = 1 / 20  # lag of the smoothed loss, as a part of the test

@@ -17,13 +17,12 @@ from wasteddp.model.networks import TIMM, running_statistics
 from wasteddp.model.stages import Stages, refuse_stages
 from wasteddp.model.stochastic_depth import branch_ends
 from wasteddp.settings import Model, Settings
-from wasteddp.training import schedule
+from wasteddp.training import optimizers, schedule
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import compilation
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.objective import Objective
-from wasteddp.training.optimization import optimizers
-from wasteddp.training.optimization.optimizers import ScheduledOptimizer
+from wasteddp.training.losses import Objective
+from wasteddp.training.optimizers import ScheduledOptimizer
 
 _NEEDS = {"model.stochastic_depth": "residual blocks that an image can skip", "model.sync_batchnorm": "BatchNorm"}
 _MOST_GRAPHS = 64  # that torch.compile may compile of one network

@@ -23,7 +23,7 @@ from wasteddp.settings import Settings, Train
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.reader import FOLDER, listed, step_of
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.optimization.optimizers import ScheduledOptimizer
+from wasteddp.training.optimizers import ScheduledOptimizer
 
 _FINITE = ("train/loss", "train/grad_norm")
 

@@ -40,7 +40,7 @@ from wasteddp.training.divergence import Guard, Rollback, Update
 from wasteddp.training.evaluate import evaluate
 from wasteddp.training.features import add_features
 from wasteddp.training.meter import Meter
-from wasteddp.training.optimization.optimizers import ScheduledOptimizer
+from wasteddp.training.optimizers import ScheduledOptimizer
 from wasteddp.training.schedule import Due, Intervals, has_new_size
 from wasteddp.training.tracking.profiler import Profiler
 from wasteddp.training.tracking.tracker import Tracker, TrackerScope

@@ -20,9 +20,9 @@ from torch import nn
 
 from wasteddp.errors import CheckpointError
 from wasteddp.model.networks import running_statistics
+from wasteddp.training import optimizers
 from wasteddp.training.checkpoint.reader import Checkpoint, State, States
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.optimization import optimizers
 
 Flat = dict[tuple[str, str], torch.Tensor]  # by (state's name, tensor's name)
 Fetch = Callable[[], dict[str, State]]

@@ -22,7 +22,7 @@ from wasteddp.settings import Model, Optimizer, Schedule
 from wasteddp.training import schedule
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.optimization.lars_lamb import LAMB, LARS
+from wasteddp.training.lars_lamb import LAMB, LARS
 
 _LEAST_SIZE = 1e-3  # of a unit's norm: otherwise weights that start at zero would stay zero
 
