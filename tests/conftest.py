@@ -50,11 +50,11 @@ def _small_trainings() -> Iterator[None]:
     if "torch" not in sys.modules:  # no selected test trains; the fast tests start without torch
         yield
         return
-    from wasteddp.report import background
+    from wasteddp.training import run_folder
 
-    _real.update(network=narrow.install(), report=background.write_within)
+    _real.update(network=narrow.install(), report=run_folder.write_report_within)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background, "write_within", lambda limit_s, run: "report: left out in tests")
+        patch.setattr(run_folder, "write_report_within", lambda limit_s, run: "report: left out in tests")
         yield
     narrow.restore(_real["network"])
 
@@ -72,10 +72,10 @@ def full_width() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def reports() -> Iterator[None]:
     """Trainings of this module write their reports."""
-    from wasteddp.report import background
+    from wasteddp.training import run_folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background, "write_within", _real["report"])
+        patch.setattr(run_folder, "write_report_within", _real["report"])
         yield
 
 

@@ -45,7 +45,6 @@ from collections.abc import Sequence
 from wasteddp import environment
 from wasteddp import settings as settings_file
 from wasteddp.errors import EXIT_FINISHED, StoppedError
-from wasteddp.report.background import write_at_the_end
 from wasteddp.training import build_model, dataloaders, divergence, run_folder, session
 from wasteddp.training.checkpoint.reader import kept_choices
 from wasteddp.training.distributed import startup
@@ -109,7 +108,11 @@ def train(
     built = build_model.build(settings, runtime, data)  # all ranks
     run, progress = session.begin(settings, built, data, start, rollback, max_steps=max_steps)  # all ranks
     ddp, objective, optimizer = built.ddp, built.objective, built.optimizer
-    with run, write_at_the_end(Path(settings.run.out), run.tracker.say, is_main=run.writes_report), runtime.watch:
+    with (
+        run,
+        run_folder.report_at_the_end(Path(settings.run.out), run.tracker.say, is_main=run.writes_report),
+        runtime.watch,
+    ):
         progress = run.open(progress)  # all ranks
         for batch, agreement in run.batches(progress):  # all ranks
             if agreement.stops:

@@ -23,10 +23,10 @@ from wasteddp import cli, train
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest
 from wasteddp.errors import WastedError
 from wasteddp.inference.bundle import load_bundle
-from wasteddp.report import background
 from wasteddp.sharding import verify
 from wasteddp.sharding.build import Job, Options, check_files, make_shards
 from wasteddp.sharding.sources import synthetic
+from wasteddp.training import run_folder
 from wasteddp.training.checkpoint import reader, writer
 
 from . import disk
@@ -105,7 +105,7 @@ class Program:
 def make_programs(out: Path) -> dict[str, Program]:
     """Draw the inputs, and return the programs, each ready to start."""
     out = out.resolve() / "disk"
-    background.write_within = lambda limit_s, run: "report: left out in tests"
+    run_folder.write_report_within = lambda limit_s, run: "report: left out in tests"
     narrow.install()
     _mark_saves()
     _draw_inputs(out)

@@ -16,10 +16,10 @@ from reported_run import charts_of, metric_rows, write_metrics, write_reported_r
 
 from wasteddp.cli import main
 from wasteddp.inference.bundle import _hash_of_card
-from wasteddp.report import background
 from wasteddp.report.page import write_report
 from wasteddp.report.run_record import bucket_means, kept_rows, log_ticks, ticks
 from wasteddp.settings import known_keys, parse
+from wasteddp.training import run_folder
 
 pytestmark = pytest.mark.usefixtures("reports")  # write reports in a real process
 
@@ -234,10 +234,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_report_that_fails_or_takes_too_long_is_reported_and_not_raised(run: Path, tmp_path: Path) -> None:
     (run / "report.html").unlink(missing_ok=True)
     (run / "report.html").mkdir()
-    assert "report: not written, " in background.write_within(60, run)
+    assert "report: not written, " in run_folder.write_report_within(60, run)
     (run / "report.html").rmdir()
-    assert "not written within 0.01 s" in background.write_within(0.01, run)
-    assert background.write_within(60, run) == f"report: {run}/report.html"
+    assert "not written within 0.01 s" in run_folder.write_report_within(0.01, run)
+    assert run_folder.write_report_within(60, run) == f"report: {run}/report.html"
 
 
 values = arrays(np.float64, st.integers(1, 300), elements=st.floats(-1e6, 1e6))

@@ -77,7 +77,7 @@ if __name__ == "__main__":
         if "--report" in sys.argv:
             sys.argv.remove("--report")
         else:
-            from wasteddp.report import background
+            from wasteddp.training import run_folder
 
-            background.write_within = lambda limit_s, run: "report: left out in tests"
+            run_folder.write_report_within = lambda limit_s, run: "report: left out in tests"
         runpy.run_path(str(PROGRAM), run_name="__main__")

@@ -12,18 +12,18 @@ import pytest
 from reported_run import metric_rows, write_metrics
 
 from wasteddp.errors import EXIT_FAILED
-from wasteddp.report.background import write_at_the_end
+from wasteddp.training.run_folder import report_at_the_end
 from wasteddp.training.watchdog import exits
 
 # the loop hangs in the block, as in a collective; the watchdog's thread ends the process
 HANGING = """
 import sys, threading, time
 from pathlib import Path
-from wasteddp.report.background import write_at_the_end
+from wasteddp.training.run_folder import report_at_the_end
 from wasteddp.training.watchdog import exits
 run, is_main = Path(sys.argv[1]), sys.argv[2] == "0"
 exits._LIMIT_S = float(sys.argv[3])
-with write_at_the_end(run, print, is_main=is_main):
+with report_at_the_end(run, print, is_main=is_main):
     threading.Timer(0.1, exits.leave_with_stacks, (70, run, int(sys.argv[2]))).start(); time.sleep(600)
 """
 
@@ -105,10 +105,10 @@ def test_a_log_that_cannot_even_be_opened_does_not_hold_the_watchdog(tmp_path: P
 def test_after_the_block_nothing_is_left_to_be_done(error: BaseException | None, run: Path) -> None:
     said: list[str] = []
     if error is None:
-        with write_at_the_end(run, said.append, is_main=True):
+        with report_at_the_end(run, said.append, is_main=True):
             assert len(exits._acts) == 1
     else:
-        with pytest.raises(type(error)), write_at_the_end(run, said.append, is_main=True):
+        with pytest.raises(type(error)), report_at_the_end(run, said.append, is_main=True):
             raise error
     assert not exits._acts
     assert bool(said) == (not isinstance(error, KeyboardInterrupt)), "a bug has its report; what is no error has none"

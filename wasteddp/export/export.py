@@ -38,8 +38,8 @@ from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.runtimes.classifier import load_policy
 from wasteddp.inference.runtimes.onnx import OnnxClassifier, metadata_of
-from wasteddp.inference.training_features import choose_samples
 from wasteddp.settings import Data
+from wasteddp.training.features import choose_samples
 
 FORMAT, FORMAT_VERSION = "wasteddp-parity", 1
 KINDS = ("pytorch", "hub", "onnx", "torch-export", "openvino")

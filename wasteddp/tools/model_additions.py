@@ -32,8 +32,8 @@ from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
 from wasteddp.inference.feature_files import save_features
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.model_card.file import write_model_card
-from wasteddp.inference.training_features import MOST_REFERENCE, MOST_TRAINING, summarise_training
 from wasteddp.parallel import progress
+from wasteddp.training.features import MOST_REFERENCE, MOST_TRAINING, summarise_training
 
 
 def add_calibration(

@@ -27,8 +27,8 @@ def _slow(_: ModuleType) -> None:
     narrow.slow_steps()
 
 
-def _without_report(background: ModuleType) -> None:
-    background.write_within = lambda limit_s, run: "report: left out in tests"
+def _without_report(run_folder: ModuleType) -> None:
+    run_folder.write_report_within = lambda limit_s, run: "report: left out in tests"
 
 
 class _Finder:
@@ -55,6 +55,6 @@ class _Finder:
 _CHANGES = {
     "narrow": ("torchvision.models.resnet", _narrow),
     "slow": ("wasteddp.training.meter", _slow),
-    "unreported": ("wasteddp.report.background", _without_report),
+    "unreported": ("wasteddp.training.run_folder", _without_report),
 }
 sys.meta_path.insert(0, _Finder(dict(_CHANGES[name] for name in os.environ["TRAININGS"].split())))  # type: ignore[arg-type]
