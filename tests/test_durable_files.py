@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wasteddp import cli, files
-from wasteddp.commands import runs
+from wasteddp.commands import evaluate
 from wasteddp.files import CsvWriter, appended_rows, read_rows, written_whole
 
 
@@ -93,7 +93,7 @@ def test_a_command_names_an_error_of_a_file_that_nothing_else_names(
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runs, "_evaluate", no_space)
+    monkeypatch.setattr(evaluate, "_evaluate", no_space)
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", "runs/x"])
     assert ended.value.code == 2

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from wasteddp import __version__, environment
-from wasteddp.commands import calibrate, export, runs, serve, shard, shard_sets, training, unlike
+from wasteddp.commands import evaluate, models, runs, shard, shard_sets, training
 from wasteddp.errors import EXIT_FINISHED, WastedError, exit_with, storage_error
 
 
@@ -21,8 +21,14 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="wasteddp", description="Sharding, training and deciding: images of waste.")
     top.add_argument("--version", action="version", version=f"wasteddp {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (shard, shard_sets, training, calibrate, unlike, runs, serve, export):
+    for module in (shard, shard_sets, training):
         module.add(commands)
+    models.add_calibrate(commands)
+    models.add_features(commands)
+    evaluate.add(commands)
+    runs.add(commands)
+    models.add_serve(commands)
+    models.add_export(commands)
     return top
 
 

@@ -1,4 +1,4 @@
-"""The commands for runs and their models: evaluate, predict, average, review, report, sync, dashboard."""
+"""The commands for runs and their models: predict, average, review, report, sync, dashboard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 from functools import partial
 from typing import Any
 
-from wasteddp.commands import unlike
 from wasteddp.commands.arguments import (
     Commands,
     add_compute,
@@ -20,73 +19,16 @@ from wasteddp.commands.arguments import (
     to_path,
     words,
 )  # fmt: skip
-from wasteddp.errors import SettingsError
 from wasteddp.files import expand_home
 
 
 def add(commands: Commands) -> None:
-    _add_evaluate(commands)
     _add_predict(commands)
     _add_average(commands)
     _add_review(commands)
     _add_report(commands)
     _add_sync(commands)
     _add_dashboard(commands)
-
-
-def _add_evaluate(commands: Commands) -> None:
-    command = commands.add_parser(
-        "evaluate",
-        help="measure a run's model on a split of its shards, or on a folder of images",
-        description="Prints accuracy with its 95 % interval, per-class figures and the confusion matrix, and saves "
-        "them in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
-    )
-    add_run(command)
-    command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
-    unlike.add_images(command)
-    decisions = command.add_argument_group("decisions: docs/decisions.md")
-    decisions.add_argument("--bins", type=to_path, metavar="FILE", help="YAML of bins, hazards and costs")
-    decisions.add_argument(
-        "--max-error",
-        type=share,
-        metavar="E",
-        help="share of items in a wrong bin among those that no person sees; the threshold is chosen on the run's "
-        "evaluation split, with a guarantee",
-    )
-    decisions.add_argument(
-        "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
-    )
-    decisions.add_argument(
-        "--choose-on",
-        default="",
-        metavar="SPLIT",
-        help="split to choose the thresholds on (default: data.eval_split of the run; the best checkpoint was selected "
-        "on it, so the guarantee is better on another one)",
-    )
-    add_compute(command)
-    add_decoders(command)
-    add_tta(command)
-    command.set_defaults(run=_evaluate)
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    given = keywords(arguments)
-    if given.pop("images"):
-        unlike.evaluate_images(arguments)
-        return
-    from wasteddp.inference.evaluate import evaluate_run
-
-    unlike.refuse_without_images(arguments)
-    decides = arguments.bins is not None or arguments.max_error is not None
-    if arguments.choose_on and not decides:
-        raise SettingsError(
-            f"--choose-on {arguments.choose_on} was given without --bins and --max-error",
-            "it would have no effect: no threshold is chosen",
-            "give --bins FILE or --max-error E too, or leave it out",
-        )
-    saved = evaluate_run(**{name: value for name, value in given.items() if name not in unlike.ONLY_OF_IMAGES})
-    if saved and decides and (arguments.run_folder / "metrics.jsonl").is_file():  # not of an average
-        _write_report([arguments.run_folder])
 
 
 def _add_predict(commands: Commands) -> None:
@@ -240,10 +182,10 @@ def _add_report(commands: Commands) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    _write_report(**keywords(arguments))
+    save_report(**keywords(arguments))
 
 
-def _write_report(*arguments: Any, **named: Any) -> None:
+def save_report(*arguments: Any, **named: Any) -> None:
     from wasteddp.report.page import write_report
 
     out = write_report(*arguments, **named)
