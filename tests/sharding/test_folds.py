@@ -15,9 +15,9 @@ from wasteddp.data.dataset import choose_fold, num_folds
 from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import SettingsError, ShardError, SourceError
-from wasteddp.sharding import folds
+from wasteddp.sharding import groups as module
 from wasteddp.sharding.build import Job, Options, make_shards
-from wasteddp.sharding.folds import F64, I64
+from wasteddp.sharding.groups import F64, I64
 
 
 def reference(counts_GK: np.ndarray, num_folds: int) -> list[int]:
@@ -49,7 +49,7 @@ def test_equal_fractions_give_the_folds_of_scikit_learn(seed: int, num: int, num
     counts[0] = 1  # each class occurs
     expected = reference(counts, num)
     if set(expected) == set(range(num)):
-        assert folds.divide(counts, [1 / num] * num) == expected
+        assert module.divide_groups(counts, [1 / num] * num) == expected
 
 
 def test_scikit_learn_itself_chooses_the_same_folds() -> None:
@@ -60,8 +60,8 @@ def test_scikit_learn_itself_chooses_the_same_folds() -> None:
     class Compared(model_selection.StratifiedGroupKFold):  # type: ignore[misc, name-defined]
         def _find_best_fold(self, y_counts_per_fold: F64, y_cnt: I64, group_y_counts: F64) -> int:
             theirs = super()._find_best_fold(y_counts_per_fold, y_cnt, group_y_counts)
-            costs = folds._unevenness(y_counts_per_fold, group_y_counts, np.full((5, 1), 0.2), y_cnt).tolist()
-            ours = folds._least(costs, y_counts_per_fold.sum(axis=1).tolist())
+            costs = module._unevenness(y_counts_per_fold, group_y_counts, np.full((5, 1), 0.2), y_cnt).tolist()
+            ours = module._least(costs, y_counts_per_fold.sum(axis=1).tolist())
             assert costs[theirs] == pytest.approx(costs[ours], rel=1e-5)
             equal.append(ours == theirs)
             return int(theirs)
@@ -77,15 +77,15 @@ def test_scikit_learn_itself_chooses_the_same_folds() -> None:
 def test_fractions_are_met_for_each_class() -> None:
     random = np.random.default_rng(0)
     counts = random.multinomial(20, (0.6, 0.3, 0.1), size=200)
-    found = np.array(folds.divide(counts, (0.7, 0.15, 0.15)))
+    found = np.array(module.divide_groups(counts, (0.7, 0.15, 0.15)))
     for part, fraction in enumerate((0.7, 0.15, 0.15)):
         assert np.abs(counts[found == part].sum(axis=0) / counts.sum(axis=0) - fraction).max() < 0.02
 
 
 def test_each_part_has_a_group_and_given_ones_stay() -> None:
-    assert sorted(folds.divide(np.full((3, 2), 5), (0.7, 0.15, 0.15))) == [0, 1, 2]
-    assert folds.divide(np.array([[9, 9], [1, 1]]), (0.5, 0.5), fixed={0: 1})[0] == 1
-    assert folds.divide(np.array([[9, 9], [1, 1]]), (0.5, 0.5), fixed={0: 1, 1: 1}) == [1, 1]
+    assert sorted(module.divide_groups(np.full((3, 2), 5), (0.7, 0.15, 0.15))) == [0, 1, 2]
+    assert module.divide_groups(np.array([[9, 9], [1, 1]]), (0.5, 0.5), fixed={0: 1})[0] == 1
+    assert module.divide_groups(np.array([[9, 9], [1, 1]]), (0.5, 0.5), fixed={0: 1, 1: 1}) == [1, 1]
 
 
 def test_the_order_of_equal_groups_follows_the_seed(tmp_path: Path) -> None:

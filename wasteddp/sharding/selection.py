@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import SourceError, visible
-from wasteddp.sharding import duplicates, folds, groups, splits
+from wasteddp.sharding import duplicates, groups, splits
 from wasteddp.sharding.compare import recorded_groups, recorded_splits
 from wasteddp.sharding.duplicates import Near, leave_out_copies
 from wasteddp.sharding.job import Job, Listing, Options
@@ -101,7 +101,7 @@ def select(job: Job, listing: Listing, scanned: ScanResult) -> Selection:
 
 def split_names(num_folds: int) -> tuple[str, ...]:
     """Return the splits of a set, in their order."""
-    return (*folds.fold_names(num_folds), "test") if num_folds else SPLITS
+    return (*groups.fold_names(num_folds), "test") if num_folds else SPLITS
 
 
 def check_usable(
@@ -185,7 +185,7 @@ def _split(
     if not options.group_rule:
         return splits.stratified(classes, hashes, joined, fractions, seed=options.split_seed, kept=kept)
     members = _shuffled(hashes, joined, options.split_seed)
-    of_image = folds.divide_images(members, classes, fractions, SPLITS, kept=kept)
+    of_image = groups.divide_images(members, classes, fractions, SPLITS, kept=kept)
     return [of_image[image] for image in range(len(classes))]
 
 
@@ -200,15 +200,15 @@ def _choose_folds(
     """Return the fold of each image of train and val. The others keep their split."""
     inside = [image for image, split in enumerate(split_of) if split != "test"]
     members = _shuffled([hashes[i] for i in inside], joined[inside], options.split_seed)
-    names = folds.fold_names(options.folds)
-    fold_of = folds.divide_images(
+    names = groups.fold_names(options.folds)
+    fold_of = groups.divide_images(
         members,
         [images[i].class_name for i in inside],
         [1 / options.folds] * options.folds,
         names,
         kept={i: old[image] for i, image in enumerate(inside) if old.get(image) in names},
     )
-    folds.check_folds(fold_of, options.folds, len(members))
+    groups.check_folds(fold_of, options.folds, len(members))
     chosen = list(split_of)
     for i, image in enumerate(inside):
         chosen[image] = fold_of[i]
