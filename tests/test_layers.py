@@ -112,7 +112,7 @@ def test_no_folder_is_too_full_to_find_anything_in() -> None:
         "data.decoding.centre",
         "inference.predict",
         "inference.watch",
-        "inference.runtimes.onnx",
+        "inference.onnx_classifier",
         "trained_model",
     ],
 )

@@ -39,8 +39,8 @@ from wasteddp.errors import (
     WastedError,
     WeightsError,
 )
+from wasteddp.inference.any_classifier import load_features
 from wasteddp.inference.bundle import load_bundle, read_card
-from wasteddp.inference.feature_files import load_features
 from wasteddp.model import networks, pretrained
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.sharding.index import index_folder

@@ -20,8 +20,8 @@ import wasteddp
 from wasteddp.cli import main
 from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
+from wasteddp.inference.any_classifier import save_policy
 from wasteddp.inference.bundle import read_card, save_bundle
-from wasteddp.inference.runtimes.classifier import save_policy
 
 ROOT = Path(__file__).parents[1]
 

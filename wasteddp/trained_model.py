@@ -22,9 +22,9 @@ from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, rgb_of
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError
 from wasteddp.files import expand_home, read_regular
+from wasteddp.inference.any_classifier import AnyClassifier, load_classifier, load_policy
 from wasteddp.inference.metrics import as_float
 from wasteddp.inference.prediction_files import decisions_of
-from wasteddp.inference.runtimes.classifier import AnyClassifier, load_classifier, load_policy
 from wasteddp.parallel import in_order, num_usable_cores
 
 Input: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]"

@@ -73,7 +73,7 @@ def _sides(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
     from wasteddp.export import runtimes
     from wasteddp.export.runtimes import Exported
     from wasteddp.inference.classifier import load_network
-    from wasteddp.inference.runtimes.onnx import metadata_of
+    from wasteddp.inference.onnx_classifier import metadata_of
 
     if arguments.model:
         card, network = load_network(arguments.model)

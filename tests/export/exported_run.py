@@ -12,8 +12,8 @@ from small_run import BINS, CARD, CLASSES, random_weights
 
 from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
+from wasteddp.inference.any_classifier import save_policy
 from wasteddp.inference.bundle import save_bundle
-from wasteddp.inference.runtimes.classifier import save_policy
 from wasteddp.sharding.build import Job, Options, make_shards
 
 NUM_VAL = 12

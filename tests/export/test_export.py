@@ -33,7 +33,7 @@ from wasteddp.export import runtimes, weights
 from wasteddp.export.export import export_model
 from wasteddp.inference.bundle import read_card, replace_card, save_bundle
 from wasteddp.inference.classifier import Classifier
-from wasteddp.inference.runtimes.onnx import open_session
+from wasteddp.inference.onnx_classifier import open_session
 
 
 def is_missing(*packages: str) -> bool:
@@ -385,7 +385,7 @@ def test_threads_of_each_level_or_nonsense_in_the_environment_is_no_error(
 ) -> None:
     for given, threads in (("2,1", 2), (" 3 ", 3), ("1", 1), ("-3", 7), ("all", 7), ("0", 7), ("", 7)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-        monkeypatch.setattr("wasteddp.inference.runtimes.onnx.num_usable_cores", lambda: 7)
+        monkeypatch.setattr("wasteddp.inference.onnx_classifier.num_usable_cores", lambda: 7)
         options = Mock()
         monkeypatch.setattr("onnxruntime.SessionOptions", lambda options=options: options)
         monkeypatch.setattr("onnxruntime.InferenceSession", Mock())

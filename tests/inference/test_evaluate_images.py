@@ -22,10 +22,10 @@ from wasteddp.data.manifest import Manifest
 from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.unlikeness import UNLIKE_FROM, TrainingFeatures
 from wasteddp.errors import BundleError
+from wasteddp.inference.any_classifier import load_features, save_features
 from wasteddp.inference.bundle import load_bundle, read_card, save_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.comparison import Accuracy, by_unlikeness, difference, near_by_hashes, near_by_manifest
-from wasteddp.inference.feature_files import load_features, save_features
 from wasteddp.tools.verify_run import verify_run
 from wasteddp.training.features import choose_samples
 

@@ -16,8 +16,8 @@ from small_run import CARD, CLASSES, random_weights, write_images, write_shards
 from wasteddp import cli
 from wasteddp.decisions.decide import BinRules, Hazard, choose_policy
 from wasteddp.errors import DecisionError
+from wasteddp.inference.any_classifier import load_policy, save_policy
 from wasteddp.inference.bundle import save_bundle
-from wasteddp.inference.runtimes.classifier import load_policy, save_policy
 from wasteddp.inference.sorting import _lines, decisions_record, measure_policy
 
 BINS = "name: Example city\nclasses: {glass: round bin, metal: flat bin, paper: flat bin}\ncosts: {person: 0.4}\n"

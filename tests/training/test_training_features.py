@@ -9,8 +9,8 @@ from trainings import config_of, final_weights, rows
 
 from wasteddp import train
 from wasteddp.errors import ShardError
+from wasteddp.inference.any_classifier import load_features
 from wasteddp.inference.bundle import load_bundle
-from wasteddp.inference.feature_files import load_features
 from wasteddp.training import features
 
 

@@ -34,7 +34,7 @@ from wasteddp.errors import missing_extra
 from wasteddp.export.parity import U8, Run
 from wasteddp.files import write_atomically
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.runtimes.onnx import INPUT, OUTPUTS, OnnxClassifier
+from wasteddp.inference.onnx_classifier import INPUT, OUTPUTS, OnnxClassifier
 from wasteddp.model.networks import head_name
 
 # ORT 1.14 and OpenVINO 2023 read it, and every operator of these networks is in it

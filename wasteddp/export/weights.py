@@ -28,8 +28,8 @@ from wasteddp.errors import BundleError, LaunchError, missing_extra
 from wasteddp.export import preprocessing
 from wasteddp.export.parity import Reference, compare_answers, compare_pixels
 from wasteddp.files import read_regular, write_atomically
+from wasteddp.inference.any_classifier import read_features
 from wasteddp.inference.bundle import BundleCard, save_bundle
-from wasteddp.inference.feature_files import read_features
 from wasteddp.model.networks import TIMM
 
 PREPROCESSING = "preprocessing.py"

@@ -79,7 +79,7 @@ class Hashes:
     code: str
     weights: str = ""  # filled in by `save_bundle`
     teacher: str = ""  # weights of the model that it was distilled from; "": none
-    features: str = ""  # summary of training images' features, see `feature_files`; "": none
+    features: str = ""  # summary of training images' features, see `any_classifier`; "": none
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from wasteddp.decisions.decide import PERSON, BinRules, choose_policy
 from wasteddp.decisions.intervals import SampleGroups, share_interval
 from wasteddp.errors import BundleError, DecisionError, SettingsError, ShardError, WastedError, joined, storage
 from wasteddp.files import read_regular
+from wasteddp.inference.any_classifier import AnyClassifier
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manifest, print_comparison
@@ -37,7 +38,6 @@ from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, sa
 from wasteddp.inference.metrics import Answers, Mistakes, Reliability, Seen, confusion_matrix, summarise
 from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.inference.ranks import Ranks, join_ranks
-from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.inference.sorting import report_policy
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.parallel import progress

@@ -28,11 +28,11 @@ from wasteddp.data import dataset
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
 from wasteddp.errors import LaunchError, SettingsError, SourceError, inert, joined, visible
+from wasteddp.inference.any_classifier import HOW_TO_ADD_FEATURES
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.comparison import Accuracy, compare, difference, near_by_hashes, print_comparison, read_home
 from wasteddp.inference.evaluate import data_of
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
-from wasteddp.inference.feature_files import HOW_TO_ADD
 from wasteddp.inference.metrics import Answers, Mistakes, Reliability, Seen, confusion_matrix, summarise
 from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.parallel import in_order, num_usable_cores, progress
@@ -289,7 +289,7 @@ def _lines(
     if evaluation.unlike_N is not None and classifier.training:
         yield classifier.training.verdict_of(evaluation.unlike_N)
     else:
-        yield f"unlikeness: not known, the model has no features of its training images; {HOW_TO_ADD}"
+        yield f"unlikeness: not known, the model has no features of its training images; {HOW_TO_ADD_FEATURES}"
 
 
 def _points(share: float) -> str:

@@ -19,6 +19,7 @@ from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.file_loader import Unreadable, file_views
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError, inert, storage
+from wasteddp.inference.any_classifier import AnyClassifier, is_onnx, load_classifier, load_policy
 from wasteddp.inference.prediction_files import (
     Answer,
     Failure,
@@ -30,7 +31,6 @@ from wasteddp.inference.prediction_files import (
     json_record,
     refuse_one_file,
 )  # fmt: skip
-from wasteddp.inference.runtimes.classifier import AnyClassifier, is_onnx, load_classifier, load_policy
 from wasteddp.sharding.sources.files import ARCHIVES, Names, Walked, walk
 from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
 

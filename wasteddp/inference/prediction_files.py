@@ -28,8 +28,8 @@ from wasteddp.decisions.decide import PERSON, REASONS, Policy
 from wasteddp.decisions.unlikeness import UNLIKE_FROM, TrainingFeatures
 from wasteddp.errors import RunError, SourceError, inert, joined, storage
 from wasteddp.files import CsvWriter, read_text, written_whole
+from wasteddp.inference.any_classifier import HOW_TO_ADD_FEATURES
 from wasteddp.inference.bundle import BundleCard
-from wasteddp.inference.feature_files import HOW_TO_ADD
 from wasteddp.inference.metrics import as_float, percent
 
 _FAILURES_LISTED = 20
@@ -156,7 +156,7 @@ class Terminal:
             mean = self._sum_of_percentiles / self.num_classified
             print(self._training.verdict(mean, self._num_unlike, self.num_classified))
         elif self.num_classified:
-            print(f"unlikeness: not known, the model has no features of its training images; {HOW_TO_ADD}")
+            print(f"unlikeness: not known, the model has no features of its training images; {HOW_TO_ADD_FEATURES}")
         if self._decided:
             print("decisions: " + ", ".join(f"{count:,} {_printable(name)}" for name, count in self._decided.items()))
         for path in written:

@@ -26,10 +26,10 @@ from wasteddp.decisions.sorting import measure_bins, per_thousand
 from wasteddp.decisions.thresholds import in_words, is_promised, no_promise, outcome, risk_coverage
 from wasteddp.errors import inert
 from wasteddp.files import read_regular, write_atomically
+from wasteddp.inference.any_classifier import made_for, save_policy
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord, plain
 from wasteddp.inference.metrics import Answers, Reliability, percent
-from wasteddp.inference.runtimes.classifier import made_for, save_policy
 
 RECORD_FORMAT = "wasteddp-decisions"
 RECORD_VERSION = 1

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, header
 from wasteddp.data.decoding.formats import is_jpeg
 from wasteddp.decisions.decide import Policy
+from wasteddp.inference.any_classifier import AnyClassifier
 from wasteddp.inference.prediction_files import Answer, decisions_of
-from wasteddp.inference.runtimes.classifier import AnyClassifier
 from wasteddp.parallel import num_usable_cores
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from wasteddp.errors import LaunchError, SettingsError, missing_extra, print_line, print_warning
 from wasteddp.files import read_text
-from wasteddp.inference.runtimes.classifier import load_classifier, load_policy
+from wasteddp.inference.any_classifier import load_classifier, load_policy
 from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.kept import KeptPhotos
 

@@ -19,6 +19,7 @@ from wasteddp.decisions.calibration import Calibration, calibrate
 from wasteddp.decisions.intervals import describe_groups
 from wasteddp.errors import BundleError, DecisionError, inert
 from wasteddp.files import hold_run
+from wasteddp.inference.any_classifier import save_features
 from wasteddp.inference.bundle import (
     FOLDER_NAME,
     find_bundle,
@@ -29,7 +30,6 @@ from wasteddp.inference.bundle import (
 )
 from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
-from wasteddp.inference.feature_files import save_features
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.parallel import progress

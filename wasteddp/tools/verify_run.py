@@ -11,8 +11,8 @@ from pathlib import Path
 from wasteddp import settings
 from wasteddp.errors import CheckpointError, WastedError
 from wasteddp.files import read_regular
+from wasteddp.inference.any_classifier import load_features
 from wasteddp.inference.bundle import CARD_NAME, FOLDER_NAME, load_bundle
-from wasteddp.inference.feature_files import load_features
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.tracking.tracker import METRICS_FILE
 

@@ -19,8 +19,8 @@ from wasteddp.data.loader import Loader
 from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.errors import ShardError, StoppedError, WastedError
+from wasteddp.inference.any_classifier import save_features
 from wasteddp.inference.classifier import Classifier
-from wasteddp.inference.feature_files import save_features
 from wasteddp.parallel import num_usable_cores
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime

@@ -1,29 +1,46 @@
-"""What the classifiers of all runtimes have in common, how one is loaded, and the policy made for it. No torch.
+"""What all classifiers have in common, how one is loaded, and the files that were made for its model. No torch.
 
 A classifier gives batches of one shape, answers and unlikeness. It is loaded by the kind of its path: a run's or a
-bundle's folder, or an ONNX file. policy.json has the bins and thresholds that `wasteddp evaluate --bins` chose for it.
+bundle's folder, or an ONNX file.
+
+policy.json has the bins and thresholds that `wasteddp evaluate --bins` chose. `model/features-<sha256>.safetensors` is
+the summary of training images' features. The card names its sha256, so the card's own sha256 covers it. A bundle
+without it, as older versions of wasteddp wrote them, is whole too: its predictions then do not have the unlikeness. New
+weights drop it: it belongs to the old ones.
 
 Legend: B images, S side of the view, K classes, D features: the inputs of the network's last layer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.decisions.decide import Policy
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.errors import BundleError, DecisionError
 from wasteddp.files import read_regular, write_atomically
-from wasteddp.inference.bundle import BundleCard
+from wasteddp.inference.bundle import (
+    CARD_NAME,
+    BundleCard,
+    find_bundle,
+    read_card,
+    refuse_other_weights,
+    remove_old,
+    replace_card,
+)
 
 if TYPE_CHECKING:
     from wasteddp.data.decoding.crop import View
@@ -31,6 +48,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
+HOW_TO_ADD_FEATURES = "add them with: wasteddp features RUN"
 _POLICY_FORMAT = "wasteddp-policy"
 _POLICY_VERSION = 1
 
@@ -145,7 +163,7 @@ def load_classifier(
         BundleError, LaunchError: see `Classifier.load` and `OnnxClassifier`.
     """
     if is_onnx(path):
-        from wasteddp.inference.runtimes.onnx import OnnxClassifier
+        from wasteddp.inference.onnx_classifier import OnnxClassifier
 
         return OnnxClassifier(path, device=device, batch_size=batch_size, tta=tta)
     from wasteddp.inference.classifier import Classifier
@@ -198,3 +216,54 @@ def load_policy(path: Path, card: BundleCard, *, tta: str) -> Policy:
 def made_for(card: BundleCard, tta: str) -> dict[str, Any]:
     """Return all that changes the probabilities which the thresholds were chosen on."""
     return {"weights": card.hashes.weights, "temperature": card.temperature, "tta": tta}
+
+
+def save_features(path: str | Path, features: TrainingFeatures, *, weights: str) -> BundleCard:
+    """Write the features into a bundle in place of those that it has. Return its new card.
+
+    Args:
+        path: of the bundle, or of the run that holds it. Only one process may write it.
+        weights: sha256 of the weights that computed the features.
+
+    Raises:
+        BundleError: there is no bundle, or it has other weights.
+    """
+    folder = find_bundle(path)
+    card = read_card(folder)
+    refuse_other_weights(folder, card, weights, "the features are")
+    content = save(features.arrays())
+    card = replace(card, hashes=replace(card.hashes, features=hashlib.sha256(content).hexdigest()))
+    write_atomically(folder / card.file_names[-1], content)
+    replace_card(folder, card)
+    remove_old(folder, card)
+    return card
+
+
+def load_features(path: str | Path, card: BundleCard) -> TrainingFeatures | None:
+    """Return the features that the card names; None if it names none.
+
+    Raises:
+        BundleError: the file is missing or damaged.
+    """
+    if not card.hashes.features:
+        return None
+    return read_features(find_bundle(path) / card.file_names[-1], card)
+
+
+def read_features(file: Path, card: BundleCard) -> TrainingFeatures:
+    """Return the features in a file that the card names.
+
+    Raises:
+        BundleError: the file is missing or damaged.
+    """
+    try:
+        content = read_regular(file)
+        if hashlib.sha256(content).hexdigest() != card.hashes.features:
+            raise ValueError(f"its {len(content)} bytes do not have the sha256 that {CARD_NAME} names")
+        return TrainingFeatures.of_arrays(load(content))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BundleError(
+            f"{file} cannot be used: {getattr(error, 'strerror', None) or error}",
+            "how unlike the training images an image is would be wrong or unknown",
+            "copy the whole model folder again, or compute the features again: wasteddp features RUN",
+        ) from error
