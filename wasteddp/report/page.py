@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,8 @@ def write_report(
 
 def render(runs: Sequence[RunRecord]) -> str:
     """Return the page's HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    return environment.get_template("page.html").render(
+    return _template().render(
         title=" · ".join(one.name for one in runs),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
@@ -103,6 +100,16 @@ def render(runs: Sequence[RunRecord]) -> str:
         comparison=_comparison(runs) if len(runs) > 1 else None,
         runs=[_run_context(one) for one in runs],
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    """Return the page's template. To compile it takes most of a page's time."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template("page.html")
 
 
 def _run_context(one: RunRecord) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import hashlib
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -53,6 +54,18 @@ class Part:
     note: str = ""
 
 
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("review_page.html")
+
+
 def render_review(
     title: str, lead: str, warnings: Sequence[str], parts: Sequence[Part], classes: Sequence[str], *, store: str
 ) -> str:
@@ -61,18 +74,11 @@ def render_review(
     Args:
         store: identifies the shard set; the decisions in the browser are kept under it.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     script, style, more_style = (
         (_HERE / name).read_text(encoding="utf-8") for name in ("review_page.js", "page.css", "review_page.css")
     )
     keys = CLASS_KEYS[: len(classes)]
-    return environment.get_template("review_page.html").render(
+    return _template().render(
         title=title,
         lead=lead,
         warnings=warnings,
