@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import narrow
 
 from .harness import fuzz, try_content
-from .targets import Target, make_targets
+from .target import Target
+from .targets import make_targets
 
 _MEMORY_BYTES = 2 << 30  # that /dev/shm must have free
 CORPUS = Path(__file__).parent / "corpus"  # what found a fault once

@@ -27,7 +27,7 @@ from typing import IO
 from wasteddp.errors import EXIT_FINISHED, EXIT_USER_ERROR, WastedError
 
 from .mutations import damaged
-from .targets import Target
+from .target import Target
 
 MAX_SECONDS = 20.0
 MAX_BYTES = 3 << 29  # 1.5 GiB of address space more than the process has when it begins
