@@ -42,10 +42,11 @@ def test_rows_are_there_as_soon_as_the_block_ends_and_stay_if_it_fails(tmp_path:
 def test_damaged_lines_are_passed_over_and_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": 1}', b'{"step"; 2}', b'{"s\xf4ep": 3}', b"[4]", b'{"step": "5"}', b'{"step": 6}', b'{"st']
+    lines.insert(3, b"[" * 100_000)
     path.write_bytes(b"\n".join(lines))
     damaged: list[str] = []
     assert list(read_rows(path, "step", damaged=damaged.append)) == [{"step": 1}, {"step": 6}]
-    assert len(damaged) == 5
+    assert len(damaged) == 6
 
 
 def test_a_temporary_folder_is_removed_also_after_a_kill_and_not_while_it_is_used(tmp_path: Path) -> None:

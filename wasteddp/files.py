@@ -180,7 +180,7 @@ def read_rows(path: Path, *numbers: str, damaged: Callable[[str], object] = lamb
                 row = json.loads(line)
                 if not all(isinstance(row[name], (int, float)) for name in numbers):
                     raise ValueError(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 damaged(line)
             else:
                 yield row

@@ -53,7 +53,7 @@ def load(folder: Path) -> RunIdentity:
     try:
         raw = json.loads(read_regular(folder / FILE_NAME))
         return RunIdentity(**{**raw, "tags": tuple(raw["tags"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise TrackingError(
             f"{folder / FILE_NAME} cannot be read: {error}",
             "without it the W&B run of this training is unknown",
