@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from wasteddp import cli, files
+from wasteddp import cli, files, lock_files
 from wasteddp.commands import evaluate
-from wasteddp.files import CsvWriter, appended_rows, read_rows, written_whole
+from wasteddp.files import CsvWriter, appended_rows, read_rows, temporary_folder, written_whole
 
 
 def test_rows_are_added_after_a_line_that_a_kill_cut(tmp_path: Path) -> None:
@@ -40,10 +42,49 @@ def test_rows_are_there_as_soon_as_the_block_ends_and_stay_if_it_fails(tmp_path:
 def test_damaged_lines_are_passed_over_and_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [b'{"step": 1}', b'{"step"; 2}', b'{"s\xf4ep": 3}', b"[4]", b'{"step": "5"}', b'{"step": 6}', b'{"st']
+    lines.insert(3, b"[" * 100_000)
     path.write_bytes(b"\n".join(lines))
     damaged: list[str] = []
     assert list(read_rows(path, "step", damaged=damaged.append)) == [{"step": 1}, {"step": 6}]
-    assert len(damaged) == 5
+    assert len(damaged) == 6
+
+
+def test_a_temporary_folder_is_removed_also_after_a_kill_and_not_while_it_is_used(tmp_path: Path) -> None:
+    said = list[str]()
+    for name in (".work-a", ".work-b", ".other"):
+        (tmp_path / name / "work").mkdir(parents=True)
+        (tmp_path / name / "work" / "file").write_bytes(bytes(10**6))
+    (tmp_path / ".work-a" / ".lock").touch()  # .work-b: killed before it had one
+    (tmp_path / ".work-file").touch()
+    (tmp_path / ".work-link").symlink_to(tmp_path / ".other")
+    with temporary_folder(tmp_path, ".work-", said.append) as one:
+        (one / "file").touch()
+        with suppress(KeyboardInterrupt), temporary_folder(tmp_path, ".work-", said.append) as other:
+            assert one.exists()
+            assert one != other
+            raise KeyboardInterrupt
+        assert not other.parent.exists()
+    assert said == [
+        f"{tmp_path}: removed 2 temporary folder(s) with 2.0 MB, left by processes that were killed: .work-a, .work-b"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other", ".work-file", ".work-link"]
+
+
+def test_a_temporary_folder_is_locked_where_there_are_only_files_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_flock)
+    for name, holder in ((".work-a", "1-0"), (".work-b", lock_files._process(os.getppid()))):  # ended, alive
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f".lock.{socket.gethostname()}.{holder}.exclusive").touch()
+    said = list[str]()
+    with temporary_folder(tmp_path, ".work-", said.append) as one:
+        assert one.exists()
+    assert [line.rpartition(": ")[2] for line in said] == [".work-a"]
+    assert [path.name for path in tmp_path.iterdir()] == [".work-b"]
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:

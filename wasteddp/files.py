@@ -11,17 +11,20 @@ import codecs
 import csv
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
 import os
 import resource
 import secrets
+import shutil
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +33,7 @@ from wasteddp.lock_files import LockFile
 
 LOCK_WAIT_S = 60.0  # for a run that is saving after a signal
 _POLL_S = 0.1
+_MOST_NAMED = 3
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # the beginnings of a formula in a spreadsheet
 _MARKS = {  # byte order marks; the longer first
     codecs.BOM_UTF8: "utf-8-sig",
@@ -176,7 +180,7 @@ def read_rows(path: Path, *numbers: str, damaged: Callable[[str], object] = lamb
                 row = json.loads(line)
                 if not all(isinstance(row[name], (int, float)) for name in numbers):
                     raise ValueError(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 damaged(line)
             else:
                 yield row
@@ -236,6 +240,74 @@ def make_folder(folder: Path) -> None:
     for one in (folder, *missing):  # the folder's own name as well if it exists: a kill may have come before the sync
         with suppress(PermissionError):  # a parent that this user cannot list
             sync_folder(one.parent)
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str, say: Callable[[str], None]) -> Iterator[Path]:
+    """Give a new folder below `parent`, which is removed at the end. Before that, remove those that kills have left.
+
+    A folder is in use while its process holds the lock on a file in it. Folders of other users stay.
+
+    Args:
+        prefix: beginning of the names of these folders, and of no others.
+        say: receives a line that counts and names what was removed.
+
+    Raises:
+        StorageError: `parent` cannot be written.
+    """
+    with storage("making a temporary folder", parent):
+        _remove_left(parent, prefix, say)
+        while (release := _lock_in(folder := Path(tempfile.mkdtemp(prefix=prefix, dir=parent)))) is None:
+            pass  # another process took it for one that a kill has left
+    try:
+        with storage("making a temporary folder", folder):
+            work = folder / "work"
+            work.mkdir()
+        yield work
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        release()
+
+
+def _lock_in(folder: Path) -> Callable[[], None] | None:
+    """Take the lock of a temporary folder and return what releases it.
+
+    Return None if another process has it, or has removed the folder.
+    """
+    path = folder / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        return None
+    lock_file = LockFile(path)
+
+    def release() -> None:
+        lock_file.release()
+        os.close(descriptor)
+
+    if try_lock_or_announce(descriptor, lock_file, str(folder), lambda line: None) and path.exists():
+        return release
+    release()
+    return None
+
+
+def _remove_left(parent: Path, prefix: str, say: Callable[[str], None]) -> None:
+    removed, num_bytes = list[str](), 0
+    for folder in sorted(parent.glob(f"{glob.escape(prefix)}*")):
+        with suppress(OSError), ExitStack() as stack:  # another process may have removed it
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or (release := _lock_in(folder)) is None:
+                continue
+            stack.callback(release)
+            size_bytes = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+            shutil.rmtree(folder)
+            num_bytes += size_bytes
+            removed.append(folder.name)
+    if removed:
+        say(
+            f"{parent}: removed {len(removed):,} temporary folder(s) with {num_bytes / 1e6:,.1f} MB, left by processes "
+            f"that were killed: {', '.join(removed[:_MOST_NAMED])}{', ...' if len(removed) > _MOST_NAMED else ''}"
+        )
 
 
 def expand_home(path: str) -> str:

@@ -93,8 +93,14 @@ def parity(path: Path) -> dict[str, Any]:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def test_torchvision_takes_the_weights_and_the_preprocessing_makes_the_same_tensors(run: Path, tmp_path: Path) -> None:
+def test_torchvision_takes_the_weights_and_the_preprocessing_makes_the_same_tensors(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a" / "b" / ".export-left" / "work").mkdir(parents=True)  # by a kill
     assert main(["export", str(run), "--to", "pytorch", "--out", str(tmp_path / "a" / "b")]) == 0
+    assert "removed 1 temporary folder(s) with 0.0 MB, left by processes that were killed: .export-left" in (
+        capsys.readouterr().out
+    )
     path = tmp_path / "a" / "b" / "resnet18.pth"
     assert sorted(file.name for file in path.parent.iterdir()) == [
         "preprocessing.py",

@@ -185,6 +185,21 @@ def _safetensors_header(content: bytes, draw: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
+def _onnx_metadata(content: bytes, draw: random.Random) -> bytes:
+    """Change a value of the JSON in the metadata."""
+    import onnx
+
+    try:
+        model = onnx.load_from_string(content)
+    except Exception:  # protobuf's errors have no class in common
+        return _flip(content, draw)
+    if not model.metadata_props:
+        return _flip(content, draw)
+    entry = draw.choice(model.metadata_props)
+    entry.value = _json_value(entry.value.encode(), draw).decode(errors="replace")
+    return bytes(model.SerializeToString())
+
+
 def _line(content: bytes, draw: random.Random) -> bytes:
     """Change a line or a word of a text."""
     lines = content.split(b"\n")
@@ -211,5 +226,6 @@ _SPECIAL: tuple[tuple[str, Mutation], ...] = (
     (r"jpg", _jpeg_segment),
     (r"json|jsonl", _json_value),
     (r"safetensors", _safetensors_header),
-    (r"yaml|csv|txt|jsonl", _line),
+    (r"onnx", _onnx_metadata),
+    (r"yaml|csv|txt|jsonl|http", _line),
 )

@@ -9,9 +9,9 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from pictures import jpeg
 from PIL import Image
@@ -19,34 +19,32 @@ from small_run import write_run
 from trainings import config_of
 
 from wasteddp import cli, settings, train
+from wasteddp.inference.answered_files import AnsweredCsv, AnsweredFile, AnsweredJsonLines, Photo
+from wasteddp.inference.bundle import find_bundle, read_card
+from wasteddp.inference.prediction_files import Answer
 from wasteddp.model import networks, pretrained
+from wasteddp.report.page import write_report
+from wasteddp.serve.server import read_token
 from wasteddp.sharding.index import index_folder
+from wasteddp.tools import dashboard
 from wasteddp.training.checkpoint import reader
 
-
-@dataclass(frozen=True)
-class Target:
-    """A file to damage, and what reads it.
-
-    Args:
-        folder: what the reader needs; each input gets a copy of links to it.
-        file: the path in `folder` of the file to damage.
-        read: called in a process of its own, in the copy of the folder; the exit code of a command, or None.
-    """
-
-    name: str
-    folder: Path
-    file: str
-    read: Callable[[Path], int | None]
-
-    @property
-    def kind(self) -> str:
-        return Path(self.file).suffix.lstrip(".")
+from .network_targets import network_targets
+from .target import Target
 
 
 def _command(*words: str) -> Callable[[Path], int]:
     """`{}`: the folder."""
     return lambda folder: cli.main([word.replace("{}", str(folder)) for word in words])
+
+
+def _call(function: Callable[[Path], object]) -> Callable[[Path], None]:
+    """`function` gets the folder."""
+
+    def read(folder: Path) -> None:
+        function(folder)
+
+    return read
 
 
 def _shard(file: str, *options: str) -> Callable[[Path], int]:
@@ -57,6 +55,7 @@ def make_targets(folder: Path) -> list[Target]:
     """Write intact files below `folder`, some of them by a short training, and return all targets."""
     targets = [*_archives(folder / "archives"), *_lists(folder / "lists"), *_images(folder / "photos")]
     targets += _run(folder / "run")
+    targets += network_targets(folder / "network")
     return targets
 
 
@@ -104,12 +103,19 @@ def _archives(folder: Path) -> list[Target]:
     (folder / "foreign").mkdir()
     (folder / "foreign" / "train-0.tar").write_bytes(foreign.getvalue())
 
+    (folder / "names.txt").write_text("glass\nmetal\n")
+    (folder / "names.yaml").write_text("0: glass\n1: metal\n")
+
     def index(copy: Path) -> None:
         index_folder(copy / "foreign", workers=1)
 
     names = ("a.zip", "gnu.tar", "pax.tar", "a.tgz", "a.txz")
     return [*(Target(name, folder, name, _shard(name)) for name in names),
-            Target("foreign tar", folder, "foreign/train-0.tar", index)]  # fmt: skip
+            Target("foreign tar", folder, "foreign/train-0.tar", index),
+            Target("names of classes", folder, "names.txt",
+                   _command("index", "{}/foreign", "--classes-from", "{}/names.txt")),
+            Target("classes of tars", folder, "names.yaml",
+                   _command("index", "{}/foreign", "--classes", "{}/names.yaml"))]  # fmt: skip
 
 
 def _lists(folder: Path) -> list[Target]:
@@ -128,6 +134,17 @@ def _lists(folder: Path) -> list[Target]:
     )
     config = Path(config_of(folder, folder / "images")[1])
     shutil.move(config, folder / "settings.yaml")
+    (folder / "corrections.csv").write_text("path,class,action\nglass/0.jpg,metal,correct\nglass/1.jpg,,drop\n")
+    (folder / "groups.csv").write_text(
+        "path,label,group\n" + "".join(f"images/{name},{name.split('/')[0]},g{name[-5]}\n" for name in _photos())
+    )
+    (folder / "token.txt").write_text("0123456789abcdef\n")
+    shutil.copyfile(dashboard.DEFAULT_PATH, folder / "dashboard.yaml")
+    assert cli.main(["shard", str(folder / "groups.csv"), "--out", str(folder / "grouped"), "--group-column", "group",
+                     "--fractions", "0.34,0.33,0.33"]) == 0  # fmt: skip
+    assert cli.main(["shard", str(folder / "images"), "--out", str(folder / "begun"), "--part", "1/2",
+                     "--stage", "read"]) == 0  # fmt: skip
+    begun = max((folder / "begun").rglob("scan*.jsonl"), key=lambda path: path.stat().st_size).relative_to(folder)
 
     def load(copy: Path) -> None:
         settings.load(copy / "settings.yaml", ["run.seed=3"])
@@ -140,6 +157,18 @@ def _lists(folder: Path) -> list[Target]:
         Target("classes.yaml", folder, "classes.yaml", _shard(images, "--classes", "{}/classes.yaml")),
         Target("recipe.yaml", folder, "recipe.yaml", _shard("recipe.yaml")),
         Target("settings.yaml", folder, "settings.yaml", load),
+        Target("settings printed", folder, "settings.yaml", _command("settings", "{}/settings.yaml")),
+        Target("dashboard.yaml", folder, "dashboard.yaml", _call(lambda copy: dashboard.load(copy / "dashboard.yaml"))),
+        Target("token", folder, "token.txt", _call(lambda copy: read_token(copy / "token.txt"))),
+        Target("corrections.csv", folder, "corrections.csv", _shard(images, "--corrections", "{}/corrections.csv")),
+        Target("groups.csv", folder, "groups.csv", _shard("groups.csv", "--group-column", "group")),
+        Target("groups.bin", folder, "grouped/groups.bin", _command("verify", "{}/grouped")),
+        Target(
+            "begun shards",
+            folder,
+            str(begun),
+            _command("shard", "{}/images", "--out", "{}/begun", "--part", "1/2", "--stage", "read"),
+        ),
     ]
 
 
@@ -188,7 +217,13 @@ def _run(folder: Path) -> list[Target]:
     shutil.rmtree(run / "model")
     (run / "settings.yaml").unlink()
     assert train.main([*settings_of, *(word for one in small for word in ("--set", one))]) == 0
-    assert cli.main(["evaluate", str(run), "--split", "test"]) == 0
+    (folder / "bins.yaml").write_text(
+        "name: small\nclasses:\n  glass: {bin: green, grams: 250}\n  metal: {bin: yellow, grams: 20}\n"
+        "  paper: {bin: yellow, grams: 12}\n"
+        "costs:\n  person: 0.3\n  wrong: 1\n  paper: {green: 5}\n"
+    )
+    assert cli.main(["evaluate", str(run), "--split", "test", "--bins", str(folder / "bins.yaml")]) == 0
+    write_report([run])  # the page's template is compiled here, not in each child
     photo = next((folder / "images" / "test").rglob("*.jpg"))
     shutil.copyfile(photo, folder / "photo.jpg")
     torch.save(networks.build("resnet18", 3).state_dict(), folder / "weights.pth")
@@ -202,6 +237,8 @@ def _run(folder: Path) -> list[Target]:
         pretrained.initialise(networks.build("resnet18", 3), "resnet18", str(copy / "weights.pth"))
 
     predict = _command("predict", "{}/run", "{}/photo.jpg", "--csv", "{}/out.csv", "--json", "{}/out.json")
+    saved = "run/evaluations/test"
+    _watch(folder, run)
     shards = sorted(path.name for path in (folder / "shards").iterdir())
     tar, index = (next(name for name in shards if name.endswith(suffix)) for suffix in (".tar", ".idx"))
     targets = [Target(f"model {name}", folder, f"run/model/{name}", predict)
@@ -223,5 +260,35 @@ def _run(folder: Path) -> list[Target]:
         ),
         Target("plan", folder, "shards/manifest.json", _command("plan", "{}/shards", "--set", "train.batch_size=3")),
         Target("weights", folder, "weights.pth", start),
-    ]
+        Target("compare", folder, "shards/manifest.json", _command("compare", "{}/shards", "{}/shards")),
+        Target("policy.json", folder, f"{saved}/policy.json",
+               _command("predict", "{}/run", "{}/photo.jpg", "--policy", "{}/" + saved + "/policy.json")),
+        Target("report --bins", folder, "bins.yaml",
+               _command("report", "{}/run", "--bins", "{}/bins.yaml", "--out", "{}/out.html")),
+        Target("review predictions.csv", folder, f"{saved}/predictions.csv",
+               _command("review", "{}/run", "--shards", "{}/shards", "--no-pairs", "--predictions",
+                        "{}/" + saved + "/predictions.csv", "--out", "{}/out.html")),
+        Target("review --unlabelled", folder, "new.csv",
+               _command("review", "{}/run", "--shards", "{}/shards", "--no-pairs", "--split", "test", "--unlabelled",
+                        "{}/new.csv", "--out", "{}/out.html")),
+        Target("watched csv", folder, "watched.csv", _call(lambda copy: _answered(copy, AnsweredCsv, "watched.csv"))),
+        Target("watched jsonl", folder, "watched.jsonl",
+               _call(lambda copy: _answered(copy, AnsweredJsonLines, "watched.jsonl"))),
+    ]  # fmt: skip
     return targets
+
+
+def _watch(folder: Path, run: Path) -> None:
+    """Write what `predict --csv` and `predict --watch` write."""
+    photo, model = str(folder / "photo.jpg"), str(run)
+    assert cli.main(["predict", model, photo, "--csv", str(folder / "new.csv")]) == 0
+    answer = Answer(photo, np.array([0.5, 0.3, 0.2], np.float32))
+    for file in (_answered(folder, AnsweredCsv, "watched.csv"), _answered(folder, AnsweredJsonLines, "watched.jsonl")):
+        for number in range(3):
+            file.add(Photo(f"{photo}{number}", 100 + number, number, f"{number:064x}"), answer)
+        file.save()
+        file.close()
+
+
+def _answered(folder: Path, kind: type[AnsweredFile], name: str) -> AnsweredFile:
+    return kind(folder / name, read_card(find_bundle(folder / "run")), decides=False)

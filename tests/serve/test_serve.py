@@ -8,12 +8,13 @@ import io
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from wasteddp.serve.app import create_app, page
 from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.kept import KeptPhotos
 from wasteddp.serve.requests import Metrics
-from wasteddp.serve.server import listen, read_token
+from wasteddp.serve.server import listen, read_token, uvicorn_server
 
 POLICY = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.6, 0.05, 0.95, 0.04, 50, 40, 0))
 PERSONS = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.9999, 0.05, 0.95, 0.04, 50, 40, 0))
@@ -450,8 +451,15 @@ def test_a_full_folder_and_a_broken_disk_are_counted_and_do_not_end_it(
     assert offer(keep(below=0.5), images[0]) == {}
     assert offer(keep(below=0.6), images[0]) == {"kept": 1}
     (tmp_path / "kept" / "kept.jsonl").write_text((tmp_path / "kept" / "kept.jsonl").read_text()[:-5])  # a kill
+    half, own = tmp_path / "kept" / f"{'a' * 64}.jpg.tmp", tmp_path / "kept" / "own.tmp"  # another, and a user's file
+    half.touch()
+    own.touch()
     kept = keep(below=0.6)
-    assert "1 lines cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "1 lines cannot be read" in said.err
+    assert f"removed 1 photo(s) that a kill left half written: {half.name}" in said.out
+    assert not half.exists()
+    own.unlink()
     assert offer(kept, images[0]) == {"kept": 1}
     size = sum(path.stat().st_size for path in (tmp_path / "kept").iterdir())
     assert offer(keep(below=0.6, most_bytes=size + 100), *images) == {"repeated": 1, "full": 4}
@@ -483,6 +491,85 @@ def test_missing_packages_are_named(
     with pytest.raises(SystemExit):
         main(["serve", str(bundle)])
     assert "pip install 'wasteddp[serve]'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def listening(classifier: Classifier, bundle: Path) -> Iterator[tuple[tuple[str, int], Metrics]]:
+    """A server with a socket, in a thread, for 3 connections and short times. Yields its address and counts."""
+    limits, metrics = Limits(request_s=0.4, header_s=0.2, connections=3), Metrics()
+    with closing(Batches(classifier, limits)) as batches, listen("127.0.0.1", 0) as listening:
+        server = uvicorn_server(create_app(batches, read_card(bundle), limits, metrics), limits, metrics)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield listening.getsockname(), metrics
+        server.should_exit = True
+        thread.join()
+
+
+def trickle(address: tuple[str, int], begin: bytes, drop: bytes) -> tuple[bytes, float]:
+    """Send a begin, and then drops until the server ends the connection. Return its answer, and after how long."""
+    answer, began = b"", time.monotonic()
+    with socket.create_connection(address, timeout=0.03) as connection:
+        connection.sendall(begin)
+        while time.monotonic() < began + 20:
+            try:
+                if not (part := connection.recv(65536)):
+                    break
+                answer += part
+            except TimeoutError:
+                with suppress(OSError):
+                    connection.sendall(drop)
+            except ConnectionResetError:
+                break
+    return answer, time.monotonic() - began
+
+
+def test_slow_clients_are_ended_in_each_stage(
+    listening: tuple[tuple[str, int], Metrics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wasteddp.serve.connections._GRACE_S", 0.2)
+    address, metrics = listening
+    post, get = b"POST /predict HTTP/1.1\r\nhost: localhost\r\n", b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
+    body = b"content-length: 1000\r\n\r\n"
+    for begin, drop, status, least_s in (
+        (b"", b"", b"", 0.2),  # nothing
+        (post, b"", b"408", 0.2),  # half of the headers
+        (post + b"x-a: ", b"a", b"408", 0.2),  # headers that never end
+        (post + body, b"", b"408", 0.4),  # no body
+        (post + body, b"a", b"408", 0.4),  # a body that is too slow
+        (post + b"transfer-encoding: chunked\r\n\r\n", b"1\r\na\r\n", b"408", 0.4),  # one that never ends
+        (get + body, b"a", b"200", 0.2),  # a body that nobody reads
+        (get + b"\r\n", b"G", b"200", 0.2),  # a second request that never comes
+    ):
+        answer, took_s = trickle(address, begin, drop)
+        assert answer[9:12] == status, (begin, drop, answer)
+        assert least_s <= took_s < 10, (begin, drop)
+    lines = metrics.text(num_waiting=0, num_batches=0).splitlines()
+    assert 'wasteddp_requests_total{status="408"} 3' in lines
+    assert 'wasteddp_connections_closed_total{why="waiting"} 5' in lines
+    assert "wasteddp_connections 0" in lines
+
+
+def test_a_client_that_does_not_read_and_one_connection_too_many_are_ended(
+    listening: tuple[tuple[str, int], Metrics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wasteddp.serve.connections._GRACE_S", 0.2)
+    address, metrics = listening
+    with ExitStack() as stack:
+        others = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(4)]
+        answers = [one.makefile("rb").read() for one in others]
+    assert sorted(answer[9:12] for answer in answers) == [b"", b"", b"", b"503"]
+    with socket.create_connection(address, timeout=0.2) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with suppress(OSError):
+            while True:
+                deaf.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n" * 100)
+        until = time.monotonic() + 10
+        while metrics.num_connections and time.monotonic() < until:
+            time.sleep(0.02)
+    lines = metrics.text(num_waiting=0, num_batches=0).splitlines()
+    for why, count in (("too many", 1), ("waiting", 3), ("answering", 1)):
+        assert f'wasteddp_connections_closed_total{{why="{why}"}} {count}' in lines
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -274,6 +276,13 @@ def test_verify_finds_a_damaged_file_of_groups(tmp_path: Path, capsys: pytest.Ca
     for found in (verify(manifest.folder, workers=1), verify_remote(manifest.folder.as_uri(), workers=1)):
         assert GROUPS_NAME in found.damage[0]
         assert len(found.damage) == 1
+    num_samples = sum(split.num_samples for split in manifest.splits.values())
+    for head, number in ((b"[" * 100_000, 0), (b"{}", 0), (b'["a"]', 1)):  # with the right hash
+        content = head + b"\n" + number.to_bytes(4, "little") * num_samples
+        file.write_bytes(content)
+        record = {**manifest.groups, "sha256": hashlib.sha256(content).hexdigest()}
+        with pytest.raises(ShardError, match=r"the names of the groups in .* cannot be read"):
+            read_groups(replace(manifest, groups=record))
     file.unlink()
     assert GROUPS_NAME in verify(manifest.folder, workers=1).damage[0]
 

@@ -144,6 +144,7 @@ def test_the_command_takes_a_url_and_names_what_to_copy(
     tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
+    (tmp_path / "out" / ".indexing-left").mkdir(parents=True)  # by a kill
     with serving(tars, route=lists) as server:
         for wrong in ([f"{server.url}/set"], [str(tars), "--out", out], [str(tars), "--tars", "a.tar"]):
             with pytest.raises(SystemExit, match="2"):
@@ -151,6 +152,8 @@ def test_the_command_takes_a_url_and_names_what_to_copy(
             assert "do: wasteddp index FOLDER, or wasteddp index URL --out FOLDER" in capsys.readouterr().err
         assert main(["index", f"{server.url}/set?sig=secret", "--out", out, "--workers", "1"]) == 0
         said = capsys.readouterr().out
+    assert "left by processes that were killed: .indexing-left" in said
+    assert not list((tmp_path / "out").glob(".*"))
     assert f"now copy {out}/*.idx and then {out}/manifest.json to {server.url}/set" in said
     assert "secret" not in said
     assert "secret" not in (tmp_path / "out" / "manifest.json").read_text()

@@ -120,6 +120,13 @@ def add_serve(commands: Commands) -> None:
         "--max-queue", type=positive, default=128, metavar="N", help="images that wait (default: %(default)s)"
     )
     limits.add_argument(
+        "--max-connections",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="at the same time, and at most half of the files that the process may open (default: %(default)s)",
+    )
+    limits.add_argument(
         "--timeout", type=seconds, default=30.0, metavar="S", help="for a request (default: %(default)s)"
     )
     add_compute(command)
@@ -139,6 +146,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         pixels=megapixels * 1_000_000,
         images=given.pop("max_queue"),
         request_s=given.pop("timeout"),
+        connections=given.pop("max_connections"),
     )
     serve(limits=limits, **given)
 

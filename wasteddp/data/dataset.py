@@ -267,7 +267,19 @@ def read_groups(manifest: Manifest, read: Callable[[str], bytes] | None = None) 
         shard.tar: numbers[end - shard.num_samples : end].astype(np.int32)
         for shard, end in zip(shards, ends, strict=True)
     }
-    return Groups(record["rule"], tuple(json.loads(head)), of_tar)
+    try:
+        names = json.loads(head)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("they are not a list of texts")
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(names):
+            raise ValueError(f"a sample is of group {numbers.max():,} of {len(names):,}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ShardError(
+            f"the names of the groups in {manifest.where}/{record['file']} cannot be read: {error}",
+            "the report could not name them",
+            "make the set again with `wasteddp shard --overwrite`",
+        ) from error
+    return Groups(record["rule"], tuple(names), of_tar)
 
 
 def _manifest(folder: RemoteFolder, cache: Path, stopped: Stopped) -> Manifest:

@@ -268,8 +268,10 @@ class Manifest:
                     raise ValueError(f"{sha256!r} is not a sha256")
             splits[name] = split
         groups = raw.get("groups", {})
-        if groups and not (is_inside(groups["file"]) and _SHA256.fullmatch(groups["sha256"])):
+        if groups and not (is_inside(groups["file"]) and _SHA256.fullmatch(groups["sha256"]) and groups["rule"]):
             raise ValueError(f"{groups!r:.200} is not a record of groups")
+        if groups:
+            _counted(groups["num_groups"]), _counted(groups["num_bytes"])
         for key, kind in (("name", str), ("tool", str), ("bins", dict), ("near_duplicates", dict), ("recipe", dict)):
             if not isinstance(raw[key], kind):
                 raise TypeError(f"{key} is {raw[key]!r:.100}")

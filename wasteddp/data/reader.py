@@ -111,7 +111,7 @@ class SplitReader:
         length = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
         try:
             return str(json.loads(self._pread(sample, length, header_at + BLOCKSIZE))["source"])
-        except (ValueError, KeyError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return key
 
     def key(self, sample: int) -> str:

@@ -9,8 +9,6 @@ Everything is written into a temporary folder beside DIR, checked there, and mov
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +25,11 @@ from wasteddp.data.dataset import ShardSet, open_dataset
 from wasteddp.data.decoding.centre import CentreView
 from wasteddp.data.decoding.workers import start_workers
 from wasteddp.decisions.decide import Policy
-from wasteddp.errors import BundleError, SettingsError, storage
+from wasteddp.errors import BundleError, SettingsError, print_line, storage
 from wasteddp.export import runtimes, weights
 from wasteddp.export.parity import MOST_NAMED, U8, Reference, Run, compare_answers, compare_pixels, read_reference
 from wasteddp.export.runtimes import Exported
-from wasteddp.files import make_folder, sha256_of, sync_file, sync_folder, write_atomically
+from wasteddp.files import make_folder, sha256_of, sync_file, sync_folder, temporary_folder, write_atomically
 from wasteddp.inference.any_classifier import load_policy
 from wasteddp.inference.bundle import CARD_NAME, BundleCard, find_bundle, load_bundle, read_card, remove_old
 from wasteddp.inference.classifier import Classifier, network_of
@@ -175,25 +173,23 @@ def _staged(out: Path) -> Iterator[Path]:
     with storage("writing the exported model", out):
         existed = [folder for folder in (out, *out.parents) if folder.exists()]
         make_folder(out)
-        folder = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
     try:
-        yield folder
-        with storage("writing the exported model", out):
-            *files, record = sorted(folder.iterdir(), key=lambda file: file.name.endswith("parity.json"))
-            (out / record.name).unlink(missing_ok=True)
-            for file in (*files, record):
-                sync_file(file)
+        with temporary_folder(out, ".export-", print_line) as folder:
+            yield folder
+            with storage("writing the exported model", out):
+                *files, record = sorted(folder.iterdir(), key=lambda file: file.name.endswith("parity.json"))
+                (out / record.name).unlink(missing_ok=True)
+                for file in (*files, record):
+                    sync_file(file)
+                    sync_folder(out)
+                    file.replace(out / file.name)
                 sync_folder(out)
-                file.replace(out / file.name)
-            sync_folder(out)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
         for made in (out, *out.parents):
             if made in existed or any(made.iterdir()):
                 break
             made.rmdir()
         raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _eager(exported: Exported) -> Run:

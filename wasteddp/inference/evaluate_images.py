@@ -27,7 +27,8 @@ from rich.console import Console
 from wasteddp.data import dataset
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
-from wasteddp.errors import LaunchError, SettingsError, SourceError, inert, joined, visible
+from wasteddp.errors import LaunchError, SettingsError, SourceError, inert, joined, print_line, visible
+from wasteddp.files import temporary_folder
 from wasteddp.inference.any_classifier import HOW_TO_ADD_FEATURES
 from wasteddp.inference.classifier import Classifier
 from wasteddp.inference.comparison import Accuracy, compare, difference, near_by_hashes, print_comparison, read_home
@@ -97,8 +98,8 @@ def run(options: ImagesOptions) -> None:
     name = _name(options)
     classifier = Classifier.load(options.run, device=options.device, batch_size=options.batch_size, tta=options.tta)
     console = Console()
-    with tempfile.TemporaryDirectory() as work:
-        source, layout = _list(options, classifier.card.classes, Path(work))
+    with temporary_folder(Path(tempfile.gettempdir()), "wasteddp-images-", print_line) as work:
+        source, layout = _list(options, classifier.card.classes, work)
         evaluation, images, unreadable, digest = evaluate_images(
             classifier, source, layout.images, name, workers=decoders.num_workers or num_usable_cores()
         )

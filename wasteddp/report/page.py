@@ -17,6 +17,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,9 @@ def render_review(
     )
 
 
+@cache
 def _template(name: str) -> jinja2.Template:
+    """Return a page's template. To compile it takes most of a page's time."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,

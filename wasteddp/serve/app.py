@@ -83,10 +83,16 @@ _BODY = {
         },
     }
 }
-_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
+_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    408: {"connection": "close"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
+}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "The token is missing or wrong"},
     403: {"model": Problem, "description": "A page of another site asks, or the server is called by another name"},
+    408: {"model": Problem, "description": "The body did not arrive in time"},
     413: {"model": Problem, "description": "Too many bytes or images in one request"},
     422: {"model": Problem, "description": "No image can be read, or all have too many pixels"},
     429: {"model": Problem, "description": "Too many images wait; try again later"},
@@ -133,9 +139,7 @@ def create_app(
         if scheme.lower() != "bearer" or not is_right:
             raise _RefusedError(401, "the token is missing or wrong: send the header Authorization: Bearer TOKEN")
 
-    async def answer(request: Request) -> dict[str, Any]:
-        check(request)
-        body = await reader.read(request)
+    async def answer(request: Request, body: bytes) -> dict[str, Any]:
         try:
             images = images_of(request.headers.get("content-type", ""), body, most=limits.images)
             futures = batches.take(images)
@@ -165,14 +169,18 @@ def create_app(
     @app.post("/predict", response_model=Answers, responses=_PROBLEMS, openapi_extra=_BODY)
     async def predict(request: Request) -> JSONResponse:
         """Classify one image or several. If several are sent and some cannot be read, those have an error."""
-        begin, status, content = time.monotonic(), 200, dict[str, Any]()
+        begin, status, content, body = time.monotonic(), 200, dict[str, Any](), None
         try:
             async with asyncio.timeout(limits.request_s):
-                content = await answer(request)
+                check(request)
+                body = await reader.read(request)
+                content = await answer(request, body)
         except _RefusedError as refused:
             status, content = refused.status, {"error": " ".join(inert(refused.reason).split())}
         except TimeoutError:
             status, content = 503, {"error": f"no answer within {limits.request_s:g} s; try again later"}
+            if body is None:
+                status, content = 408, {"error": f"the body did not arrive within {limits.request_s:g} s"}
         except ClientDisconnect:
             status = 400  # nobody reads it
         except Exception as error:

@@ -30,7 +30,9 @@ class Limits:
         held_bytes: of all bodies together.
         pixels: of one image, and of all that are decoded at the same time; a JPEG counts as a quarter of its own.
         images: that were taken and not answered, of all requests.
-        request_s: from the start of a request to its answer.
+        request_s: from the end of a request's headers to its answer.
+        header_s: from the begin of a connection, or the end of an answer, to the end of the next request's headers.
+        connections: at the same time.
         wait_s: that an image waits for others in its batch.
     """
 
@@ -39,6 +41,8 @@ class Limits:
     pixels: int = 100_000_000
     images: int = 128
     request_s: float = 30.0
+    header_s: float = 10.0
+    connections: int = 512
     wait_s: float = 0.004
 
 

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from wasteddp.data.decoding.formats import is_jpeg, open_image
 from wasteddp.decisions.decide import PERSON, Policy
-from wasteddp.errors import SettingsError, StorageError, print_warning, storage
+from wasteddp.errors import SettingsError, StorageError, print_line, print_warning, storage
 from wasteddp.files import make_folder, open_descriptor, read_rows, try_lock_or_warn, write_atomically
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.prediction_files import Answer, json_entry
@@ -37,6 +38,7 @@ _SUFFIXES = {
     "JPEG2000": ".jp2",
 }  # others: the format's name
 _PENDING_BYTES = 64 << 20
+_UNFINISHED = re.compile(r"[0-9a-f]{64}\.\w+\.tmp")  # of `write_atomically`
 
 
 class KeptPhotos:
@@ -88,6 +90,7 @@ class KeptPhotos:
                     f"{path}: {len(damaged):,} lines cannot be read; their photos get others if they are sent again"
                 )
             with storage("keeping doubtful photos", folder):
+                self._remove_left()
                 self._end_cut_row()
                 self._size_bytes = self._measure()
         except BaseException:
@@ -171,6 +174,14 @@ class KeptPhotos:
     def _measure(self) -> int:
         with os.scandir(self.folder) as entries:
             return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+
+    def _remove_left(self) -> None:
+        """Remove photos that a kill left half written."""
+        left = [path for path in self.folder.glob("*.tmp") if _UNFINISHED.fullmatch(path.name)]
+        for path in left:
+            path.unlink()
+        if left:
+            print_line(f"{self.folder}: removed {len(left):,} photo(s) that a kill left half written: {left[0].name}")
 
     def _end_cut_row(self) -> None:
         """End a line that a kill or a full disk has cut."""

@@ -14,6 +14,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CLOSED = ("too many", "waiting", "answering")  # as in `connections`
 _FIELDS = 64  # parts of a form that are not files
 _BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -59,7 +60,8 @@ class Metrics:
     """Counts of requests and images since the start. Used by the thread of the event loop alone."""
 
     def __init__(self) -> None:
-        self._requests, self._images = Counter[int](), Counter[str]()
+        self._requests, self._images, self._closed = Counter[int](), Counter[str](), Counter[str]()
+        self.num_connections = 0
         self._in_bucket, self._sum_s = [0] * (len(_BOUNDS_S) + 1), 0.0
 
     @property
@@ -77,6 +79,10 @@ class Metrics:
 
     def count_image(self, result: str) -> None:
         self._images[result] += 1
+
+    def count_closed(self, why: str) -> None:
+        """Count a connection that the server has ended: a reason in `CLOSED`."""
+        self._closed[why] += 1
 
     def text(self, *, num_waiting: int, num_batches: int, doubtful: Mapping[str, int] | None = None) -> str:
         """Return all metrics.
@@ -101,6 +107,12 @@ class Metrics:
             *(f'wasteddp_request_seconds_bucket{{le="{bound}"}} {count}' for bound, count in buckets),
             f"wasteddp_request_seconds_sum {self._sum_s:.6f}",
             f"wasteddp_request_seconds_count {self.num_requests}",
+        ]
+        lines += [
+            *_about("connections", "gauge", "Open connections."),
+            f"wasteddp_connections {self.num_connections}",
+            *_about("connections_closed_total", "counter", "Connections that exceeded a limit, by what they did."),
+            *(f'wasteddp_connections_closed_total{{why="{why}"}} {self._closed[why]}' for why in CLOSED),
         ]
         if doubtful is not None:
             lines += _about("doubtful_total", "counter", "Doubtful photos by result of keeping them.")

@@ -11,12 +11,14 @@ import socket
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 from wasteddp.errors import LaunchError, SettingsError, missing_extra, print_line, print_warning
 from wasteddp.files import read_text
 from wasteddp.inference.any_classifier import load_classifier, load_policy
 from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.kept import KeptPhotos
+from wasteddp.serve.requests import Metrics
 
 TOKEN_VARIABLE = "WASTEDDP_TOKEN"
 
@@ -54,7 +56,7 @@ def serve(
         SettingsError: the token is empty, or see `KeptPhotos`.
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from wasteddp.serve.app import create_app
         from wasteddp.serve.requests import Metrics
@@ -82,14 +84,7 @@ def serve(
         known = hosts if is_local or hosts else None
         app = create_app(batches, classifier.card, limits, metrics, token=token, hosts=known, keep=keep)
         logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # warnings that any client can cause
-        config = uvicorn.Config(
-            app,
-            log_level="error",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=math.ceil(limits.request_s) + 1,  # a client may read nothing
-        )
-        server = uvicorn.Server(config)
+        server = uvicorn_server(app, limits, metrics)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises its signal again after it has ended
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         if not token and not is_local:
@@ -100,6 +95,24 @@ def serve(
     print_line(f"{metrics.num_requests:,} requests, {metrics.num_answered:,} images answered")
     if keep:
         print_line(str(keep))
+
+
+def uvicorn_server(app: Any, limits: Limits, metrics: Metrics) -> Any:
+    """Return uvicorn's server of an application, with bounds of its connections."""
+    import uvicorn
+
+    from wasteddp.serve.connections import bounded
+
+    config = uvicorn.Config(
+        app,
+        http=bounded(limits, metrics),
+        ws="none",
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=math.ceil(limits.request_s) + 1,  # a client may read nothing
+    )
+    return uvicorn.Server(config)
 
 
 def read_token(path: Path | None) -> str:

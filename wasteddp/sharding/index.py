@@ -11,7 +11,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from braceexpand import braceexpand
@@ -19,8 +18,8 @@ from braceexpand import braceexpand
 from wasteddp import __version__
 from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Shard, Split, is_inside, write_index
 from wasteddp.data.remote.folder import Patience, RemoteFolder, is_url
-from wasteddp.errors import ShardError, storage
-from wasteddp.files import make_folder
+from wasteddp.errors import ShardError, print_line, storage
+from wasteddp.files import make_folder, temporary_folder
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.foreign_tar import ReadTar, TarSample, read_tar
 from wasteddp.sharding.scan import report_tolerated
@@ -106,9 +105,8 @@ def index_url(
         split_of = choose_splits(wanted, splits, folder.url)
         with storage("creating the folder for the indexes", out):
             make_folder(out)
-            work = TemporaryDirectory(prefix=".indexing-", dir=out)
-        with work:
-            read = partial(_fetch_tar, folder, Path(work.name), label_keys)
+        with temporary_folder(out, ".indexing-", print_line) as work:
+            read = partial(_fetch_tar, folder, work, label_keys)
             found = _collect(in_order(read, wanted, workers=workers), len(wanted))
     finally:
         folder.close()

@@ -76,7 +76,7 @@ def _problem(check: Callable[[], object]) -> str:
         check()
     except WastedError as error:
         return error.found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -89,5 +89,5 @@ def _read_rows(path: Path) -> None:
     for number, line in enumerate(read_regular(path).splitlines(), start=1):
         try:
             json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"line {number} is not a row of metrics") from error

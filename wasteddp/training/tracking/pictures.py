@@ -10,6 +10,7 @@ A folder gets its name when it is complete. If a step is repeated after a kill, 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +24,13 @@ from PIL import Image
 from wasteddp.data import gpu_decoding
 from wasteddp.data.augmentation.augment import Augment
 from wasteddp.data.decoding.decode import ImageHWC, encode_jpeg
+from wasteddp.errors import print_warning
 from wasteddp.files import read_regular
 from wasteddp.inference.metrics import Seen
 from wasteddp.training.dataloaders import Inputs
 
 _FILE = "gallery.json"
+_FOLDER = re.compile(r"step-([0-9]{1,18})")
 _SIDE_PX = 160  # of a thumbnail
 _QUALITY = 88
 
@@ -103,10 +106,23 @@ def save(folder: Path, step: int, gallery: Gallery) -> None:
 
 
 def listed(folder: Path, first: int, last: int) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield (folder of the images, content of gallery.json) of the steps `first` .. `last`, oldest first."""
+    """Yield (folder of the images, content of gallery.json) of the steps `first` .. `last`, oldest first.
+
+    A folder whose gallery.json is damaged is passed over with a warning.
+    """
     for path in sorted((folder / "media").glob("step-*")):
-        if first <= int(path.name.removeprefix("step-")) <= last:
-            yield path, json.loads(read_regular(path / _FILE))
+        found = _FOLDER.fullmatch(path.name)
+        if found is None or not first <= int(found[1]) <= last:
+            continue
+        try:
+            content = json.loads(read_regular(path / _FILE))
+            for picture in content["pictures"]:
+                if Path(picture["file"]).name != picture["file"]:
+                    raise ValueError(f"{picture['file']!r} is not a plain file name")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            print_warning(f"{path / _FILE} cannot be read: {error}; its pictures are left out")
+            continue
+        yield path, content
 
 
 def _thumbnail(pixels_HWC: ImageHWC) -> bytes:

@@ -64,7 +64,7 @@ def load_identity(folder: Path) -> RunIdentity:
     try:
         raw = json.loads(read_regular(folder / _IDENTITY_FILE))
         return RunIdentity(**{**raw, "tags": tuple(raw["tags"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise TrackingError(
             f"{folder / _IDENTITY_FILE} cannot be read: {error}",
             "without it the W&B run of this training is unknown",
