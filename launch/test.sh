@@ -17,7 +17,8 @@ unit=(
   tests/data/test_decode.py tests/data/test_manifest.py tests/inference/test_reliability.py tests/training/test_console.py
   tests/training/test_journal.py tests/training/test_run_lock.py tests/test_docs.py tests/test_settings.py
 )
-several=(tests/chaos tests/distributed tests/slurm)  # each starts several processes, which mostly wait for each other
+several=(tests/chaos tests/distributed tests/slurm)  # all of their tests start processes, which mostly wait for each other
+without=(--ignore tests/gpu "${several[@]/#/--ignore=}")
 tier=all other=''
 trap 'code=$?; kill $other 2>/dev/null || true; rm -f "${log:-}"; echo "$tier: ${SECONDS} s, exit code $code"' EXIT
 
@@ -43,15 +44,15 @@ case ${1:-} in
   slow) tier=slow; shift; pytest -m slow --durations 30 --ignore tests/gpu "$@"; exit ;;
   process)
     tier=process; shift
-    pytest -n 2 --dist loadfile -m "not slow and not processes" --ignore tests/gpu "$@"; exit ;;
+    [ $# -gt 0 ] || set -- tests/training tests/tools tests/sharding tests  # first the folders of the longest files
+    pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not processes" "${without[@]}" "$@"; exit ;;
 esac
 ruff check .
 ruff format --check .
 if [ $# -gt 0 ]; then mypy wasteddp launch; tier="pytest $*"; pytest --durations 30 "$@"; exit; fi
 code=0
 # The longest file comes first, so that no worker waits for it at the end.
-others=(-n 2 --dist loadfile --no-loadscope-reorder tests/test_quickstart.py tests --ignore tests/gpu "${several[@]/#/--ignore=}")
-others+=(-m "not slow")
+others=(-n 2 --dist loadfile --no-loadscope-reorder tests/test_quickstart.py tests "${without[@]}" -m "not slow")
 side_by_side --durations 30 "${others[@]}" -- --durations 30 -m "not slow" "${several[@]}" || code=$?
 pytest tests/gpu || code=$?  # alone, since some measure
 exit "$code"

@@ -18,17 +18,6 @@ _real: dict[str, Any] = {}  # the originals that `_small_trainings` replaces
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 
 
-TESTS = Path(__file__).parent
-SEVERAL = ("slurm", "chaos", "distributed", "test_quickstart.py")  # each of their tests starts several processes
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start several processes."""
-    for item in items:
-        if item.path.relative_to(TESTS).parts[0] in SEVERAL:
-            item.add_marker(pytest.mark.processes)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Leave what imports created out of garbage collection: with torch, looking at all of it takes half a second."""
