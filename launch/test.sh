@@ -45,15 +45,13 @@ case ${1:-} in
   slow) tier=slow; shift; pytest -m slow --durations 30 --ignore tests/gpu "$@"; exit ;;
   process)
     tier=process; shift
-    [ $# -gt 0 ] || set -- tests/training tests/tools tests/sharding tests  # first the folders of the longest files
     pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not processes" "${without[@]}" "$@"; exit ;;
 esac
 ruff check .
 ruff format --check .
 if [ $# -gt 0 ]; then mypy wasteddp launch; tier="pytest $*"; pytest --durations 30 "$@"; exit; fi
 code=0
-# The longest file comes first, so that no worker waits for it at the end.
-others=(-n 2 --dist loadfile --no-loadscope-reorder tests/test_quickstart.py tests "${without[@]}" -m "not slow")
+others=(-n 2 --dist loadfile --no-loadscope-reorder "${without[@]}" -m "not slow")  # tests/conftest.py has the order
 side_by_side --durations 30 "${others[@]}" -- --durations 30 -m "not slow" "${several[@]}" || code=$?
 pytest tests/gpu || code=$?  # alone, since some measure
 exit "$code"

@@ -16,6 +16,14 @@ from pictures import jpeg
 
 _real: dict[str, Any] = {}  # the originals that `_small_trainings` replaces
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
+TESTS = Path(__file__).parent
+FIRST = ("test_quickstart.py", "training", "tools", "sharding")  # they have the longest files
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first, so that no worker waits for one at the end; pytest sorts paths of its command line."""
+    order = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).parts[0], len(FIRST)))
 
 
 @pytest.hookimpl(wrapper=True)
