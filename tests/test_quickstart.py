@@ -12,6 +12,8 @@ from small_run import write_images
 
 from wasteddp.data.manifest import Manifest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
 NARROW = {"PYTHONPATH": os.pathsep.join(map(str, (SUPPORT / "python", SUPPORT))), "TRAININGS": "narrow"}

@@ -92,15 +92,18 @@ def test_what_may_pass_is_tried_again(
     [("500", "500 Internal Server Error"), ("cut", "ClientPayloadError"), ("stall", "Timeout")],
 )
 def test_what_does_not_pass_is_named_with_url_byte_and_attempt(
-    folder: RemoteFolder, server: FaultyServer, waits: list[float], fault: Fault, why: str
+    server: FaultyServer, waits: list[float], fault: Fault, why: str
 ) -> None:
     server.faults = lambda name, number: fault
+    limit_s = 0.2 if fault == "stall" else 5.0
+    folder = RemoteFolder(f"{server.url}/", Patience(limit_s, attempts=3), wait=waits.append)
     with pytest.raises(RemoteError) as caught:
         copied(folder)
     assert caught.value.found.startswith(f"{server.url}/{NAME} cannot be read at byte 0 of 10,240 (attempt 3 of 3): ")
     assert why in caught.value.found
     assert "continues from the newest checkpoint" in caught.value.remedy
     assert len(waits) == 2
+    folder.close()
 
 
 def test_a_range_that_came_is_not_fetched_again(tmp_path: Path, waits: list[float]) -> None:

@@ -46,14 +46,14 @@ from wasteddp.settings import Settings
 from wasteddp.training.watchdog import exits
 from wasteddp.training.watchdog import watchdog
 from wasteddp.training.distributed.launcher import free_port
-watchdog._STOPPED_S, watchdog._LAUNCHER_S = 0.3, 1.0
+watchdog._STOPPED_S, watchdog._LAUNCHER_S = 0.1, 0.3
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "2"}
-exits.STOP.signal_name, os.environ["TORCHELASTIC_USE_AGENT_STORE"], joined = sys.argv[2:]
+exits.STOP.signal_name, os.environ["TORCHELASTIC_USE_AGENT_STORE"], joined, stays_s = sys.argv[2:]
 watch, run = watchdog.Watchdog.from_environment(), Settings().run.model_copy(update={"out": sys.argv[1]})
 watch.start(Settings().model_copy(update={"run": run}))
 if joined:
     watch.at("computing")
-time.sleep(2.5)
+time.sleep(float(stays_s))
 print("stayed")
 """
 
@@ -127,7 +127,8 @@ def test_after_the_block_nothing_is_left_to_be_done(error: BaseException | None,
 def test_a_process_whose_launcher_is_gone_before_the_others_were_met_leaves(
     asked: str, launcher_keeps_it: str, joined: str, leaves: bool, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", JOINING, str(tmp_path), asked, launcher_keeps_it, joined]
+    stays_s = "50" if leaves else "1.2"  # far more than both limits
+    command = [sys.executable, "-c", JOINING, str(tmp_path), asked, launcher_keeps_it, joined, stays_s]
     done = forked.run(command, timeout=60)
     assert done.returncode == (EXIT_FAILED if leaves else 0), done.stderr
     assert ("stayed" in done.stdout) == (not leaves)
