@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wasteddp.errors import TrackingError
-from wasteddp.training.tracking import pictures, run_id
+from wasteddp.training.tracking import pictures, wandb_client
 
 BOMB = "[" * 100_000
 
@@ -29,4 +29,4 @@ def test_a_damaged_gallery_is_left_out_with_a_warning(tmp_path: Path, capsys: py
 def test_a_damaged_identity_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "tracking.json").write_text(text)
     with pytest.raises(TrackingError, match=r"tracking\.json cannot be read"):
-        run_id.load(tmp_path)
+        wandb_client.load_identity(tmp_path)
