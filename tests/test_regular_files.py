@@ -20,7 +20,7 @@ from wasteddp.data.decoding.crop import EvaluationView
 from wasteddp.data.decoding.workers import Workers
 from wasteddp.data.file_loader import Unreadable, file_views
 from wasteddp.errors import WastedError
-from wasteddp.files import appended_rows, write_atomically, written_whole
+from wasteddp.files import appended_rows, read_at, write_atomically, written_whole
 from wasteddp.model import pretrained
 from wasteddp.training.tracking.journal import Journal
 
@@ -167,3 +167,24 @@ def test_no_module_reads_a_file_in_another_way() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("read_bytes", "read_text")
     ]
     assert not found, f"use read_regular or read_text of wasteddp.files: {found}"
+
+
+def test_a_read_that_returns_a_part_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(bytes(range(100)))
+    whole = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, length, offset: whole(file, min(length, 7), offset))
+    with (tmp_path / "x").open("rb") as file:
+        assert read_at(file.fileno(), 50, 20) == bytes(range(20, 70))
+        assert read_at(file.fileno(), 50, 90) == bytes(range(90, 100))
+        assert read_at(file.fileno(), 50, 100) == b""
+
+
+def test_all_reads_at_a_place_go_on_after_a_part() -> None:
+    callers = {
+        path.name
+        for path in (ROOT / "wasteddp").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("pread", "preadv")
+        if isinstance(node.value, ast.Name) and node.value.id == "os"
+    }
+    assert callers == {"files.py", "worker.py"}  # worker.py reads whole files of an unknown size in a loop

@@ -84,6 +84,17 @@ def read_regular(path: str | Path) -> bytes:
         return file.read()
 
 
+def read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Return `length` bytes from `offset` on, or fewer at the end of the file, without moving the file's position.
+
+    One call of os.pread may return fewer, in particular on a network file system.
+    """
+    data = os.pread(descriptor, length, offset)
+    while 0 < len(data) < length and (part := os.pread(descriptor, length - len(data), offset + len(data))):
+        data += part
+    return data
+
+
 def most_files(part: float, most: int) -> int:
     """Return this part of the number of files that the process may open, at least 1 and at most `most`."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

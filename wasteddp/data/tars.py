@@ -20,7 +20,7 @@ from wasteddp.data.manifest import Index, Shard, parse_index, read_index
 from wasteddp.data.remote.folder import Stopped, never
 from wasteddp.data.remote.prefetch import Fetcher, NextUses
 from wasteddp.errors import DamagedShardError, ShardError
-from wasteddp.files import most_files, open_descriptor
+from wasteddp.files import most_files, open_descriptor, read_at
 from wasteddp.order.keyed_random import I64
 
 _MOST_OPEN = 4096
@@ -130,9 +130,9 @@ class LocalTars:
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
         if self._descriptors:
-            return os.pread(self._descriptors[number], length, offset)
+            return read_at(self._descriptors[number], length, offset)
         with self._open_recent(number) as descriptor:
-            return os.pread(descriptor, length, offset)
+            return read_at(descriptor, length, offset)
 
     def renew(self, number: int) -> bool:
         return False
@@ -229,7 +229,7 @@ class RemoteTars:
 
     def pread(self, number: int, length: int, offset: int) -> bytes:
         with self.open_shard(number) as descriptor:
-            return os.pread(descriptor, length, offset)
+            return read_at(descriptor, length, offset)
 
     @contextmanager
     def open_shard(self, number: int) -> Iterator[int]:

@@ -7,7 +7,6 @@ images of both (`duplicates`).
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -24,7 +23,7 @@ from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.manifest import Index, Manifest, Shard, pad_size, read_index
 from wasteddp.data.reader import SplitReader
 from wasteddp.errors import ShardError, storage
-from wasteddp.files import open_regular
+from wasteddp.files import open_regular, read_at
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.duplicates import PerceptualHash, find_near, perceptual_hash
 
@@ -51,7 +50,7 @@ class _Samples(NamedTuple):
             number -= shard.num_samples
         try:
             with open_regular(self.manifest.folder / shard.tar) as file:
-                header = tarfile.TarInfo.frombuf(os.pread(file.fileno(), BLOCKSIZE, offset), "utf-8", "replace")
+                header = tarfile.TarInfo.frombuf(read_at(file.fileno(), BLOCKSIZE, offset), "utf-8", "replace")
             return f"{header.name} in {shard.tar}"
         except (OSError, tarfile.HeaderError):
             return f"sample {number} of {shard.tar}"
@@ -127,7 +126,7 @@ def _shared_groups(first: Manifest, second: Manifest) -> Iterator[tuple[str, boo
 def _source_of(descriptor: int, record: np.void, tar: Path) -> str:
     """Return the path that `shard` wrote beside an image, in the member after it."""
     begin = int(record["offset"]) + pad_size(int(record["length"]))
-    content = os.pread(descriptor, 64 * BLOCKSIZE, begin)
+    content = read_at(descriptor, 64 * BLOCKSIZE, begin)
     try:
         header = tarfile.TarInfo.frombuf(content[:BLOCKSIZE], "utf-8", "replace")
         return str(json.loads(content[BLOCKSIZE : BLOCKSIZE + header.size])["source"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 from wasteddp.data.decoding.decode import UndecodableError, check_image
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import ShardError, WastedError, storage
-from wasteddp.files import open_regular, sha256_of
+from wasteddp.files import open_regular, read_at, sha256_of
 from wasteddp.sharding.scan import MAX_FILE_BYTES
 from wasteddp.sharding.sources.archives import BoundedTarInfo, tar_members
 from wasteddp.sharding.sources.files import is_ignored
@@ -116,7 +115,7 @@ def _examine(tar: _Tar, key: str, image: _Member, descriptor: int, label: str | 
     if image.size > MAX_FILE_BYTES:
         detail = f"{image.size:,} bytes, the limit is {MAX_FILE_BYTES:,}"
         return _left_out(tar, key, image.name, "too_large", detail)
-    data = os.pread(descriptor, image.size, image.offset)
+    data = read_at(descriptor, image.size, image.offset)
     problem, is_tolerated = None, False
     try:
         is_tolerated = check_image(data).is_tolerated
@@ -221,7 +220,7 @@ def _label_of(
     tar: _Tar, key: str, members: dict[str, _Member], descriptor: int, label_keys: Sequence[str]
 ) -> str | int:
     def read(member: _Member) -> bytes:
-        return os.pread(descriptor, member.size, member.offset) if member.size <= _MAX_LABEL_BYTES else b""
+        return read_at(descriptor, member.size, member.offset) if member.size <= _MAX_LABEL_BYTES else b""
 
     found: Any = None
     if "cls" in members:

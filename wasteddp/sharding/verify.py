@@ -28,7 +28,7 @@ from wasteddp.data.manifest import (
 )
 from wasteddp.data.remote.folder import Patience, RemoteFolder
 from wasteddp.errors import DamagedShardError, ShardError, WastedError
-from wasteddp.files import open_regular, sha256_of
+from wasteddp.files import open_regular, read_at, sha256_of
 from wasteddp.parallel import in_order, progress
 from wasteddp.sharding.compare import find_divided, find_repeats
 
@@ -163,7 +163,7 @@ def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
     with open_regular(path) as file:
         for number, record in enumerate(index):
             offset, length = int(record["offset"]), int(record["length"])
-            image = os.pread(file.fileno(), length, offset)
+            image = read_at(file.fileno(), length, offset)
             header = _header(file.fileno(), offset - BLOCKSIZE)
             label = _label(file.fileno(), offset + pad_size(length)) if is_own else {}
             name = f"{header.name.split('.')[0] if header else f'sample {number}'}"
@@ -178,7 +178,7 @@ def _damaged_samples(path: Path, index: Index, *, is_own: bool) -> list[str]:
 def _header(descriptor: int, offset: int) -> tarfile.TarInfo | None:
     """Return the tar header at `offset` if its checksum is right."""
     try:
-        return tarfile.TarInfo.frombuf(os.pread(descriptor, BLOCKSIZE, offset), "utf-8", "replace")
+        return tarfile.TarInfo.frombuf(read_at(descriptor, BLOCKSIZE, offset), "utf-8", "replace")
     except (tarfile.HeaderError, OSError):
         return None
 
@@ -188,7 +188,7 @@ def _label(descriptor: int, offset: int) -> dict[str, Any]:
     header = _header(descriptor, offset)
     try:
         is_small = header is not None and 0 <= header.size <= _MAX_LABEL_BYTES
-        label = json.loads(os.pread(descriptor, header.size, offset + BLOCKSIZE)) if header and is_small else {}
+        label = json.loads(read_at(descriptor, header.size, offset + BLOCKSIZE)) if header and is_small else {}
     except (ValueError, RecursionError):
         return {}
     return label if isinstance(label, dict) else {}

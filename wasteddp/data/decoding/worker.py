@@ -37,6 +37,7 @@ import numpy.typing as npt
 
 from wasteddp.data.decoding.decode import UndecodableError, take_tolerated
 from wasteddp.errors import SettingsError
+from wasteddp.files import read_at
 
 if TYPE_CHECKING:
     from wasteddp.data.decoding.crop import View
@@ -230,7 +231,7 @@ def _fill(
 def _read(descriptor: int, length: int, offset: int) -> bytes:
     """Read `length` bytes from `offset` on, or the whole file, without moving the position that processes share."""
     if length != WHOLE:
-        return os.pread(descriptor, length, offset)
+        return read_at(descriptor, length, offset)
     at_once = max(os.fstat(descriptor).st_size + 1, 1 << 16)  # files in /proc have size 0
     data = b""
     while part := os.pread(descriptor, at_once, len(data)):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from wasteddp.errors import SourceError, storage
-from wasteddp.files import open_descriptor, open_regular
+from wasteddp.files import open_descriptor, open_regular, read_at
 from wasteddp.sharding.sources.files import File, FolderSource, Names, Source, is_ignored
 
 MAX_MEMBERS = 10_000_000  # while an archive is listed, each member takes about a kilobyte of memory
@@ -187,7 +187,7 @@ class TarSource:
         if isinstance(place, str):
             raise OSError(place)
         offset, size = place
-        data = os.pread(self._descriptor, size, offset)
+        data = read_at(self._descriptor, size, offset)
         if len(data) != size:
             raise OSError(f"the archive ends after {len(data)} of this member's {size} bytes")
         return data
