@@ -196,7 +196,8 @@ def _onnx_metadata(content: bytes, draw: random.Random) -> bytes:
     if not model.metadata_props:
         return _flip(content, draw)
     entry = draw.choice(model.metadata_props)
-    entry.value = _json_value(entry.value.encode(), draw).decode(errors="replace")
+    value = entry.value if isinstance(entry.value, bytes) else entry.value.encode()  # bytes if they are not UTF-8
+    entry.value = _json_value(value, draw).decode(errors="replace")
     return bytes(model.SerializeToString())
 
 
