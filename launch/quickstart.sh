@@ -53,7 +53,7 @@ from pathlib import Path
 
 from wasteddp import settings
 from wasteddp.errors import WastedError
-from wasteddp.model import pretrained, resnet
+from wasteddp.model import networks, pretrained
 
 run, *rest = sys.argv[1:]
 model = settings.load("configs/quickstart.yaml", [value for flag, value in zip(rest, rest[1:]) if flag == "--set"]).model
@@ -62,7 +62,7 @@ try:
         weights = settings.load(own).model.weights
     else:
         with contextlib.redirect_stdout(sys.stderr):  # torch reports a download
-            pretrained.initialise(resnet.build(model.arch, 2), model.arch, "imagenet")
+            pretrained.initialise(networks.build(model.arch, 2), model.arch, "imagenet")
         weights = "imagenet"
 except WastedError as error:
     print(f"{error.found}; the network starts from random weights, and needs more images", file=sys.stderr)

@@ -146,3 +146,21 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
         "lr-find",
     ):
         assert f"\n    {command} " in done.stdout
+
+
+def test_only_what_needs_an_extra_imports_it_at_its_top() -> None:
+    code = """
+import importlib, pkgutil, sys
+import wasteddp
+extras = ("fastapi starlette uvicorn python_multipart onnx onnxscript onnxruntime openvino timm tensorboard "
+          "pillow_heif s3fs gcsfs boto3 botocore huggingface_hub")
+sys.modules.update(dict.fromkeys(extras.split()))  # None: an import raises ImportError
+for module in pkgutil.walk_packages(wasteddp.__path__, "wasteddp."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ImportError:
+            print(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["wasteddp.serve.app", "wasteddp.serve.connections", "wasteddp.serve.requests"]

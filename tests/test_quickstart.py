@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,16 @@ def test_the_quickstart_goes_all_the_way_and_a_second_run_reuses_it(tmp_path: Pa
     second = quickstart(tmp_path, **NARROW)
     assert "finished at step" in second
     assert [path.name for path in (run / "model").glob("*.safetensors")] == weights
+
+
+def test_its_program_imports_and_calls_what_exists() -> None:
+    [program] = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON\n", (ROOT / "launch/quickstart.sh").read_text(), re.DOTALL)
+    tree, names = ast.parse(program), dict[str, object]()
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    exec(compile(ast.Module(list(imports), []), "quickstart.sh", "exec"), names)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and ismodule(names.get(node.value.id)):
+            assert hasattr(names[node.value.id], node.attr), ast.unparse(node)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from wasteddp.inference.classifier import Classifier
 from wasteddp.serve.app import create_app
 from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.kept import ROWS, KeptPhotos
-from wasteddp.serve.requests import Metrics
+from wasteddp.serve.metrics import Metrics
 
 from .target import Target
 

@@ -37,7 +37,7 @@ from wasteddp.inference.prediction_files import Answer
 from wasteddp.serve.app import create_app, page
 from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.kept import KeptPhotos
-from wasteddp.serve.requests import Metrics
+from wasteddp.serve.metrics import Metrics
 from wasteddp.serve.server import listen, read_token, uvicorn_server
 
 POLICY = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.6, 0.05, 0.95, 0.04, 50, 40, 0))

@@ -28,7 +28,8 @@ from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.prediction_files import Failure, json_entry
 from wasteddp.serve.batches import Batches, BusyError, Limits
 from wasteddp.serve.kept import RESULTS, KeptPhotos
-from wasteddp.serve.requests import CONTENT_TYPE, BodyError, Metrics, TooManyError, images_of
+from wasteddp.serve.metrics import CONTENT_TYPE, Metrics
+from wasteddp.serve.requests import BodyError, TooManyError, images_of
 
 _CSS = (files("wasteddp.report") / "page.css").read_text("utf-8") + (files(__package__) / "try.css").read_text("utf-8")
 _JS = (files(__package__) / "try.js").read_text("utf-8").replace("{unlike_from}", f"{UNLIKE_FROM:g}")

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from wasteddp.files import most_files
 from wasteddp.serve.batches import Limits
-from wasteddp.serve.requests import Metrics
+from wasteddp.serve.metrics import Metrics
 
 _GRACE_S = 5.0
 _FLUSH_S = 1.0  # for a last answer to be sent

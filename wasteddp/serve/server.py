@@ -18,7 +18,7 @@ from wasteddp.files import read_text
 from wasteddp.inference.any_classifier import load_classifier, load_policy
 from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.kept import KeptPhotos
-from wasteddp.serve.requests import Metrics
+from wasteddp.serve.metrics import Metrics
 
 TOKEN_VARIABLE = "WASTEDDP_TOKEN"
 
@@ -56,10 +56,9 @@ def serve(
         SettingsError: the token is empty, or see `KeptPhotos`.
     """
     try:
-        import uvicorn  # noqa: F401
+        import uvicorn  # noqa: F401, only checks that it is installed
 
         from wasteddp.serve.app import create_app
-        from wasteddp.serve.requests import Metrics
     except ImportError as error:
         raise missing_extra("serve", "wasteddp serve") from error
     if keep_below and keep_doubtful is None:
