@@ -79,6 +79,13 @@ def test_a_missing_or_empty_split_is_refused_with_the_names_of_the_others(manife
         (lambda raw: raw["left_out"][0].update(reason=7), "reason is 7, not a text"),
         (lambda raw: raw.update(recipe=[]), r"recipe is \[\]"),
         (lambda raw: raw.update(bins={"glass": 1}), "are not all names"),
+        (lambda raw: raw.update(near_duplicates={"pairs": True}), "'bool' object is not iterable"),
+        (lambda raw: raw.update(near_duplicates={"pairs": [["a", "train"]]}), "is not a pair of near-duplicates"),
+        (
+            lambda raw: raw.update(near_duplicates={"across_splits": {"train-val": 3}}),
+            "there are no splits|not subscriptable",
+        ),
+        (lambda raw: raw.update(recipe={"options": {"fractions": [1]}}), r"the fractions of the splits are \[1\]"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(

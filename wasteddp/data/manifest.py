@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -277,6 +277,10 @@ class Manifest:
                 raise TypeError(f"{key} is {raw[key]!r:.100}")
         if not all(isinstance(bin_name, str) for bin_name in raw["bins"].values()):
             raise TypeError(f"the bins {raw['bins']!r:.200} are not all names")
+        fractions = (raw["recipe"].get("options") or {}).get("fractions") or [0, 0, 0]
+        if len(fractions) != 3 or not all(isinstance(number, (int, float)) for number in fractions):
+            raise TypeError(f"the fractions of the splits are {fractions!r:.100}")
+        _check_near(raw["near_duplicates"], splits)
         return cls(
             folder=folder,
             name=raw["name"],
@@ -292,6 +296,18 @@ class Manifest:
             sha256=hashlib.sha256(text).hexdigest(),
             url=url,
         )
+
+
+def _check_near(near: Mapping[str, Any], splits: Collection[str]) -> None:
+    """Check the record of near-duplicates; an indexed set has none."""
+    for where, counts in near.get("across_splits", {}).items():
+        if _counted(counts["pairs"]):
+            other = next((name for name in splits if where.endswith(f"-{name}")), "")
+            _counted(counts[f"{other}_images"])
+    for pair in near.get("pairs", []):
+        if not (isinstance(pair, list) and len(pair) == 5 and all(isinstance(word, str) for word in pair[:4])):
+            raise TypeError(f"{pair!r:.200} is not a pair of near-duplicates")
+    _counted(near.get("largest_chain", 0))
 
 
 def _typed(record: Record) -> Record:
