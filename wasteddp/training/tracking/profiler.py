@@ -110,7 +110,7 @@ class Profiler:
         if self._runtime.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints over the progress display
-        started = profile(activities=activities)
+        started = profile(activities=activities, acc_events=True)  # torch 2.11 warns without it
         started.start()
         return started
 
