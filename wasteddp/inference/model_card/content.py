@@ -325,9 +325,9 @@ def _loading(card: BundleCard) -> Iterator[str]:
         'wasteddp predict FOLDER "new/*.jpg"       # the folder of this file\n'
         "```\n\n"
         "```python\n"
-        "from wasteddp.inference.classifier import Classifier\n\n"
-        'model = Classifier.load("FOLDER")           # checks the sha256 of all files\n'
-        'model.probabilities([model.view(open("new/1.jpg", "rb").read())])  # float32 [1, K], as model.card.classes\n'
+        "import wasteddp\n\n"
+        'model = wasteddp.load("FOLDER")           # checks the sha256 of all files\n'
+        'model.predict(["new/1.jpg"])              # class_name, probability, bin, decision, unlikeness of each\n'
         "```"
     )
     yield (
