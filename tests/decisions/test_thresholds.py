@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wasteddp.decisions import thresholds
-from wasteddp.decisions.intervals import lower_bound, tail, upper_bound
+from wasteddp.decisions.intervals import tail, upper_bound
 from wasteddp.decisions.thresholds import choose_error_threshold, choose_recall_threshold, risk_coverage
 from wasteddp.errors import DecisionError
 
@@ -24,9 +24,8 @@ def test_the_bounds_are_those_of_tables() -> None:
     # Clopper and Pearson: 0 of 10 at 95 % one-sided is 1 - 0.05**(1/10); 2 of 20 from published tables
     assert upper_bound(0, 10, 0.05) == pytest.approx(1 - 0.05**0.1)
     assert upper_bound(2, 20, 0.025) == pytest.approx(0.31698, abs=1e-5)
-    assert lower_bound(2, 20, 0.025) == pytest.approx(0.01235, abs=1e-5)
+    assert 1 - upper_bound(18, 20, 0.025) == pytest.approx(0.01235, abs=1e-5)  # the lower bound of 2 of 20
     assert upper_bound(10, 10, 0.05) == 1.0
-    assert lower_bound(0, 10, 0.05) == 0.0
     assert upper_bound(0, 0, 0.05) == 1.0
 
 

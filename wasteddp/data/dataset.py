@@ -1,4 +1,6 @@
-"""A shard set, open for reading: in a local folder, or at a URL with a cache on this machine; all of it, or one fold.
+"""A shard set: open it, choose a fold, and read the groups of its samples.
+
+A set is in a local folder, or at a URL with a cache on this machine.
 
 For cross-validation, `wasteddp shard --folds K` writes the splits fold-0 ... fold-K-1. A fold is chosen by name alone:
 `train` is the shards of all other folds, one after another, and `val` those of the fold. The order of the samples is a
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.data.manifest import MANIFEST_NAME, Manifest, Shard, Split
+from wasteddp.data.manifest import FOLD_PREFIX, MANIFEST_NAME, Manifest, Shard, Split, fold_name
 from wasteddp.data.reader import SplitReader
 from wasteddp.data.remote.cache import ShardCache
 from wasteddp.data.remote.folder import Patience, RemoteFolder, Stopped, is_url, never
@@ -43,7 +45,6 @@ I32 = npt.NDArray[np.int32]
 Needs = Mapping[str, int]  # sha256 of shards and their sizes, bytes
 NO_FOLD = -1
 GROUPS_NAME = "groups.bin"
-_PREFIX = "fold-"
 
 
 class ShardSet:
@@ -178,7 +179,7 @@ def cache_folder(setting: str) -> Path:
 
 def num_folds(manifest: Manifest) -> int:
     """Return the number of folds of a set; 0 if it has none."""
-    return sum(name.startswith(_PREFIX) for name in manifest.splits)
+    return sum(name.startswith(FOLD_PREFIX) for name in manifest.splits)
 
 
 def choose_fold(manifest: Manifest, fold: int) -> Manifest:
@@ -198,17 +199,19 @@ def choose_fold(manifest: Manifest, fold: int) -> Manifest:
             if total
             else "set data.fold to -1, or make a set with folds: wasteddp shard SOURCE --out FOLDER --folds 5",
         )
-    folds = [manifest.splits[f"{_PREFIX}{number}"] for number in range(total)]
+    folds = [manifest.splits[fold_name(number)] for number in range(total)]
     splits = {
         "train": _joined("train", [split for number, split in enumerate(folds) if number != fold]),
         "val": _joined("val", [folds[fold]]),
-        **{name: split for name, split in manifest.splits.items() if not name.startswith(_PREFIX)},
+        **{name: split for name, split in manifest.splits.items() if not name.startswith(FOLD_PREFIX)},
     }
     return replace(manifest, splits=splits)
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
+    """The group of every sample of a set, by tar."""
+
     rule: str  # how they were found, such as "column site"
     names: tuple[str, ...]
     numbers_of_tar: Mapping[str, I32]  # the group of each sample: its place in `names`

@@ -27,6 +27,7 @@ from wasteddp.files import read_regular, write_atomically
 FORMAT = "wasteddp-shards"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+FOLD_PREFIX = "fold-"  # of the splits of a set for cross-validation
 WORK_NAME = ".sharding"  # folder of a set that is not finished
 BEGUN_NAME = "begun"  # if it exists there, files in the set\'s folder with our names were written by us
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -126,7 +127,7 @@ class Manifest:
         """
         if name not in self.splits or self.splits[name].num_samples == 0:
             there = ", ".join(f"{s.name} ({s.num_samples})" for s in self.splits.values()) or "none"
-            has_folds = any(other.startswith("fold-") for other in self.splits)
+            has_folds = any(other.startswith(FOLD_PREFIX) for other in self.splits)
             raise ShardError(
                 f"{self.where} has no samples in a split called {name!r}; its splits: {there}",
                 "there would be nothing to read",
@@ -325,6 +326,11 @@ def _counted(number: object) -> int:
     if type(number) is not int or number < 0:
         raise TypeError(f"{number!r:.100} is not a count")
     return number
+
+
+def fold_name(number: int) -> str:
+    """Return the name of a fold's split; the run that validates on it has a folder of this name."""
+    return f"{FOLD_PREFIX}{number}"
 
 
 def shared_shards(manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.decisions.intervals import F64, bootstrap_interval
+from wasteddp.decisions.intervals import F64, bootstrap_interval, draws_for
 from wasteddp.errors import DecisionError
 
 NUM_BINS = 10  # of confidence, as in inference.metrics
 MAX_STANDARD_ERROR = 0.15  # of log(temperature): 15 % of the temperature
 _LOG_RANGE = 4.0  # temperatures of 1/55 to 55
 _TINY = 1e-30  # a float32 softmax gives 0 below it
-_MOST_DRAWN = 10_000_000  # samples in all resamplings
 _STEPS = 60  # of a bisection
 
 
@@ -146,7 +145,7 @@ def _with_interval(
         lambda rows: calibration_error(confidence[rows], is_right[rows]),
         len(truth),
         groups=groups,
-        draws=min(1000, max(100, _MOST_DRAWN // len(truth))),
+        draws=draws_for(len(truth)),
     )
     value = calibration_error(confidence, is_right)
     return value, min(value, max(0.0, 2 * value - high)), max(value, min(1.0, 2 * value - low))

@@ -48,11 +48,6 @@ def upper_bound(successes: int, trials: int, error: float) -> float:
     return high
 
 
-def lower_bound(successes: int, trials: int, error: float) -> float:
-    """Return the one-sided lower bound of the share: it is too high with a probability of at most `error`."""
-    return 1.0 - upper_bound(trials - successes, trials, error)
-
-
 def wilson_interval(num_correct: float, num_samples: float, *, z: float = _Z_95) -> tuple[float, float]:
     """Return the score interval of a proportion, by default of 95 %; (NaN, NaN) without samples.
 
@@ -119,6 +114,11 @@ def bootstrap_intervals(
     return low, high
 
 
+def draws_for(num_samples: int) -> int:
+    """Return the number of resamplings of a bootstrap: 1000, and fewer of many samples, at least 100."""
+    return min(1000, max(100, _MOST_DRAWN // num_samples))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleGroups:
     """The group of each sample of a split."""
@@ -156,19 +156,12 @@ def share_interval(is_counted_N: npt.ArrayLike, groups_N: npt.ArrayLike) -> Ends
     if not len(counted_N):
         return float("nan"), float("nan")
     low, high = bootstrap_intervals(
-        lambda rows: np.array([counted_N[rows].mean()]), len(counted_N), groups=groups_N, draws=_draws(len(counted_N))
+        lambda rows: np.array([counted_N[rows].mean()]),
+        len(counted_N),
+        groups=groups_N,
+        draws=draws_for(len(counted_N)),
     )
     return _known(float(counted_N.mean()), len(np.unique(groups_N)), (float(low[0]), float(high[0])))
-
-
-def _known(share: float, num_groups: int, ends: Ends) -> Ends:
-    """Return the interval of a share. All draws of 0 or 1 are the same: then it is Wilson's of the number of groups.
-
-    NaN if only one group has what is counted.
-    """
-    if share in (0.0, 1.0):
-        return wilson_interval(share * num_groups, num_groups)
-    return ends if num_groups > 1 else (float("nan"), float("nan"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +199,7 @@ def class_intervals(
         with np.errstate(invalid="ignore"):
             return np.concatenate([[right.mean()], hits / true, hits / found])
 
-    low, high = bootstrap_intervals(statistics, len(truth), groups=groups_N, draws=_draws(len(truth)))
+    low, high = bootstrap_intervals(statistics, len(truth), groups=groups_N, draws=draws_for(len(truth)))
     numbers_N = np.asarray(groups_N)
     counted = [np.ones(len(truth), np.bool_), *(which == k for which in (truth, guess) for k in range(num_classes))]
     ends = [
@@ -214,6 +207,16 @@ def class_intervals(
         for rows, one in zip(counted, zip(low.tolist(), high.tolist(), strict=True), strict=True)
     ]
     return ClassIntervals(ends[0], tuple(ends[1 : num_classes + 1]), tuple(ends[num_classes + 1 :]))
+
+
+def _known(share: float, num_groups: int, ends: Ends) -> Ends:
+    """Return the interval of a share. All draws of 0 or 1 are the same: then it is Wilson's of the number of groups.
+
+    NaN if only one group has what is counted.
+    """
+    if share in (0.0, 1.0):
+        return wilson_interval(share * num_groups, num_groups)
+    return ends if num_groups > 1 else (float("nan"), float("nan"))
 
 
 def _tail(log_choose: F64, successes: int, trials: int, share: float) -> float:
@@ -234,10 +237,6 @@ def _log_choose(successes: int, trials: int) -> F64:
         _log_factorial = np.r_[0.0, np.cumsum(np.log(np.arange(1, 2 * trials + 2)))]
     k = np.arange(max(0, successes + 1))
     return np.asarray(_log_factorial[trials] - _log_factorial[k] - _log_factorial[np.maximum(0, trials - k)])
-
-
-def _draws(num_samples: int) -> int:
-    return min(1000, max(100, _MOST_DRAWN // num_samples))
 
 
 def _plain(ends: Ends) -> list[float] | None:

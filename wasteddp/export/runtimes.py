@@ -1,6 +1,7 @@
 """Files for other runtimes: ONNX, torch.export and OpenVINO, of one module (`Exported`), and ONNX quantised to int8.
 
-Each function writes a file and returns its path; each `run_...` loads it as another program would.
+`write_onnx`, `write_torch_export`, `write_openvino` and `quantise` write a file and return its path; each `run_...`
+loads a file as another program would.
 
 int8 is static quantisation with training images; what it costs is measured on the set's evaluation split. Activations
 of convolutions and linear layers get 8 bits and weights 7, with one scale for each output channel of the weights and
@@ -29,7 +30,7 @@ from torch import nn
 
 from wasteddp.decisions.calibration import calibration_error
 from wasteddp.decisions.decide import Policy
-from wasteddp.decisions.intervals import bootstrap_interval, wilson_interval
+from wasteddp.decisions.intervals import bootstrap_interval, draws_for, wilson_interval
 from wasteddp.errors import missing_extra
 from wasteddp.export.parity import U8, Run
 from wasteddp.files import write_atomically
@@ -117,7 +118,7 @@ def write_onnx(module: Exported, side_px: int, path: Path, metadata: dict[str, s
 
 
 def set_metadata(model: Any, metadata: dict[str, str]) -> None:
-    """Set the metadata of a parsed ONNX model in place of that which it has, and name its producer."""
+    """Set the metadata of a parsed ONNX model in place of that which it has."""
     del model.metadata_props[:]
     for name, value in metadata.items():
         entry = model.metadata_props.add()
@@ -285,7 +286,7 @@ def _calibration(shares_NK: npt.NDArray[np.float32], right: npt.NDArray[np.bool_
 
 
 def _interval(statistic: Callable[[Any], float], number: int) -> tuple[float, float]:
-    return bootstrap_interval(statistic, number, draws=min(1000, max(100, 10_000_000 // number)))
+    return bootstrap_interval(statistic, number, draws=draws_for(number))
 
 
 def _openvino() -> Any:

@@ -34,13 +34,7 @@ from wasteddp.report.evaluations import evaluation_context
 from wasteddp.report.run_record import RunRecord, read_run
 from wasteddp.training.tracking.journal import METRICS
 
-PICTURE_SIDE_PX = 256
-PICTURE_QUALITY = 75  # about 8 KB a picture at this side
-
 _HERE = Path(__file__).parent
-_COMMAND_KEYS = "jkdusa"
-# Keys of the first classes; other classes are chosen by their buttons.
-_CLASS_KEYS = "1234567890" + "".join(letter for letter in string.ascii_lowercase if letter not in _COMMAND_KEYS)
 _MOST_LINES = 8  # as many colours as can be distinguished
 # A * matches a class or a rank, as in METRICS.
 _FORMS = (
@@ -59,6 +53,13 @@ _NO_CHART = {
     "step", "time_s", "epoch", "attempt", "best/value", "val/samples", "val/seconds", "checkpoint/stall_ms",
     "checkpoint/seconds", "train/step_ms", "rank/*/wait_fraction",
 }  # fmt: skip
+
+# Of the page of `wasteddp review`.
+PICTURE_SIDE_PX = 256
+PICTURE_QUALITY = 75  # about 8 KB a picture at this side
+_COMMAND_KEYS = "jkdusa"
+# Keys of the first classes; other classes are chosen by their buttons.
+_CLASS_KEYS = "1234567890" + "".join(letter for letter in string.ascii_lowercase if letter not in _COMMAND_KEYS)
 
 
 def write_report(
@@ -95,12 +96,12 @@ def write_report(
     found = [read_run(folder) for folder in runs]
     if bins is not None:
         found = [decide_again(one, bins, max_error=max_error, level=confidence) for one in found]
-    write_atomically(path, render(found).encode("utf-8", "replace"))
+    write_atomically(path, render_report(found).encode("utf-8", "replace"))
     return path
 
 
-def render(runs: Sequence[RunRecord]) -> str:
-    """Return the page's HTML."""
+def render_report(runs: Sequence[RunRecord]) -> str:
+    """Return the HTML of the report of one run, or of the comparison of several."""
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     return _template("page.html").render(
         title=" · ".join(one.name for one in runs),
@@ -111,75 +112,6 @@ def render(runs: Sequence[RunRecord]) -> str:
         comparison=_comparison(runs) if len(runs) > 1 else None,
         runs=[_run_context(one) for one in runs],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One image on the page."""
-
-    path: str  # in the source, as a CSV has it
-    label: str  # empty: it has none
-    suggested: str  # class that it probably has; empty: unknown
-    top: tuple[tuple[str, float], ...] = ()  # the most probable classes and their probabilities
-    url: str = ""  # `data:` URL; empty: the image cannot be shown
-    split: str = ""
-    file: str = ""  # of an image that is not in the shard set
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A section of the page: cards of one picture, or of two that are compared."""
-
-    name: str  # for links
-    title: str
-    about: str
-    cards: Sequence[tuple[Picture, ...]]
-    num_found: int  # with the cards that are not here
-    empty: str  # text if nothing was found
-    note: str = ""
-
-
-def render_review(
-    title: str, lead: str, warnings: Sequence[str], parts: Sequence[Part], classes: Sequence[str], *, store: str
-) -> str:
-    """Return the page's HTML.
-
-    Args:
-        store: identifies the shard set; the decisions in the browser are kept under it.
-    """
-    script, style, more_style = (
-        (_HERE / name).read_text(encoding="utf-8") for name in ("review_page.js", "page.css", "review_page.css")
-    )
-    keys = _CLASS_KEYS[: len(classes)]
-    return _template("review_page.html").render(
-        title=title,
-        lead=lead,
-        warnings=warnings,
-        parts=parts,
-        classes=list(zip(classes, [*keys, *[""] * (len(classes) - len(keys))], strict=True)),
-        store=store,
-        style=style + more_style,
-        script=script,
-        script_hash=_hash(script),
-        tool=f"wasteddp {__version__}",
-    )
-
-
-@cache
-def _template(name: str) -> jinja2.Template:
-    """Return a page's template. To compile it takes most of a page's time."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template(name)
-
-
-def _hash(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _run_context(one: RunRecord) -> dict[str, Any]:
@@ -291,3 +223,72 @@ def _comparison_title(form: Form, metric: str) -> str:
 def _distinct(names: Sequence[str]) -> list[str]:
     """Return the names, with a number added to equal ones (runs with the same name in different folders)."""
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image on the page of `wasteddp review`."""
+
+    path: str  # in the source, as a CSV has it
+    label: str  # empty: it has none
+    suggested: str  # class that it probably has; empty: unknown
+    top: tuple[tuple[str, float], ...] = ()  # the most probable classes and their probabilities
+    url: str = ""  # `data:` URL; empty: the image cannot be shown
+    split: str = ""
+    file: str = ""  # of an image that is not in the shard set
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A section of the page of `wasteddp review`: cards of one picture, or of two that are compared."""
+
+    name: str  # for links
+    title: str
+    about: str
+    cards: Sequence[tuple[Picture, ...]]
+    num_found: int  # with the cards that are not here
+    empty: str  # text if nothing was found
+    note: str = ""
+
+
+def render_review(
+    title: str, lead: str, warnings: Sequence[str], parts: Sequence[Part], classes: Sequence[str], *, store: str
+) -> str:
+    """Return the HTML of the page of `wasteddp review`.
+
+    Args:
+        store: identifies the shard set; the decisions in the browser are kept under it.
+    """
+    script, style, more_style = (
+        (_HERE / name).read_text(encoding="utf-8") for name in ("review_page.js", "page.css", "review_page.css")
+    )
+    keys = _CLASS_KEYS[: len(classes)]
+    return _template("review_page.html").render(
+        title=title,
+        lead=lead,
+        warnings=warnings,
+        parts=parts,
+        classes=list(zip(classes, [*keys, *[""] * (len(classes) - len(keys))], strict=True)),
+        store=store,
+        style=style + more_style,
+        script=script,
+        script_hash=_hash(script),
+        tool=f"wasteddp {__version__}",
+    )
+
+
+@cache
+def _template(name: str) -> jinja2.Template:
+    """Return a page's template. To compile it takes most of a page's time."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name)
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

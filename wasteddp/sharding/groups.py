@@ -9,7 +9,7 @@ each goes where the shares of the classes are then most even. Fractions may diff
 fraction, and the standard deviation over the parts is weighted by it. With equal fractions the choices are the same,
 except between parts that are equally good up to rounding: here the least full one is taken.
 
-Legend: G groups, K classes, F parts (splits or folds).
+Legend: N images, G groups, K classes, F parts (splits or folds).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data.dataset import Groups
-from wasteddp.data.manifest import Split
+from wasteddp.data.manifest import Split, fold_name
 from wasteddp.errors import SourceError
 from wasteddp.sharding.sources.layout import Layout, SourceImage
 
@@ -178,7 +178,7 @@ def groups_of_set(
 
 
 def fold_names(num_folds: int) -> list[str]:
-    return [f"fold-{number}" for number in range(num_folds)]
+    return [fold_name(number) for number in range(num_folds)]
 
 
 def divide_groups(counts_GK: I64, fractions: Sequence[float], *, fixed: Mapping[int, int] | None = None) -> list[int]:

@@ -54,10 +54,8 @@ class Draw(_Strict):
     seed: int = Field(default=0, ge=0)
 
 
-class Download(BaseModel):
+class Download(_Strict):
     """A file to download. `git_blob` is the id that git gives the content: sha1 of "blob SIZE\\0" and the bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str
     file: str = Field(pattern=r"^[^/\\]+$")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from wasteddp.data.manifest import LeftOut
+from wasteddp.data.manifest import FOLD_PREFIX, LeftOut
 from wasteddp.errors import SourceError, visible
 from wasteddp.sharding import duplicates, groups, splits
 from wasteddp.sharding.compare import recorded_groups, recorded_splits
@@ -152,7 +152,7 @@ def _choose_splits(
     near, joined = _join(options, images, find_near)
     chosen = ["test"] * len(images)
     kept = {
-        i: "train" if old[image].startswith("fold-") else old[image] for i, image in enumerate(rest) if image in old
+        i: "train" if old[image].startswith(FOLD_PREFIX) else old[image] for i, image in enumerate(rest) if image in old
     }
     inside = _split(options, [classes[i] for i in rest], [hashes[i] for i in rest], joined[rest], fractions, kept)
     for image, split in zip(rest, inside, strict=True):

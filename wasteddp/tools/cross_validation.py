@@ -23,7 +23,7 @@ from rich.table import Table
 from wasteddp import __version__
 from wasteddp import settings as settings_file
 from wasteddp.data.dataset import NO_FOLD, num_folds, open_dataset
-from wasteddp.data.manifest import Manifest
+from wasteddp.data.manifest import Manifest, fold_name
 from wasteddp.errors import EXIT_FINISHED, RunError, SettingsError, inert, joined, storage
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.evaluation_files import print_metrics, read_record
@@ -74,8 +74,8 @@ def cross_validate(
         print("\n".join(_array(config, sets, out, total)))
         return EXIT_FINISHED
     for fold in range(total if train else 0):
-        print(f"fold {fold} of 0 to {total - 1}: {out / f'fold-{fold}'}", flush=True)
-        own = [*sets, *_SPLITS, f"data.fold={fold}", f"run.out={out / f'fold-{fold}'}"]
+        print(f"fold {fold} of 0 to {total - 1}: {out / fold_name(fold)}", flush=True)
+        own = [*sets, *_SPLITS, f"data.fold={fold}", f"run.out={out / fold_name(fold)}"]
         code = launcher.launch(
             ["--config", config, *(part for value in own for part in ("--set", value))],
             processes,
@@ -118,7 +118,7 @@ def sum_up(out: Path, manifest: Manifest) -> dict[str, Any]:
     records = []
     for fold in range(total):
         found = runs.get(fold, [])
-        path = found[0] / "evaluations" / "val" / "metrics.json" if found else out / f"fold-{fold}"
+        path = found[0] / "evaluations" / "val" / "metrics.json" if found else out / fold_name(fold)
         if len(found) != 1 or not path.exists():
             raise RunError(
                 f"fold {fold} of {out} has {len(found)} runs and no evaluation: {path} is not there"
@@ -138,7 +138,7 @@ def sum_up(out: Path, manifest: Manifest) -> dict[str, Any]:
                 "the sum would not count each image once",
                 f"measure it again: wasteddp evaluate {found[0]} --split val",
             ) from error
-        counts = manifest.splits[f"fold-{fold}"].samples_per_class
+        counts = manifest.splits[fold_name(fold)].samples_per_class
         if record["hashes"]["manifest"] != manifest.sha256 or tuple(np.sum(record["confusion"], axis=1)) != counts:
             raise RunError(
                 f"{path} is of other images than fold {fold} of {manifest.where}",

@@ -29,7 +29,6 @@ from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.tracking import wandb_client
 from wasteddp.training.tracking.tracker import ConsoleTracker, NoTracker, Tracker, run_tracker
 from wasteddp.training.watchdog import exits, slurm
-from wasteddp.training.watchdog.exits import STOP
 
 _RESUMABLE_MARK = "RESUMABLE"
 _REPORT_S = 60.0
@@ -99,7 +98,7 @@ def mark_resumable(out: Path) -> None:
 def stopped_before_it_began(out: Path, *, is_check: bool) -> int:
     """Report a stop by a signal before the first step, mark the run as resumable, and return the exit code."""
     if environment.launched("RANK", 0) == 0:
-        print(messages.stopped_before_it_began(STOP.signal_name), flush=True)
+        print(messages.stopped_before_it_began(exits.STOP.signal_name), flush=True)
         try:
             if not is_check:
                 make_folder(out)

@@ -38,6 +38,14 @@ REFUSED: dict[str, str] = {
     "arch": "the weights belong to another network",
     "optimizer": "the state of each weight belongs to another optimizer",
 }
+# The fields that decide which samples a step is made of.
+_ORDER = ("manifest", "seed", "batch_size", "lanes", "block", "window", "balance", "train_split")
+# Settings that change how a run is computed, watched or kept, and not what it trains.
+_WITHOUT_INFLUENCE = (
+    "run.out", "run.threads", "run.timeout_s", "data.shards", "data.staged", "data.workers", "data.decode",
+    "data.prefetch", "data.cache", "data.cache_gb", "data.fetchers", "data.ahead_steps", "data.read_attempts",
+    "data.read_timeout_s", "checkpoint.", "ddp.", "track.", "profile.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +117,8 @@ class Progress:
     compiles: bool | None = None  # whether the network was compiled
     micro_batch: int = 0  # size that the run started with if train.max_micro_batch is 0; else 0
     best_in: str = ""  # the measure of `best_value`, see `measure_of`
-    changed: list[str] = field(
-        default_factory=list
-    )  # changes of the order within this epoch: its images are not checked
+    # changes of the order within this epoch: its images are not checked
+    changed: list[str] = field(default_factory=list)
 
     def stopped_early(self, patience: int) -> bool:
         """Whether `patience` evaluations have passed without an improvement; never for 0."""
@@ -154,16 +161,6 @@ class Progress:
         if self.best_in != measure:
             again = replace(again, best_value=None, best_step=0, evaluations_since_best=0)
         return again
-
-
-# The fields that decide which samples a step is made of.
-_ORDER = ("manifest", "seed", "batch_size", "lanes", "block", "window", "balance", "train_split")
-# Settings that change how a run is computed, watched or kept, and not what it trains.
-_WITHOUT_INFLUENCE = (
-    "run.out", "run.threads", "run.timeout_s", "data.shards", "data.staged", "data.workers", "data.decode",
-    "data.prefetch", "data.cache", "data.cache_gb", "data.fetchers", "data.ahead_steps", "data.read_attempts",
-    "data.read_timeout_s", "checkpoint.", "ddp.", "track.", "profile.",
-)  # fmt: skip
 
 
 def changes_of_order(then: Lineage, now: Lineage) -> list[str]:

@@ -117,16 +117,6 @@ class RunState:
         )
 
 
-def room_for_checkpoint(model_bytes: int, *, optimizer: str, ema_decay: float) -> int:
-    """Return the bytes of a checkpoint: the weights, their average, and the optimizer's moments."""
-    return model_bytes * (1 + (ema_decay > 0) + (1 if optimizer in ONE_MOMENT else 2))
-
-
-def room_for_run(model_bytes: int, checkpoint_bytes: int, *, keep_last: int) -> int:
-    """Return the most bytes that checkpoints and bundles take: those kept, the best, and those being written."""
-    return checkpoint_bytes * (keep_last + 2) + 2 * model_bytes
-
-
 class HostCopy:
     """Host memory for the tensors of a run, reused by each save.
 
@@ -300,6 +290,16 @@ class StateCopy:
             name: {key: on_host[name][key] if key in on_host[name] else fetched[name, key] for key in keys}
             for name, keys in order.items()
         }
+
+
+def room_for_checkpoint(model_bytes: int, *, optimizer: str, ema_decay: float) -> int:
+    """Return the bytes of a checkpoint: the weights, their average, and the optimizer's moments."""
+    return model_bytes * (1 + (ema_decay > 0) + (1 if optimizer in ONE_MOMENT else 2))
+
+
+def room_for_run(model_bytes: int, checkpoint_bytes: int, *, keep_last: int) -> int:
+    """Return the most bytes that checkpoints and bundles take: those kept, the best, and those being written."""
+    return checkpoint_bytes * (keep_last + 2) + 2 * model_bytes
 
 
 def _own_statistics(name: str) -> str:

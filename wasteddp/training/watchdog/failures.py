@@ -1,4 +1,4 @@
-"""What the ranks report to each other, heartbeats, positions and failures, and the messages of failures.
+"""The store through which ranks report heartbeats and failures, and the messages of failures.
 
 The reports go through the launcher's TCPStore, by a separate connection, because the loop may block torch's connection
 for minutes. Failures are classified as errors of the device, errors of other ranks, and hung ranks.
@@ -55,6 +55,8 @@ class Failure:
 
 
 class HeartbeatStore:
+    """The heartbeats of all ranks, and the first failure. Each method raises LostStoreError if the store has ended."""
+
     def __init__(self, store: Store, world_size: int) -> None:
         self._store, self._world_size = PrefixStore("wasteddp-watch", store), world_size
 
@@ -88,6 +90,14 @@ class HeartbeatStore:
         """Report a failure, unless another one was reported before, and return the first one."""
         with _or_lost():
             return Failure(**json.loads(self._store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))))
+
+
+@contextmanager
+def _or_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistNetworkError, DistStoreError and a refused connection are RuntimeErrors
+        raise LostStoreError(str(error)) from error
 
 
 def answers(host: str, port: int) -> bool:
@@ -223,14 +233,6 @@ def describe_lost_launcher(where: str, signal_name: str) -> str:
         + "\n  so: this process ends before the run has started; the checkpoints are unchanged\n"
         "  do: run the same command again to resume from the newest checkpoint, or to start"
     )
-
-
-@contextmanager
-def _or_lost() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # torch's DistNetworkError, DistStoreError and a refused connection are RuntimeErrors
-        raise LostStoreError(str(error)) from error
 
 
 def _place(beat: Beat | None) -> str:
