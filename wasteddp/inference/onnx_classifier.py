@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class OnnxClassifier(AnyClassifier):
         path = Path(path)
         _refuse_unchecked(path)
         self._session = open_session(path, device)
-        metadata = _metadata(self._session, path)
+        with _texts_of(path):
+            metadata = dict(self._session.get_modelmeta().custom_metadata_map)
         if CARD_KEY not in metadata:
             raise BundleError(
                 f"{path} has no {CARD_KEY} in its metadata",
@@ -190,8 +192,9 @@ def _refuse_other_network(session: Any, card: BundleCard, path: Path) -> int:
         BundleError: inputs and outputs are not those that the card describes.
     """
     side, num_classes = card.preprocessing.image_size_px, len(card.classes)
-    inputs = [(one.name, one.type, list(one.shape)[1:]) for one in session.get_inputs()]
-    outputs = {one.name: one.shape[-1] if one.shape else None for one in session.get_outputs()}
+    with _texts_of(path):
+        inputs = [(one.name, one.type, list(one.shape)[1:]) for one in session.get_inputs()]
+        outputs = {one.name: one.shape[-1] if one.shape else None for one in session.get_outputs()}
     widths = [outputs.get(name) for name in OUTPUTS]
     if (
         inputs != [(INPUT, "tensor(uint8)", [side, side, 3])]
@@ -207,12 +210,14 @@ def _refuse_other_network(session: Any, card: BundleCard, path: Path) -> int:
     return widths[2]
 
 
-def _metadata(session: Any, path: Path) -> dict[str, str]:
+@contextmanager
+def _texts_of(path: Path) -> Iterator[None]:
+    """Report names and metadata of a damaged file that are not text."""
     try:
-        return dict(session.get_modelmeta().custom_metadata_map)
+        yield
     except UnicodeDecodeError as error:
         raise BundleError(
-            f"{path} has metadata that is not text: {error}",
+            f"{path} has names or metadata that are not text: {error}",
             "neither the classes nor the preprocessing would be known",
             "copy the file again, or write it again with: wasteddp export MODEL --to onnx --out FOLDER",
         ) from error
