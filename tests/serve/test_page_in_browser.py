@@ -20,7 +20,7 @@ from wasteddp.inference.bundle import read_card, save_bundle
 from wasteddp.inference.classifier import Classifier
 from wasteddp.serve.app import create_app
 from wasteddp.serve.batches import Batches, Limits
-from wasteddp.serve.requests import Metrics
+from wasteddp.serve.metrics import Metrics
 from wasteddp.serve.server import listen
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")

@@ -25,7 +25,7 @@ from wasteddp.data.remote import folder as remote
 from wasteddp.data.train_plan import plan_training
 from wasteddp.settings import load
 from wasteddp.sharding.index import index_folder
-from wasteddp.training import dataloaders, run_folder
+from wasteddp.training import dataloaders
 from wasteddp.training.distributed.launcher import Processes
 from wasteddp.training.watchdog import exits
 
@@ -207,7 +207,7 @@ def test_a_signal_ends_the_wait_for_a_manifest(
     is_check: bool, small_shards: Path, local: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = exits.StopRequest()
-    for module in (exits, dataloaders, run_folder):
+    for module in (exits, dataloaders):
         monkeypatch.setattr(module, "STOP", stop)
     settings = ("data.read_timeout_s=60", "data.read_attempts=1")
     with serving(small_shards) as server:
