@@ -5,7 +5,7 @@
 #
 # SHARDS: the set of `wasteddp shard shards/trashnet.yaml`. OUT: a folder for the runs. TEACHER: the model of a run of
 # launch/finetune_lite0.sh. After a stop, the same command goes on. STUDENTS="resnet18" names the students. THREADS: of
-# each run, 2. The images keep one size from the first epoch, since a teacher is poor at 64 px.
+# each run, 2. The images keep one size from the first epoch: the teacher learned at 224 px. It needs wasteddp[timm].
 set -euo pipefail
 shards=$1 out=$2 teacher=$3 epochs=${4:-40} seed=${5:-0}
 cd "$(dirname "$0")/.."

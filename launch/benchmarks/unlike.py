@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wasteddp.data import dataset
-from wasteddp.data.decoding.decode import UndecodableError
+from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
 from wasteddp.data.reader import SplitReader
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.inference.bundle import load_bundle
@@ -105,29 +105,24 @@ def _normalised(x_ND: F64) -> F64:
     return np.asarray(x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True).clip(1e-12))
 
 
-def _features(classifier: Classifier, images: Iterable[bytes]) -> F64:
-    parts = [
-        classifier.probabilities_and_features([classifier.view(data) for data in batch])[1]
-        for batch in classifier.batches(images)
-    ]
+def _features(classifier: Classifier, views: Iterable[ImageHWC]) -> F64:
+    parts = [classifier.probabilities_and_features(batch)[1] for batch in classifier.batches(views)]
     return np.concatenate(parts).astype(np.float64)
 
 
-def _readable(classifier: Classifier, folder: str) -> Iterator[bytes]:
+def _views(classifier: Classifier, folder: str) -> Iterator[ImageHWC]:
     """Yield the images of a folder. Those that cannot be decoded are named and left out."""
     for path in find_images([folder]):
-        data = Path(path).read_bytes()
         try:
-            classifier.view(data)
+            yield classifier.view(Path(path).read_bytes())
         except UndecodableError as error:
             print(f"left out: {path}: {error}", file=sys.stderr)
-        else:
-            yield data
 
 
 def _of_split(classifier: Classifier, reader: SplitReader) -> tuple[F64, npt.NDArray[Any]]:
     samples = np.unique(np.linspace(0, reader.num_samples - 1, MOST_IMAGES).astype(int))
-    return _features(classifier, (reader.read(int(sample)) for sample in samples)), reader.labels[samples]
+    views = (classifier.view(reader.read(int(sample))) for sample in samples)
+    return _features(classifier, views), reader.labels[samples]
 
 
 def add(commands: Any) -> None:
@@ -147,7 +142,7 @@ def compare(arguments: argparse.Namespace) -> None:
             train, labels = _of_split(classifier, reader)
         with shards.reader(data.eval_split) as reader:
             val, _ = _of_split(classifier, reader)
-    others = {Path(folder).name: _features(classifier, _readable(classifier, folder)) for folder in arguments.folders}
+    others = {Path(folder).name: _features(classifier, _views(classifier, folder)) for folder in arguments.folders}
     card, state = load_bundle(run)
     head = head_of(card.arch)
     weight, bias = (state[f"{head}.{name}"].numpy().astype(np.float64) for name in ("weight", "bias"))

@@ -107,7 +107,7 @@ class Manifest:
     bins: Mapping[str, str] = field(default_factory=dict)  # class -> waste bin for it; may be empty
     left_out: tuple[LeftOut, ...] = ()
     near_duplicates: Mapping[str, Any] = field(default_factory=dict)
-    groups: Mapping[str, Any] = field(default_factory=dict)  # the file of `data.dataset`; empty: there are none
+    groups: Mapping[str, Any] = field(default_factory=dict)  # the record of their file; empty: there are none
     num_tolerated: int = 0  # JPEGs with faults that cost no pixel
     recipe: Mapping[str, Any] = field(default_factory=dict)  # source, licence, citation and options of its creation
     tool: str = ""
@@ -272,7 +272,8 @@ class Manifest:
         if groups and not (is_inside(groups["file"]) and _SHA256.fullmatch(groups["sha256"]) and groups["rule"]):
             raise ValueError(f"{groups!r:.200} is not a record of groups")
         if groups:
-            _counted(groups["num_groups"]), _counted(groups["num_bytes"])
+            _counted(groups["num_groups"])
+            _counted(groups["num_bytes"])
         for key, kind in (("name", str), ("tool", str), ("bins", dict), ("near_duplicates", dict), ("recipe", dict)):
             if not isinstance(raw[key], kind):
                 raise TypeError(f"{key} is {raw[key]!r:.100}")

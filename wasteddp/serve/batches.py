@@ -31,7 +31,7 @@ class Limits:
         pixels: of one image, and of all that are decoded at the same time; a JPEG counts as a quarter of its own.
         images: that were taken and not answered, of all requests.
         request_s: from the end of a request's headers to its answer.
-        header_s: from the begin of a connection, or the end of an answer, to the end of the next request's headers.
+        header_s: from the start of a connection, or the end of an answer, to the end of the next request's headers.
         connections: at the same time.
         wait_s: that an image waits for others in its batch.
     """

@@ -2,7 +2,7 @@
 
 A connection is in one of two states, and each ends after a time that no byte prolongs:
 
-    waiting   from its begin, or the end of an answer, to the end of the next request's headers: `header_s`
+    waiting   from its start, or the end of an answer, to the end of the next request's headers: `header_s`
     answering from there to the end of the answer: `request_s`, and `_GRACE_S` for the answer 408 or 503 to be sent
 
 uvicorn itself limits only the wait for the first byte after an answer (5 s), and the size of the headers (16 KB).
