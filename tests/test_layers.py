@@ -39,7 +39,7 @@ LAYERS = [
     "training.dataloaders",
     "training.checkpoint.progress",
     "training.lars_lamb",
-    "training.losses",
+    "training.objective",
     "training.optimizers",
     "training.checkpoint.reader",
     "training.messages",

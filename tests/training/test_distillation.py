@@ -21,9 +21,8 @@ from wasteddp.data.batch import Batch
 from wasteddp.errors import BundleError, SettingsError
 from wasteddp.inference.bundle import load_bundle, save_bundle
 from wasteddp.model import networks
-from wasteddp.training import losses
 from wasteddp.training.distributed import startup
-from wasteddp.training.losses import Distilled, NoTeacher, Objective, Taught, Teacher
+from wasteddp.training.objective import Distilled, NoTeacher, Objective, Taught, Teacher, build_loss, load_teacher
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def softmax(row: list[float], temperature: float) -> list[float]:
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("text", ["", "loss: focal, label_smoothing: 0.1", "logit_adjustment: 1"])
 def test_the_loss_is_its_formula_and_its_slope_that_of_finite_differences(text: str, temperature: float) -> None:
-    own = losses.build_loss(
+    own = build_loss(
         settings_file.parse(f"train: {{{text}}}").train, [5, 3, 2], share_of_classes=[0.5, 0.3, 0.2]
     ).double()
     loss, labels = Distilled(own, 0.3, temperature), torch.tensor([0, 1, 2, 2])
@@ -121,7 +120,7 @@ def test_loading_a_teacher_draws_no_random_numbers(teacher: Path) -> None:
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
     runtime = startup.start_runtime(settings)
     state = torch.get_rng_state()
-    found = losses.load_teacher(settings.train, runtime, CLASSES, settings.model)
+    found = load_teacher(settings.train, runtime, CLASSES, settings.model)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.sha256 == load_bundle(teacher)[0].hashes.weights
     assert f", taught by {teacher} (resnet18, val/macro_f1 50.00% at step 120, {found.sha256[:12]})" in found.words
@@ -139,11 +138,11 @@ def test_a_teacher_of_other_classes_or_colours_is_refused(teacher: Path) -> None
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
     runtime = startup.start_runtime(settings)
     with pytest.raises(BundleError, match=r"the classes glass, metal, paper, and the run's are metal, glass, paper,"):
-        losses.load_teacher(settings.train, runtime, ("metal", "glass", "paper"), settings.model)
+        load_teacher(settings.train, runtime, ("metal", "glass", "paper"), settings.model)
     other = replace(CARD, preprocessing=replace(CARD.preprocessing, std=(0.5, 0.5, 0.5)))
     save_bundle(teacher, other, random_weights())
     with pytest.raises(BundleError, match=r"std \[0.5, 0.5, 0.5\], and the run uses"):
-        losses.load_teacher(settings.train, runtime, CLASSES, settings.model)
+        load_teacher(settings.train, runtime, CLASSES, settings.model)
 
 
 @pytest.mark.parametrize("folder", ["runs/a", "runs/a/model", "./runs/b/../a"])

@@ -27,8 +27,8 @@ from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.losses import Objective
 from wasteddp.training.micro_batch import attempt, choose_size, most_that_fit
+from wasteddp.training.objective import Objective
 from wasteddp.training.watchdog.failures import explain
 
 AUTO = settings_file.parse(

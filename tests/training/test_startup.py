@@ -38,7 +38,7 @@ def test_what_belongs_to_a_machine_may_differ(change: str) -> None:
 
 def test_one_changed_line_of_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     before = startup.facts_of(parse(""))
-    program = ROOT / "wasteddp" / "training" / "losses.py"
+    program = ROOT / "wasteddp" / "training" / "objective.py"
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: real(path) + b"#" * (path == program))
     startup._hash_of_code.cache_clear()

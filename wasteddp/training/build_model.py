@@ -21,7 +21,7 @@ from wasteddp.training import optimizers, schedule
 from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed import compilation
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.losses import Objective
+from wasteddp.training.objective import Objective
 from wasteddp.training.optimizers import ScheduledOptimizer
 
 _NEEDS = {"model.stochastic_depth": "residual blocks that an image can skip", "model.sync_batchnorm": "BatchNorm"}

@@ -31,7 +31,7 @@ from wasteddp.settings import Settings
 from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.checkpoint.state import ONE_MOMENT
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.losses import Objective
+from wasteddp.training.objective import Objective
 
 _RESERVE = 0.1  # of the GPU's memory: fragmentation, larger cuDNN workspaces, gradient buckets
 _BATCHES_AHEAD = 2  # uint8 batches of a rank's share on the GPU: the current one and the next

@@ -229,7 +229,7 @@ def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], student
         return NoTeacher()
     with runtime.sharing_errors():
         card, network = load_network(asked.teacher)
-        _refuse_other_questions(asked.teacher, card, classes, student)
+        _refuse_unfit_teacher(asked.teacher, card, classes, student)
     layout = torch.channels_last if student.channels_last else torch.contiguous_format
     network = network.to(device=runtime.device, memory_format=layout)  # type: ignore[call-overload]
     trained = card.trained
@@ -293,7 +293,7 @@ class Objective:
         return total
 
 
-def _refuse_other_questions(path: str, card: BundleCard, classes: Sequence[str], student: Model) -> None:
+def _refuse_unfit_teacher(path: str, card: BundleCard, classes: Sequence[str], student: Model) -> None:
     if card.classes != tuple(classes):
         raise BundleError(
             f"the teacher {path} predicts the classes {joined(card.classes)}, and the run's are "

@@ -11,7 +11,7 @@ from torch import nn
 
 from wasteddp import settings
 from wasteddp.errors import SettingsError
-from wasteddp.training import losses
+from wasteddp.training import objective
 
 COUNTS = [70, 20, 10]
 SHARES = [0.7, 0.2, 0.1]
@@ -28,13 +28,13 @@ def soft_targets() -> torch.Tensor:
 
 
 def built(text: str) -> nn.Module:
-    return losses.build_loss(settings.parse(f"train: {{{text}}}").train, COUNTS, share_of_classes=SHARES)
+    return objective.build_loss(settings.parse(f"train: {{{text}}}").train, COUNTS, share_of_classes=SHARES)
 
 
 def reference(text: str, logits_BK: torch.Tensor, targets: torch.Tensor) -> float:
     """Compute the formulas term by term in Python's floats."""
     train = settings.parse(f"train: {{{text}}}").train
-    weights = losses.class_weights(train.class_weighting, COUNTS)
+    weights = objective.class_weights(train.class_weighting, COUNTS)
     gamma = train.focal_gamma if train.loss == "focal" else 0.0
     total = 0.0
     for row, target in zip(logits_BK.tolist(), targets.tolist(), strict=True):
@@ -74,15 +74,15 @@ def test_focal_loss_without_gamma_is_cross_entropy_bit_for_bit() -> None:
         for targets in (LABELS, soft_targets()):
             focal = built(f"loss: focal, focal_gamma: 0, {text}")(logits(), targets)
             assert torch.equal(focal, built(text)(logits(), targets))
-            weight = torch.tensor(losses.class_weights("inverse_frequency", COUNTS)) if text else None
-            own = losses.FocalLoss(0.0, weight_K=weight, label_smoothing=0.1 if text else 0.0)
+            weight = torch.tensor(objective.class_weights("inverse_frequency", COUNTS)) if text else None
+            own = objective.FocalLoss(0.0, weight_K=weight, label_smoothing=0.1 if text else 0.0)
             assert torch.allclose(own(logits(), targets), focal)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_focal_loss_of_a_certain_answer_has_a_slope(gamma: float) -> None:
     certain = torch.tensor([[200.0, 0.0, 0.0], [0.0, 200.0, 0.0]], requires_grad=True)
-    loss = losses.FocalLoss(gamma, label_smoothing=0.1)(certain, torch.tensor([0, 2]))
+    loss = objective.FocalLoss(gamma, label_smoothing=0.1)(certain, torch.tensor([0, 2]))
     loss.backward()
     assert certain.grad is not None
     assert loss.isfinite()
@@ -93,7 +93,7 @@ def test_focal_loss_of_a_certain_answer_has_a_slope(gamma: float) -> None:
 def test_what_is_right_already_counts_less_the_larger_gamma_is() -> None:
     answers = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])  # one right, one wrong
     parts = [
-        [float(losses.FocalLoss(gamma)(answers[i : i + 1], torch.tensor([0]))) for i in range(2)]
+        [float(objective.FocalLoss(gamma)(answers[i : i + 1], torch.tensor([0]))) for i in range(2)]
         for gamma in (0.0, 1.0, 2.0)
     ]
     shares = [right / (right + wrong) for right, wrong in parts]
@@ -109,7 +109,7 @@ def test_adjusted_logits_bring_out_the_likelihoods_whatever_the_shares_are() -> 
     weights = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
     share = float((labels == 0).double().mean())
     train = settings.parse("train: {logit_adjustment: 1}").train
-    loss = losses.build_loss(train, [1, 1], share_of_classes=[share, 1 - share])
+    loss = objective.build_loss(train, [1, 1], share_of_classes=[share, 1 - share])
     inputs = torch.stack([feature, torch.ones_like(feature)], dim=1)
     optimizer = torch.optim.LBFGS([weights], max_iter=200)
 
@@ -126,9 +126,9 @@ def test_adjusted_logits_bring_out_the_likelihoods_whatever_the_shares_are() -> 
 
 def test_class_weights_follow_their_formulas_and_average_to_one() -> None:
     counts = np.array([900, 90, 10])
-    assert losses.class_weights("none", counts) is None
-    inverse = losses.class_weights("inverse_frequency", counts)
-    effective = losses.class_weights("effective_number", counts)
+    assert objective.class_weights("none", counts) is None
+    inverse = objective.class_weights("inverse_frequency", counts)
+    effective = objective.class_weights("effective_number", counts)
     assert inverse is not None
     assert effective is not None
     assert inverse == pytest.approx(1000 / (3 * counts), rel=1e-6)
