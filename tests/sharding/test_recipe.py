@@ -186,19 +186,19 @@ def test_a_local_copy_may_be_a_zip_a_folder_with_a_zip_or_class_folders(trashnet
     recipe = recipes.load_recipe(SHARDS / "trashnet.yaml")
     job = recipes.plan_job(recipe, tmp_path / "out", Options())
     for local in (trashnet_zip, trashnet_zip.parent):
-        found = recipes.find_images(recipe, job, local=local, downloads=tmp_path)
+        found = recipes.locate_images(recipe, job, local=local, downloads=tmp_path)
         assert found.source == trashnet_zip
         assert set(found.split_files) == {"train", "val", "test"}
     for file in recipe.split.lists.values():
         (tmp_path / file).touch()
-    assert recipes.find_images(recipe, job, local=tmp_path, downloads=tmp_path).source == tmp_path
+    assert recipes.locate_images(recipe, job, local=tmp_path, downloads=tmp_path).source == tmp_path
     (tmp_path / "a.zip").touch()
     (tmp_path / "b.zip").touch()
     with pytest.raises(RecipeError, match=r"holds 2 archives: a\.zip, b\.zip"):
-        recipes.find_images(recipe, job, local=tmp_path, downloads=tmp_path)
+        recipes.locate_images(recipe, job, local=tmp_path, downloads=tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match=r"holds no one-indexed-files-notrash_train\.txt"):
-        recipes.find_images(recipe, job, local=tmp_path / "empty", downloads=tmp_path)
+        recipes.locate_images(recipe, job, local=tmp_path / "empty", downloads=tmp_path)
 
 
 def test_drawings_depend_on_seed_kind_and_number_alone(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def make_recipe(
     recipe = load_recipe(path)
     job = replace(plan_job(recipe, out or path.parent / recipe.name, options), corrections=corrections)
     if recipe.draw is None:
-        job = find_images(recipe, job, local=local, downloads=path.parent / "downloads" / recipe.name)
+        job = locate_images(recipe, job, local=local, downloads=path.parent / "downloads" / recipe.name)
     elif not overwrite and (finished := find_finished(job)):
         print(f"{job.out} was already made from this recipe: nothing to do")
         return finished
@@ -188,7 +188,7 @@ def local_job(
             "give a local copy with --from" if recipe.download else "run it on one machine, without --part",
         )
     job = replace(plan_job(recipe, out or path.parent / recipe.name, options), corrections=corrections)
-    return find_images(recipe, job, local=local, downloads=local)
+    return locate_images(recipe, job, local=local, downloads=local)
 
 
 def plan_job(recipe: Recipe, out: Path, options: Options) -> Job:
@@ -213,7 +213,7 @@ def draw_images(draw: Draw, job: Job) -> Job:
     return replace(job, source=folder)
 
 
-def find_images(recipe: Recipe, job: Job, *, local: Path | None, downloads: Path) -> Job:
+def locate_images(recipe: Recipe, job: Job, *, local: Path | None, downloads: Path) -> Job:
     """Find the images and lists of a recipe in the local copy, or download them to `downloads`."""
     if local is None:
         paths = [fetch(entry, downloads) for entry in recipe.download]

@@ -43,7 +43,7 @@ from wasteddp.inference.model_card.file import write_model_card
 from wasteddp.model.networks import build, estimate_statistics
 from wasteddp.parallel import num_usable_cores
 from wasteddp.settings import Settings
-from wasteddp.tools.model_additions import describe_calibration
+from wasteddp.tools.model_additions import calibration_line
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.best_model import card_of
 from wasteddp.training.checkpoint.progress import Progress
@@ -300,7 +300,7 @@ def _calibrated(card: BundleCard, found: Evaluation, home: Path) -> tuple[Bundle
         )
     except DecisionError as error:
         return card, f"not calibrated: {error.found}; {error.remedy}, then: wasteddp calibrate {home}"
-    return replace(card, temperature=calibration.temperature, calibration=calibration.to_json()), describe_calibration(
+    return replace(card, temperature=calibration.temperature, calibration=calibration.to_json()), calibration_line(
         calibration
     )
 

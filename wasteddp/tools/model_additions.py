@@ -76,14 +76,14 @@ def add_calibration(
         now = read_card(folder)
         refuse_other_weights(folder, now, card.hashes.weights, "the temperature is")
         replace_card(folder, replace(now, temperature=found.temperature, calibration=found.to_json()))
-    print(describe_calibration(found))
+    print(calibration_line(found))
     if evaluation.groups and (line := describe_groups(evaluation.groups.to_json())):
         print(inert(line))
     print(f"written: {folder / 'model.json'}")
     print(inert(write_model_card(run_folder, manifest=there.manifest)))
 
 
-def describe_calibration(found: Calibration) -> str:
+def calibration_line(found: Calibration) -> str:
     """Return the result in one sentence."""
 
     def error(value: float, low: float, high: float) -> str:

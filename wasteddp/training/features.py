@@ -35,7 +35,7 @@ _MOST_SHARDS = 16  # of a split; a set may have thousands, in a store
 _PREFETCH = 2
 
 
-def add_features(run: Path, runtime: Runtime, data: Inputs, say: Callable[[str], None]) -> None:
+def keep_features(run: Path, runtime: Runtime, data: Inputs, say: Callable[[str], None]) -> None:
     """Add the features to the run's model, unless it has them, and report it in a line.
 
     Rank 0, alone, after the last step: neither the weights nor the order of the run depend on it. A failure is

@@ -38,7 +38,7 @@ from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.divergence import Guard, Rollback, Update
 from wasteddp.training.evaluate import evaluate
-from wasteddp.training.features import add_features
+from wasteddp.training.features import keep_features
 from wasteddp.training.meter import Meter
 from wasteddp.training.optimizers import ScheduledOptimizer
 from wasteddp.training.schedule import Due, Intervals, has_new_size
@@ -251,7 +251,7 @@ class Session:
             run = Path(self.settings.run.out)
             if line := describe_calibration(run):
                 self.tracker.say(line)
-            add_features(run, self.runtime, self.data, self.tracker.say)
+            keep_features(run, self.runtime, self.data, self.tracker.say)
             if line:  # there is a model
                 self.tracker.say(describe_model_card(run, self.data.manifest))
         message = messages.closing(
