@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_calibrate(commands)
     models.add_features(commands)
     evaluate.add(commands)
+    models.add_predict(commands)
     runs.add(commands)
     models.add_serve(commands)
     models.add_export(commands)

@@ -1,9 +1,8 @@
-"""The commands for runs and their models: predict, average, review, report, sync, dashboard."""
+"""The commands for runs: average, review, report, sync, dashboard."""
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from typing import Any
 
 from wasteddp.commands.arguments import (
@@ -11,10 +10,8 @@ from wasteddp.commands.arguments import (
     add_compute,
     add_decoders,
     add_run,
-    add_tta,
     keywords,
     positive,
-    seconds,
     share,
     to_path,
     words,
@@ -23,92 +20,11 @@ from wasteddp.files import expand_home
 
 
 def add(commands: Commands) -> None:
-    _add_predict(commands)
     _add_average(commands)
     _add_review(commands)
     _add_report(commands)
     _add_sync(commands)
     _add_dashboard(commands)
-
-
-def _add_predict(commands: Commands) -> None:
-    command = commands.add_parser(
-        "predict",
-        help="classify images with a trained model",
-        description="Classifies images and lists unreadable files at the end. The exit code is 0 if at least one image "
-        "was classified, otherwise 2. With --watch, it classifies the photos of a folder as they come, until Ctrl-C or "
-        "SIGTERM.",
-    )
-    command.add_argument(
-        "model", metavar="MODEL", type=to_path, help="folder of a run or of its model, or an .onnx file"
-    )
-    command.add_argument(
-        "paths",
-        type=expand_home,
-        metavar="PATH",
-        nargs="+",
-        default=(),
-        help="image files, folders, or quoted globs (also **); unpack archives first",
-    )
-    command.add_argument(
-        "--watch",
-        action=_WatchAction,
-        type=to_path,
-        metavar="FOLDER",
-        help="instead of PATH: answer each photo that is or comes there once, also over restarts; rows are appended to "
-        "--csv FILE or --json FILE.jsonl, which show what was answered before",
-    )
-    command.add_argument(
-        "--every",
-        type=seconds,
-        metavar="S",
-        help="with --watch: seconds between two listings; a photo is read once it has not changed between two "
-        "(default: 2)",
-    )
-    command.add_argument(
-        "--csv",
-        type=to_path,
-        metavar="FILE",
-        help="write the probabilities of all classes as CSV (UTF-8; in Excel, open it with Data > From Text/CSV)",
-    )
-    command.add_argument("--json", type=to_path, metavar="FILE", help="the same as JSON")
-    command.add_argument(
-        "--policy", type=to_path, metavar="FILE", help="policy.json of `evaluate --bins`: decide on a bin or a person"
-    )
-    command.add_argument("--top", type=positive, default=3, metavar="N", help="classes to print (default: %(default)s)")
-    add_compute(command)
-    add_decoders(command)
-    add_tta(command)
-    command.set_defaults(run=partial(_predict, command))
-
-
-class _WatchAction(argparse.Action):
-    """Stores the folder, and makes PATH optional."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, values)
-        for action in parser._actions:
-            if action.dest == "paths":
-                action.required = False
-
-
-def _predict(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    given = keywords(arguments)
-    folder, every_s = given.pop("watch"), given.pop("every")
-    if folder is None:
-        if every_s is not None:
-            command.error("--every is only used with --watch")
-        from wasteddp.inference.predict import predict_files
-
-        predict_files(**given)
-        return
-    if given.pop("paths") or given.pop("workers"):
-        command.error("--watch takes no PATH and no --workers")
-    from wasteddp.inference.watch import EVERY_S, watch_folder
-
-    watch_folder(folder=folder, every_s=every_s or EVERY_S, **given)
 
 
 def _add_average(commands: Commands) -> None:

@@ -212,7 +212,6 @@ def _add_folds(commands: Commands) -> None:
 
 def _folds(arguments: argparse.Namespace) -> int:
     from wasteddp.tools.cross_validation import cross_validate
-    from wasteddp.training.distributed import launcher
 
     return cross_validate(
         arguments.config,
