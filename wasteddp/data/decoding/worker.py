@@ -1,8 +1,8 @@
 """The decoding processes: a server that forks workers, the workers, and the memory that they write to.
 
 The server is a new interpreter that imports the decoders once and then forks a worker on each request. A worker starts
-in milliseconds and shares the server's memory. Neither has loaded CUDA, threads or the training program. `pool` is the
-other end of their sockets.
+in milliseconds and shares the server's memory. Neither has loaded CUDA, threads or the training program. `workers` has
+the other end of their sockets.
 
 The server exits when its parent closes the socket or ends, and the kernel kills the workers with the server
 (PR_SET_PDEATHSIG). A worker also exits when its own socket closes. Signals are blocked in all of them, since the parent
@@ -16,7 +16,6 @@ since writing to a page that is not available would be a bus error.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import select
@@ -38,6 +37,7 @@ import numpy.typing as npt
 from wasteddp.data.decoding.decode import UndecodableError, take_tolerated
 from wasteddp.errors import SettingsError
 from wasteddp.files import read_at
+from wasteddp.parallel import die_with_parent
 
 if TYPE_CHECKING:
     from wasteddp.data.decoding.crop import View
@@ -69,7 +69,6 @@ WHOLE = -1  # the length of a row that is a whole file, whose sha256 is not know
 UNREAD, UNDECODABLE = "unread", "undecodable"
 TOLERATED = "tolerated"  # of a whole file: decoded, in spite of faults that cost no pixel
 _PARENT_CHECK_S = 1.0
-_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 
 
 def serve(descriptor: int) -> None:
@@ -255,8 +254,8 @@ def _receive_descriptors(parent: Connection, num: int) -> list[int]:
 
 def _die_with(server: int) -> None:
     """Let the kernel kill this process when the server dies. Linux only; elsewhere it ends when its socket closes."""
+    die_with_parent(signal.SIGKILL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != server:  # it has already died
             os._exit(0)
 
@@ -299,7 +298,3 @@ _KINDS: dict[str, Callable[[], int]] = {
     "/dev/shm": lambda: _open_unlinked("/dev/shm"),
     "a temporary file": lambda: _open_unlinked(None),
 }
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]))

@@ -16,7 +16,6 @@ registered, and sets the exit code.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
 import os
 import select
@@ -32,9 +31,9 @@ from types import FrameType
 from typing import NoReturn
 
 from wasteddp.errors import EXIT_FINISHED, EXIT_RESUMABLE
+from wasteddp.parallel import die_with_parent
 
 EXIT_AT_ONCE = 128 + signal.SIGINT  # the convention of shells for an interrupted program
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # Each launcher sets one of them. Without a launcher the parent may be a shell, whose end must not matter (nohup).
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "WASTEDDP_LAUNCHER")
 _LIMIT_S = 25.0  # a launcher kills the others 30 s after the first of its processes has ended
@@ -63,8 +62,8 @@ def install_handlers(environment: Mapping[str, str] = os.environ) -> None:
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     threading.Thread(target=_leave_at_the_second, args=(arrived,), name="signals", daemon=True).start()
-    if sys.platform == "linux" and any(name in environment for name in _LAUNCHERS):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if any(name in environment for name in _LAUNCHERS):
+        die_with_parent(signal.SIGTERM)
 
 
 def write_stacks(run: Path, rank: int) -> None:
