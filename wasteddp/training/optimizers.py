@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -46,9 +46,12 @@ def build(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
         optimizer = LARS(groups, lr, momentum=settings.momentum)
     elif settings.name == "lamb":
         optimizer = LAMB(groups, lr, betas=settings.betas)
+    elif settings.name == "adam":
+        optimizer = torch.optim.Adam(groups, lr=lr, betas=settings.betas, fused=True)
+    elif settings.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=settings.betas, fused=True)
     else:
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
-        optimizer = kind(groups, lr=lr, betas=settings.betas, fused=True)
+        assert_never(settings.name)  # mypy reports a name that has no branch
     set_learning_rate(optimizer, lr)
     return optimizer
 
