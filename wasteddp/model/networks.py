@@ -5,8 +5,8 @@
 
 The head is the last layer, one linear layer. Dropout and the libraries' own stochastic depth are switched off: their
 random numbers depend on the place of an image in its batch, so a run would depend on its number of ranks. The setting
-model.stochastic_depth has the same effect and depends on the sample only. The running statistics of a network's
-BatchNorms are here too.
+model.stochastic_depth has the same effect and depends on the sample only. `running_statistics` lists those of a
+network's BatchNorms.
 """
 
 from __future__ import annotations

@@ -96,9 +96,9 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     408: {"model": Problem, "description": "The body did not arrive in time"},
     413: {"model": Problem, "description": "Too many bytes or images in one request"},
     422: {"model": Problem, "description": "No image can be read, or all have too many pixels"},
-    429: {"model": Problem, "description": "Too many images wait; try again later"},
+    429: {"model": Problem, "description": "Too many images wait, or too many bytes are held; try again later"},
     500: {"model": Problem, "description": "The model failed"},
-    503: {"model": Problem, "description": "The answer took too long"},
+    503: {"model": Problem, "description": "The answer took too long, or the server has too many connections"},
 }
 
 

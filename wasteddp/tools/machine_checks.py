@@ -1,4 +1,6 @@
-"""Checks of a machine before a run: versions, devices, precision, shared memory, clocks, all-reduce.
+"""Findings, their table and exit codes, and the checks of a machine before a run.
+
+The checks: versions, devices, precision, shared memory, clocks, all-reduce.
 
 Each check returns a finding, a colour, a sentence and what to do, and does not raise for the problem that it looks for.
 """

@@ -18,6 +18,7 @@ from wasteddp.training.dataloaders import Inputs
 from wasteddp.training.distributed.runtime import Runtime
 
 _MOST_NAMED = 10
+_STARVED = 0.2  # of the forward pass: reported from here on
 
 
 def facts(settings: Settings, runtime: Runtime, data: Inputs, last_step: int, origin: str) -> str:
@@ -53,9 +54,6 @@ def without_images(classes: Sequence[str], split: Split) -> list[str]:
     absent = [name for name, count in zip(classes, split.samples_per_class, strict=True) if not count]
     averaged = f"{len(classes) - len(absent)} of {len(classes)} classes"
     return [f"{split.name} has no images of {joined(absent)}: macro figures are of {averaged}"] * bool(absent)
-
-
-_STARVED = 0.2  # of the forward pass: reported from here on
 
 
 def progress_line(step: int, last_step: int, row: Mapping[str, float], better: bool) -> str:
