@@ -12,10 +12,10 @@ bash launch/install.sh dev
 export PATH=$PWD/.venv/bin:$PATH
 SECONDS=0
 unit=(
-  tests/data/test_next_uses.py tests/order/test_keyed_random.py tests/order/test_plan_quality.py
+  tests/data/remote/test_prefetch.py tests/order/test_keyed_random.py tests/order/test_plan_quality.py
   tests/sharding/test_archives.py tests/sharding/test_splits.py
-  tests/data/test_decode.py tests/data/test_manifest.py tests/inference/test_reliability.py
-  tests/training/test_journal.py tests/training/test_run_lock.py tests/test_docs.py tests/test_settings.py
+  tests/data/decoding/test_decode.py tests/data/test_manifest.py tests/inference/test_reliability.py
+  tests/training/tracking/test_journal.py tests/files/test_run_lock.py tests/test_docs.py tests/test_settings.py
   --deselect tests/sharding/test_archives.py::test_classes_are_renamed_and_merged  # its command imports torch: 3 s
 )
 several=(tests/chaos tests/distributed tests/slurm)  # all of their tests start processes, which mostly wait for each other

@@ -17,7 +17,7 @@ from pictures import jpeg
 _real: dict[str, Any] = {}  # the originals that `_small_trainings` replaces
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet"
 TESTS = Path(__file__).parent
-FIRST = ("test_quickstart.py", "training", "tools", "sharding")  # they have the longest files
+FIRST = ("launch", "training", "tools", "sharding")  # they have the longest files
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import test_augment
 import test_randaugment
 import torch
 from gpu_waits import ON_A_GPU
-from test_device_batches import batches
+from test_batch import batches
 from test_ema import DECAY, move, network
 from test_gpu_decoding import LEFT, VIEW, run
 from test_operations import every_operation, pictures

@@ -16,13 +16,13 @@ from typing import BinaryIO
 
 import pytest
 from faulty_server import until
-from test_next_uses import fewest_fetches, next_uses_of
+from test_prefetch import fewest_fetches, next_uses_of
 
 from wasteddp.data.remote.cache import AT_ONCE, Item, NotYet, ShardCache
 from wasteddp.data.remote.prefetch import NEVER
 from wasteddp.errors import RemoteError, ShardError, StoppedError, StorageError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SIZE = 1000
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MEASURE = "import json; from launch.benchmarks.network import measure_link; print(json.dumps(measure_link(5_000_000)))"
 POSSIBLE = os.getuid() == 0 and Path("/dev/net/tun").exists() and shutil.which("tc", path="/usr/sbin:/sbin:/usr/bin")
 

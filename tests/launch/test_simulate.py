@@ -12,7 +12,7 @@ from launch import simulate
 from launch.benchmarks.datasets import synthetic_set
 from wasteddp.data.reader import SplitReader
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {"samples": 100_003, "ranks": 64, "batch": 4, "shard": 500}
 
 

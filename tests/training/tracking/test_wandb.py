@@ -23,7 +23,7 @@ from wasteddp import cli
 from wasteddp.training.tracking import pictures
 from wasteddp.training.tracking.wandb_client import sender_lock
 
-HERE = Path(__file__).parents[1] / "support"
+HERE = Path(__file__).parents[2] / "support"
 
 
 def forget() -> None:

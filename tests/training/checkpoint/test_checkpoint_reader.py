@@ -16,7 +16,7 @@ from wasteddp.errors import CheckpointError
 from wasteddp.training.checkpoint import reader
 from wasteddp.training.checkpoint.progress import Progress
 
-STORED = Path(__file__).parents[1] / "stored"
+STORED = Path(__file__).parents[2] / "stored"
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from wasteddp.errors import DamagedSampleError, RemoteError, SettingsError, Shar
 from wasteddp.order.plan import TrainPlan
 from wasteddp.settings import Data
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

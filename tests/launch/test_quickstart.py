@@ -17,7 +17,7 @@ from wasteddp.data.manifest import Manifest
 
 pytestmark = pytest.mark.processes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
 NARROW = {"PYTHONPATH": os.pathsep.join(map(str, (SUPPORT / "python", SUPPORT))), "TRAININGS": "narrow"}
 SMALL = ["--set", "model.arch=resnet18", "--set", "train.epochs=2", "--set", "train.batch_size=32"]

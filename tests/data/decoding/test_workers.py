@@ -34,7 +34,7 @@ from wasteddp.inference.classifier import Classifier, device_type
 from wasteddp.inference.evaluate import evaluate, evaluate_split
 
 pytestmark = pytest.mark.processes
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 THREADS = Workers(2)
 
 
