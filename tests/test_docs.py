@@ -33,3 +33,12 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
 def test_each_page_of_docs_is_in_its_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     assert [path.name for path in (ROOT / "docs").glob("*.md") if f"({path.name})" not in index] == ["README.md"]
+
+
+def test_the_names_of_code_md_are_defined_where_it_says() -> None:
+    rows = re.findall(r"^\|[^|]*\| `([\w/.]+)` \| (.*) \|$", (ROOT / "docs" / "code.md").read_text(), re.MULTILINE)
+    assert len(rows) > 60
+    for path, names in rows:
+        code = (ROOT / "wasteddp" / path).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(?:def|class) {name}\b", code, re.MULTILINE), f"{path} does not define {name}"
