@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def launched(name: str, default: int) -> int:
-    """Return a number that a launcher sets, such as WORLD_SIZE; the default where it is not set, or empty."""
+    """Return a number that a launcher sets, such as WORLD_SIZE; the default if it is not set or empty."""
     return int(os.environ.get(name) or default)
 
 
@@ -61,8 +62,12 @@ def describe() -> dict[str, Any]:
     }
 
 
+@cache
 def commit() -> str:
-    """Return the checkout's commit, with a + if tracked files differ from it; the version if there is no checkout."""
+    """Return the checkout's commit at the first call, with a + if tracked files differ from it.
+
+    Without a checkout it is the version.
+    """
     root = Path(__file__).resolve().parents[1]
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
