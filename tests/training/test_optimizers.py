@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -9,10 +11,11 @@ from torch import nn
 from wasteddp import settings
 from wasteddp.model import networks
 from wasteddp.model.stages import Stages
+from wasteddp.settings import Optimizer
 from wasteddp.training import optimizers
 from wasteddp.training.checkpoint.state import room_for_checkpoint
 
-NAMES = ["sgd", "adam", "adamw", "lars", "lamb"]
+NAMES = get_args(Optimizer.model_fields["name"].annotation)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -29,9 +29,9 @@ from wasteddp.errors import DeviceMemoryError
 from wasteddp.order.plan import micro_batch
 from wasteddp.settings import Settings
 from wasteddp.training.checkpoint.progress import Progress
-from wasteddp.training.checkpoint.state import ONE_MOMENT
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.objective import Objective
+from wasteddp.training.optimizers import ONE_MOMENT
 
 _RESERVE = 0.1  # of the GPU's memory: fragmentation, larger cuDNN workspaces, gradient buckets
 _BATCHES_AHEAD = 2  # uint8 batches of a rank's share on the GPU: the current one and the next

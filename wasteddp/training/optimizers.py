@@ -24,6 +24,7 @@ from wasteddp.training.checkpoint.progress import Progress
 from wasteddp.training.distributed.runtime import Runtime
 from wasteddp.training.lars_lamb import LAMB, LARS
 
+ONE_MOMENT = ("sgd", "lars")  # optimizers that keep one number per weight; the others keep two
 _LEAST_SIZE = 1e-3  # of a unit's norm: otherwise weights that start at zero would stay zero
 
 
@@ -31,7 +32,9 @@ def build(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer of the trainable parameters, without weight decay on biases and norms.
 
     To add an optimizer, also add its name to `settings.Optimizer` (then write configs/settings.schema.json again), to
-    `checkpoint.state.ONE_MOMENT` if it keeps one moment, and to docs/recipes.md.
+    `ONE_MOMENT` if it keeps one moment, and to docs/recipes.md. Where `found_inf` is 1, its step must change neither
+    weights nor state, as torch's fused optimizers do; `lars_lamb` has an example. The tests take the names from the
+    settings.
 
     Source of the decay: He et al. 2019, "Bag of Tricks for Image Classification", section 3.1.
     A fused optimizer reads the memory once instead of once per operation: SGD of a ResNet50 takes 14 ms instead of 28

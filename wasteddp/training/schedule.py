@@ -1,6 +1,8 @@
 """What changes with the step, as pure functions of it: the learning rate, the size of the images, the frozen stages,
 and what is due.
 
+The learning rate rises linearly in the warm-up, and then follows `schedule.name`.
+
 Progressive sizes. Training starts with small images, on which the network learns coarse features in a fraction of the
 time (the cost of a step grows with the square of the side), and learns fine detail at the full size later. The samples
 and their crops, which are fractions of the image, do not depend on the size. Evaluation always uses its own size.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import cos, expm1, floor, log, log1p, pi
+from typing import assert_never
 
 from wasteddp.model.stages import STAGES
 from wasteddp.settings import Model, Schedule
@@ -27,6 +30,9 @@ _WARMUP_START = 0.01  # of the peak learning rate, because BatchNorm has no stat
 
 def learning_rate(step: int, peak: float, schedule: Schedule, *, epochs: int, steps_per_epoch: int) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0. Cosine: Loshchilov and Hutter 2017.
+
+    To add a schedule, also add its name to `settings.Schedule` (then write configs/settings.schema.json again) and to
+    docs/recipes.md.
 
     Args:
         peak: optimizer.lr.
@@ -41,8 +47,10 @@ def learning_rate(step: int, peak: float, schedule: Schedule, *, epochs: int, st
         return peak * schedule.step_factor ** (step // (schedule.step_epochs * steps_per_epoch))
     if schedule.name == "cosine_restarts":
         done = _part_of_cycle(step - warmup, schedule, steps_per_epoch)
-    else:
+    elif schedule.name == "cosine":
         done = (step - warmup) / max(1, total - warmup)
+    else:
+        assert_never(schedule.name)  # mypy reports a name that has no branch
     return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * (1 + cos(pi * done)) / 2)
 
 

@@ -27,7 +27,6 @@ from wasteddp.training.distributed.runtime import Runtime
 Flat = dict[tuple[str, str], torch.Tensor]  # by (state's name, tensor's name)
 Fetch = Callable[[], dict[str, State]]
 
-ONE_MOMENT = ("sgd", "lars")  # optimizers that keep one number per weight; the others keep two
 _RANKS = "ranks"  # name of the state that holds each rank's own statistics
 _STATISTICS = "running_statistics"
 _ALIGNED_BYTES = 256  # alignment of a tensor in the copy: a multiple of each type's size and of the GPU's widest load
@@ -294,7 +293,7 @@ class StateCopy:
 
 def room_for_checkpoint(model_bytes: int, *, optimizer: str, ema_decay: float) -> int:
     """Return the bytes of a checkpoint: the weights, their average, and the optimizer's moments."""
-    return model_bytes * (1 + (ema_decay > 0) + (1 if optimizer in ONE_MOMENT else 2))
+    return model_bytes * (1 + (ema_decay > 0) + (1 if optimizer in optimizers.ONE_MOMENT else 2))
 
 
 def room_for_run(model_bytes: int, checkpoint_bytes: int, *, keep_last: int) -> int:
