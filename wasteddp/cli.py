@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _suggest(top: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Exit with the nearest command where the first word is not one."""
+    """Exit with the nearest command if the first word is not a command."""
     names = next(action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction))
     if argv and not argv[0].startswith("-") and argv[0] not in names:
         near = difflib.get_close_matches(argv[0], names, n=1)

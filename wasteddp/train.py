@@ -37,7 +37,7 @@ from wasteddp.training.watchdog import exits
 
 if __name__ == "__main__":
     exits.install_handlers()  # before the import of torch, which takes seconds: a signal would kill the process
-    launcher.parser(__doc__).parse_args()  # as well: a wrong argument is reported at once
+    launcher.parser(__doc__).parse_args()  # also before torch: a wrong argument is reported at once
 
 import contextlib
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ from wasteddp.training import build_model, dataloaders, divergence, run_folder, 
 from wasteddp.training.checkpoint.reader import kept_choices
 from wasteddp.training.distributed import startup
 from wasteddp.training.distributed.runtime import Runtime
-from wasteddp.training.watchdog import exits, slurm
+from wasteddp.training.watchdog import slurm
 from wasteddp.training.watchdog.watchdog import Watchdog
 
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             kept = kept_choices(Path(settings.run.out), arguments.resume)
             runtime = startup.start_runtime(settings, watch, kept)  # all ranks
             with contextlib.closing(runtime), dataloaders.open_inputs(settings, runtime, server) as data:
-                start = arguments.resume, tuple(filter(None, arguments.accept_changes.split(",")))
+                start = session.Start(arguments.resume, tuple(filter(None, arguments.accept_changes.split(","))))
                 steps = 1 if arguments.check else None
                 code = divergence.train_with_rollbacks(
                     lambda rollback: train(settings, runtime, data, start, rollback, max_steps=steps),
@@ -94,7 +94,7 @@ def train(
     settings: settings_file.Settings,
     runtime: Runtime,
     data: dataloaders.Inputs,
-    start: tuple[str, Sequence[str]],
+    start: session.Start,
     rollback: divergence.Rollback,
     *,
     max_steps: int | None = None,
@@ -102,7 +102,6 @@ def train(
     """Train from the current step to the last one, or for `max_steps`, and return the exit code. All ranks.
 
     Args:
-        start: --resume and --accept-changes.
         rollback: the number of rollbacks in this process and the learning-rate factor that they led to.
     """
     built = build_model.build(settings, runtime, data)  # all ranks

@@ -43,7 +43,7 @@ class Answer:
         probabilities: of each class, in the order of `Model.classes`; their sum is 1.
         bin: that the class belongs in; None: the model knows no bins.
         decision: bin, or "person", that the policy chooses; None: there is no policy.
-        why: "hazard", "cost" or "doubt" if the decision is not the most probable bin, else "".
+        why: the rule that decided: "hazard" (its bin, or a person), "cost" or "doubt" (a person); else "".
         unlikeness: percentile, 0 to 100, of how unlike the training images it is; None: not known.
     """
 

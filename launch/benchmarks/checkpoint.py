@@ -67,9 +67,10 @@ def compare_stall(settings: Settings, rounds: int) -> None:
             if source.is_cuda:
                 torch.cuda.synchronize()
             copies.append(1000 * (time.perf_counter() - began))
-            stalls.append(manager.save(Progress(lineage, step=step), epoch=0, best=None))
+            manager.save(Progress(lineage, step=step), epoch=0, best=None)
+            stalls.append(manager.metrics["checkpoint/stall_ms"])
             began = time.perf_counter()
-            manager.drain()
+            manager.wait()
             writes.append(1000 * (time.perf_counter() - began))
             began = time.perf_counter()
             contents = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

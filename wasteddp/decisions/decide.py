@@ -26,7 +26,7 @@ from wasteddp.decisions.thresholds import (
 
 PERSON = "person"  # in the place of a bin: a person decides
 I64 = npt.NDArray[np.int64]
-REASONS = ("", "hazard", "cost", "doubt")  # why the decision is not the most probable bin
+REASONS = ("", "hazard", "cost", "doubt")  # the rule that decided; "": the best bin
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ def evaluate_run(
         shards: folder or URL of the set; None: the one that the model was trained on.
         batch_size: None: a size that suits the device.
         workers: as the setting data.workers.
-        near_duplicates: look for those of training images, where sharding did not.
+        near_duplicates: look for those of training images, if sharding did not.
         bins: file of bins, see `decisions.bin_files`; None: those of the shard set.
         max_error: with it or with `bins`, thresholds are chosen on one split, and measured on `split`.
         confidence: with which `max_error` must hold.

@@ -55,7 +55,7 @@ def check_fractions(fractions: Sequence[float], *, may_lack_train: bool = False)
 
 
 def without_test(fractions: Sequence[float]) -> tuple[float, float, float]:
-    """Return the fractions of train and val among themselves, where the test split is given otherwise."""
+    """Return the fractions of train and val among themselves, if the test split is given otherwise."""
     inside = fractions[0] + fractions[1]
     return (fractions[0] / inside, fractions[1] / inside, 0.0) if inside else (1.0, 0.0, 0.0)
 

@@ -83,7 +83,7 @@ def run(options: AverageOptions) -> None:
     """Average the checkpoints, compare the result with the run's model, print the comparison, and save the average.
 
     Raises:
-        CheckpointError: the run has fewer than two whole checkpoints.
+        CheckpointError: the run has fewer than two intact checkpoints.
     """
     console = Console()
     out = _out(options)
@@ -110,7 +110,7 @@ def _average(options: AverageOptions, out: Path, console: Console, workers: Work
 
 
 def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
-    """Return the mean of the weights of the newest whole checkpoints, computed in float64 with two of them in memory.
+    """Return the mean of the weights of the newest intact checkpoints, computed in float64 with two of them in memory.
 
     Args:
         folder: `runs/<name>/checkpoints`.
@@ -118,7 +118,7 @@ def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
         say: receives a line for each skipped checkpoint.
 
     Raises:
-        CheckpointError: fewer than two are whole.
+        CheckpointError: fewer than two are intact.
     """
     sums: State = {}
     newest: reader.Checkpoint | None = None
@@ -139,7 +139,7 @@ def mean_of_newest(folder: Path, last: int, say: Say) -> Mean:
                 sums[name] = sums[name] + tensor if name in sums else tensor.double()
     if newest is None or len(steps) < 2:
         raise CheckpointError(
-            f"{folder} holds {len(steps)} whole checkpoint{'' if len(steps) == 1 else 's'}",
+            f"{folder} holds {len(steps)} intact checkpoint{'' if len(steps) == 1 else 's'}",
             "an average needs at least two",
             "use a run that keeps more: checkpoint.keep_last: 5, or checkpoint.keep_every for a larger distance",
         )
@@ -251,7 +251,7 @@ def _save(
     *,
     train: str,
 ) -> None:
-    """Write the bundle, then its evaluation: a kill between the two leaves a whole model."""
+    """Write the bundle, then its evaluation: a kill between the two leaves a complete model."""
     trained = average.card.trained
     card = replace(average.card, trained=replace(trained, value=getattr(found.seen.metrics, trained.metric)))
     with ExitStack() as stack:

@@ -132,9 +132,7 @@ class Guard:
             RollbackRequest: training diverged and must roll back.
         """
         train = self._settings.train
-        fp16 = (
-            self._runtime.accelerator.scaler is not None
-        )  # the scaler handles infinite gradients by lowering its scale
+        fp16 = self._runtime.accelerator.scaler is not None  # which lowers its scale after infinite gradients
         if self.skips:
             longest, in_a_row = int(self._longest), int(self._in_a_row)
             self._longest = self._in_a_row.clone()

@@ -50,7 +50,7 @@ def facts(settings: Settings, runtime: Runtime, data: Inputs, last_step: int, or
 
 
 def without_images(classes: Sequence[str], split: Split) -> list[str]:
-    """Return a line where the macro figures of the evaluations are not those of all classes."""
+    """Return a line if the macro figures of the evaluations are not those of all classes."""
     absent = [name for name, count in zip(classes, split.samples_per_class, strict=True) if not count]
     averaged = f"{len(classes) - len(absent)} of {len(classes)} classes"
     return [f"{split.name} has no images of {joined(absent)}: macro figures are of {averaged}"] * bool(absent)
@@ -116,7 +116,7 @@ def not_saved(error: StorageError) -> str:
 
 
 def best_starts_again(before: Progress, now: Progress) -> list[str]:
-    """A line, where the best value of a checkpoint was measured in something else than this start measures."""
+    """Return a line if the best value of a checkpoint was measured on something else than this start measures."""
     if before.best_value is None or before.best_in == now.best_in:
         return []
     return [
@@ -158,8 +158,8 @@ def closing(
     """
     if exit_code == EXIT_RESUMABLE:
         return (
-            f"stopped by {signal_name} at step {progress.step} and saved; run the same command again to resume "
-            f"(exit code {EXIT_RESUMABLE})"
+            f"stopped by {signal_name or 'a signal to another process'} at step {progress.step} and saved; run the "
+            f"same command again to resume (exit code {EXIT_RESUMABLE})"
         )
     best = "none" if progress.best_value is None else f"{progress.best_value:.2%} at step {progress.best_step}"
     run, split = shlex.quote(out), "test" if "test" in splits else eval_split

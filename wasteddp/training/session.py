@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
@@ -47,11 +48,18 @@ from wasteddp.training.tracking.tracker import Tracker, TrackerScope
 from wasteddp.training.watchdog import exits
 
 
+class Start(NamedTuple):
+    """How a run starts."""
+
+    resume: str  # --resume
+    accepted: Sequence[str]  # the names in --accept-changes
+
+
 def begin(
     settings: Settings,
     built: Built,
     data: Inputs,
-    start: tuple[str, Sequence[str]],
+    start: Start,
     rollback: Rollback,
     *,
     max_steps: int | None = None,
@@ -59,7 +67,6 @@ def begin(
     """Start or resume the run: from the requested checkpoint, else the newest intact one, else step 0.
 
     Args:
-        start: --resume and --accept-changes.
         rollback: the number of rollbacks in this process and the learning-rate factor that they led to.
         max_steps: number of steps of this start; None: as set.
     """
@@ -69,7 +76,7 @@ def begin(
     progress = Progress(Lineage.of(settings, data.manifest, teacher=teacher))
     measure = measure_of(settings.data, settings.evaluate, data.manifest.sha256)
     progress, changes = replace(progress, best_in=measure), []
-    if checkpoint := manager.starting_point(*start, lineage=progress.lineage):
+    if checkpoint := manager.starting_point(start.resume, start.accepted, lineage=progress.lineage):
         before, progress = checkpoint.progress, checkpoint.progress.started_again(progress.lineage, measure)
         changes = [*manager.changes, *messages.best_starts_again(before, progress)]
         origin = f"{checkpoint.path}, attempt {progress.attempt}"
@@ -90,13 +97,23 @@ def begin(
     progress = replace(progress, tracker_id=tracker.id)
     num_classes = len(data.manifest.classes)
     session = Session(
-        settings, runtime, data, built, manager, tracker, origin, last_step, patience, changes, is_recorded,
+        settings=settings,
+        runtime=runtime,
+        data=data,
+        built=built,
+        manager=manager,
+        tracker=tracker,
+        origin=origin,
+        last_step=last_step,
+        patience=patience,
+        changes=changes,
+        is_recorded=is_recorded,
         guard=Guard(settings, runtime, built.model, optimizer, num_classes=num_classes, progress=progress),
         meter=Meter(runtime.device),
         profiler=Profiler(settings.profile, runtime, Path(settings.run.out) / "profile", tracker.say),
         hashes=StepHashes(settings.run, runtime, progress.step),
         is_check=max_steps is not None,
-    )  # fmt: skip
+    )
     return session, progress
 
 
@@ -112,7 +129,7 @@ class Session:
     tracker: Tracker
     origin: str  # a description of the weights, for the log
     last_step: int  # of this start
-    patience: int  # evaluations without a better one, after which the run ends; 0: endless
+    patience: int  # evaluations without a better one, after which the run ends; 0: never
     changes: list[str]  # from the checkpoint to this start, a line each
     is_recorded: bool  # False: the run was finished and closed, and this start leaves its files as they are
     guard: Guard

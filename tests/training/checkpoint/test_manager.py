@@ -175,7 +175,7 @@ def test_the_seconds_of_the_last_whole_checkpoint_are_a_metric(
         assert manager.metrics == {"checkpoint/stall_ms": 0, "checkpoint/failed": 0}, "there has been none"
         manager.save(Progress(LINEAGE, step=1), epoch=0, best=None)
         assert "checkpoint/seconds" not in manager.metrics, "it is being written"
-        manager.drain()
+        manager.wait()
         seconds = manager.metrics["checkpoint/seconds"]
         assert 0.2 <= seconds < 10
         monkeypatch.setattr(CheckpointWriter, "_write", no_room)

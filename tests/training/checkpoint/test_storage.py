@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_saves_in_between(
 
     at_step({3: lambda: fill(small_disk), 5: look, 6: lambda: (small_disk / "filler").unlink()})
     assert train.main(arguments_on(small_disk, tmp_path, small_shards)) == 0
-    assert seen, "while the disk was full, a whole checkpoint was there"
+    assert seen, "while the disk was full, an intact checkpoint was there"
     found = rows(small_disk / "run")
     assert [row["step"] for row in found] == list(range(1, 9))
     assert found[-1]["checkpoint/failed"] >= 1

@@ -234,7 +234,6 @@ def check_image(data: bytes, *, min_side_px: int = 64) -> Checked:
     Args:
         data: the image file.
         min_side_px: a JPEG may be decoded at a reduced size, as long as its sides have at least this length.
-        is_plain: the result of `is_plain_jpeg`.
 
     Raises:
         UndecodableError: see `decode_rgb`.

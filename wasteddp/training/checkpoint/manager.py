@@ -70,7 +70,7 @@ class CheckpointManager:
         self._writer: CheckpointWriter | None = None
         self._claim: RunLock | None = None
         self._saved_at = clock()
-        self._owed: Callable[[], None] | None = None  # writes a best model that could not be written yet
+        self._unsaved_best: Callable[[], None] | None = None  # writes a best model that could not be written yet
         self._failed = False  # whether the last save failed
         self.num_failed, self._stall_ms = 0, 0.0
         self.changes: list[str] = []  # from the checkpoint that the run continues from to this start, a line each
@@ -159,7 +159,7 @@ class CheckpointManager:
         every_s = 60 * self._settings.checkpoint.every_minutes
         return (every_s > 0 and self._clock() - self._saved_at >= every_s) or (self._folder / SAVE_REQUEST).exists()
 
-    def save(self, progress: Progress, *, epoch: int, best: Seen | None) -> float:
+    def save(self, progress: Progress, *, epoch: int, best: Seen | None) -> None:
         """Start to save the current state. All ranks.
 
         A save does not change the state of the ranks, so the result does not depend on when a run is saved. If the
@@ -168,17 +168,14 @@ class CheckpointManager:
 
         Args:
             best: the evaluation of this state if it is the best so far; the state then becomes the run's model.
-
-        Returns:
-            The time in ms that the loop waited.
         """
         began = time.perf_counter()
         states = self.state.tensors()  # all ranks
         with self._runtime.sharing_errors():
             if self._writer:
-                self._settle()
+                self._wait_and_report()
                 scaler, request = self._runtime.accelerator.scaler, self._folder / SAVE_REQUEST
-                keep_best: OfStates = self._save_owed
+                keep_best: OfStates = self._save_unsaved_best
                 if best:
                     settings, data = self._settings, self._data
                     card = card_of(settings, data.manifest, progress, epoch=epoch, commit=self._commit)
@@ -211,16 +208,15 @@ class CheckpointManager:
                     self._writer.wait()
             self.notice.save_s = time.perf_counter() - began
         self._stall_ms = 1000 * (time.perf_counter() - began)
-        return self._stall_ms
 
-    def drain(self) -> None:
+    def wait(self) -> None:
         """Wait until the pending checkpoint is on disk. All ranks.
 
         Raises:
             StorageError: on every rank: the save failed, and failed again when it was retried.
         """
         with self._runtime.sharing_errors():
-            self._insist()
+            self._retry_failed_save()
 
     def close(self) -> None:
         """Wait until everything is on disk, and stop the writer. All ranks.
@@ -229,11 +225,11 @@ class CheckpointManager:
             StorageError: on every rank: the last save failed, and failed again when it was retried.
         """
         with self._runtime.sharing_errors():
-            self._insist()
+            self._retry_failed_save()
             if self._writer:
                 self._writer.close()
 
-    def _settle(self) -> None:
+    def _wait_and_report(self) -> None:
         """Wait for the previous save, and report it if it failed. Rank 0."""
         self._failed = False
         try:
@@ -248,8 +244,8 @@ class CheckpointManager:
         self._runtime.say(message)
         append_to_log(self._folder, message)
 
-    def _insist(self) -> None:
-        self._settle()
+    def _retry_failed_save(self) -> None:
+        self._wait_and_report()
         if self._writer and self._failed:
             self._writer.again()
             self._writer.wait()
@@ -261,15 +257,15 @@ class CheckpointManager:
         try:
             save(weights)
         except StorageError:
-            self._owed = partial(save, {name: tensor.clone() for name, tensor in weights.items()})
+            self._unsaved_best = partial(save, {name: tensor.clone() for name, tensor in weights.items()})
             raise
-        self._owed = None
+        self._unsaved_best = None
 
-    def _save_owed(self, _: States) -> None:
+    def _save_unsaved_best(self, _: States) -> None:
         """Write the best model, in the writer's thread, if it could not be written when it was due."""
-        if self._owed:
-            self._owed()
-            self._owed = None
+        if self._unsaved_best:
+            self._unsaved_best()
+            self._unsaved_best = None
 
     def _release(self) -> None:
         if self._claim:

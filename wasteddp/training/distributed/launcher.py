@@ -2,7 +2,7 @@
 
 `launch` ends with the program's own exit code. What differs from `accelerate launch` and `torchrun`: exit code 75 stays
 75, the program's message is the last one, and a signal reaches each process once. Each process gets a session of its
-own, so that a terminal's Ctrl-C comes from here alone; where this process is killed, the kernel sends them SIGTERM
+own, so that a terminal's Ctrl-C comes from here alone; if this process is killed, the kernel sends them SIGTERM
 (`watchdog.exits`). `Processes` starts them without a launcher, for `verify-resume` and tests.
 """
 
@@ -47,7 +47,7 @@ def add_arguments(command: argparse.ArgumentParser, *, needs_config: bool) -> No
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
     command.add_argument(
         "--resume", default="auto", type=expand_home, metavar="auto|never|PATH",
-        help="auto: continue from the newest whole checkpoint of run.out, else start from the beginning (default); "
+        help="auto: continue from the newest intact checkpoint of run.out, else start from the beginning (default); "
         "PATH: a checkpoint or a run",
     )  # fmt: skip
     command.add_argument(

@@ -1,4 +1,4 @@
-"""How a training process ends: it saves and stops at the step after a signal, or leaves at once where it hangs.
+"""How a training process ends: it saves and stops at the step after a signal, or leaves at once if it hangs.
 
 The module does not import torch, because the handlers are installed before torch is imported.
 
@@ -126,7 +126,7 @@ def leave(code: int) -> NoReturn:
 
 
 def leave_now(code: int) -> NoReturn:
-    """End the process without exit handlers, from any thread, also where nobody reads its output."""
+    """End the process without exit handlers, from any thread, also if nobody reads its output."""
 
     def flush() -> None:
         for stream in (sys.stdout, sys.stderr):
