@@ -93,6 +93,7 @@ def test_a_folder_has_at_most_sixteen_modules() -> None:
         assert len(modules) <= MOST_MODULES, f"{folder}: {len(modules)} modules"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "module",
     [
@@ -121,6 +122,7 @@ def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.processes
 def test_help_is_torch_free_and_names_the_commands() -> None:
     code = "import sys; from wasteddp import cli; print(cli.parser().format_help()); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -148,6 +150,7 @@ def test_help_is_torch_free_and_names_the_commands() -> None:
         assert f"\n    {command} " in done.stdout
 
 
+@pytest.mark.processes
 def test_only_what_needs_an_extra_imports_it_at_its_top() -> None:
     code = """
 import importlib, pkgutil, sys

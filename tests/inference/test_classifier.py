@@ -81,6 +81,7 @@ def test_neither_place_nor_company_in_a_batch_changes_a_bit(classifier: Classifi
     assert len(answers) == 1
 
 
+@pytest.mark.processes
 def test_linear_layers_of_an_intel_cpu_without_avx512_have_the_same_bits_at_each_place() -> None:
     """MKL takes the kernels of such a CPU, on one of Intel. Without `_Alone`, all of these but the last differ."""
     code = """

@@ -187,6 +187,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.processes
 def test_a_fault_of_one_rank_ends_them_all(small_shards: Path, tmp_path: Path) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(_FAULTY_SECOND_RANK)

@@ -91,6 +91,7 @@ def child(folder: Path, server: WandbServer, first: int, last: int, resumed: int
     return forked.Popen(command, env=environment, stdin=forked.PIPE, stdout=forked.PIPE, text=True)
 
 
+@pytest.mark.processes
 def test_online_has_rows_pictures_facts_and_best_values(
     tmp_path: Path, server: WandbServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +135,7 @@ def test_online_has_rows_pictures_facts_and_best_values(
     assert not shards.files, "by reference: nothing of the data is sent"
 
 
+@pytest.mark.processes
 def test_without_a_key_it_is_offline_without_a_prompt_and_is_sent_later(
     tmp_path: Path, server: WandbServer, synced: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +162,7 @@ def test_without_a_key_it_is_offline_without_a_prompt_and_is_sent_later(
     assert all(path.with_name(f"{path.name}.synced").exists() for path in fragments)
 
 
+@pytest.mark.processes
 def test_a_wrong_key_is_offline_and_the_right_one_sends_later(
     tmp_path: Path, server: WandbServer, synced: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +188,7 @@ def test_a_host_that_does_not_answer_is_offline(tmp_path: Path, capsys: pytest.C
     assert f"W&B: offline, run run1 ({gone.url} does not answer); send it later" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_rows_of_an_outage_arrive_afterwards(tmp_path: Path, server: WandbServer) -> None:
     os.environ.update(server.environment)
     tracker = tracker_of(tmp_path)
@@ -217,6 +221,7 @@ def test_a_server_that_is_dead_at_the_end_does_not_hold_the_process(
     assert server.runs["run1"].state == "finished"
 
 
+@pytest.mark.processes
 def test_a_server_that_never_answers_holds_neither_the_loop_nor_the_end(
     tmp_path: Path, server: WandbServer, synced: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
