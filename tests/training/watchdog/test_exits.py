@@ -15,9 +15,9 @@ from wasteddp.errors import EXIT_FAILED
 from wasteddp.training.run_folder import report_at_the_end
 from wasteddp.training.watchdog import exits
 
-# the loop hangs in the block, as in a collective; the watchdog's thread ends the process
 pytestmark = pytest.mark.processes
 
+# the loop hangs in the block, as in a collective; the watchdog's thread ends the process
 HANGING = """
 import sys, threading, time
 from pathlib import Path
