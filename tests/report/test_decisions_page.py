@@ -221,7 +221,7 @@ def test_other_bins_at_report_time_decide_as_evaluate_does(
     assert "Sorting into bins, on test: Town" in again
 
 
-def test_thresholds_at_report_time_are_chosen_on_the_evaluation_split(
+def test_thresholds_at_report_time_are_chosen_on_the_evaluation_split_or_the_named_one(
     evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bins, out = ["--bins", str(evaluated.parent / "hazard.yaml")], str(tmp_path / "page.html")
@@ -240,3 +240,17 @@ def test_thresholds_at_report_time_are_chosen_on_the_evaluation_split(
     with pytest.raises(SystemExit):
         cli.main(["report", str(evaluated), "--max-error", "0.01"])
     assert "--max-error was given without --bins" in capsys.readouterr().err
+    assert cli.main(["report", str(evaluated), *bins, "--choose-on", "test", "--out", out]) == 0
+    same = [
+        "The thresholds were chosen on these same images" in section
+        for section in Path(out).read_text().replace("\u00a0", " ").split('<section class="decisions"')[1:]
+    ]
+    assert sorted(same) == [False, True]
+    assert "on test" in Path(out).read_text()
+    for words, found in (
+        ([*bins, "--choose-on", "train"], "on train, where thresholds are chosen"),
+        (["--choose-on", "test"], "--choose-on was given without --bins"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["report", str(evaluated), *words])
+        assert found in capsys.readouterr().err

@@ -88,11 +88,12 @@ def _add_report(commands: Commands) -> None:
         metavar="FILE",
         help="decide by these bins instead of those of `evaluate --bins`, from the predictions that `evaluate` saved",
     )
-    command.add_argument(
-        "--max-error", type=share, metavar="E", help="with --bins: as in `evaluate`; chosen on the evaluation split"
-    )
+    command.add_argument("--max-error", type=share, metavar="E", help="with --bins: as in `evaluate`")
     command.add_argument(
         "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
+    )
+    command.add_argument(
+        "--choose-on", default="", metavar="SPLIT", help="with --bins: as in `evaluate` (default: the evaluation split)"
     )
     command.set_defaults(run=_report)
 

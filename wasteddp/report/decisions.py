@@ -177,8 +177,14 @@ def missed(record: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def decide_again(one: RunRecord, bins: Path, *, max_error: float | None, level: float) -> RunRecord:
+def decide_again(
+    one: RunRecord, bins: Path, *, max_error: float | None, level: float, choose_on: str = ""
+) -> RunRecord:
     """Return the run with the decisions of other bins, from the predictions that `wasteddp evaluate` saved.
+
+    Args:
+        max_error, level: see `decide.choose_policy`.
+        choose_on: split to choose the thresholds on; "": data.eval_split of the run.
 
     Raises:
         RunError: there are no predictions of the run's model, or those to choose a threshold on are missing.
@@ -198,12 +204,12 @@ def decide_again(one: RunRecord, bins: Path, *, max_error: float | None, level: 
             notes.append(f"{path} has no predictions.csv, so {bins} was not applied to it")
         else:
             saved[split] = read_predictions(path / "predictions.csv", card.classes), record
-    chosen_on = str(one.settings.get("data.eval_split", "val"))
+    chosen_on = choose_on or str(one.settings.get("data.eval_split", "val"))
     chooses = bool(rules.hazards) or max_error is not None
     if not saved or (chooses and chosen_on not in saved):
         raise RunError(
             f"{one.folder}/evaluations has no predictions of the run's present model and calibration"
-            + (f" on {chosen_on}, where thresholds are chosen" if saved else ""),
+            + (f" on {chosen_on}, where thresholds are chosen" if saved or choose_on else ""),
             f"{bins} could not be applied",
             f"evaluate first: wasteddp evaluate {one.folder} --split {chosen_on if saved or chooses else 'test'}",
         )

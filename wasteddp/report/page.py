@@ -69,21 +69,22 @@ def write_report(
     bins: Path | None = None,
     max_error: float | None = None,
     confidence: float = 0.95,
+    choose_on: str = "",
 ) -> Path:
     """Write `report.html` of one run, or `comparison.html` of several. Return its path.
 
     Args:
         bins: file of bins to decide by, instead of those of `wasteddp evaluate --bins`.
-        max_error, confidence: as in `wasteddp evaluate`, with `bins`.
+        max_error, confidence, choose_on: as in `wasteddp evaluate`, with `bins`.
 
     Raises:
         RunError: a folder is not a run's folder, there are too many runs, or predictions are missing for `bins`.
         DecisionError: the file of bins is wrong, or there are too few images for a guarantee.
     """
-    if bins is None and max_error is not None:
+    if bins is None and (max_error is not None or choose_on):
         raise RunError(
-            "--max-error was given without --bins",
-            "the report would show the decisions of the last `evaluate --bins`, with another threshold",
+            f"--{'choose-on' if choose_on else 'max-error'} was given without --bins",
+            "it would have no effect: the report would show the decisions of the last `evaluate --bins`",
             "name the bins with --bins FILE",
         )
     if len(runs) > _MOST_LINES:
@@ -95,7 +96,7 @@ def write_report(
     path = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     found = [read_run(folder) for folder in runs]
     if bins is not None:
-        found = [decide_again(one, bins, max_error=max_error, level=confidence) for one in found]
+        found = [decide_again(one, bins, max_error=max_error, level=confidence, choose_on=choose_on) for one in found]
     write_atomically(path, render_report(found).encode("utf-8", "replace"))
     return path
 
