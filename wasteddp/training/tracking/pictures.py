@@ -15,11 +15,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from wasteddp.data import gpu_decoding
 from wasteddp.data.augmentation.augment import Augment
@@ -27,6 +28,7 @@ from wasteddp.data.decoding.decode import ImageHWC, encode_jpeg
 from wasteddp.errors import print_warning
 from wasteddp.files import read_regular
 from wasteddp.inference.metrics import Seen
+from wasteddp.settings import describe_problems
 from wasteddp.training.dataloaders import Inputs
 
 _FILE = "gallery.json"
@@ -105,10 +107,44 @@ def save(folder: Path, step: int, gallery: Gallery) -> None:
     temporary.rename(final)
 
 
+class _Entry(BaseModel, strict=True):
+    file: Annotated[str, Field(pattern=r"^[\w-]+\.jpg$")]
+    true: str
+
+
+class _Mistake(_Entry):
+    source: str
+    predicted: str
+    probability: float
+
+
+class _Augmented(BaseModel, strict=True):
+    kind: Literal["augmented"]
+    pictures: list[_Entry]
+
+
+class _Mistakes(BaseModel, strict=True):
+    kind: Literal["mistakes"]
+    pictures: list[_Mistake]
+    classes: list[str]
+    confusion: list[list[int]]
+
+    @model_validator(mode="after")
+    def _one_row_and_column_for_each_class(self) -> Self:
+        if {len(self.confusion), *map(len, self.confusion)} != {len(self.classes)}:
+            raise ValueError("the confusion matrix does not have the size of the classes")
+        return self
+
+
+_CONTENT: TypeAdapter[_Augmented | _Mistakes] = TypeAdapter(
+    Annotated[_Augmented | _Mistakes, Field(discriminator="kind")]
+)
+
+
 def listed(folder: Path, first: int, last: int) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield (folder of the images, content of gallery.json) of the steps `first` .. `last`, oldest first.
 
-    A folder whose gallery.json is damaged is passed over with a warning.
+    A folder whose gallery.json or images are damaged is passed over with a warning.
     """
     for path in sorted((folder / "media").glob("step-*")):
         found = _FOLDER.fullmatch(path.name)
@@ -116,11 +152,12 @@ def listed(folder: Path, first: int, last: int) -> Iterator[tuple[Path, dict[str
             continue
         try:
             content = json.loads(read_regular(path / _FILE))
-            for picture in content["pictures"]:
-                if Path(picture["file"]).name != picture["file"]:
-                    raise ValueError(f"{picture['file']!r} is not a plain file name")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            print_warning(f"{path / _FILE} cannot be read: {error}; its pictures are left out")
+            for picture in _CONTENT.validate_python(content).pictures:
+                with Image.open(path / picture.file) as image:
+                    image.verify()
+        except (OSError, ValueError, SyntaxError, RecursionError) as error:  # SyntaxError: of Pillow
+            reason = describe_problems(error) if isinstance(error, ValidationError) else str(error)
+            print_warning(f"{path / _FILE} cannot be read: {reason}; its pictures are left out")
             continue
         yield path, content
 
