@@ -30,7 +30,7 @@ side_by_side() {
   while [ "$1" != -- ]; do first+=("$1"); shift; done
   shift
   log=$(mktemp)
-  bash -c 'mypy wasteddp launch && exec pytest "$@"' - "$@" >"$log" 2>&1 &
+  bash -c 'mypy && exec pytest "$@"' - "$@" >"$log" 2>&1 &
   other=$!
   pytest "${first[@]}" || code=$?
   wait "$other" || code=$?
@@ -49,7 +49,7 @@ case ${1:-} in
 esac
 ruff check .
 ruff format --check .
-if [ $# -gt 0 ]; then mypy wasteddp launch; tier="pytest $*"; pytest --durations 30 "$@"; exit; fi
+if [ $# -gt 0 ]; then mypy; tier="pytest $*"; pytest --durations 30 "$@"; exit; fi
 code=0
 others=(-n 2 --dist loadfile --no-loadscope-reorder "${without[@]}" -m "not slow")  # tests/conftest.py has the order
 side_by_side --durations 30 "${others[@]}" -- --durations 30 -m "not slow" "${several[@]}" || code=$?
