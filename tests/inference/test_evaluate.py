@@ -15,10 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_run import CARD, CLASSES, TEST_IMAGES, random_weights, write_images, write_run, write_shards
+from small_run import (
+    CARD,
+    CLASSES,
+    TEST_IMAGES,
+    change_manifest,
+    overwrite_image,
+    random_weights,
+    write_images,
+    write_run,
+    write_shards,
+)
 
 from wasteddp.cli import main
-from wasteddp.data.manifest import INDEX_DTYPE
 from wasteddp.inference import evaluation_files
 from wasteddp.inference.bundle import load_bundle, save_bundle
 from wasteddp.inference.classifier import Classifier
@@ -57,30 +66,6 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return capsys.readouterr().err
 
     return message
-
-
-def change_manifest(shards: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads((shards / "manifest.json").read_text())
-    change(content)
-    (shards / "manifest.json").write_text(json.dumps(content))
-
-
-def overwrite_image(shards: Path, content: bytes, *, fix_index: bool) -> str:
-    """Write `content` over the first bytes of the test split's third image. Return the tar's name."""
-    manifest = json.loads((shards / "manifest.json").read_text())
-    shard = manifest["splits"]["test"]["shards"][0]
-    index = np.frombuffer((shards / shard["index"]).read_bytes(), INDEX_DTYPE).copy()
-    offset, length = int(index[2]["offset"]), int(index[2]["length"])
-    with (shards / shard["tar"]).open("r+b") as tar:
-        tar.seek(offset)
-        tar.write(content)
-        tar.seek(offset)
-        index[2]["sha256"] = np.frombuffer(hashlib.sha256(tar.read(length)).digest(), np.uint8)
-    if fix_index:
-        (shards / shard["index"]).write_bytes(index.tobytes())
-        digest = hashlib.sha256(index.tobytes()).hexdigest()
-        change_manifest(shards, lambda m: m["splits"]["test"]["shards"][0].update(index_sha256=digest))
-    return str(shard["tar"])
 
 
 def test_an_evaluation_equals_the_prediction_of_each_image_alone(

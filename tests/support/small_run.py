@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from wasteddp.data.manifest import Manifest
+from wasteddp.data.manifest import INDEX_DTYPE, Manifest
 from wasteddp.inference.bundle import BundleCard, Hashes, Preprocessing, Trained, save_bundle
 from wasteddp.model.networks import build
 from wasteddp.sharding.build import Job, Options, make_shards
@@ -71,3 +74,31 @@ def write_run(folder: Path, test_images: tuple[int, ...] = TEST_IMAGES) -> Path:
     save_bundle(run / "model", replace(CARD, hashes=replace(CARD.hashes, manifest=manifest.sha256)), random_weights())
     (run / "settings.yaml").write_text(f"data:\n  shards: {folder / 'shards'}\n")
     return run
+
+
+def change_manifest(shards: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((shards / "manifest.json").read_text())
+    change(content)
+    (shards / "manifest.json").write_text(json.dumps(content))
+
+
+def overwrite_image(shards: Path, content: bytes, *, fix_index: bool) -> str:
+    """Write `content` over the first bytes of the test split's third image. Return the tar's name.
+
+    Args:
+        fix_index: let the index contain the hash of the result.
+    """
+    manifest = json.loads((shards / "manifest.json").read_text())
+    shard = manifest["splits"]["test"]["shards"][0]
+    index = np.frombuffer((shards / shard["index"]).read_bytes(), INDEX_DTYPE).copy()
+    offset, length = int(index[2]["offset"]), int(index[2]["length"])
+    with (shards / shard["tar"]).open("r+b") as tar:
+        tar.seek(offset)
+        tar.write(content)
+        tar.seek(offset)
+        index[2]["sha256"] = np.frombuffer(hashlib.sha256(tar.read(length)).digest(), np.uint8)
+    if fix_index:
+        (shards / shard["index"]).write_bytes(index.tobytes())
+        digest = hashlib.sha256(index.tobytes()).hexdigest()
+        change_manifest(shards, lambda m: m["splits"]["test"]["shards"][0].update(index_sha256=digest))
+    return str(shard["tar"])

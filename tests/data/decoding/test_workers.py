@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -20,12 +18,12 @@ import pytest
 import torch
 from narrow import __file__ as NARROW
 from rich.console import Console
-from small_run import CARD, random_weights, write_image, write_images, write_run
+from small_run import CARD, overwrite_image, random_weights, write_image, write_images, write_run
 
 from wasteddp.cli import main
 from wasteddp.data.dataset import ShardSet
 from wasteddp.data.decoding.workers import DecodeServer, Workers, default_workers, start_workers
-from wasteddp.data.manifest import INDEX_DTYPE, Manifest
+from wasteddp.data.manifest import Manifest
 from wasteddp.errors import DamagedSampleError
 from wasteddp.inference import evaluate as evaluating
 from wasteddp.inference import predict as predicting
@@ -143,25 +141,6 @@ def test_evaluate_writes_the_same_bytes_by_processes(run: Path, capfd: pytest.Ca
     assert outputs[0] == outputs[1]
 
 
-def damage(run: Path, to: Path, content: bytes, *, is_in_index: bool) -> Path:
-    """Return a copy of the shards with `content` as the test split's third image; the index may contain its hash."""
-    shards = Path(shutil.copytree(run.parent / "shards", to / "shards"))
-    manifest = json.loads((shards / "manifest.json").read_text())
-    shard = manifest["splits"]["test"]["shards"][0]
-    index = np.frombuffer((shards / shard["index"]).read_bytes(), INDEX_DTYPE).copy()
-    offset, length = int(index[2]["offset"]), int(index[2]["length"])
-    with (shards / shard["tar"]).open("r+b") as tar:
-        tar.seek(offset)
-        tar.write(content)
-        tar.seek(offset)
-        index[2]["sha256"] = np.frombuffer(hashlib.sha256(tar.read(length)).digest(), np.uint8)
-    if is_in_index:
-        (shards / shard["index"]).write_bytes(index.tobytes())
-        shard["index_sha256"] = hashlib.sha256(index.tobytes()).hexdigest()
-        (shards / "manifest.json").write_text(json.dumps(manifest))
-    return shards
-
-
 @pytest.mark.parametrize(
     ("content", "is_in_index", "reason"),
     [(b"flipped", False, "do not have the sha256 of the index"), (b"no image at all", True, "unreadable: ")],
@@ -169,7 +148,9 @@ def damage(run: Path, to: Path, content: bytes, *, is_in_index: bool) -> Path:
 def test_damage_ends_an_evaluation_in_the_same_words(
     run: Path, server: DecodeServer, tmp_path: Path, content: bytes, is_in_index: bool, reason: str
 ) -> None:
-    shards = ShardSet(Manifest.load(damage(run, tmp_path, content, is_in_index=is_in_index)))
+    folder = Path(shutil.copytree(run.parent / "shards", tmp_path / "shards"))
+    overwrite_image(folder, content, fix_index=is_in_index)
+    shards = ShardSet(Manifest.load(folder))
     classifier, words = Classifier.load(run, device="cpu"), []
     for workers in (THREADS, Workers(2, server)):
         with pytest.raises(DamagedSampleError) as refused:
