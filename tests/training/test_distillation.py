@@ -116,11 +116,18 @@ def test_the_teacher_sees_what_the_student_sees_and_stays_as_it_is(teacher: Path
     assert (logits.grad != 0).all()
 
 
+def test_a_teacher_of_another_size_is_named(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size, found in ((32, False), (48, True)):  # the teacher's card has 32
+        settings = settings_file.parse("", [f"train.teacher={teacher}", "data.image_size=96", f"data.eval_size={size}"])
+        load_teacher(settings, startup.start_runtime(settings), CLASSES)
+        assert ("evaluated at 32 px, this run at 48 px" in capsys.readouterr().out) == found
+
+
 def test_loading_a_teacher_draws_no_random_numbers(teacher: Path) -> None:
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
     runtime = startup.start_runtime(settings)
     state = torch.get_rng_state()
-    found = load_teacher(settings.train, runtime, CLASSES, settings.model)
+    found = load_teacher(settings, runtime, CLASSES)
     assert torch.equal(torch.get_rng_state(), state)
     assert found.sha256 == load_bundle(teacher)[0].hashes.weights
     assert f", taught by {teacher} (resnet18, val/macro_f1 50.00% at step 120, {found.sha256[:12]})" in found.words
@@ -138,11 +145,11 @@ def test_a_teacher_of_other_classes_or_colours_is_refused(teacher: Path) -> None
     settings = settings_file.parse("", [f"train.teacher={teacher}"])
     runtime = startup.start_runtime(settings)
     with pytest.raises(BundleError, match=r"the classes glass, metal, paper, and the run's are metal, glass, paper,"):
-        load_teacher(settings.train, runtime, ("metal", "glass", "paper"), settings.model)
+        load_teacher(settings, runtime, ("metal", "glass", "paper"))
     other = replace(CARD, preprocessing=replace(CARD.preprocessing, std=(0.5, 0.5, 0.5)))
     save_bundle(teacher, other, random_weights())
     with pytest.raises(BundleError, match=r"std \[0.5, 0.5, 0.5\], and the run uses"):
-        load_teacher(settings.train, runtime, CLASSES, settings.model)
+        load_teacher(settings, runtime, CLASSES)
 
 
 @pytest.mark.parametrize("folder", ["runs/a", "runs/a/model", "./runs/b/../a"])

@@ -306,8 +306,8 @@ class Train(_Section):
     data.balance 1 it has no effect."""
     teacher: Location = ""
     """Knowledge distillation: folder of a run or model with the same classes. The network also learns the teacher's
-    outputs for the augmented images. Empty: off. The teacher's architecture and image size may differ; its calibration
-    is not used."""
+    outputs for the augmented images. Empty: off. The teacher's architecture may differ; its calibration is not used. It
+    sees the images of this run, so it should have learned at their size."""
     teacher_weight: Fraction = 0.5
     """Fraction of the loss that is the distance from the teacher's outputs; the rest is the loss of the labels."""
     teacher_temperature: Positive = 2.0

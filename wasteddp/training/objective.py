@@ -215,16 +215,16 @@ class Distilled(nn.Module):
         return total + self._weight * self._temperature**2 * distance
 
 
-def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], student: Model) -> NoTeacher | Teacher:
+def load_teacher(settings: Settings, runtime: Runtime, classes: Sequence[str]) -> NoTeacher | Teacher:
     """Load the teacher of the settings; with train.teacher_weight 0 there is no teacher. All ranks.
 
     Args:
         classes: the classes of the run, in the order of its network's outputs.
-        student: settings of the network that learns.
 
     Raises:
         BundleError: on every rank: see `load_network`; or its classes or its normalisation differ from the run's.
     """
+    asked, student = settings.train, settings.model
     if not asked.teacher or not asked.teacher_weight:
         return NoTeacher()
     with runtime.sharing_errors():
@@ -232,6 +232,12 @@ def load_teacher(asked: Train, runtime: Runtime, classes: Sequence[str], student
         _refuse_unfit_teacher(asked.teacher, card, classes, student)
     layout = torch.channels_last if student.channels_last else torch.contiguous_format
     network = network.to(device=runtime.device, memory_format=layout)  # type: ignore[call-overload]
+    theirs, ours = card.preprocessing.image_size_px, settings.data.eval_size_px
+    if theirs != ours:
+        runtime.say(
+            f"the teacher was evaluated at {theirs} px, this run at {ours} px: it sees the images of this run, and may "
+            "know less of objects of another size; a teacher that learned at this run's size teaches better"
+        )
     trained = card.trained
     words = (
         f", taught by {asked.teacher} ({card.arch}, {trained.metric} {trained.value:.2%} at step {trained.step}, "
@@ -263,7 +269,7 @@ class Objective:
         self._mix = Mixing(settings.run.seed, num_classes, settings.augment.mixup, settings.augment.cutmix)
         counts, shares = data.train.samples_per_class, data.share_of_classes
         loss = build_loss(settings.train, counts, share_of_classes=shares).to(runtime.device)
-        self.teacher = load_teacher(settings.train, runtime, data.manifest.classes, settings.model)  # all ranks
+        self.teacher = load_teacher(settings, runtime, data.manifest.classes)  # all ranks
         self._loss = self.teacher.extend_loss(loss)
         depth = settings.model.stochastic_depth
         self._depth = StochasticDepth(model, depth, settings.run.seed) if depth else None
