@@ -20,8 +20,8 @@ import wasteddp
 from wasteddp.cli import main
 from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
-from wasteddp.inference.any_classifier import save_policy
 from wasteddp.inference.bundle import read_card, save_bundle
+from wasteddp.inference.policy_files import ChosenPolicy, save_policy
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,7 +130,7 @@ def test_a_fork_of_a_loaded_model_is_refused_instead_of_waiting_for_ever(
 
 def test_a_policy_decides(bundle: Path, photos: list[Path], tmp_path: Path) -> None:
     policy = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.9, 0.05, 0.95, 0.04, 50, 40, 0))
-    save_policy(tmp_path / "policy.json", policy, read_card(bundle), tta="none", chosen_on="val")
+    save_policy(tmp_path / "policy.json", ChosenPolicy(policy, "val"), read_card(bundle), tta="none")
     answers = wasteddp.load(bundle, policy=tmp_path / "policy.json").predict(photos)
     for answer in answers:
         expected = ("person", "doubt") if answer.probability < 0.9 else (BINS[answer.class_name], "")

@@ -22,8 +22,9 @@ from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, rgb_of
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError
 from wasteddp.files import expand_home, read_regular
-from wasteddp.inference.any_classifier import AnyClassifier, load_classifier, load_policy
+from wasteddp.inference.any_classifier import AnyClassifier, load_classifier
 from wasteddp.inference.metrics import as_float
+from wasteddp.inference.policy_files import load_policy
 from wasteddp.inference.prediction_files import decisions_of
 from wasteddp.parallel import in_order, num_usable_cores
 

@@ -12,8 +12,8 @@ from small_run import BINS, CARD, CLASSES, random_weights
 
 from wasteddp.decisions.decide import BinRules, Policy
 from wasteddp.decisions.thresholds import ErrorThreshold
-from wasteddp.inference.any_classifier import save_policy
 from wasteddp.inference.bundle import save_bundle
+from wasteddp.inference.policy_files import ChosenPolicy, save_policy
 from wasteddp.sharding.build import Job, Options, make_shards
 
 NUM_VAL = 12
@@ -40,7 +40,7 @@ def write_exported_run(folder: Path) -> Path:
     card = save_bundle(run / "model", card, weights)
     (run / "settings.yaml").write_text(f"data:\n  shards: {folder / 'shards'}\n")
     policy = Policy(BinRules.of_map(BINS, CLASSES), ErrorThreshold(0.6, 0.05, 0.95, 0.04, 50, 40, 0))
-    save_policy(run / "policy.json", policy, card, tta="none", chosen_on="val")
+    save_policy(run / "policy.json", ChosenPolicy(policy, "val"), card, tta="none")
     return run
 
 

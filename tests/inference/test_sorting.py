@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,8 @@ from small_run import CARD, CLASSES, random_weights, write_images, write_shards
 from wasteddp import cli
 from wasteddp.decisions.decide import BinRules, Hazard, choose_policy
 from wasteddp.errors import DecisionError
-from wasteddp.inference.any_classifier import load_policy, save_policy
 from wasteddp.inference.bundle import save_bundle
+from wasteddp.inference.policy_files import ChosenPolicy, load_policy, save_policy
 from wasteddp.inference.sorting import _lines, decisions_record, measure_policy
 
 BINS = "name: Example city\nclasses: {glass: round bin, metal: flat bin, paper: flat bin}\ncosts: {person: 0.4}\n"
@@ -65,8 +66,8 @@ def test_evaluate_names_where_items_go_and_predict_decides_by_it(
     found = [row["decision"] for row in rows]
     assert {name: found.count(name) for name in counts} == counts, "predict decides as evaluate did"
     assert cli.main(["evaluate", str(run)]) == 0
-    assert f"removed: {policy} of the evaluation before; --bins FILE writes one" in capsys.readouterr().out
-    assert not policy.exists()
+    assert policy.exists(), "predict may use it"
+    assert not policy.with_name("decisions.json").exists(), "this evaluation made no decisions"
     for row, entry in zip(rows, entries, strict=True):
         of_bin = {"round bin": float(row["p_glass"]), "flat bin": float(row["p_metal"]) + float(row["p_paper"])}
         assert float(row["bin_probability"]) == pytest.approx(max(of_bin.values()), abs=1e-5)
@@ -94,12 +95,48 @@ def test_thresholds_are_chosen_on_the_split_that_is_named(run: Path, capsys: pyt
     for refused, said in (
         ([*given, "--choose-on", "train"], "the model was trained on the images of train"),
         ([*given[:4], "--choose-on", "test"], "--choose-on test was given without --bins and --max-error"),
+        ([*given[:4], "--confidence", "0.9"], "--confidence was given without --max-error"),
+        ([*given, "--choose-on", "night"], "has no images in a split called 'night'; its splits: train, val"),
+        ([*given, "--policy", str(run / "policy.json")], "--policy was given with --max-error"),
         ([*given[:-1], "0.001"], "no threshold on 12 images"),
     ):
         with pytest.raises(SystemExit):
             cli.main(refused)
         assert said in capsys.readouterr().err
     assert "at most 99" not in card.read_text(), "its decisions were removed with the evaluation"
+
+
+def test_a_policy_is_measured_on_another_split_and_on_the_set_of_another_site(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", str(run), "--max-error", "0.99"]) == 0
+    policy = Path(shutil.copy(run / "evaluations" / "test" / "policy.json", tmp_path / "policy.json"))
+    first = json.loads((run / "evaluations" / "test" / "decisions.json").read_text())
+    options = ["evaluate", str(run), "--policy", str(policy)]
+    assert cli.main(options) == 0
+    again = json.loads((run / "evaluations" / "test" / "decisions.json").read_text())
+    assert again == first
+    assert (run / "evaluations" / "test" / "policy.json").read_bytes() == policy.read_bytes()
+    assert cli.main([*options, "--split", "val"]) == 0
+    assert "the thresholds were chosen on these images of val" in " ".join(capsys.readouterr().out.split())
+    photos = run.parent / "images" / "test"
+    site = ["shard", str(photos), "--out", str(tmp_path / "site"), "--classes-from", str(run), "--fractions", "0,1,0"]
+    assert cli.main(site) == 0
+    capsys.readouterr()
+    assert cli.main([*options, "--split", "val", "--shards", str(tmp_path / "site")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the thresholds were chosen on these images" not in said
+    record = json.loads((run / "evaluations" / "val" / "decisions.json").read_text())
+    assert (record["chosen_on"], record["items"]) == ("val of shards", 10)
+    assert record["policy"] == first["policy"]
+    for words, found in (
+        (["--images", str(photos), "--policy", str(policy)], "--policy was given with --images"),
+        (["--images", str(photos), "--split", "val"], "--split was given with --images"),
+        (["--images", str(photos), "--confidence", "0.9"], "--confidence was given with --images"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", str(run), *words])
+        assert found in capsys.readouterr().err
 
 
 def test_names_are_printed_as_they_are(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +187,7 @@ def test_a_policy_is_the_same_after_it_was_saved_and_only_for_its_model(tmp_path
     val, test = evaluation(0, 1000), evaluation(1, 3000)
     policy = choose_policy(rules, val.labels, val.probabilities_NK, max_error=0.05)
     path = tmp_path / "policy.json"
-    save_policy(path, policy, CARD, tta="none", chosen_on="val")
+    save_policy(path, ChosenPolicy(policy, "val"), CARD, tta="none")
     again = load_policy(path, CARD, tta="none")
     one, other = policy.decide(test.probabilities_NK), again.decide(test.probabilities_NK)
     np.testing.assert_array_equal(one.assigned, other.assigned)
@@ -179,7 +216,7 @@ def test_a_threshold_that_is_no_share_is_refused(number: str, tmp_path: Path) ->
     val = evaluation(0, 1000)
     policy = choose_policy(rules, val.labels, val.probabilities_NK, max_error=0.05)
     path = tmp_path / "policy.json"
-    save_policy(path, policy, CARD, tta="none", chosen_on="val")
+    save_policy(path, ChosenPolicy(policy, "val"), CARD, tta="none")
     for threshold in (policy.error.threshold, policy.hazards["paper"].threshold):  # type: ignore[union-attr]
         text = path.read_text()
         path.write_text(text.replace(f'"threshold": {threshold}', f'"threshold": {number}'))

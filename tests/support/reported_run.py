@@ -17,7 +17,7 @@ from wasteddp.cli import main
 from wasteddp.decisions.decide import BinRules, Hazard, choose_policy
 from wasteddp.decisions.intervals import SampleGroups
 from wasteddp.inference.bundle import read_card
-from wasteddp.inference.sorting import decisions_record
+from wasteddp.inference.sorting import decisions_record, dependent_groups
 
 STEPS_PER_EPOCH = 20
 
@@ -86,7 +86,7 @@ def write_decisions(run: Path, *, groups: int = 0, **change: Any) -> dict[str, A
         split="test",
         chosen_on="val",
         groups=None if numbers is None else SampleGroups("column site", numbers),
-        chosen_groups=None if numbers is None else SampleGroups("column site", numbers),
+        chosen_groups=None if numbers is None else dependent_groups(SampleGroups("column site", numbers)),
     )
     (run / "evaluations" / "test" / "decisions.json").write_text(json.dumps(record | change))
     return record

@@ -98,11 +98,9 @@ def add_compute(command: argparse.ArgumentParser) -> None:
 
 
 def add_tta(command: argparse.ArgumentParser) -> None:
-    from wasteddp.inference.tta import VIEWS
-
     command.add_argument(
         "--tta",
-        choices=tuple(VIEWS),
+        choices=("none", "flip", "flips"),  # of `any_classifier.VIEWS`, whose import would take a tenth of a second
         default="none",
         help="test-time augmentation: the mean over the image and its mirror image (flip, twice the time) or over all "
         "four flips (flips, four times the time)",

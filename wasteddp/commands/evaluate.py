@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from wasteddp.commands.arguments import Commands, add_compute, add_decoders, add_run, add_tta, keywords, share, to_path
-from wasteddp.commands.runs import save_report
+from wasteddp.commands.runs import refuse_confidence_alone, save_report
 from wasteddp.errors import SettingsError
 
 _ONLY_OF_IMAGES = ("name", "classes", "class_folders", "ignore", "encoding")
+_ONLY_OF_SPLITS = ("bins", "max_error", "policy", "choose_on", "confidence", "split")
 
 
 def add(commands: Commands) -> None:
@@ -19,7 +20,7 @@ def add(commands: Commands) -> None:
         "them in RUN/evaluations/SPLIT/. On several GPUs: accelerate launch --multi_gpu -m wasteddp.cli evaluate RUN.",
     )
     add_run(command)
-    command.add_argument("--split", default="test", help="split to evaluate on (default: %(default)s)")
+    command.add_argument("--split", help="split to evaluate on (default: test)")
     _add_images(command)
     decisions = command.add_argument_group("decisions: docs/decisions.md")
     decisions.add_argument("--bins", type=to_path, metavar="FILE", help="YAML of bins, hazards and costs")
@@ -31,14 +32,19 @@ def add(commands: Commands) -> None:
         "evaluation split, with a guarantee",
     )
     decisions.add_argument(
-        "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
+        "--confidence", type=share, metavar="P", help="of the guarantee of --max-error (default: 0.95)"
     )
     decisions.add_argument(
         "--choose-on",
-        default="",
         metavar="SPLIT",
         help="split to choose the thresholds on (default: data.eval_split of the run; the best checkpoint was selected "
         "on it, so the guarantee is better on another one)",
+    )
+    decisions.add_argument(
+        "--policy",
+        type=to_path,
+        metavar="FILE",
+        help="policy.json of this model: measure its bins and thresholds, also on a set of another site with --shards",
     )
     add_compute(command)
     add_decoders(command)
@@ -87,17 +93,31 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             "it would have no effect: no threshold is chosen",
             "give --bins FILE or --max-error E too, or leave it out",
         )
-    saved = evaluate_run(**{name: value for name, value in given.items() if name not in _ONLY_OF_IMAGES})
-    if saved and decides and (arguments.run_folder / "metrics.jsonl").is_file():  # not of an average
+    refuse_confidence_alone(arguments)
+    if arguments.policy and decides:
+        raise SettingsError(
+            f"--policy was given with --{'bins' if arguments.bins else 'max-error'}",
+            "a policy has its bins and thresholds already",
+            "leave one of them out",
+        )
+    here = {name: value for name, value in given.items() if name not in _ONLY_OF_IMAGES and value is not None}
+    saved = evaluate_run(**here)
+    is_run = (arguments.run_folder / "metrics.jsonl").is_file()  # not an average
+    if saved and is_run and (decides or arguments.policy):
         save_report([arguments.run_folder])
 
 
 def _evaluate_images(arguments: argparse.Namespace) -> None:
-    if arguments.bins or arguments.max_error is not None:
+    given = [name for name in _ONLY_OF_SPLITS if getattr(arguments, name) is not None]
+    if given:
         raise SettingsError(
-            f"--{'bins' if arguments.bins else 'max-error'} was given with --images",
-            "it would have no effect: decisions are measured on splits of a shard set",
-            "leave it out, or shard these images: wasteddp shard IMAGES --out SET --classes-from RUN --fractions 0,0,1",
+            f"--{given[0].replace('_', '-')} was given with --images",
+            "it would have no effect: decisions are measured on splits of a shard set"
+            if given[0] != "split"
+            else "it would have no effect: all images of the folder are evaluated",
+            "leave it out, or shard these images and measure a policy on them: "
+            "wasteddp shard IMAGES --out SET --classes-from RUN --fractions 0,0,1; "
+            "wasteddp evaluate RUN --shards SET --policy FILE",
         )
     from wasteddp.inference.evaluate_images import ImagesOptions, run
 

@@ -16,6 +16,7 @@ from wasteddp.commands.arguments import (
     to_path,
     words,
 )  # fmt: skip
+from wasteddp.errors import SettingsError
 from wasteddp.files import expand_home
 
 
@@ -90,16 +91,26 @@ def _add_report(commands: Commands) -> None:
     )
     command.add_argument("--max-error", type=share, metavar="E", help="with --bins: as in `evaluate`")
     command.add_argument(
-        "--confidence", type=share, default=0.95, metavar="P", help="of the guarantee (default: %(default)s)"
+        "--confidence", type=share, metavar="P", help="of the guarantee of --max-error (default: 0.95)"
     )
     command.add_argument(
-        "--choose-on", default="", metavar="SPLIT", help="with --bins: as in `evaluate` (default: the evaluation split)"
+        "--choose-on", metavar="SPLIT", help="with --bins: as in `evaluate` (default: the evaluation split)"
     )
     command.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    save_report(**keywords(arguments))
+    refuse_confidence_alone(arguments)
+    save_report(**{name: value for name, value in keywords(arguments).items() if value is not None})
+
+
+def refuse_confidence_alone(arguments: argparse.Namespace) -> None:
+    if arguments.confidence is not None and arguments.max_error is None:
+        raise SettingsError(
+            "--confidence was given without --max-error",
+            "it would have no effect: a hazard has a confidence of its own in the file of bins",
+            "give --max-error E too, or leave it out",
+        )
 
 
 def save_report(*arguments: Any, **named: Any) -> None:

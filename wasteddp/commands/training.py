@@ -174,6 +174,13 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     if arguments.out:
         sets.append(f"run.out={arguments.out}")
+    for option, key in (("--out", "run.out"), ("--from", "model.weights")):
+        if any(one.startswith(f"{key}=") for one in sets) and any(one.startswith(f"{key}=") for one in arguments.set):
+            raise SettingsError(
+                f"{option} and --set {key}=... are both given",
+                f"one of them would have no effect: {option} sets {key}",
+                "leave one of them out",
+            )
     arguments.set = [*sets, *arguments.set]
     more = {"ACCELERATE_USE_CPU": "true"} if arguments.cpu else {}
     is_launched = bool(os.environ.get("RANK"))  # by srun, torchrun or Accelerate: this is one of their processes

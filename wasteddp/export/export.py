@@ -30,12 +30,12 @@ from wasteddp.export import runtimes, weights
 from wasteddp.export.parity import MOST_NAMED, U8, Reference, Run, compare_answers, compare_pixels, read_reference
 from wasteddp.export.runtimes import Exported
 from wasteddp.files import make_folder, sha256_of, sync_file, sync_folder, temporary_folder, write_atomically
-from wasteddp.inference.any_classifier import load_policy
 from wasteddp.inference.bundle import CARD_NAME, BundleCard, find_bundle, load_bundle, read_card, remove_old
 from wasteddp.inference.classifier import Classifier, network_of
 from wasteddp.inference.evaluate import check_classes, data_of, evaluate_split
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.onnx_classifier import OnnxClassifier, metadata_of
+from wasteddp.inference.policy_files import load_policy
 from wasteddp.settings import Data
 from wasteddp.training.features import choose_samples
 

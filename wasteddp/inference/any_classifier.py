@@ -3,10 +3,14 @@
 A classifier gives batches of one shape, answers and unlikeness. It is loaded by the kind of its path: a run's or a
 bundle's folder, or an ONNX file.
 
-policy.json has the bins and thresholds that `wasteddp evaluate --bins` chose. `model/features-<sha256>.safetensors` is
-the summary of training images' features. The card names its sha256, so the card's own sha256 covers it. A bundle
-without it, as older versions of wasteddp wrote them, is whole too: its predictions then do not have the unlikeness. New
-weights drop it: it belongs to the old ones.
+`model/features-<sha256>.safetensors` is the summary of training images' features. The card names its sha256, so the
+card's own sha256 covers it. A bundle without it, as older versions of wasteddp wrote them, is complete too: its
+predictions then do not have the unlikeness. New weights drop it: it belongs to the old ones.
+
+VIEWS are those of test-time augmentation. Probabilities are averaged, not logits, so that a view in which the model is
+uncertain counts for less. Source: Krizhevsky et al. 2012, "ImageNet Classification with Deep Convolutional Neural
+Networks", section 4.1, which averages the softmax over crops and their mirror images. All four flips are used because
+waste on a belt has no upright orientation.
 
 Legend: B images, S side of the view, K classes, D features: the inputs of the network's last layer.
 """
@@ -14,13 +18,12 @@ Legend: B images, S side of the view, K classes, D features: the inputs of the n
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +33,7 @@ from safetensors.numpy import load, save
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.decisions.decide import Policy
 from wasteddp.decisions.unlikeness import TrainingFeatures
-from wasteddp.errors import BundleError, DecisionError
+from wasteddp.errors import BundleError
 from wasteddp.files import read_regular, write_atomically
 from wasteddp.inference.bundle import (
     CARD_NAME,
@@ -48,9 +51,17 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Outputs = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
+Axes = tuple[int, ...]
+
+# The axes of [B, C, H, W] that each view flips. The number of views is a power of two. Flipping the image swaps
+# neighbours or halves of this list, so the sum in pairs is the same to the last bit for an image and its flipped copy.
+VIEWS: dict[str, tuple[Axes, ...]] = {
+    "none": ((),),
+    "flip": ((), (3,)),
+    "flips": ((), (3,), (2,), (2, 3)),
+}
+
 HOW_TO_ADD_FEATURES = "add them with: wasteddp features RUN"
-_POLICY_FORMAT = "wasteddp-policy"
-_POLICY_VERSION = 1
 
 
 class AnyClassifier(ABC):
@@ -169,53 +180,6 @@ def load_classifier(
     from wasteddp.inference.classifier import Classifier
 
     return Classifier.load(path, device=device, batch_size=batch_size, tta=tta)
-
-
-def save_policy(path: Path, policy: Policy, card: BundleCard, *, tta: str, chosen_on: str) -> None:
-    """Write the bins and thresholds, with what they belong to: the weights, the temperature and the views."""
-    content = {
-        "format": _POLICY_FORMAT,
-        "format_version": _POLICY_VERSION,
-        "model": made_for(card, tta),
-        "chosen_on": chosen_on,
-        **policy.to_json(),
-    }
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def load_policy(path: Path, card: BundleCard, *, tta: str) -> Policy:
-    """Read a policy of this model with these views.
-
-    Raises:
-        DecisionError: the file is not a policy, or another model's.
-    """
-    try:
-        raw = json.loads(read_regular(path))
-        if raw["format"] != _POLICY_FORMAT or raw["format_version"] != _POLICY_VERSION:
-            raise ValueError("its format is another one")
-        written_for, policy = dict(raw["model"]), Policy.from_json(raw)
-        policy.decide(np.full((1, len(policy.rules.classes)), 0.0))  # its thresholds are numbers, or a TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as failure:
-        raise DecisionError(
-            f"{path} is not a policy of wasteddp: {failure}",
-            "items would go into wrong bins, or nowhere",
-            "write it with: wasteddp evaluate RUN --bins FILE",
-        ) from failure
-    now = made_for(card, tta)
-    if written_for != now or policy.rules.classes != card.classes:
-        others = {name: value for name, value in now.items() if written_for.get(name) != value}
-        differs = [f"{name} {written_for.get(name)!r} instead of {value!r}" for name, value in others.items()]
-        raise DecisionError(
-            f"{path} was made for another model: {', '.join(differs) or 'other classes'}",
-            "its thresholds promise nothing for these probabilities",
-            "write it again with: wasteddp evaluate RUN --bins FILE, and the same --tta as here",
-        )
-    return policy
-
-
-def made_for(card: BundleCard, tta: str) -> dict[str, Any]:
-    """Return all that changes the probabilities which the thresholds were chosen on."""
-    return {"weights": card.hashes.weights, "temperature": card.temperature, "tta": tta}
 
 
 def save_features(path: str | Path, features: TrainingFeatures, *, weights: str) -> BundleCard:

@@ -24,9 +24,8 @@ from wasteddp.data.decoding.crop import EvaluationView, View, normalise, pixel_v
 from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.decisions.unlikeness import TrainingFeatures
 from wasteddp.errors import BundleError, LaunchError
-from wasteddp.inference.any_classifier import AnyClassifier, load_features
+from wasteddp.inference.any_classifier import VIEWS, AnyClassifier, load_features
 from wasteddp.inference.bundle import BundleCard, load_bundle
-from wasteddp.inference.tta import VIEWS
 from wasteddp.model.networks import build_shapes, head_name
 
 # On two cores, ResNet50 at 224 px classifies 15-20 images/s at any batch size from 1 to 64. A single image takes the

@@ -37,8 +37,9 @@ from wasteddp.inference.comparison import compare, near_by_hashes, near_by_manif
 from wasteddp.inference.evaluation_files import Evaluation, print_evaluation, save_evaluation
 from wasteddp.inference.metrics import Answers, Mistakes, Reliability, Seen, confusion_matrix, summarise
 from wasteddp.inference.model_card.file import write_model_card
+from wasteddp.inference.policy_files import ChosenPolicy, read_policy
 from wasteddp.inference.ranks import Ranks, join_ranks
-from wasteddp.inference.sorting import report_policy
+from wasteddp.inference.sorting import dependent_groups, report_policy
 from wasteddp.order.plan import PADDING, EvaluationPlan
 from wasteddp.parallel import progress
 from wasteddp.settings import Data, plain_yaml
@@ -74,6 +75,7 @@ def evaluate_run(
     max_error: float | None = None,
     confidence: float = 0.95,
     choose_on: str = "",
+    policy: Path | None = None,
 ) -> bool:
     """Evaluate a run's model, print and save in `RUN/evaluations/<split>/`. With a launcher, the processes share it.
 
@@ -88,9 +90,11 @@ def evaluate_run(
         max_error: with it or with `bins`, thresholds are chosen on one split, and measured on `split`.
         confidence: with which `max_error` must hold.
         choose_on: split to choose the thresholds on; "": the run's evaluation split.
+        policy: policy.json to measure, in the place of `bins` and `max_error`.
 
     Raises:
-        DecisionError: the file of bins is wrong, or there are too few images for a guarantee.
+        DecisionError: the file of bins or the policy is wrong, there are too few images for a guarantee, or the set has
+            no images to choose thresholds on.
     """
     with join_ranks() as ranks:
         device = ranks.device(device)
@@ -105,46 +109,69 @@ def evaluate_run(
                     f"choose them on another split, such as {data.eval_split}",
                 )
             rules = (load_bins(bins, classes) if bins else _rules_of_set(classifier.card)) if decides else None
+            given = read_policy(policy, classifier.card, tta=tta) if policy else None
             with dataset.open_dataset(data) as shard_set:
                 console = Console(quiet=not ranks.is_main)
-                evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
-                chosen_on, chosen = choose_on or data.eval_split, evaluation
+                manifest, chosen_on = shard_set.manifest, choose_on or data.eval_split
                 chooses = rules is not None and (max_error is not None or bool(rules.hazards))
+                if chooses:
+                    _refuse_without_split(manifest, chosen_on)
+                evaluation = evaluate_split(classifier, shard_set, split, console, decoders, ranks)
+                chosen = evaluation
                 if chooses and split != chosen_on:
                     chosen = evaluate_split(classifier, shard_set, chosen_on, Console(quiet=True), decoders, ranks)
                 if not ranks.is_main:  # no collectives from here on
                     return False
                 near = _near(shard_set, split, data.train_split, evaluation, look=near_duplicates)
-                policy_path = run_folder / "evaluations" / split / "policy.json"
-                had_policy = policy_path.exists()
-                _report(run_folder, split, classifier, shard_set.manifest, evaluation, near, console)
+                _report(run_folder, split, classifier, manifest, evaluation, near, console)
                 try:
                     if rules:
-                        policy = choose_policy(
-                            rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
+                        given = ChosenPolicy(
+                            choose_policy(
+                                rules, chosen.labels, chosen.probabilities_NK, max_error=max_error, level=confidence
+                            ),
+                            chosen_on,
+                            dependent_groups(chosen.groups) if chooses else None,
+                            manifest.name,
+                            manifest.sha256,
                         )
-                        folder, card = run_folder / "evaluations" / split, classifier.card
+                    if given:
                         report_policy(
-                            folder, policy, evaluation, card, console,
-                            tta=tta, chosen_on=chosen_on, chosen_groups=chosen.groups if chooses else None,
-                            selected=chosen_on == data.eval_split,
-                        )  # fmt: skip
-                        if chooses and split == chosen_on:
+                            run_folder / "evaluations" / split,
+                            given,
+                            evaluation,
+                            classifier.card,
+                            console,
+                            tta=tta,
+                            set_sha256=manifest.sha256,
+                            selected=given.chosen_on == data.eval_split,
+                        )
+                        has_thresholds = given.policy.error is not None or given.policy.hazards
+                        if has_thresholds and split == given.chosen_on_in(manifest.sha256):
                             console.print(
                                 f"warning: the thresholds were chosen on these images of {split}, so the figures here "
                                 "are too good: evaluate another split too",
                                 style="yellow", markup=False, highlight=False, soft_wrap=True,
                             )  # fmt: skip
-                finally:
-                    if had_policy and not policy_path.exists():
-                        console.print(
-                            f"removed: {policy_path} of the evaluation before; --bins FILE writes one",
-                            style="yellow", markup=False, highlight=False, soft_wrap=True,
-                        )  # fmt: skip
-                    # also without a policy: the one before is removed, and the card must not state it
-                    line = write_model_card(run_folder, manifest=shard_set.manifest)
+                finally:  # also without decisions: the card must not state those of the evaluation before
+                    line = write_model_card(run_folder, manifest=manifest)
                     console.print(line, markup=False, highlight=False, soft_wrap=True)
     return True
+
+
+def _refuse_without_split(manifest: Manifest, chosen_on: str) -> None:
+    """Refuse to choose thresholds on a split that the set does not have.
+
+    Raises:
+        DecisionError: it has none of this name, or no images in it.
+    """
+    others = [split.name for split in manifest.splits.values() if split.num_samples]
+    if chosen_on not in others:
+        raise DecisionError(
+            f"{manifest.where} has no images in a split called {chosen_on!r}; its splits: {joined(others)}",
+            "there would be no images to choose the thresholds on",
+            "name a split with --choose-on, or measure thresholds that were chosen before with --policy FILE",
+        )
 
 
 def _rules_of_set(card: BundleCard) -> BinRules:

@@ -6,11 +6,12 @@
         confusion.png      a plot of the same
         predictions.csv    each image: true class, predicted class, probability of each class; unlikeness and number of
                            its group, if known
-        decisions.json, policy.json    with --bins or --max-error: see `sorting`; written last
+        decisions.json     with --bins, --max-error or --policy: see `sorting`; written last
+        policy.json        with them too; stays until another policy is written, because `predict` may use it
 
 Training also writes the first two, of its best model on its evaluation split; only `wasteddp evaluate` writes the
-others. metrics.json is removed first and written last: a folder that has it is complete, and all its files are from one
-evaluation. The files do not depend on the time: the same model and images give the same bytes.
+others. metrics.json is removed first and written last: a folder that has it is complete, and all its files except
+policy.json are from one evaluation. The files do not depend on the time: the same model and images give the same bytes.
 
 The plot is drawn by matplotlib without a display and without its global state (no pyplot).
 """
@@ -41,7 +42,7 @@ from wasteddp.inference.metrics import F32, I64, Metrics, Mistake, Seen, percent
 FORMAT = "wasteddp-evaluation"
 FORMAT_VERSION = 1
 _FILES = (
-    "metrics.json", "confusion.csv", "confusion.png", "predictions.csv", "decisions.json", "policy.json",
+    "metrics.json", "confusion.csv", "confusion.png", "predictions.csv", "decisions.json",
 )  # fmt: skip
 _LARGEST_PRINTED_MATRIX = 12  # classes: wider ones do not fit in 80 columns
 _LONGEST_NAME = 28  # characters; longer names would take more space than the matrix

@@ -28,9 +28,8 @@ from wasteddp.data.decoding.decode import ImageHWC
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import BundleError, LaunchError, missing_extra, print_warning
 from wasteddp.files import read_regular, sha256_of
-from wasteddp.inference.any_classifier import AnyClassifier, Outputs, read_features
+from wasteddp.inference.any_classifier import VIEWS, AnyClassifier, Outputs, read_features
 from wasteddp.inference.bundle import BundleCard, parse_card
-from wasteddp.inference.tta import VIEWS
 from wasteddp.parallel import num_usable_cores
 
 BATCH_SIZE = 8  # as `inference.classifier` on a CPU

@@ -19,7 +19,8 @@ from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.file_loader import Unreadable, file_views
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError, inert, storage
-from wasteddp.inference.any_classifier import AnyClassifier, is_onnx, load_classifier, load_policy
+from wasteddp.inference.any_classifier import AnyClassifier, is_onnx, load_classifier
+from wasteddp.inference.policy_files import load_policy
 from wasteddp.inference.prediction_files import (
     Answer,
     Failure,

@@ -26,10 +26,10 @@ from wasteddp.decisions.sorting import measure_bins, per_thousand
 from wasteddp.decisions.thresholds import in_words, is_promised, no_promise, outcome, risk_coverage
 from wasteddp.errors import inert
 from wasteddp.files import read_regular, write_atomically
-from wasteddp.inference.any_classifier import made_for, save_policy
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.evaluation_files import Evaluation, ReliabilityRecord, plain
 from wasteddp.inference.metrics import Answers, Reliability, percent
+from wasteddp.inference.policy_files import ChosenPolicy, made_for, save_policy
 
 RECORD_FORMAT = "wasteddp-decisions"
 RECORD_VERSION = 1
@@ -118,7 +118,7 @@ def decisions_record(
     split: str,
     chosen_on: str,
     groups: SampleGroups | None,
-    chosen_groups: SampleGroups | None,
+    chosen_groups: Mapping[str, Any] | None,
     selected: bool = True,
 ) -> dict[str, Any]:
     """Return the content of decisions.json.
@@ -126,48 +126,56 @@ def decisions_record(
     Args:
         model: what the probabilities depend on.
         groups: of these samples.
-        chosen_groups: of the samples that the thresholds were chosen on.
+        chosen_groups: `dependent_groups` of the samples that the thresholds were chosen on.
         selected: the best checkpoint was selected on the split that the thresholds were chosen on.
     """
-    dependent = chosen_groups is not None and chosen_groups.num_groups < len(chosen_groups.numbers_N)
     return {
         "format": RECORD_FORMAT,
         "format_version": RECORD_VERSION,
         "model": dict(model),
         "policy": policy.to_json(),
         "chosen_on": chosen_on,
-        "chosen_groups": chosen_groups.to_json() if chosen_groups and dependent else None,
+        "chosen_groups": dict(chosen_groups) if chosen_groups else None,
         "selected": selected,
         **measure_policy(policy, labels, probabilities_NK, split=split, groups=groups),
     }
 
 
+def dependent_groups(groups: SampleGroups | None) -> dict[str, Any] | None:
+    """Return `groups` as plain values; None if no sample depends on another one."""
+    return groups.to_json() if groups and groups.num_groups < len(groups.numbers_N) else None
+
+
 def report_policy(
     folder: Path,
-    policy: Policy,
+    chosen: ChosenPolicy,
     evaluation: Evaluation,
     card: BundleCard,
     console: Console,
     *,
     tta: str,
-    chosen_on: str,
-    chosen_groups: SampleGroups | None,
+    set_sha256: str,
     selected: bool,
 ) -> None:
-    """Write decisions.json and policy.json, and print the main figures. See `decisions_record`."""
+    """Write decisions.json and policy.json, and print the main figures. See `decisions_record`.
+
+    Args:
+        set_sha256: of the manifest of the set that was evaluated.
+    """
+    policy = chosen.policy
     record = decisions_record(
         policy,
         evaluation.labels,
         evaluation.probabilities_NK,
         model=made_for(card, tta),
         split=evaluation.seen.split,
-        chosen_on=chosen_on,
+        chosen_on=chosen.chosen_on_in(set_sha256),
         groups=evaluation.groups,
-        chosen_groups=chosen_groups,
+        chosen_groups=chosen.chosen_groups,
         selected=selected,
     )
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    save_policy(folder / "policy.json", policy, card, tta=tta, chosen_on=chosen_on)
+    save_policy(folder / "policy.json", chosen, card, tta=tta)
     write_atomically(folder / "decisions.json", text.encode("utf-8", "backslashreplace"))
     console.print(_table(record["bins"], title=f"bins of {plain(policy.rules.name or 'the shard set')}"))
     for line in _lines(record):

@@ -26,7 +26,8 @@ from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError, inert, print_warning
 from wasteddp.files import open_regular
 from wasteddp.inference.answered_files import AnsweredCsv, AnsweredFile, AnsweredJsonLines, Photo
-from wasteddp.inference.any_classifier import AnyClassifier, load_classifier, load_policy
+from wasteddp.inference.any_classifier import AnyClassifier, load_classifier
+from wasteddp.inference.policy_files import load_policy
 from wasteddp.inference.prediction_files import Answer, Failure, Terminal, decisions_of, refuse_one_file
 from wasteddp.parallel import in_order, num_usable_cores
 from wasteddp.sharding.sources.files import Walked, walk

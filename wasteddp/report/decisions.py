@@ -17,7 +17,7 @@ from wasteddp.errors import RunError
 from wasteddp.inference.bundle import BundleCard
 from wasteddp.inference.metrics import percent
 from wasteddp.inference.prediction_files import SavedPredictions, read_predictions
-from wasteddp.inference.sorting import decisions_record
+from wasteddp.inference.sorting import decisions_record, dependent_groups
 from wasteddp.report.charts import Mark, scale_marks, scaled_path
 from wasteddp.report.evaluations import Share, reliability_bars
 from wasteddp.report.run_record import RunRecord, ticks
@@ -235,7 +235,7 @@ def decide_again(
             split=split,
             chosen_on=chosen_on,
             groups=_groups(predictions, record),
-            chosen_groups=chosen_groups,
+            chosen_groups=dependent_groups(chosen_groups),
         )
     return replace(one, decisions=decisions, notes=(*one.notes, *notes))
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from wasteddp.errors import LaunchError, SettingsError, missing_extra, print_line, print_warning
 from wasteddp.files import read_text
-from wasteddp.inference.any_classifier import load_classifier, load_policy
+from wasteddp.inference.any_classifier import load_classifier
+from wasteddp.inference.policy_files import load_policy
 from wasteddp.serve.batches import Batches, Limits
 from wasteddp.serve.kept import KeptPhotos
 from wasteddp.serve.metrics import Metrics
