@@ -27,7 +27,13 @@ fi
 bash launch/install.sh
 
 if [ -n "${IMAGES:-}" ]; then
-  name=$(basename "$images"); name=${name%%.*}
+  name=$(basename "$images")
+  if [ ! -d "$images" ]; then name=$(sed -E 's/\.(zip|csv|tar|tgz|(tar\.)?(gz|bz2|xz|zst))$//I' <<< "$name"); fi
+  while [ "${name#.}" != "$name" ]; do name=${name#.}; done # a hidden folder
+  if [ -z "$name" ] || [ "$name" = / ]; then
+    printf 'error: %s has no name\n  so: its shards would have none\n  do: set IMAGES to a folder below it\n' "$images" >&2
+    exit 2
+  fi
   shards=${OUT:+$OUT/}shards/$name run=${OUT:+$OUT/}runs/quickstart-$name
   say "sharding $images"
   wasteddp shard "$images" --out "$shards" "${overwrite[@]}"

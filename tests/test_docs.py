@@ -42,3 +42,10 @@ def test_the_names_of_code_md_are_defined_where_it_says() -> None:
         code = (ROOT / "wasteddp" / path).read_text()
         for name in re.findall(r"`(\w+)`", names):
             assert re.search(rf"^(?:def |class )?{name}\b", code, re.MULTILINE), f"{path} does not define {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_remarks_on_commands_are_comments(page: Path) -> None:
+    programs = r"(?:wasteddp|python3?|pip|bash|accelerate|torchrun|sbatch|[A-Z_]+=\S+)"
+    found = re.findall(rf"^    {programs} \S.*? {{3,}}[^ #|].*$", page.read_text(), re.MULTILINE)
+    assert not found, "a command must run as it is copied"

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError, rgb_of
+from wasteddp.data.decoding.formats import IN_WORDS
 from wasteddp.decisions.decide import Policy
 from wasteddp.errors import SourceError
 from wasteddp.files import expand_home, read_regular
@@ -173,7 +174,7 @@ def _view(classifier: AnyClassifier, numbered: tuple[int, Any]) -> ImageHWC:
         raise SourceError(
             f"input {number}{name} cannot be read: {reason}",
             "it would have no answer, and the others would belong to other inputs",
-            "leave it out, or give JPEG, PNG, WebP, GIF, BMP or TIFF",
+            f"leave it out, or give {IN_WORDS}",
         ) from error
     what = f"array of {one.dtype} {list(one.shape)}" if isinstance(one, np.ndarray) else type(one).__name__
     raise SourceError(

@@ -348,6 +348,8 @@ def test_a_backslash_that_is_part_of_a_name_stays(image_folder: Callable[..., Pa
     ("text", "message"),
     [
         ("file,class\n1.jpg,a\n", "has 1 rows and the columns file, class"),
+        ("path,label\n1.jpg,a,,\n2.jpg,glass,brown\n", "line 3, has 3 cells, and the first line 2"),
+        ("path,label,Label\n1.jpg,a,b\n", "two columns called 'label'"),
         ("path,label\n1.jpg,a\n1.jpg,b\n", "line 3: '1.jpg','b','' is listed twice"),
         ("path,label,split\n1.jpg,a,holdout\n", "line 2: .*'holdout' .*unknown split"),
         ("path,label,split\n1.jpg,a,train\n2.jpg,b,\n", "1 of 2 rows have no split"),

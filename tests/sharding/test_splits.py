@@ -159,6 +159,13 @@ def test_trashnets_lists_give_splits_whatever_the_order_of_their_numbers(tmp_pat
     assert [line.name for line in missing] == ["gone.jpg"]
 
 
+def test_list_files_are_found_by_words_of_their_names(tmp_path: Path) -> None:
+    for name in ("latest", "interval", "trainlist01", "Validation-set", "test_images"):
+        (tmp_path / f"{name}.txt").touch()
+    found = {split: file.stem for split, file in splits.find_list_files(tmp_path).items()}
+    assert found == {"train": "trainlist01", "val": "Validation-set", "test": "test_images"}
+
+
 def test_lists_without_numbers_and_names_with_spaces_are_read(tmp_path: Path) -> None:
     listed = lists(tmp_path, train="a/my 1.jpg\nb/my 1.jpg 7\n")
     result, _, _ = splits.apply_lists(layout("x/a/my 1.jpg", "x/b/my 1.jpg"), listed)
@@ -193,7 +200,7 @@ def test_lists_that_contradict_are_refused(tmp_path: Path, train: str, test: str
 
 
 def test_split_files_are_a_folder_or_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"holds no \*train\*.txt"):
+    with pytest.raises(SourceError, match=r"holds no \.txt file with the word train in its name"):
         splits.parse_split_files([str(tmp_path)])
     assert splits.parse_split_files(["train=a.txt", "valid=b.txt"]) == {"train": Path("a.txt"), "val": Path("b.txt")}
     for wrong in (["train=a", "holdout=b"], ["val=a"], ["train=a", "train=b"], ["nowhere"]):

@@ -54,11 +54,17 @@ def to_path(text: str) -> Path:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as 0.7,0.15,0.15") from None
 
 
 def integers(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in text.split(","))
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, such as 1,2,4") from None
 
 
 def words(text: str) -> tuple[str, ...]:

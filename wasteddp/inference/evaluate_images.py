@@ -26,6 +26,7 @@ from rich.console import Console
 
 from wasteddp.data import dataset
 from wasteddp.data.decoding.decode import ImageHWC, UndecodableError
+from wasteddp.data.decoding.formats import IN_WORDS
 from wasteddp.decisions.unlikeness import UNLIKE_FROM
 from wasteddp.errors import LaunchError, SettingsError, SourceError, inert, joined, print_line, visible
 from wasteddp.files import temporary_folder
@@ -168,7 +169,7 @@ def evaluate_images(
         raise SourceError(
             f"none of the {len(images)} images can be read; the first: {unreadable[0][0]}: {unreadable[0][1]}",
             "there is nothing to measure",
-            "name images that can be read: JPEG, PNG, WebP, GIF, BMP or TIFF",
+            f"name images that can be read: {IN_WORDS}",
         )
     labels = np.array([classes.index(image.class_name) for image in read], np.int32)
     probabilities_NK = np.concatenate(probabilities)

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
 
+from wasteddp.data.decoding.formats import IMAGE_SUFFIXES, IN_WORDS
 from wasteddp.data.decoding.workers import Workers, start_workers
 from wasteddp.data.file_loader import Unreadable, file_views
 from wasteddp.decisions.decide import Policy
@@ -33,7 +34,7 @@ from wasteddp.inference.prediction_files import (
     refuse_one_file,
 )  # fmt: skip
 from wasteddp.sharding.sources.files import ARCHIVES, Names, Walked, walk
-from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES, is_image
+from wasteddp.sharding.sources.layout import is_image
 
 _KINDS = dict.fromkeys(ARCHIVES, "an archive") | dict.fromkeys((".csv", ".tsv"), "a table")
 
@@ -85,7 +86,7 @@ def predict_files(
         raise SourceError(
             f"none of the {terminal.num_failed} files could be classified; the reasons are listed above",
             "there is no result",
-            "name images that can be read: JPEG, PNG, WebP, GIF, BMP or TIFF",
+            f"name images that can be read: {IN_WORDS}",
         )
 
 

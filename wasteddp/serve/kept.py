@@ -21,7 +21,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from wasteddp.data.decoding.formats import is_jpeg, open_image
+from wasteddp.data.decoding.formats import SUFFIXES_OF, is_jpeg, open_image
 from wasteddp.decisions.decide import PERSON, Policy
 from wasteddp.errors import SettingsError, StorageError, print_line, print_warning, storage
 from wasteddp.files import make_folder, open_descriptor, read_rows, try_lock_or_warn, write_atomically
@@ -30,13 +30,6 @@ from wasteddp.inference.prediction_files import Answer, json_entry
 
 ROWS = "kept.jsonl"
 RESULTS = ("kept", "repeated", "full", "busy", "failed")
-_SUFFIXES = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "TIFF": ".tif",
-    "HEIF": ".heic",
-    "JPEG2000": ".jp2",
-}  # others: the format's name
 _PENDING_BYTES = 64 << 20
 _UNFINISHED = re.compile(r"[0-9a-f]{64}\.\w+\.tmp")  # of `write_atomically`
 
@@ -196,4 +189,4 @@ def _suffix(data: bytes) -> str:
         return ".jpg"
     with open_image(data) as image:
         name = image.format or ""
-    return _SUFFIXES.get(name, f".{name.lower()}")
+    return SUFFIXES_OF[name][0] if name in SUFFIXES_OF else f".{name.lower()}"

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from wasteddp.data.decoding.decode import UndecodableError, check_image
+from wasteddp.data.decoding.formats import IMAGE_SUFFIXES
 from wasteddp.data.manifest import LeftOut
 from wasteddp.errors import ShardError, WastedError, storage
 from wasteddp.files import open_regular, read_at, sha256_of
 from wasteddp.sharding.scan import MAX_FILE_BYTES
 from wasteddp.sharding.sources.archives import BoundedTarInfo, tar_members
 from wasteddp.sharding.sources.files import is_ignored
-from wasteddp.sharding.sources.layout import IMAGE_SUFFIXES
 
 _USUAL_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # others count only in a sample without one of these
 _OTHER_EXTENSIONS = tuple(sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - set(_USUAL_EXTENSIONS)))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from wasteddp.errors import SourceError, visible
 from wasteddp.files import expand_home, read_text
-from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, Layout, SourceImage
+from wasteddp.sharding.sources.layout import SPLIT_WORDS, SPLITS, Layout, SourceImage, split_words
 
 _LABELLED_LINE = re.compile(r"(.*[^\s,;])[\s,;]+(\d{1,9})")  # glass/a.jpg 3
 DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
@@ -221,14 +221,14 @@ class ListedImage:
 
 
 def find_list_files(folder: Path) -> dict[str, Path]:
-    """Find the list files in a folder: `*train*.txt`, `*val*.txt`, `*test*.txt`; at most one of each, at least train.
+    """Find the list files in a folder: those with a word such as train, val or test in their names, at least train.
 
     Raises:
         SourceError: there are several for one split, or there is none for train.
     """
     found: dict[str, Path] = {}
     for split in SPLITS:
-        files = sorted(file for file in folder.glob("*.txt") if split in file.stem.lower())
+        files = sorted(file for file in folder.glob("*.txt") if split in split_words(file.stem))
         if len(files) > 1:
             raise SourceError(
                 f"{folder} holds {len(files)} lists for {split}: {', '.join(file.name for file in files)}",
@@ -239,7 +239,7 @@ def find_list_files(folder: Path) -> dict[str, Path]:
             found[split] = files[0]
     if "train" not in found:
         raise SourceError(
-            f"{folder} holds no *train*.txt",
+            f"{folder} holds no .txt file with the word train in its name",
             "there would be nothing to train on",
             "name the files: --split-files train=FILE val=FILE test=FILE",
         )

@@ -24,13 +24,26 @@ Image.MAX_IMAGE_PIXELS = None  # `decode` has a limit of its own
 # A profile or XMP of some megabytes is not a bomb. The limit on all of them together, 64 MB, stays.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
-# The formats of photographs. Pillow has forty more; one of them, EPS, is a program that Ghostscript would run.
+# The formats of photographs, by Pillow's names, and the suffixes of their files; the first one is given to new files.
+# Pillow has forty more; one of them, EPS, is a program that Ghostscript would run. docs/inputs.md lists them for users.
+# HEIC, HEIF and AVIF may have no decoder here. Their files are then left out as unreadable, not ignored.
+SUFFIXES_OF = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".mpo"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k"),
+    "HEIF": (".heic", ".heif"),
+}
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
+IN_WORDS = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF or HEIC"
 Image.init()
-_FORMATS: list[str] = [
-    name
-    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
-    if name in Image.OPEN
-]
+_FORMATS: list[str] = [name for name in SUFFIXES_OF if name in Image.OPEN]
 # Source: ISO/IEC 23008-12, brands of the ftyp box
 _BRANDS = re.compile(rb"....ftyp.{0,64}?(avif|avis|heic|heix|hevc|hevx|heim|heis|mif1|msf1)", re.DOTALL)
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import yaml
 
+from wasteddp.data.decoding.formats import IMAGE_SUFFIXES
 from wasteddp.errors import SourceError, inert, joined, visible
 from wasteddp.files import expand_home, read_text
 from wasteddp.sharding.sources.files import MISSING, File, Names, PathsSource, Source, advise
@@ -41,14 +42,9 @@ SPLIT_WORDS = {
 _MAX_SHOWN = 5
 _LETTERS = re.compile(r"[^\W\d_]+")
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t])[,;\t]*\r?\n", re.IGNORECASE)
-_SPLIT_WORD = re.compile(rf"({'|'.join(SPLIT_WORDS)})(set|data|images?|imgs?)?")
+_SPLIT_WORD = re.compile(rf"({'|'.join(SPLIT_WORDS)})(set|data|images?|imgs?|list|files?)?")
 
 ClassFolders = Literal["", "outer", "inner"]  # "": not known
-
-# HEIC, HEIF and AVIF may have no decoder here. They are then left out as unreadable, not ignored.
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .mpo .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split()  # noqa: SIM905
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +183,7 @@ def read_csv(path: Path, doing: str, *, unknown: str) -> tuple[list[str], dict[i
         unknown: consequence for the message if it is not a CSV.
 
     Raises:
-        SourceError: the file is not a CSV.
+        SourceError: the file is not a CSV, a column is there twice, or a row has more cells than the first line.
     """
     text = read_text(path, doing)
     if hint := _SEPARATOR_LINE.match(text):  # Excel's own line for the separator
@@ -197,9 +193,19 @@ def read_csv(path: Path, doing: str, *, unknown: str) -> tuple[list[str], dict[i
     try:
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
         table.fieldnames = columns = [name.strip().lower() for name in table.fieldnames or []]
-        return columns, dict(enumerate(table, start=first)), separator
+        rows = dict(enumerate(table, start=first))
     except csv.Error as error:
         raise SourceError(f"{path} is not a CSV file: {error}", unknown, "save it again as CSV") from error
+    if twice := next((name for name in columns if name and columns.count(name) > 1), ""):
+        raise SourceError(f"{path} has two columns called {twice!r}", unknown, "remove or rename one of them")
+    for number, row in rows.items():
+        if is_filled(row.get(None)):  # the cells after the last column
+            raise SourceError(
+                f"{path}, line {number}, has {len(columns) + len(row[None])} cells, and the first line {len(columns)}",
+                "it is not known which cell belongs to which column",
+                f"put a cell that contains {separator!r} in quotes, or name all columns in the first line",
+            )
+    return columns, rows, separator
 
 
 def read_table(
