@@ -24,10 +24,15 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
     "on Debian and Ubuntu run: apt-get install python3-venv, then the same command again"
 
 echo "installing into .venv (several minutes on a slow network; PyTorch with CUDA takes 6 GB of disk)"
+index=.venv/.torch-index # of the torch that is installed; any build of the same version would satisfy pip
+if [ "$(cat "$index" 2>/dev/null)" != "${TORCH_INDEX_URL:-}" ]; then
+  .venv/bin/pip uninstall --quiet --yes torch torchvision 2>/dev/null
+fi
 if [ -n "${TORCH_INDEX_URL:-}" ]; then
   # both from the same index: a torch and a torchvision of different builds do not import together
   .venv/bin/pip install --quiet -c launch/constraints.txt --index-url "$TORCH_INDEX_URL" torch torchvision
 fi
 .venv/bin/pip install --quiet -c launch/constraints.txt -e ".${extra:+[$extra]}"
+echo "${TORCH_INDEX_URL:-}" >"$index"
 echo "$wanted" >"$stamp"
 if [ -n "$extra" ]; then echo "$wanted" >.venv/.installed; fi
