@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
@@ -122,12 +123,28 @@ def test_requests_share_batches_and_a_policy_decides(
     monkeypatch.setattr(classifier, "answers", lambda views: (sizes.append(len(views)), real(views))[1])
 
     async def talk(client: httpx.AsyncClient) -> Any:
-        return await asyncio.gather(*(client.post("/predict", content=path.read_bytes()) for path in photos[:4]))
+        sent = (client.post("/predict", content=path.read_bytes()) for path in photos[:4])
+        return await asyncio.gather(*sent), await client.get("/metrics")
 
-    found = serve(talk, limits=Limits(wait_s=60.0), policy=POLICY)  # a full batch does not wait
+    found, metrics = serve(talk, limits=Limits(wait_s=60.0), policy=POLICY)  # a full batch does not wait
     assert sizes == [4]
-    for response in found:
-        assert response.json()["answers"][0]["decision"] in {*BINS.values(), "person"}
+    answers = [response.json()["answers"][0] for response in found]
+    assert {answer["decision"] for answer in answers} <= {*BINS.values(), "person"}
+    for name, values in (
+        ("classes_total{class", [answer["class"] for answer in answers]),
+        ("decisions_total{decision", [answer["decision"] for answer in answers]),
+    ):
+        lines = {f'wasteddp_{name}="{value}"}} {count}' for value, count in Counter(values).items()}
+        assert {line for line in metrics.text.splitlines() if line.startswith(f"wasteddp_{name}")} == lines
+
+
+def test_names_and_unlike_images_in_the_metrics() -> None:
+    metrics = Metrics()
+    for unlike in (None, 94.9, 95.0, 100.0):
+        metrics.count_answer('a "b"\\\n\udc80', None, unlike)
+    lines = metrics.text(num_waiting=0, num_batches=0).splitlines()
+    assert 'wasteddp_classes_total{class="a \\"b\\"\\\\\\n\\\\udc80"} 4' in lines
+    assert "wasteddp_unlike_total 2" in lines
 
 
 def test_images_that_cannot_be_read_have_an_error_and_the_others_an_answer(serve: Serve, photos: list[Path]) -> None:

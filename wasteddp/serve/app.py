@@ -159,7 +159,11 @@ def create_app(
                 raise one
             if keep and not isinstance(one, BaseException):
                 keep.offer(data, one)
-            metrics.count_image("unreadable" if isinstance(one, BaseException) else "answered")
+            if isinstance(one, BaseException):
+                metrics.count_unreadable()
+            else:
+                decision = one.decision.bin if one.decision else None
+                metrics.count_answer(card.classes[int(one.probabilities.argmax())], decision, one.unlike)
             entry = json_entry(Failure(name, str(one)) if isinstance(one, BaseException) else one, card)
             entries.append({"name": entry.pop("path"), **entry})
         if all(entry["error"] for entry in entries):

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import accumulate
 
+from wasteddp.decisions.unlikeness import UNLIKE_FROM
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CLOSED = ("too many", "waiting", "answering")  # as in `connections`
 _BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -20,6 +22,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._requests, self._images, self._closed = Counter[int](), Counter[str](), Counter[str]()
+        self._classes, self._decisions, self._num_unlike = Counter[str](), Counter[str](), 0
         self.num_connections = 0
         self._in_bucket, self._sum_s = [0] * (len(_BOUNDS_S) + 1), 0.0
 
@@ -36,8 +39,21 @@ class Metrics:
         self._in_bucket[bisect_left(_BOUNDS_S, seconds)] += 1
         self._sum_s += seconds
 
-    def count_image(self, result: str) -> None:
-        self._images[result] += 1
+    def count_unreadable(self) -> None:
+        self._images["unreadable"] += 1
+
+    def count_answer(self, class_name: str, decision: str | None, unlike: float | None) -> None:
+        """Count an answered image, so that a change of what the camera sees can raise an alarm.
+
+        Args:
+            decision: a bin or a person; None: there is no policy.
+            unlike: percentile of the image's unlikeness; None: not known.
+        """
+        self._images["answered"] += 1
+        self._classes[class_name] += 1
+        self._num_unlike += unlike is not None and unlike >= UNLIKE_FROM
+        if decision is not None:
+            self._decisions[decision] += 1
 
     def count_closed(self, why: str) -> None:
         """Count a connection that the server has ended: a reason in `CLOSED`."""
@@ -58,6 +74,12 @@ class Metrics:
             *(f'wasteddp_requests_total{{status="{status}"}} {count}' for status, count in requests),
             *_about("images_total", "counter", "Images by result."),
             *(f'wasteddp_images_total{{result="{name}"}} {self._images[name]}' for name in images),
+            *_about("classes_total", "counter", "Answered images by their most probable class."),
+            *(f"wasteddp_classes_total{{class={_quoted(name)}}} {count}" for name, count in self._classes.items()),
+            *_about("decisions_total", "counter", "Answered images by decision: a bin or a person."),
+            *(f"wasteddp_decisions_total{{decision={_quoted(n)}}} {count}" for n, count in self._decisions.items()),
+            *_about("unlike_total", "counter", f"Answered images of an unlikeness of {UNLIKE_FROM:g} or more."),
+            f"wasteddp_unlike_total {self._num_unlike}",
             *_about("batches_total", "counter", "Batches that were computed."),
             f"wasteddp_batches_total {num_batches}",
             *_about("images_waiting", "gauge", "Images that were taken and not answered."),
@@ -77,6 +99,12 @@ class Metrics:
             lines += _about("doubtful_total", "counter", "Doubtful photos by result of keeping them.")
             lines += [f'wasteddp_doubtful_total{{result="{name}"}} {count}' for name, count in doubtful.items()]
         return "\n".join(lines) + "\n"
+
+
+def _quoted(name: str) -> str:
+    """Return a label's value. A byte that is not UTF-8 is written as an escape."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return '"' + text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") + '"'
 
 
 def _about(name: str, kind: str, text: str) -> tuple[str, str]:
