@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from wasteddp.data.remote.cache import ShardCache
 from wasteddp.data.remote.folder import Patience, RemoteFolder, Stopped, is_url, never
 from wasteddp.data.remote.prefetch import Fetcher
 from wasteddp.data.tars import RemoteTars
-from wasteddp.errors import DamagedShardError, SettingsError, ShardError, storage
+from wasteddp.errors import DamagedShardError, SettingsError, ShardError, StoppedError, WastedError, storage
 from wasteddp.files import read_regular, write_atomically
 
 if TYPE_CHECKING:
@@ -136,11 +136,14 @@ def open_dataset(data: Data, *, rank: int = 0, stopped: Stopped = never) -> Iter
 
     Raises:
         ShardError: there is no set, or it cannot be reached.
-        SettingsError: the URL or the cache's folder is wrong.
+        SettingsError: the URL or the cache's folder is wrong, or `data.staged` is a copy of another set.
         StoppedError: see `stopped`.
     """
-    if data.staged or not is_url(data.shards):
-        yield ShardSet(choose_fold(Manifest.load(data.staged or data.shards), data.fold))
+    if data.staged:
+        yield ShardSet(choose_fold(_staged(data, stopped), data.fold))
+        return
+    if not is_url(data.shards):
+        yield ShardSet(choose_fold(Manifest.load(data.shards), data.fold))
         return
     patience = Patience(data.read_timeout_s, data.read_attempts, rank)
     with ExitStack() as stack:
@@ -283,6 +286,45 @@ def read_groups(manifest: Manifest, read: Callable[[str], bytes] | None = None) 
             "make the set again with `wasteddp shard --overwrite`",
         ) from error
     return Groups(record["rule"], tuple(names), of_tar)
+
+
+def _staged(data: Data, stopped: Stopped) -> Manifest:
+    """Return the manifest of the copy. It must be that of `data.shards` where that can be read.
+
+    Raises:
+        SettingsError: there is no copy, or it is one of another set.
+    """
+    if not Path(data.staged).is_dir():
+        raise SettingsError(
+            f"data.staged is {data.staged}, and there is no such folder on this machine",
+            f"there is no copy of {data.shards} to read",
+            "leave data.staged empty, with --set data.staged= to read data.shards itself",
+        )
+    manifest = Manifest.load(data.staged)
+    original = _sha256_of_original(data, stopped)
+    if original and original != manifest.sha256:
+        raise SettingsError(
+            f"data.staged, {data.staged}, is not a copy of data.shards, {data.shards}: the sha256 of its "
+            f"{MANIFEST_NAME} is {manifest.sha256[:12]} and not {original[:12]}",
+            "the images of another set would be read",
+            "leave data.staged empty (--set data.staged=), or copy data.shards there again",
+        )
+    return manifest
+
+
+def _sha256_of_original(data: Data, stopped: Stopped) -> str:
+    """Return the sha256 of the manifest at `data.shards`; '' if it cannot be read, which a copy is there for."""
+    try:
+        if is_url(data.shards):
+            with closing(RemoteFolder(data.shards, Patience(data.read_timeout_s, attempts=1))) as folder:
+                content = folder.read(MANIFEST_NAME, stopped=stopped)
+        else:
+            content = read_regular(Path(data.shards) / MANIFEST_NAME)
+    except StoppedError:
+        raise
+    except (OSError, WastedError):
+        return ""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _manifest(folder: RemoteFolder, cache: Path, stopped: Stopped) -> Manifest:

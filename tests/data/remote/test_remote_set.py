@@ -63,6 +63,23 @@ def test_it_reads_what_the_folder_holds_and_fetches_each_file_once(
         assert server.asked["manifest.json"] == attempt + 1
 
 
+@pytest.mark.parametrize("of", ["folder", "url"])
+def test_a_copy_is_read_instead_of_its_set_and_refused_for_another(
+    server: FaultyServer, data: Callable[..., Data], small_shards: Path, tmp_path: Path, of: str
+) -> None:
+    settings = data(staged=str(tmp_path / "copy"), shards=server.url if of == "url" else str(small_shards))
+    with pytest.raises(SettingsError, match="there is no such folder on this machine"):
+        dataset.open_dataset(settings).__enter__()
+    shutil.copytree(small_shards, tmp_path / "copy")
+    for original in (settings.shards, f"{settings.shards}/gone"):  # a copy is also for a set that cannot be reached
+        with dataset.open_dataset(settings.model_copy(update={"shards": original})) as shards:
+            assert shards.manifest.folder == tmp_path / "copy"
+    manifest = tmp_path / "copy" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(SettingsError, match=r"is not a copy of data\.shards"):
+        dataset.open_dataset(settings).__enter__()
+
+
 def steps_of(reader: SplitReader, plan: TrainPlan, *, in_flight: int, rank: int = 0, world_size: int = 1) -> list[int]:
     """Take every step of two epochs, read all its samples, and return them."""
     steps = training_steps(plan, 0, 2 * plan.steps_per_epoch, rank=rank, world_size=world_size)
