@@ -158,7 +158,9 @@ def _add_train(commands: Commands) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     sets = list[str]()
     if arguments.weights_of:
-        arguments.config = arguments.config or str(_settings_of(arguments.weights_of))
+        if not arguments.config:
+            arguments.config = str(_settings_of(arguments.weights_of))
+            sets.append("data.staged=")  # a copy on the disk of the node on which that run was trained
         sets.append(f"model.weights={arguments.weights_of}")
         if not (arguments.out or any(value.startswith("run.out=") for value in arguments.set)):
             raise SettingsError(

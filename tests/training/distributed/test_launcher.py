@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small_run import CLASSES, write_images
 from trainings import PROGRAM, ROOT, config_of, rows
 
-from wasteddp import cli, train
+from wasteddp import cli, settings, train
 from wasteddp.inference.bundle import load_bundle
 from wasteddp.sharding.build import Job, Options, make_shards
 from wasteddp.training.distributed import launcher
@@ -143,6 +143,19 @@ def test_a_new_run_needs_a_folder_of_its_own(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "--from", str(tmp_path)])
     assert f"--out {tmp_path}-2" in capsys.readouterr().err
+
+
+def test_a_new_run_does_not_read_the_old_runs_copy_of_its_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy on a node's disk is of the old set."""
+    (tmp_path / "settings.yaml").write_text("data: {shards: old, staged: /local/old}")
+    lines: list[list[str]] = []
+    monkeypatch.setattr(launcher, "launch", lambda line, num, more: lines.append(list(line)) or 0)
+    assert cli.main(["train", "--cpu", "--from", str(tmp_path), "--out", "x", "--set", "data.shards=new"]) == 0
+    given = launcher.parser(None).parse_args(lines[0])
+    data = settings.load(given.config, given.set).data
+    assert (data.shards, data.staged) == ("new", "")
 
 
 def test_a_wrong_argument_is_reported_before_torch_is_imported() -> None:
