@@ -14,31 +14,23 @@
 # sbatch --array=0-4 slurm/train.sh ...              five seeds: run.seed is the element's number
 # SWEEP=FILE sbatch --array=1-3 slurm/train.sh ...   line n of FILE has additional arguments for element n
 #
-# The run's folder is run.out as set, or RUN_OUT, or runs/<job name>-<job id>; an element uses a subfolder.
+# The arguments are those of `wasteddp train`. The run's folder is --out or run.out as set, or RUN_OUT, or
+# runs/<job name>-<job id>; an element uses a subfolder.
 source slurm/common.sh || exit 2       # submit it from the checkout, or with --chdir=CHECKOUT
 
-# --- the run: its arguments, its settings, its folder -----------------------------------------------------------------
-config='' given='' sets=()
+# --- the arguments, and the run's folder unless they set it -----------------------------------------------------------
 arguments=("$@")
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   if [ -n "${SWEEP:-}" ]; then
     line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP")
     [ -n "$line" ] || { say "error: $SWEEP has no line $SLURM_ARRAY_TASK_ID"; exit 2; }
-    eval "arguments+=($line)"          # a line is parsed like a command line, with quotes
+    # a line is parsed like a command line, with quotes
+    eval "arguments+=($line)" || { say "error: line $SLURM_ARRAY_TASK_ID of $SWEEP cannot be parsed: $line"; exit 2; }
   else
     arguments+=(--set "run.seed=$SLURM_ARRAY_TASK_ID")
   fi
 fi
-for ((i = 0; i < ${#arguments[@]}; i++)); do
-  case ${arguments[i]} in
-    --config) config=${arguments[i + 1]:-} ;;
-    --set) sets+=(--set "${arguments[i + 1]:-}")
-      case ${arguments[i + 1]:-} in run.out=*) given=${arguments[i + 1]#run.out=} ;; esac ;;
-  esac
-done
-RUN_OUT=${given:-${RUN_OUT:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}}
-RUN_OUT=$RUN_OUT${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}
-arguments+=(--set "run.out=$RUN_OUT")
+RUN_OUT=${RUN_OUT:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
 
 # --- nodes and processes, from Slurm ----------------------------------------------------------------------------------
 GPUS=${SLURM_GPUS_ON_NODE:-0}
@@ -57,7 +49,7 @@ unset "${!PET_@}" 2>/dev/null                   # torchrun would read options fr
 signal=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=\([^ ]*\).*/\1/p' "$0")}
 case $signal in *@*) WASTEDDP_WARNING_S=${signal##*@} ;; *) WASTEDDP_WARNING_S=60 ;; esac     # 60: Slurm's own default
 export WASTEDDP_WARNING_S
-say "$SLURM_JOB_NUM_NODES node(s) x $EACH process(es), $GPUS GPU(s) each, on $SLURM_JOB_NODELIST; run $RUN_OUT"
+say "$SLURM_JOB_NUM_NODES node(s) x $EACH process(es), $GPUS GPU(s) each, on $SLURM_JOB_NODELIST"
 
 step='' warned='' heard='' ended='' started='' code=0
 trap 'warned=1' USR1
@@ -93,18 +85,24 @@ try_again() {
   fi
 }
 
-# --- check the settings before all nodes are used ---------------------------------------------------------------------
-mkdir -p "$RUN_OUT" && rm -f "$RUN_OUT/RESUMABLE" "$RUN_OUT/MISTAKE"
-before=$(newest)
-settings=$( (on_nodes --nodes=1 python -m wasteddp.cli settings "$config" ${sets[@]+"${sets[@]}"}) )
+# --- check the arguments and the settings before all nodes are used ---------------------------------------------------
+# The program parses them. It prints one line: JOB, the run's folder, its shards, and the arguments of wasteddp/train.py.
+found=$( (on_nodes --nodes=1 python -m wasteddp.commands.slurm_job "$RUN_OUT" ${arguments[@]+"${arguments[@]}"}) )
 code=$?
 if [ "$code" = 2 ]; then
-  say "the settings have an error; not requeued"
+  say "the arguments or the settings have an error, its message is above; not requeued"
   exit 2
 fi
+eval "job=($(sed -n 's/^JOB //p' <<<"$found"))"
+if [ "$code" = 0 ] && [ ${#job[@]} = 0 ]; then code=1; fi
+FOLDER=${job[0]:-$RUN_OUT} shards=${job[1]:-}
+RUN_OUT=$FOLDER${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}
+arguments=(${job[@]+"${job[@]:2}"} --set "run.out=$RUN_OUT")
+say "the run is $RUN_OUT"
+mkdir -p "$RUN_OUT" && rm -f "$RUN_OUT/RESUMABLE" "$RUN_OUT/MISTAKE"
+before=$(newest)
 
 # --- copy the shards to each node's disk, if the site names one -------------------------------------------------------
-shards=$(sed -n "/^data:/,/^[a-z]/s/^  shards: '\\?\\([^']*\\)'\\?\$/\\1/p" <<<"$settings")
 if [ "$code" = 0 ] && [ -n "$LOCAL_DISK" ] && [ -f "$shards/manifest.json" ]; then
   copy=$LOCAL_DISK/$(basename "$shards")-$(sha256sum "$shards/manifest.json" | cut -c 1-12)
   run_step bash slurm/stage.sh "$shards" "$copy"

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 SLURM = "wasteddp/training/watchdog/slurm.py"
+JOB = "wasteddp/commands/slurm_job.py"
 FOLDER = "tests/slurm"
 LIMIT_S = 400  # for an event that never happens; a scene alone takes 60 s
 TRAIN, COMMON, SHARD, SITE, STAGE = (
@@ -146,20 +147,33 @@ LINES = (
     *template(
         "an_element_of_an_array_is_a_seed_or_a_line_of_the_sweep",
         (TRAIN, '--set "run.seed=$SLURM_ARRAY_TASK_ID"', "--set run.seed=1", "run.seed=1"),
-        (TRAIN, "RUN_OUT=$RUN_OUT${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}", ":", "run.out="),
-        (TRAIN, 'eval "arguments+=($line)"', "arguments+=($line)", "== .*--set"),
+        (TRAIN, "RUN_OUT=$FOLDER${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}", "RUN_OUT=$FOLDER", "run.out="),
+        (TRAIN, 'eval "arguments+=($line)"', "arguments+=($line)", r"== \['optimizer"),
+        (TRAIN, 'cannot be parsed: $line"; exit 2; }', 'cannot be parsed: $line"; }', "0 == 2"),
         (TRAIN, 'line $SLURM_ARRAY_TASK_ID"; exit 2; }', 'line $SLURM_ARRAY_TASK_ID"; }', "0 == 2"),
     ),
     *template(
-        "the_runs_folder_can_be_set_like_any_setting",
-        (TRAIN, "RUN_OUT=${given:-", "RUN_OUT=${none:-", "run.out="),
+        "arguments_may_be_written_in_every_way_that_the_program_takes",
+        (TRAIN, "FOLDER=${job[0]:-$RUN_OUT}", "FOLDER=$RUN_OUT", "run.out="),
+        (TRAIN, "shards=${job[1]:-}", "shards=shards/trashnet", "staged"),
+        (TRAIN, '${job[@]+"${job[@]:2}"}', "--config configs/quickstart.yaml", "--resume"),
+        (JOB, "shlex.quote(word).replace", "word.replace", "staged"),
     ),
     *template(
-        "a_mistake_in_the_settings_launches_nothing",
-        (TRAIN, '\ncode=$?\nif [ "$code" = 2 ]', '\ncode=0\nif [ "$code" = 2 ]', "0 == 2"),
+        "a_new_run_from_the_model_of_another",
+        (JOB, "    if not arguments.out:\n", "    if True:\n", "run.out="),
+        ("wasteddp/commands/training.py", 'sets.append("data.staged=")', "pass", "data.staged="),
     ),
     *template(
-        "a_job_that_was_not_submitted_from_the_checkout_says_so",
+        "a_mistake_launches_nothing_and_is_no_crash",
+        (TRAIN, '\ncode=$?\nif [ "$code" = 2 ]', '\ncode=0\nif [ "$code" = 2 ]', "1 == 2"),
+    ),
+    *template(
+        "a_check_that_could_not_run_is_a_crash",
+        (TRAIN, 'if [ "$code" = 0 ] && [ ${#job[@]} = 0 ]; then code=1; fi', ":", "crashed, exit code 1"),
+    ),
+    *template(
+        "a_job_that_was_not_submitted_from_the_checkout_reports_it",
         (TRAIN, "source slurm/common.sh || exit 2", "source slurm/common.sh", "== 2"),
     ),
     *template(
@@ -225,7 +239,7 @@ LINES = (
     *job(
         "a_sweep_has_a_folder_for_each_element_and_only_the_warned_one_is_requeued",
         (COMMON, 'scontrol requeue "$SELF"', 'scontrol requeue "${SELF%_*}"', "attempt [12]"),
-        (TRAIN, "RUN_OUT=$RUN_OUT${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}", ":", "."),
+        (TRAIN, "RUN_OUT=$FOLDER${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}", "RUN_OUT=$FOLDER", "."),
     ),
     *job(
         "a_crash_is_requeued_so_often_and_no_more",
@@ -242,7 +256,7 @@ LINES = (
     ),
     *job(
         "a_mistake_in_the_settings_ends_before_anything_is_launched",
-        (TRAIN, '\ncode=$?\nif [ "$code" = 2 ]', '\ncode=0\nif [ "$code" = 2 ]', "the settings have an error"),
+        (TRAIN, '\ncode=$?\nif [ "$code" = 2 ]', '\ncode=0\nif [ "$code" = 2 ]', "the settings have an error|=="),
     ),
     *job(
         "nodes_that_do_not_know_of_each_other_are_refused",

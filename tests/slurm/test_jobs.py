@@ -364,13 +364,14 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_and_not
 
 @pytest.mark.scenario("misspelt")
 def test_a_mistake_in_the_settings_ends_before_anything_is_launched(outcome: Callable[[str], Ran]) -> None:
-    """Guards the check of the settings in train.sh: without it every node starts a launcher first."""
+    """Guards the check of the arguments in train.sh: without it every node starts a launcher first."""
     ran = outcome("misspelt")
     assert ran.state == "FAILED"
     assert "did you mean 'train.epochs'?" in ran.text
-    assert "attempt 1: the settings have an error; not requeued" in ran.text
+    assert "attempt 1: the arguments or the settings have an error" in ran.text
+    assert "attempt 2" not in ran.text
     assert "launch.py" not in ran.text
-    assert not list(ran.run.iterdir())
+    assert not ran.run.exists()
 
 
 @pytest.mark.scenario("apart")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from wasteddp.training.distributed import launcher
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"
@@ -132,9 +135,11 @@ def test_the_world_size_is_that_of_slurm(
     assert after(words, "--machine_rank") == str(nodes - 1)  # the last node's own
     assert after(words, "--main_process_ip") == "n1"
     assert after(words, "--main_process_port") == "20017"
-    assert words[-3:] == [CONFIG, "--set", f"run.out={tmp_path / 'run'}"]
+    given = launcher.parser(None).parse_args(words[words.index("wasteddp/train.py") + 1 :])
+    assert given.config == CONFIG
+    assert given.set[-1] == f"run.out={tmp_path / 'run'}"
     steps = (tmp_path / "srun").read_text().split("\n\n")
-    assert "--nodes=1\n" in steps[0]  # the check of the settings
+    assert "--nodes=1\n" in steps[0]  # the check of the arguments
     assert f"--nodes={nodes}\n--ntasks={nodes}\n--ntasks-per-node=1\n--kill-on-bad-exit=1\n" in steps[1]
     assert "--cpus-per-task=4\n" in steps[1]
 
@@ -181,7 +186,7 @@ def test_every_step_runs_in_the_container_of_the_sites_example(
     site = example.replace(f"# {container}=", f"{container}=").replace("/images/wasteddp.", "/i/w.")
     done = template("--config", CONFIG, site=site, ENDS='kill -USR1 $$; pwd >"$NOTES/where"')
     assert done.returncode == 0, done.stderr
-    assert noted(tmp_path, "inside") == ["python", "accelerate"]  # the check of the settings, and the training
+    assert noted(tmp_path, "inside") == ["python", "accelerate"]  # the check of the arguments, and the training
     assert noted(tmp_path, "where") == [str(ROOT)]
     assert after(noted(tmp_path, "accelerate"), "--config") == CONFIG
     program = "srun" if container == "SRUN_OPTIONS" else "apptainer"
@@ -252,32 +257,88 @@ def test_a_warning_reaches_the_program_once_when_it_has_started(template: Templa
     assert noted(tmp_path, "heard") == ["1"]
 
 
+def sets_of(folder: Path) -> list[str]:
+    words = noted(folder, "accelerate")
+    return launcher.parser(None).parse_args(words[words.index("wasteddp/train.py") + 1 :]).set  # type: ignore[no-any-return]
+
+
 def test_an_element_of_an_array_is_a_seed_or_a_line_of_the_sweep(template: Template, tmp_path: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "2"}
     template("--config", CONFIG, **array)
-    words = noted(tmp_path, "accelerate")
-    assert words[-4:] == ["--set", "run.seed=2", "--set", f"run.out={tmp_path / 'run' / '2'}"]
+    assert sets_of(tmp_path)[-2:] == ["run.seed=2", f"run.out={tmp_path / 'run' / '2'}"]
     sweep = tmp_path / "sweep.txt"
-    sweep.write_text("--set optimizer.lr=0.1\n--set optimizer.lr=0.2 --set 'track.project=a b'\n")
+    sweep.write_text("--set optimizer.lr=0.1\n--set optimizer.lr=0.2 --set 'track.project=a b'\n--set 'x\n")
     template("--config", CONFIG, SWEEP=str(sweep), **array)
-    words = noted(tmp_path, "accelerate")
-    assert words[-6:-2] == ["--set", "optimizer.lr=0.2", "--set", "track.project=a b"]
-    done = template("--config", CONFIG, SWEEP=str(sweep), **{**array, "SLURM_ARRAY_TASK_ID": "3"})
-    assert done.returncode == 2
-    assert f"error: {sweep} has no line 3" in done.stdout
+    assert sets_of(tmp_path)[-3:-1] == ["optimizer.lr=0.2", "track.project=a b"]
+    for element, error in (("3", f"line 3 of {sweep} cannot be parsed: --set 'x"), ("4", f"{sweep} has no line 4")):
+        done = template("--config", CONFIG, SWEEP=str(sweep), **{**array, "SLURM_ARRAY_TASK_ID": element})
+        assert done.returncode == 2
+        assert f"error: {error}\n" in done.stdout
 
 
-def test_the_runs_folder_can_be_set_like_any_setting(template: Template, tmp_path: Path) -> None:
-    template("--config", CONFIG, "--set", f"run.out={tmp_path / 'mine'}")
-    assert noted(tmp_path, "accelerate")[-1] == f"run.out={tmp_path / 'mine'}"
+STAGING = """#!/bin/sh
+case "$1" in *stage.sh) shift; printf '%s\\n' "$@" >"$NOTES/staged" ;; *) exec /bin/bash "$@" ;; esac
+"""
+
+
+def test_arguments_may_be_written_in_every_way_that_the_program_takes(template: Template, tmp_path: Path) -> None:
+    """Only the program's own parser reads them: the shards to copy and the run's folder are those of the settings."""
+    config, shards = tmp_path / "mine 1.yaml", tmp_path / "my 'set'"
+    config.write_text(f"data: {{shards: {json.dumps(str(shards))}}}\n")
+    shards.mkdir()
+    (shards / "manifest.json").touch()
+    write_program(tmp_path / "bin" / "bash", STAGING)
+    site = f"LOCAL_DISK={tmp_path / 'disk'}"
+    done = template(f"--conf={config}", f"--set=run.out={tmp_path / 'mine'}", "--resume=never", site=site)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert noted(tmp_path, "staged")[0] == str(shards)
+    assert sets_of(tmp_path)[-2:] == [f"run.out={tmp_path / 'mine'}", f"data.staged={noted(tmp_path, 'staged')[1]}"]
+    assert after(noted(tmp_path, "accelerate"), "--resume") == "never"
     assert (tmp_path / "mine").is_dir()
 
 
-def test_a_mistake_in_the_settings_launches_nothing(template: Template, tmp_path: Path) -> None:
-    done = template("--config", "configs/none.yaml")
+def test_a_new_run_from_the_model_of_another(template: Template, tmp_path: Path) -> None:
+    """As `wasteddp train --from RUN`: with its settings, but for its copy of the shards."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "settings.yaml").write_text("data: {shards: a, staged: b}\nrun: {out: old}\n")
+    assert template("--from", str(tmp_path / "old")).returncode == 0
+    assert after(noted(tmp_path, "accelerate"), "--config") == str(tmp_path / "old" / "settings.yaml")
+    sets = sets_of(tmp_path)
+    assert {f"model.weights={tmp_path / 'old'}", "data.staged="} <= set(sets)
+    assert sets[-1] == f"run.out={tmp_path / 'run'}"
+    assert template("--from", str(tmp_path / "old"), "--out", str(tmp_path / "new")).returncode == 0
+    assert sets_of(tmp_path)[-1] == f"run.out={tmp_path / 'new'}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--config", "configs/none.yaml"], "reading the settings"),
+        (["--config", CONFIG, "--set", "train.epoch=1"], "did you mean 'train.epochs'?"),
+        ([], "neither --config nor --from is given"),
+        (["--config", CONFIG, "--sets", "train.epochs=1"], "unrecognized arguments: --sets"),
+        (["--config", CONFIG, "--processes", "2"], "unrecognized arguments: --processes"),
+    ],
+)
+def test_a_mistake_launches_nothing_and_is_no_crash(
+    template: Template, tmp_path: Path, arguments: list[str], error: str
+) -> None:
+    done = template(*arguments)
     assert done.returncode == 2
-    assert "reading the settings" in done.stderr
+    assert error in done.stderr
+    assert done.stdout.endswith("its message is above; not requeued\n")
     assert not (tmp_path / "accelerate").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_check_that_could_not_run_is_a_crash(template: Template, tmp_path: Path) -> None:
+    """As if the container could not be entered: then srun may even report success."""
+    for code, crash in (("0", "1"), ("137", "137")):
+        write_program(tmp_path / "bin" / "python", f"#!/bin/bash\nexit {code}\n")
+        done = template("--config", CONFIG)
+        assert f"crashed, exit code {crash}{NOT_REQUEUED}" in done.stdout
+        assert not (tmp_path / "accelerate").exists()
+        (tmp_path / "run" / "crashes.txt").unlink()
 
 
 def test_a_job_that_was_not_submitted_from_the_checkout_reports_it(template: Template, tmp_path: Path) -> None:

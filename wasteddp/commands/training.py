@@ -143,6 +143,14 @@ def _add_train(commands: Commands) -> None:
         "stopped. Exit codes: 0 finished; 2 a mistake, which the message names; 75 stopped by a signal and saved; 70 a "
         "process failed: start it again. The same with Accelerate's launcher: accelerate launch wasteddp/train.py.",
     )
+    add_train_arguments(command)
+    command.add_argument("--processes", type=positive, metavar="N", help="default: one for each GPU, else one")
+    command.add_argument("--cpu", action="store_true", help="do not use the GPUs")
+    command.set_defaults(run=_train)
+
+
+def add_train_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `wasteddp train` that do not concern its processes; slurm/train.sh has them too."""
     launcher.add_arguments(command, needs_config=False)
     command.add_argument(
         "--from", dest="weights_of", type=to_path, metavar="RUN",
@@ -150,12 +158,22 @@ def _add_train(commands: Commands) -> None:
         "of RUN where --config is not given, and it needs a folder: --out",
     )  # fmt: skip
     command.add_argument("--out", metavar="FOLDER", help="of the run: the same as --set run.out=FOLDER")
-    command.add_argument("--processes", type=positive, metavar="N", help="default: one for each GPU, else one")
-    command.add_argument("--cpu", action="store_true", help="do not use the GPUs")
-    command.set_defaults(run=_train)
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    resolve(arguments)
+    more = {"ACCELERATE_USE_CPU": "true"} if arguments.cpu else {}
+    is_launched = bool(os.environ.get("RANK"))  # by srun, torchrun or Accelerate: this is one of their processes
+    num = arguments.processes or (1 if arguments.cpu or is_launched else max(1, launcher.num_gpus()))
+    return launcher.launch(launcher.as_given(arguments), num, more=more)
+
+
+def resolve(arguments: argparse.Namespace) -> None:
+    """Write --from and --out as --config and --set, which are all that `wasteddp/train.py` takes.
+
+    Raises:
+        SettingsError: the settings or the run's folder are not given.
+    """
     sets = list[str]()
     if arguments.weights_of:
         if not arguments.config:
@@ -184,10 +202,6 @@ def _train(arguments: argparse.Namespace) -> int:
                 "leave one of them out",
             )
     arguments.set = [*sets, *arguments.set]
-    more = {"ACCELERATE_USE_CPU": "true"} if arguments.cpu else {}
-    is_launched = bool(os.environ.get("RANK"))  # by srun, torchrun or Accelerate: this is one of their processes
-    num = arguments.processes or (1 if arguments.cpu or is_launched else max(1, launcher.num_gpus()))
-    return launcher.launch(launcher.as_given(arguments), num, more=more)
 
 
 def _settings_of(run: Path) -> Path:
