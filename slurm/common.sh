@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC1090,SC2034
 # The scripts of this folder source this file in the batch shell of a job. It reads the site's file and defines shared
 # functions.
-LOCAL_DISK='' MAX_CRASHES=3 INSIDE=() SRUN_OPTIONS=()
+LOCAL_DISK='' MAX_CRASHES=3 INSIDE=() SRUN_OPTIONS=() RESUME=''
 SITE=${SITE:-slurm/site.sh}
 if [ -f "$SITE" ]; then source "$SITE"; fi      # before `set -u`, with which many `module` commands fail
 set -u
@@ -53,7 +53,7 @@ requeue() {
   say "$*; back into the queue"
   if scontrol requeue "$SELF"; then exec sleep 600; fi     # Slurm kills this; a shell would still run a line or two
   if is_running; then
-    say "Slurm did not requeue it: submit it again; a training resumes with RUN_OUT=${RUN_OUT:-}"
+    say "Slurm did not requeue it: submit it again${RESUME:+; $RESUME}"
   else
     say "Slurm had already requeued or ended it"
   fi

@@ -98,6 +98,7 @@ if [ "$code" = 0 ] && [ ${#job[@]} = 0 ]; then code=1; fi
 FOLDER=${job[0]:-$RUN_OUT} shards=${job[1]:-}
 RUN_OUT=$FOLDER${SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}
 arguments=(${job[@]+"${job[@]:2}"} --set "run.out=$RUN_OUT")
+RESUME="RUN_OUT=$(printf %q "$FOLDER") and the same command${SLURM_ARRAY_TASK_ID:+ with --array=$SLURM_ARRAY_TASK_ID} resume it"
 say "the run is $RUN_OUT"
 mkdir -p "$RUN_OUT" && rm -f "$RUN_OUT/RESUMABLE" "$RUN_OUT/MISTAKE"
 before=$(newest)
@@ -139,7 +140,7 @@ elif [ -n "$warned" ] && { [ -e "$RUN_OUT/RESUMABLE" ] || [ -z "$started" ]; }; 
 elif [ "$code" = 0 ]; then
   say "finished"
 elif [ -e "$RUN_OUT/RESUMABLE" ]; then
-  say "stopped by a signal and saved; not requeued. RUN_OUT=$RUN_OUT and the same command resume it"
+  say "stopped by a signal and saved; not requeued. $RESUME"
 elif [ -e "$RUN_OUT/MISTAKE" ]; then
   say "there is an error to fix, its message is above; not requeued"
   code=2

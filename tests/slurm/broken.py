@@ -139,6 +139,11 @@ LINES = (
     ),
     *follows("killed", (TRAIN, '\nexit "$code"', "\nexit 1", "1 == 137")),
     *template(
+        "the_printed_command_resumes_the_run_of_an_element",
+        (TRAIN, 'RUN_OUT=$(printf %q "$FOLDER") and', 'RUN_OUT=$(printf %q "$RUN_OUT") and', "/3/3"),
+        (COMMON, "submit it again${RESUME:+; $RESUME}", "submit it again", "submit it again"),
+    ),
+    *template(
         "a_warning_reaches_the_program_once_when_it_has_started",
         (TRAIN, 'until [ "$RUN_OUT/environment.json" -nt', 'until [ ! "$RUN_OUT/environment.json" -nt', "'0'"),
         (TRAIN, '  kill -USR1 "$1"\n', '  while kill -USR1 "$1"; do sleep 1; done\n', "'1'"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -234,6 +236,21 @@ def test_what_follows_is_decided_by_what_this_attempt_left(
     last = [line for line in done.stdout.splitlines() if line.startswith("=== ")][-1]
     assert last.split("attempt 1: ")[1].startswith(said)
     assert done.returncode == code
+
+
+def test_the_printed_command_resumes_the_run_of_an_element(template: Template, tmp_path: Path) -> None:
+    """The script appends the element's number to RUN_OUT: with the element's folder a new run would start in it."""
+    first = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "3", "RUN_OUT": str(tmp_path / "my run")}
+    refused = '#!/bin/bash\n[ "$1" != requeue ] || exit 1\necho n1\n'
+    write_program(tmp_path / "bin" / "scontrol", refused)
+    for ends in ('touch "$RUN_OUT/RESUMABLE"; exit 1', f'mkdir -p "$RUN_OUT/checkpoints/step-00000009"; {WARNED}'):
+        done = template("--config", CONFIG, ENDS=ends, **first)
+        last = [line for line in done.stdout.splitlines() if line.startswith("=== ")][-1]
+        found = re.search(r"RUN_OUT=(.*) and the same command with --array=3 resume it$", last)
+        assert found, last
+        (folder,) = shlex.split(found[1])
+        template("--config", CONFIG, **{**first, "SLURM_ARRAY_JOB_ID": "17", "RUN_OUT": folder})
+        assert sets_of(tmp_path)[-1] == f"run.out={tmp_path / 'my run' / '3'}"
 
 
 PROGRAM = """
