@@ -12,7 +12,7 @@ export SBATCH_ACCOUNT=my-project
 export SBATCH_PARTITION=gpu
 # export SBATCH_QOS=long SBATCH_CONSTRAINT=a100 SBATCH_RESERVATION=course
 # export SBATCH_SIGNAL=B:USR1@900          # a warning 900 s before the limit; the program reads it from here
-# export SBATCH_GPUS_PER_NODE=4
+# export SBATCH_GPUS_PER_NODE=4            # and `sbatch --cpus-per-task=32`, for which there is no variable
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then        # inside a job only
   # module load python/3.11                # not needed with .venv on a file system that all nodes share

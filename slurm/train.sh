@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300            # to this shell, 300 s before the time limit
 #SBATCH --output=%x-%j.out
-# sbatch [--nodes=N --gpus-per-node=M ...] slurm/train.sh --config configs/resnet50.yaml [--set key=value ...]
+# sbatch [--nodes=2 --gpus-per-node=4 --cpus-per-task=32 ...] slurm/train.sh --config configs/resnet50.yaml [--set key=value ...]
 # sbatch --gpus-per-node=0 slurm/train.sh ...        nodes without GPUs: one process per node, or PROCESSES_PER_NODE=n
 # sbatch --array=0-4 slurm/train.sh ...              five seeds: run.seed is the element's number
 # SWEEP=FILE sbatch --array=1-3 slurm/train.sh ...   line n of FILE has additional arguments for element n
@@ -50,6 +50,10 @@ signal=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=\([^ ]*\).*/\1/p' "$0")}
 case $signal in *@*) WASTEDDP_WARNING_S=${signal##*@} ;; *) WASTEDDP_WARNING_S=60 ;; esac     # 60: Slurm's own default
 export WASTEDDP_WARNING_S
 say "$SLURM_JOB_NUM_NODES node(s) x $EACH process(es), $GPUS GPU(s) each, on $SLURM_JOB_NODELIST"
+CORES=${SLURM_CPUS_PER_TASK:-1}                 # of a node
+if [ "$CORES" -lt $((8 * GPUS)) ]; then
+  say "warning: $CORES core(s) for $GPUS GPU(s), which may wait for decoded images. Submit with --cpus-per-task=$((8 * GPUS))"
+fi
 
 step='' warned='' heard='' ended='' started='' code=0
 trap 'warned=1' USR1

@@ -90,6 +90,10 @@ LINES = (
     *world("1-1-gpu.yaml-1", (TRAIN, 'elif [ "$GPUS" -gt 0 ]', "elif false", r"cpu\.yaml' == .*gpu\.yaml")),
     *world("1--cpu.yaml-1", (TRAIN, "accelerate/cpu.yaml", "accelerate/cpu2.yaml", r"cpu2\.yaml' == .*cpu\.yaml")),
     *template(
+        "too_few_cores_for_the_gpus_are_reported",
+        (TRAIN, '[ "$CORES" -lt $((8 * GPUS)) ]', '[ "$CORES" -lt 8 ]', "== True|== False"),
+    ),
+    *template(
         "nodes_without_gpus_may_have_several_processes",
         (TRAIN, "${PROCESSES_PER_NODE:-1}", "1", "'2' == '8'"),
     ),

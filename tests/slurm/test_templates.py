@@ -146,6 +146,13 @@ def test_the_world_size_is_that_of_slurm(
     assert "--cpus-per-task=4\n" in steps[1]
 
 
+@pytest.mark.parametrize(("gpus", "cores", "warns"), [("4", "32", ""), ("4", "31", "32"), ("", "1", "")])
+def test_too_few_cores_for_the_gpus_are_reported(template: Template, gpus: str, cores: str, warns: str) -> None:
+    said = template("--config", CONFIG, SLURM_GPUS_ON_NODE=gpus, SLURM_CPUS_PER_TASK=cores).stdout
+    assert ("warning: 31 core(s) for 4 GPU(s)" in said) == bool(warns)
+    assert (f"Submit with --cpus-per-task={warns}\n" in said) == bool(warns)
+
+
 def test_nodes_without_gpus_may_have_several_processes(template: Template, tmp_path: Path) -> None:
     template("--config", CONFIG, nodes=2, PROCESSES_PER_NODE="4")
     assert after(noted(tmp_path, "accelerate"), "--num_processes") == "8"
