@@ -14,10 +14,12 @@ export SBATCH_PARTITION=gpu
 # export SBATCH_SIGNAL=B:USR1@900          # a warning 900 s before the limit; the program reads it from here
 # export SBATCH_GPUS_PER_NODE=4            # and `sbatch --cpus-per-task=32`, for which there is no variable
 
+# Downloaded weights: outside the condition below, so that `wasteddp doctor` stores them where the jobs look for them.
+# export HF_HOME=/scratch/$USER/hf TORCH_HOME=/scratch/$USER/torch
+
 if [ -n "${SLURM_JOB_ID:-}" ]; then        # inside a job only
   # module load python/3.11                # not needed with .venv on a file system that all nodes share
   # LOCAL_DISK=/local/scratch/$USER        # each node's own disk: shards are copied there, and the copy is verified
-  # export HF_HOME=/scratch/$USER/hf TORCH_HOME=/scratch/$USER/torch
   # MAX_CRASHES=3                          # a job that crashed, or finished no step, is requeued this often
 
   # Apptainer: every step runs inside the image, with its Python; --nv brings the driver's libraries. One --bind for all

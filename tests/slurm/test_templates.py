@@ -205,9 +205,15 @@ def test_every_step_runs_in_the_container_of_the_sites_example(
 def test_the_example_of_a_sites_file_can_be_used_as_it_is(template: Template, tmp_path: Path) -> None:
     example = (ROOT / "slurm" / "site.example.sh").read_text()
     assert template("--config", CONFIG, site=example).returncode == 0
-    sourced = ["bash", "-euc", f"source {tmp_path / 'site.sh'}; env"]  # as sbatch would
-    seen = subprocess.run(sourced, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert {"SBATCH_ACCOUNT=my-project", "SBATCH_PARTITION=gpu"} <= set(seen)
+    site = re.sub("^( *)# (export (?:HF|NCCL))", r"\1\2", example, flags=re.MULTILINE)
+    (tmp_path / "site.sh").write_text(site)
+    for job in ("", "17"):  # on the login node, as sbatch and `doctor` see it, and in a job
+        sourced = f"unset NCCL_SOCKET_IFNAME; SLURM_JOB_ID={job} USER=me; source {tmp_path / 'site.sh'}; env"
+        done = subprocess.run(["bash", "-euc", sourced], capture_output=True, text=True, check=True)
+        seen = set(done.stdout.splitlines())
+        assert {"SBATCH_ACCOUNT=my-project", "SBATCH_PARTITION=gpu"} <= seen
+        assert {"HF_HOME=/scratch/me/hf", "TORCH_HOME=/scratch/me/torch"} <= seen
+        assert any(line.startswith("NCCL_SOCKET_IFNAME=") for line in seen) == bool(job)
 
 
 WARNED = 'touch "$RUN_OUT/RESUMABLE"; kill -USR1 $PPID; exit 1'  # the batch shell is the parent
