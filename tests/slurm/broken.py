@@ -197,8 +197,13 @@ LINES = (
     *guarded(
         "test_staging.py::test_a_staged_copy_is_made_once_verified_each_time_and_removed_if_it_is_damaged",
         (STAGE, 'if [ ! -d "$2" ]; then', 'rm -rf "$2"\nif true; then', "st_ctime_ns"),
-        (STAGE, 'python -m wasteddp.cli verify "$2" ||', "true ||", "0 == 1"),
-        (STAGE, '{ rm -rf "$2"; exit 1; }', "exit 1", "exists"),
+        (STAGE, 'python -m wasteddp.cli verify "$2" ||', "true ||", "0 == 2"),
+        (STAGE, '  mv "$2" "$2.damaged"\n', "", "shards-1.lock"),
+    ),
+    *guarded(
+        "test_staging.py::test_a_failure_leaves_no_part_of_a_copy_and_removes_none_that_others_may_read",
+        (STAGE, "trap 'rm -rf \"$2.tmp\"' EXIT", "true", "copy.tmp"),
+        (STAGE, 'if [ "$code" = 2 ]', 'if [ "$code" != 0 ]', "copy"),
     ),
     # --- jobs on a cluster --------------------------------------------------------------------------------------------
     *job(
