@@ -18,9 +18,13 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   parts=${1:-} out=''
   [[ $parts =~ ^[1-9][0-9]*$ ]] || { echo "error: PARTS is '$parts': bash slurm/shard.sh 8 SOURCE --out shards/NAME" >&2; exit 2; }
   shift
-  for ((i = 1; i < $#; i++)); do
-    if [ "${!i}" = --out ]; then j=$((i + 1)) out=${!j}; fi
+  for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+      --out) j=$((i + 1)) out=${!j:-} ;;
+      --out=*) out=${!i#--out=} ;;
+    esac
   done
+  out=${out/#\~\//$HOME/}                       # as the program does; bash leaves --out=~/set as it is
   [ -n "$out" ] || { echo "error: --out is missing: bash slurm/shard.sh 8 SOURCE --out shards/NAME" >&2; exit 2; }
   export SHARD_PARTS=$parts SHARD_DONE
   SHARD_DONE=$out/.sharding/done-$(printf '%s\0' "$@" | sha256sum | cut -c 1-8)    # other options create another set

@@ -186,6 +186,10 @@ LINES = (
         (TRAIN, "source slurm/common.sh || exit 2", "source slurm/common.sh", "== 2"),
     ),
     *template(
+        "the_folder_of_a_set_may_be_written_in_both_ways",
+        (SHARD, "      --out=*) out=${!i#--out=} ;;\n", "", "2 == 0"),
+    ),
+    *template(
         "an_element_that_shards_and_is_warned_ends_and_is_requeued_and_not_marked_as_done",
         (SHARD, 'kill -TERM "$step"', ":", "back into the queue"),
         (SHARD, '[ "$code" = 0 ] && [ "$STAGE" != merge ]', '[ "$STAGE" != merge ]', "done-read-1"),

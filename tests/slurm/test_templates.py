@@ -377,6 +377,19 @@ def test_a_job_that_was_not_submitted_from_the_checkout_reports_it(template: Tem
     assert "slurm/common.sh: No such file" in done.stderr
 
 
+@pytest.mark.parametrize("words", [["--out", "SET"], ["--out=SET"], ["--out=~/my set"]])
+def test_the_folder_of_a_set_may_be_written_in_both_ways(template: Template, tmp_path: Path, words: list[str]) -> None:
+    write_program(tmp_path / "bin" / "sbatch", '#!/bin/bash\necho "$SHARD_DONE" >>"$NOTES/sbatch"; echo 5\n')
+    given = [word.replace("SET", str(tmp_path / "my set")) for word in words]
+    done = template("2", "images", *given, script="shard.sh", SLURM_JOB_ID="", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert noted(tmp_path, "sbatch")[0].startswith(f"{tmp_path}/my set/.sharding/done-")
+    for missing in ([], ["--out"]):
+        done = template("2", "images", *missing, script="shard.sh", SLURM_JOB_ID="")
+        assert done.returncode == 2
+        assert "error: --out is missing" in done.stderr
+
+
 def test_an_element_that_shards_and_is_warned_ends_and_is_requeued_and_not_marked_as_done(
     template: Template, tmp_path: Path
 ) -> None:
