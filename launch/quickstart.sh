@@ -60,9 +60,11 @@ from pathlib import Path
 from wasteddp import settings
 from wasteddp.errors import WastedError
 from wasteddp.model import networks, pretrained
+from wasteddp.training.distributed import launcher
 
 run, *rest = sys.argv[1:]
-model = settings.load("configs/quickstart.yaml", [value for flag, value in zip(rest, rest[1:]) if flag == "--set"]).model
+given, _ = launcher.parser(None).parse_known_args(["--config", "configs/quickstart.yaml", *rest])
+model = settings.load(given.config, given.set).model
 try:
     if (own := Path(run, "settings.yaml")).exists():
         weights = settings.load(own).model.weights
