@@ -17,18 +17,20 @@ test -e "$out/lite0.pth" || python -m launch.efficientnet_lite0 "$out/lite0.pth"
 run() {
   local name=$1 config=$2 sets=()
   shift 2
-  for one in "data.shards=$shards" "run.out=$out/$name" "run.seed=$seed" "run.threads=${THREADS:-2}" precision=fp32 \
+  for one in "data.shards=$shards" "run.out=$out/$name" "run.seed=$seed" "run.threads=${THREADS:-2}" \
     track.wandb=disabled "$@"; do sets+=(--set "$one"); done
   python -m wasteddp train --cpu --config "configs/$config.yaml" "${sets[@]}"
   python -m wasteddp evaluate "$out/$name" --split test --batch-size 32
 }
 
 teacher=teacher-$seed
-run "$teacher" trashnet-efficientnet-lite0 "model.weights=$out/lite0.pth" data.image_size=128 data.eval_size=144
+run "$teacher" trashnet-efficientnet-lite0 "model.weights=$out/lite0.pth" data.image_size=128 data.eval_size=144 \
+  precision=fp32
 for student in ${STUDENTS:-mobilenet_v3_small resnet18}; do
+  case $student in resnet*) precision=auto ;; *) precision=fp32 ;; esac # depthwise convolutions are slower in bf16
   for taught in "" "$out/$teacher/model"; do
     run "$student-${taught:+taught-}$epochs-$seed" trashnet-scratch "model.arch=$student" "train.teacher=$taught" \
-      "train.epochs=$epochs" schedule.start_size=0 \
+      "train.epochs=$epochs" "precision=$precision" schedule.start_size=0 \
       'model.mean=[0.4980392156862745, 0.4980392156862745, 0.4980392156862745]' \
       'model.std=[0.5019607843137255, 0.5019607843137255, 0.5019607843137255]'
   done
