@@ -25,7 +25,7 @@ run() {
 
 teacher=teacher-$seed
 run "$teacher" trashnet-efficientnet-lite0 "model.weights=$out/lite0.pth" data.image_size=128 data.eval_size=144 \
-  precision=fp32
+  model.freeze=none precision=fp32
 for student in ${STUDENTS:-mobilenet_v3_small resnet18}; do
   case $student in resnet*) precision=auto ;; *) precision=fp32 ;; esac # depthwise convolutions are slower in bf16
   for taught in "" "$out/$teacher/model"; do

@@ -51,6 +51,7 @@ def test_an_override_wins_over_the_file() -> None:
         ("data: {eval_size: 128, eval_resize: 127}", [], ["eval_resize 127 is smaller than eval_size 128"]),
         ("data: {eval_size: 15}", [], ["eval_size 15 is neither 0 nor from 16 to 2048"]),
         ("train: {epochs: 2}\nschedule: {warmup_epochs: 2}", [], ["warmup_epochs 2 is not below train.epochs 2"]),
+        ("model: {weights: none, freeze: layer1}", [], ["freeze is layer1, but weights is none"]),
         ("data: {lanes: 7}", [], ["data.lanes 7 does not divide train.batch_size 256"]),
         ("data: {read_attempts: 20}", [], ["read_attempts 20 x read_timeout_s 30 is more than 400 s"]),
         ("data: {image_size: 64}\ntrain: {epochs: 3}\ndata: {}", [], ["'data' is written twice, in lines 1 and 3"]),

@@ -185,7 +185,12 @@ def test_another_seed_is_refused_or_accepted_by_name(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["optimizer.name=adamw", "model.freeze=layer2", "train.class_weighting=effective_number"],
+        [
+            "optimizer.name=adamw",
+            "model.freeze=layer2",
+            "model.unfreeze_every_epochs=9",
+            "train.class_weighting=effective_number",
+        ],
         ["optimizer.clip_norm=1", "augment.erase=0.5", "augment.brightness=0.3", "train.label_smoothing=0.1"],
         ["precision=bf16", "schedule.name=step", "model.channels_last=false", "evaluate.every_steps=3"],
     ],

@@ -230,9 +230,11 @@ class Model(_Section):
     estimated to save at least twice the time of compiling; the estimate is printed. A resumed run keeps its choice."""
 
     @model_validator(mode="after")
-    def _unfreezes_only_if_frozen(self) -> Self:
+    def _freezes_what_can_be_frozen(self) -> Self:
         if self.unfreeze_every_epochs and self.freeze == "none":
             raise ValueError(f"unfreeze_every_epochs is {self.unfreeze_every_epochs:g}, but freeze is none")
+        if self.freeze != "none" and self.weights == "none" and not self.unfreeze_every_epochs:
+            raise ValueError(f"freeze is {self.freeze}, but weights is none: the frozen stages would stay random")
         return self
 
 
