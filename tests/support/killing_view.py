@@ -26,8 +26,15 @@ class KillingView:
 
     def fill(self, out: ImageHWC, data: bytes, draws: Draws) -> Encoded | None:
         digest = sha256(data).hexdigest()
-        if digest in self.deadly and not (self.once and (self.once / digest).exists()):
-            if self.once:
-                (self.once / digest).touch()
+        if digest in self.deadly and self._is_first(digest):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.view.fill(out, data, draws)
+
+    def _is_first(self, digest: str) -> bool:
+        if self.once is None:
+            return True
+        try:
+            (self.once / digest).touch(exist_ok=False)  # of two processes with the same image, one dies
+        except FileExistsError:
+            return False
+        return True
